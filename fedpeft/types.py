@@ -1,0 +1,178 @@
+"""The vocabulary that every other file speaks: payloads, clients, updates, states, and the two seams (method, engine)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+Payload = Mapping[str, Tensor]
+"""Named tensors: what crosses the wire either way, and what a client remembers. Scalars are 0-d int64 or float64.
+
+A plain name (``classifier.weight``) is a parameter of the model; ``<module>:<part>`` is a part of an adapter branch on
+that module, such as ``encoder.layer.0.attention.self.query:A``.
+"""
+
+NEVER = -1
+"""The version of a memory that does not exist."""
+
+
+class BadInput(Exception):
+    """Something the user gave is wrong: one line that names the file or field, the value and the nearest valid choice."""
+
+
+class WireError(Exception):
+    """A message that cannot be used: damaged, of another configuration, of another round, or not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A member of the federation as the server knows it.
+
+    ``capacity`` is the share of a full adapter it can train, ``examples`` its number of training examples (0: unknown),
+    ``memory`` the round in which it last stored a memory that the server agrees with (``NEVER``: none).
+    """
+
+    id: int
+    capacity: float = 1.0
+    examples: int = 0
+    memory: int = NEVER
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's valid reply to a training request; ``payload`` has no client axis any more."""
+
+    client: Client
+    examples: int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Context:
+    """What ``mount`` may know beside the messages: who is in the cohort, which round it is, and the run's seed."""
+
+    clients: Sequence[int]
+    round: int
+    seed: int
+
+
+class Delta(Protocol):
+    """What an adapter adds to one dense layer's matrix, stacked over the K clients that are mounted."""
+
+    def dense(self) -> Tensor:
+        """Return the difference to the pre-trained matrix, (K, out, in)."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return (B, A) with B @ A = the difference, (K, out, r) and (K, r, in); None where no factors exist."""
+        ...
+
+
+def _nothing(_: slice) -> None: ...
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What a cohort of K clients trains in one round and what it says afterwards.
+
+    ``trainable``: every tensor has the client axis first, (K, ...).
+    ``reply``: gives (what goes up, what stays with the client), stacked over K.
+    ``deltas``: what the mounted branches add, by module; read by merge and export.
+    ``after_backward``: called after every backward pass with the clients still training; gradients are in ``.grad``.
+    ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
+    """
+
+    trainable: Mapping[str, nn.Parameter]
+    reply: Callable[[], tuple[Payload, Payload]]
+    deltas: Callable[[], Mapping[str, Delta]] = dict
+    after_backward: Callable[[slice], None] = _nothing
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pre-trained model as a method's server half sees it: tensors and names, no code.
+
+    ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer, (out, in), by
+    module name, whatever way round the model stores it. ``head``: names of the parameters absent from the checkpoint.
+    """
+
+    parameters: Payload
+    layers: Mapping[str, Tensor]
+    head: frozenset[str]
+
+    def heads(self) -> dict[str, Tensor]:
+        """Return the parameters that the checkpoint lacks; every method trains and sends them in full."""
+        return {name: tensor for name, tensor in self.parameters.items() if name in self.head}
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's side of a federation as a value: saved, resumed, compared and printed as it is.
+
+    ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``: what the method keeps
+    for itself. ``memories``: client -> round of the memory it is known to hold.
+    """
+
+    round: int
+    shared: Payload
+    server: Payload = field(default_factory=dict)
+    memories: Mapping[int, int] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A federated fine-tuning method: a frozen dataclass whose fields are its configuration.
+
+    ``init``, ``send``, ``expects`` and ``receive`` are pure and run on the server; ``mount`` runs on the client and
+    undoes itself.
+    """
+
+    paper: ClassVar[str]
+
+    def init(self, base: Base, seed: int) -> State:
+        """Return the state before the first round."""
+        ...
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Return what goes down to ``client``."""
+        ...
+
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> AbstractContextManager[LocalTask]:
+        """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``."""
+        ...
+
+    def expects(self, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Return names and shapes of a valid reply to ``down`` (both without client axis); all else is refused."""
+        ...
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Return the next state; ``updates`` is streamed in client order and can be read once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The bytes that came back from a client."""
+
+    client: Client
+    blob: bytes
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A client that was asked and did not answer in a usable way."""
+
+    client: Client
+    reason: str
+
+
+class Engine(Protocol):
+    """How bytes travel between the server and its clients."""
+
+    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+        """Send every client its request (built when it is needed) and yield each one's answer, in any order."""
+        ...
