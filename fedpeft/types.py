@@ -145,8 +145,8 @@ class Method(Protocol):
         """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``."""
         ...
 
-    def expects(self, down: Payload) -> Mapping[str, tuple[int, ...]]:
-        """Return names and shapes of a valid reply to ``down`` (both without client axis); all else is refused."""
+    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Return names and shapes of a valid reply to ``down``, what ``state`` sent; all else is refused."""
         ...
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
@@ -164,10 +164,11 @@ class Reply:
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that was asked and did not answer in a usable way."""
+    """A client that was asked and did not answer; ``blob`` is what came back of it, if anything."""
 
     client: Client
     reason: str
+    blob: bytes = b""
 
 
 class Engine(Protocol):

@@ -1,0 +1,27 @@
+"""The federated methods, one file each; third parties add theirs through the entry-point group ``fedpeft.methods``."""
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+
+from fedpeft.methods.bitfit import BitFit
+from fedpeft.methods.fedara import FedARA
+from fedpeft.methods.federa import FeDeRA
+from fedpeft.methods.ffa_lora import FFALoRA
+from fedpeft.methods.full import Full
+from fedpeft.methods.local_only import LocalOnly
+from fedpeft.methods.lora import LoRA
+from fedpeft.methods.slora import SLoRA
+from fedpeft.methods.sparse import Sparse
+from fedpeft.types import Method
+
+METHODS: Mapping[str, type[Method]] = {
+    "full": Full,
+    "bitfit": BitFit,
+    "lora": LoRA,
+    "ffa_lora": FFALoRA,
+    "federa": FeDeRA,
+    "sparse": Sparse,
+    "slora": SLoRA,
+    "fedara": FedARA,
+    "local_only": LocalOnly,
+}

@@ -1,0 +1,5 @@
+"""Reports: what runs reached, and what it cost them, from their ledgers alone."""
+
+from fedpeft.report.writing import write
+
+__all__ = ["write"]

@@ -1,0 +1,146 @@
+"""Save and resume: state, memories and the length of the ledger, made one by a manifest that is renamed into place last."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedpeft.memory import Memories
+from fedpeft.types import BadInput, State, WireError
+from fedpeft.wire import decode, digest, encode
+
+KEEP = 2
+"""Checkpoints kept, so that a damaged one leaves another to fall back to."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from: the state, every client's memory, and the ledger's length in bytes."""
+
+    state: State
+    memories: Memories
+    ledger: int
+
+
+def pack(state: State) -> bytes:
+    """Return a state as bytes."""
+    known = sorted(state.memories.items())
+    return encode(
+        {
+            **{f"shared/{name}": tensor for name, tensor in state.shared.items()},
+            **{f"server/{name}": tensor for name, tensor in state.server.items()},
+            "round": torch.tensor(state.round),
+            "memories": torch.tensor(known, dtype=torch.int64).reshape(-1, 2),
+        }
+    )
+
+
+def unpack(blob: bytes) -> State:
+    """Return the state that ``pack`` turned into ``blob``; anything else raises WireError."""
+    fields = decode(blob)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+
+    memories = {client: version for client, version in fields["memories"].tolist()}
+    return State(int(fields["round"]), part("shared/"), part("server/"), memories)
+
+
+def save(folder: Path, state: State, memories: Memories, ledger: int, config: str) -> None:
+    """Write a checkpoint into ``folder``; until its manifest is in place, the one before it is the latest.
+
+    ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest of the configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    blob = pack(state)
+    files = {f"{state.round:06d}.state": digest(blob).hex()}
+    _write(folder / f"{state.round:06d}.state", blob)
+    for client, version in state.memories.items():
+        name = f"client-{client}-{version:06d}.memory"
+        memory = memories.get(client, version)
+        files[name] = digest(memory).hex()
+        if not (folder / name).exists():
+            _write(folder / name, memory)
+    manifest = {"round": state.round, "config": config, "ledger": ledger, "files": files}
+    _write(folder / f"{state.round:06d}.json", json.dumps(manifest, indent=1).encode())
+    _prune(folder)
+
+
+def load(folder: Path, config: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the latest whole checkpoint in ``folder``, None where none was ever written.
+
+    A damaged one is passed over, and ``say`` told so. BadInput when all are damaged or they belong to another ``config``.
+    """
+    damaged: list[Path] = []
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        try:
+            found = _read(path, config)
+        except (WireError, OSError, ValueError, KeyError) as error:
+            say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+            damaged.append(path)
+        else:
+            for other in damaged:
+                other.unlink()
+            return found
+    if damaged:
+        raise BadInput(f"{folder}: every checkpoint is damaged; start again with --overwrite")
+    return None
+
+
+def _read(path: Path, config: str) -> Checkpoint:
+    manifest = json.loads(path.read_bytes())
+    if manifest["config"] != config:
+        raise BadInput(
+            f"{path} belongs to configuration {manifest['config']}, the run folder says {config}; "
+            "restore the configuration it was made with, or start again with --overwrite"
+        )
+    blobs: dict[str, bytes] = {}
+    for name, expected in manifest["files"].items():
+        blobs[name] = (path.parent / name).read_bytes()
+        if digest(blobs[name]).hex() != expected:
+            raise WireError(f"{name} does not match its digest")
+    state = unpack(blobs[f"{manifest['round']:06d}.state"])
+    memories = Memories()
+    for client, version in state.memories.items():
+        memories.put(client, version, blobs[f"client-{client}-{version:06d}.memory"])
+    return Checkpoint(state, memories, manifest["ledger"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(
+            f"{path} cannot be written ({error.strerror}); the checkpoint before it is intact: make room and resume"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in ``folder`` durable, where the system lets a folder be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _prune(folder: Path) -> None:
+    """Delete all but the last checkpoints, and every file that none of them names."""
+    manifests = sorted(folder.glob("*.json"))
+    kept = manifests[-KEEP:]
+    named = {name for path in kept for name in json.loads(path.read_bytes())["files"]}
+    for path in folder.iterdir():
+        if path not in kept and path.name not in named:
+            path.unlink()

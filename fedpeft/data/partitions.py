@@ -1,0 +1,188 @@
+"""Who holds what: the ways of dividing a data set among clients."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.data.dirichlet import counts, shares
+from fedpeft.data.files import existing
+from fedpeft.data.rows import Dataset, Rows
+from fedpeft.seeds import derive
+from fedpeft.types import BadInput
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The rows of each client: ``train[k]`` and ``test[k]`` are ascending row numbers, ``names[k]`` is what to call it.
+
+    ``test`` is for scores per client and may be empty for some.
+    """
+
+    train: tuple[Indices, ...]
+    test: tuple[Indices, ...]
+    names: tuple[str, ...]
+
+
+def iid(dataset: Dataset, clients: int, seed: int) -> Partition:
+    """Shuffle the rows and deal them evenly: sizes differ by one at most, in train and in test.
+
+    Raises BadInput for fewer than one client and for more than train has examples.
+    """
+    _check(dataset, clients)
+    rng = np.random.default_rng(derive(seed, "iid"))
+    train, test = (np.array_split(rng.permutation(len(split)), clients) for split in (dataset.train, dataset.test))
+    return _partition(train, test)
+
+
+def dirichlet(dataset: Dataset, clients: int, seed: int, *, alpha: float, min_examples: int = 1) -> Partition:
+    """Deal each label's rows, of train and of test, by shares drawn from Dir(alpha) over the clients.
+
+    The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing until every client has
+    ``min_examples`` train rows (see ``dirichlet.py``). Source: Yurochkin et al. 2019, section 4. Hsu et al. 2019 draw
+    the labels of each client instead.
+
+    Raises BadInput for a number out of range, or so extreme that no draw gives every client ``min_examples``.
+    """
+    _check(dataset, clients, "min_examples", min_examples)
+    if not 0 < alpha < np.inf:
+        raise BadInput(f"partition.alpha = {alpha}: must be a positive number, as 0.1 or 1.0")
+    drawn = shares(_sizes(dataset.train, dataset), clients, alpha, min_examples, seed)
+    rng = np.random.default_rng(derive(seed, "dirichlet", "rows"))
+    train, test = (_deal(split, dataset, drawn, rng) for split in (dataset.train, dataset.test))
+    return _partition(train, test)
+
+
+def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int = 2) -> Partition:
+    """Sort train by label, cut it into equal shards and deal each client ``shards_per_client`` of them at random.
+
+    So a client sees few labels. Test rows are dealt by each client's share of the label's train rows. Source: McMahan
+    et al. 2017, section 3 (the "pathological non-IID partition").
+
+    Raises BadInput for a number out of range and for more shards than train has examples.
+    """
+    _check(dataset, clients, "shards_per_client", shards_per_client)
+    rng = np.random.default_rng(derive(seed, "shards"))
+    mixed = rng.permutation(len(dataset.train))
+    ordered = mixed[np.argsort(np.array(dataset.train.labels)[mixed], kind="stable")]
+    cut = np.array_split(ordered, clients * shards_per_client)
+    dealt = rng.permutation(len(cut)).reshape(clients, shards_per_client)
+    train = [np.concatenate([cut[shard] for shard in hand]) for hand in dealt]
+    held = label_counts(dataset.train, _partition(train, []))  # (clients, labels)
+    return _partition(train, _deal(dataset.test, dataset, (held / held.sum(axis=0)).T, rng))
+
+
+def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
+    """Make each distinct key of train a client with that key's rows of train and of test.
+
+    With ``clients``, the keys with the most train rows are kept (the first by name among equals) and the rows of all
+    others are not used. Clients are in the order of their names.
+
+    Raises BadInput when the data has no keys, or fewer than ``clients``.
+    """
+    rows = Counter(dataset.train.keys)
+    if not rows:
+        raise BadInput("partition.kind = 'by_key': the data has no keys; name the column that holds them in data.key")
+    if clients is not None and not 1 <= clients <= len(rows):
+        raise BadInput(f"partition.clients = {clients}: train has {len(rows)} keys; choose 1 to {len(rows)} clients")
+    names = sorted(sorted(rows, key=lambda name: (-rows[name], name))[:clients])
+    return _partition(_holding(dataset.train, names), _holding(dataset.test, names), names)
+
+
+def from_file(dataset: Dataset, path: Path) -> Partition:
+    """Read a JSON object of client name -> row numbers of train, counted from 0; rows left out are not used.
+
+    Clients are in the order of the file and hold no test rows.
+
+    Raises BadInput for a missing file, other JSON, no client, a client without rows or named twice, a row that train
+    does not have, and one that is given twice.
+    """
+    try:
+        clients = json.loads(existing(path).read_bytes(), object_pairs_hook=tuple)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON: {error}") from error
+    if not isinstance(clients, tuple) or not clients:
+        raise BadInput(f'{path}: must hold a JSON object of client names and row numbers, as {{"anna": [0, 1]}}')
+    holder: dict[int, str] = {}
+    held: dict[str, Indices] = {}
+    for name, rows in clients:
+        if name in held:
+            raise BadInput(f"{path}: client {name!r} is named twice")
+        held[name] = np.array(_own(path, name, rows, len(dataset.train), holder), dtype=np.int64)
+    return _partition(list(held.values()), [], list(held))
+
+
+def label_counts(rows: Rows, partition: Partition) -> Indices:
+    """Return how many train rows of each label each client holds, (clients, labels), labels sorted by name."""
+    labels, codes = np.unique(np.array(rows.labels), return_inverse=True)
+    return np.stack([np.bincount(codes[held], minlength=len(labels)) for held in partition.train])
+
+
+def _check(dataset: Dataset, clients: int, field: str = "clients", each: int = 1) -> None:
+    """Refuse numbers below 1, and more clients, times ``each`` of ``field``, than train has examples."""
+    examples = len(dataset.train)
+    if clients < 1 or each < 1:
+        name, value = ("clients", clients) if clients < 1 else (field, each)
+        raise BadInput(f"partition.{name} = {value}: must be 1 or more")
+    if clients > examples:
+        raise BadInput(f"partition.clients = {clients}: train has only {examples} examples; at most {examples} clients")
+    if clients * each > examples:
+        most = examples // clients
+        raise BadInput(
+            f"partition.{field} = {each}: train has only {examples} examples for {clients} clients; at most {most} each"
+        )
+
+
+def _partition(train: Sequence[Indices], test: Sequence[Indices], names: Sequence[str] = ()) -> Partition:
+    """Return the partition with sorted rows; no ``test`` gives nobody test rows, no ``names`` numbers the clients."""
+    empty = [np.empty(0, dtype=np.int64)] * len(train)
+    return Partition(
+        train=tuple(np.sort(rows) for rows in train),
+        test=tuple(np.sort(rows) for rows in test or empty),
+        names=tuple(names or (f"client {client}" for client in range(len(train)))),
+    )
+
+
+def _sizes(split: Rows, dataset: Dataset) -> Indices:
+    """Return the number of rows of each of the data set's labels, (labels,)."""
+    found = Counter(split.labels)
+    return np.array([found[label] for label in dataset.labels])
+
+
+def _deal(split: Rows, dataset: Dataset, drawn: NDArray[np.float64], rng: np.random.Generator) -> list[Indices]:
+    """Deal the shuffled rows of each label by ``drawn`` shares, (labels, clients)."""
+    held: list[list[Indices]] = [[] for _ in range(drawn.shape[1])]
+    labels = np.array(split.labels)
+    for label, whole in zip(dataset.labels, counts(drawn, _sizes(split, dataset)), strict=True):
+        own = rng.permutation(np.flatnonzero(labels == label))
+        for pieces, piece in zip(held, np.split(own, np.cumsum(whole)[:-1]), strict=True):
+            pieces.append(piece)
+    return [np.concatenate(pieces) for pieces in held]
+
+
+def _holding(split: Rows, names: Iterable[str]) -> list[Indices]:
+    """Return the rows of ``split`` under each name."""
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for row, key in enumerate(split.keys):
+        if key in rows:
+            rows[key].append(row)
+    return [np.array(own, dtype=np.int64) for own in rows.values()]
+
+
+def _own(path: Path, name: str, rows: object, examples: int, holder: dict[int, str]) -> list[int]:
+    """Return a client's rows as checked integers and enter them in ``holder`` (row -> client)."""
+    if not isinstance(rows, list) or not rows:
+        raise BadInput(f"{path}: client {name!r} must hold a list of at least one row number, not {rows!r:.40}")
+    for row in rows:
+        if type(row) is not int or not 0 <= row < examples:
+            raise BadInput(f"{path}: client {name!r} holds row {row!r}, but train has rows 0 to {examples - 1}")
+        if row in holder:
+            raise BadInput(f"{path}: row {row} is held by {holder[row]!r} and by {name!r}")
+        holder[row] = name
+    return rows

@@ -1,0 +1,98 @@
+"""What the machine is good at, found out once per run: device, number format, attention kernel, threads."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge
+
+from fedpeft.types import BadInput
+
+Precision = Literal["auto", "fp32", "bf16"]
+Attention = Literal["auto", "eager", "sdpa"]
+
+SHORT = 128
+"""Tokens up to which eager attention beats torch's SDPA kernel on CPU in bf16."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the user asked of the hardware; ``auto`` is resolved once, by ``resolve``, and written to the run folder.
+
+    ``threads`` = 0 leaves torch's own choice.
+    """
+
+    device: str = "auto"
+    precision: Precision = "auto"
+    attention: Attention = "auto"
+    threads: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``."""
+
+    device: str
+    precision: Literal["fp32", "bf16"]
+    attention: Literal["eager", "sdpa"]
+    threads: int
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Return the device as torch wants it."""
+        return torch.device(self.device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which forward passes run."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
+
+    def describe(self) -> dict[str, object]:
+        """Return the choice as plain values."""
+        return asdict(self)
+
+
+def resolve(machine: Machine, max_length: int) -> Hardware:
+    """Return the choice for this machine and texts of up to ``max_length`` tokens."""
+    device = machine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise BadInput(f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'") from error
+    precision, attention = machine.precision, machine.attention
+    if precision == "auto":
+        precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
+    if attention == "auto":
+        short = torch.device(device).type == "cpu" and precision == "bf16" and max_length <= SHORT
+        attention = "eager" if short else "sdpa"
+    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads())
+
+
+def use(hardware: Hardware) -> None:
+    """Set torch's thread count for this process."""
+    torch.set_num_threads(hardware.threads)
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    """Return whether a bf16 matrix product takes at most 0.7 of a float32 one's time here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _seconds(torch.bfloat16, device) < 0.7 * _seconds(torch.float32, device)
+
+
+def _seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+
+    def once() -> float:
+        start = time.perf_counter()
+        matrix @ matrix
+        return time.perf_counter() - start
+
+    once()
+    return min(once() for _ in range(3))

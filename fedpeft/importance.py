@@ -1,0 +1,84 @@
+"""How much each rank of a B diag(e) A adapter matters to a client: AdaLoRA's smoothed sensitivity (Zhang et al. 2023)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedpeft.lowrank import by_module
+
+Score = Literal["sensitivity", "gradient", "magnitude"]
+"""``sensitivity``: smoothed |p * grad| times its smoothed uncertainty; ``gradient``: the first alone; ``magnitude``: |p|."""
+
+
+class Importance:
+    """Scores of the triplets in ``trained`` (``<module>:A`` (K, r, in), ``:B`` (K, out, r), ``:e`` (K, r)), kept per client."""
+
+    def __init__(self, trained: Mapping[str, Tensor], score: Score, beta1: float, beta2: float) -> None:
+        self._tensors = {name: tensor for name, tensor in trained.items() if ":" in name}
+        self._score, self._beta1, self._beta2 = score, beta1, beta2
+        self._smooth = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
+        self._spread = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
+
+    @torch.no_grad()
+    def update(self, active: slice) -> None:
+        """Take in the gradients of one backward pass, for the ``active`` clients."""
+        for name, tensor in self._tensors.items():
+            if tensor.grad is None:
+                continue
+            now = (tensor[active] * tensor.grad[active]).abs()
+            smooth, spread = self._smooth[name][active], self._spread[name][active]
+            smooth.lerp_(now, 1 - self._beta1)
+            spread.lerp_((now - smooth).abs(), 1 - self._beta2)
+
+    @torch.no_grad()
+    def scores(self) -> Tensor:
+        """Return S_i = I(e_i) + mean_j I(b_ji) + mean_j I(a_ij) of every rank, (K, n), modules in alphabetical order."""
+        parts = {name: self._of(name) for name in self._tensors}
+        groups = by_module(parts)
+        return torch.cat([g["e"] + g["B"].mean(1) + g["A"].mean(2) for _, g in sorted(groups.items())], dim=1)
+
+    def votes(self, budget: int) -> Tensor:
+        """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8."""
+        if not self._tensors:
+            return torch.zeros(0, dtype=torch.uint8)
+        scores = self.scores()
+        best = scores.topk(min(budget, scores.shape[1]), dim=1).indices
+        return pack(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, value=True))
+
+    def _of(self, name: str) -> Tensor:
+        match self._score:
+            case "sensitivity":
+                return self._smooth[name] * self._spread[name]
+            case "gradient":
+                return self._smooth[name]
+            case "magnitude":
+                return self._tensors[name].abs()
+
+
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return a (..., n) mask as (..., ceil(n / 8)) bytes, first rank in the highest bit."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
+    return (padded.unflatten(-1, (-1, 8)) * _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """Return the (count,) mask that ``pack`` turned into ``packed``."""
+    return ((packed.unsqueeze(-1) & _BITS) != 0).flatten()[:count]
+
+
+def survivors(votes: Tensor, strength: Tensor, threshold: float, budget: int) -> Tensor:
+    """Return which of n ranks live on: those voted for by at least ``threshold``, at most ``budget`` of them.
+
+    ``votes``: weighted share of clients for each rank, (n,). If too many remain, the most votes win; ties go to the larger
+    ``strength``, (n,), then to the earlier rank.
+    """
+    order = torch.argsort(strength, descending=True, stable=True)
+    order = order[torch.argsort(votes[order], descending=True, stable=True)][:budget]
+    alive = torch.zeros_like(votes, dtype=torch.bool)
+    alive[order] = votes[order] >= threshold
+    return alive

@@ -1,0 +1,63 @@
+"""Seconds and peak memory of a block of code, cheap enough to be taken once per client and round."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+_CPU = torch.device("cpu")
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class Measurement:
+    """What a block cost; both fields are 0 until it has ended. ``seconds``: wall clock. ``peak_memory``: bytes."""
+
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+@contextmanager
+def measured(device: torch.device = _CPU) -> Iterator[Measurement]:
+    """Measure the block of a ``with``; the result is filled in when the block ends, also by an exception.
+
+    On a CUDA ``device`` the memory is the most that torch had allocated there during the block, and the clock waits for
+    the device. Elsewhere it is the largest resident size of this whole process, base model included: during the block
+    on Linux, where the high-water mark can be reset (proc(5), ``clear_refs``); since the process began where it cannot.
+    Blocks must not be nested: the inner one resets the outer one's mark.
+    """
+    result = Measurement()
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            _CLEAR.write_bytes(b"5")
+    start = perf_counter()
+    try:
+        yield result
+    finally:
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        result.seconds = perf_counter() - start
+        result.peak_memory = torch.cuda.max_memory_allocated(device) if on_cuda else _resident_peak()
+
+
+def _resident_peak() -> int:
+    """Return the process's largest resident size in bytes since its mark was last reset; 0 where nobody can tell."""
+    with suppress(OSError):
+        for line in _STATUS.read_bytes().splitlines():
+            if line.startswith(b"VmHWM:"):
+                return int(line.split()[1]) * 1024
+    with suppress(ImportError):  # Windows has no resource
+        import resource  # noqa: PLC0415
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return 0

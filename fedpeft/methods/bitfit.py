@@ -1,0 +1,54 @@
+"""BitFit: only the biases and the head are trained (Ben Zaken et al. 2021); FedBF in FeDeRA's comparison."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import nn
+
+from fedpeft.averaging import Weighting, averaged
+from fedpeft.mounting import mounted, shapes, trainable, values
+from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
+
+
+@final
+@dataclass(frozen=True)
+class BitFit:
+    """Train, send and average the bias vectors and the head.
+
+    ``weighting``: by examples (FedAvg) or uniform.
+    """
+
+    paper: ClassVar[str] = "BitFit: Ben Zaken et al. 2021, arXiv 2106.10199"
+    weighting: Weighting = "examples"
+
+    def init(self, base: Base, seed: int) -> State:
+        """Start from the pre-trained biases; a model without any raises BadInput."""
+        del seed
+        biases = {name: value for name, value in base.parameters.items() if name.endswith(".bias")}
+        if not biases.keys() - base.head:
+            raise BadInput("method.name = 'bitfit' matches nothing: the model has no biases; choose 'lora' or 'full'")
+        return State(0, biases | base.heads())
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send biases and head."""
+        del client
+        return state.shared
+
+    @contextmanager
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+        """Put the sent biases in the place of the model's; all are trained and go up."""
+        del memory, context
+        trained = trainable(down)
+        with mounted(model, trained):
+            yield LocalTask(trained, lambda: (values(trained), {}))
+
+    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Expect biases and head back."""
+        del state
+        return shapes(down)
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Average biases and head."""
+        return averaged(state, updates, self.weighting)

@@ -1,0 +1,66 @@
+"""FFA-LoRA: A is random, the same everywhere and never sent; only B is trained (Sun et al. 2024)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar, final
+
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from fedpeft.averaging import Weighting, averaged
+from fedpeft.lowrank import by_module, check_ranks, deltas, uniform
+from fedpeft.mounting import dense_layer, mounted, select, shapes, trainable, values
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+
+
+@final
+@dataclass(frozen=True)
+class FFALoRA:
+    """Train and average B alone: the mean of the B_k A is exactly mean(B) A, and half of LoRA's bytes travel.
+
+    ``targets``: which dense layers (``attention``, ``all-linear`` or a pattern). ``rank``: r. ``scale``: alpha / r.
+    ``weighting``: by examples (FedAvg) or uniform.
+    """
+
+    paper: ClassVar[str] = "FFA-LoRA: Sun et al. 2024, arXiv 2403.12313"
+    targets: str = "attention"
+    rank: Annotated[int, Ge(1)] = 8
+    scale: Annotated[float, Gt(0)] = 1.0
+    weighting: Weighting = "examples"
+
+    def init(self, base: Base, seed: int) -> State:
+        """B, (out, r), is 0, so the model starts unchanged; A is not part of the state."""
+        del seed
+        layers = select(base, self.targets)
+        check_ranks(layers, self.rank)
+        B = {f"{name}:B": weight.new_zeros(weight.shape[0], self.rank) for name, weight in layers.items()}
+        return State(0, B | base.heads())
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send B and head."""
+        del client
+        return state.shared
+
+    @contextmanager
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+        """Redraw every A from the seed and mount it, frozen, beside the B that is trained."""
+        del memory
+        trained = trainable(down)
+        drawn: dict[str, Tensor] = {}
+        for name, parts in by_module(down).items():
+            clients, _, rank = parts["B"].shape
+            A = uniform(rank, dense_layer(model, name).shape[1], context.seed, name).to(parts["B"])
+            drawn[f"{name}:A"] = A.expand(clients, -1, -1)
+        with mounted(model, trained | drawn, self.scale):
+            yield LocalTask(trained, lambda: (values(trained), {}), partial(deltas, trained | drawn, self.scale))
+
+    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Expect B and head back."""
+        del state
+        return shapes(down)
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Average B and head."""
+        return averaged(state, updates, self.weighting)

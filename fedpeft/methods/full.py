@@ -1,0 +1,51 @@
+"""Full fine-tuning: every parameter is trained, sent and averaged (FedAvg; McMahan et al. 2017, algorithm 1)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import nn
+
+from fedpeft.averaging import Weighting, averaged
+from fedpeft.mounting import mounted, shapes, trainable, values
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+
+
+@final
+@dataclass(frozen=True)
+class Full:
+    """Train, send and average every parameter of the model; the yardstick in accuracy and the worst case in bytes.
+
+    ``weighting``: by examples (FedAvg) or uniform.
+    """
+
+    paper: ClassVar[str] = "FedAvg: McMahan et al. 2017, arXiv 1602.05629"
+    weighting: Weighting = "examples"
+
+    def init(self, base: Base, seed: int) -> State:
+        """Start from the pre-trained parameters and the head drawn from the seed."""
+        del seed
+        return State(0, base.parameters)
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send every parameter."""
+        del client
+        return state.shared
+
+    @contextmanager
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+        """Put the sent parameters in the place of the model's; all are trained and go up."""
+        del memory, context
+        trained = trainable(down)
+        with mounted(model, trained):
+            yield LocalTask(trained, lambda: (values(trained), {}))
+
+    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Expect every parameter back."""
+        del state
+        return shapes(down)
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Average the parameters."""
+        return averaged(state, updates, self.weighting)

@@ -1,0 +1,57 @@
+"""No exchange at all: every client trains a LoRA of its own; the row that shows what federating is worth."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, ClassVar, final
+
+from annotated_types import Ge, Gt
+from torch import nn
+
+from fedpeft.methods.lora import LoRA
+from fedpeft.types import NEVER, Base, Client, Context, LocalTask, Payload, State, Update
+
+
+@final
+@dataclass(frozen=True)
+class LocalOnly:
+    """Send the same start once; what a client trains stays in its memory, and nothing ever goes up.
+
+    ``targets``, ``rank`` and ``scale`` are LoRA's.
+    """
+
+    paper: ClassVar[str] = "a reference, from no paper"
+    targets: str = "attention"
+    rank: Annotated[int, Ge(1)] = 8
+    scale: Annotated[float, Gt(0)] = 1.0
+
+    @cached_property
+    def lora(self) -> LoRA:
+        """Return the method that each client plays by itself."""
+        return LoRA(self.targets, self.rank, self.scale)
+
+    def init(self, base: Base, seed: int) -> State:
+        """Start as LoRA does; this state never changes."""
+        return self.lora.init(base, seed)
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send the start to a client that has nothing of its own yet."""
+        return state.shared if client.memory == NEVER else {}
+
+    @contextmanager
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+        """Mount the client's own factors and head, or the start; what is trained stays."""
+        with self.lora.mount(model, memory or down, {}, context) as task:
+            yield replace(task, reply=lambda: ({}, task.reply()[0]))
+
+    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Expect an empty reply."""
+        del state, down
+        return {}
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Count the round."""
+        for _ in updates:
+            pass
+        return replace(state, round=state.round + 1)

@@ -1,0 +1,41 @@
+"""The whole report in one call: ledgers in; tables to print, CSV files and figures out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group
+from rich.text import Text
+
+from fedpeft.report import figures, sheets, tables
+from fedpeft.report.comparison import compare
+from fedpeft.report.summary import summarise
+from fedpeft.report.terms import FEDADAPTER_LINK
+from fedpeft.types import BadInput
+
+
+def write(
+    runs: Sequence[Path],
+    out: Path,
+    target: float | None = None,
+    bandwidth: float = FEDADAPTER_LINK,
+    budget: int | None = None,
+    plots: bool = True,
+) -> Group:
+    """Report on the run folders ``runs`` into the folder ``out`` and return what to print.
+
+    ``target``: an accuracy (share of 1) to reach; ``bandwidth``: bytes per second; ``budget``: bytes of the equal-bytes
+    view; their defaults are those of ``fedpeft.report.terms.agree``. ``plots`` asks for the figures, which need
+    matplotlib. Raises BadInput before anything is written when a ledger is missing or damaged, when the runs do not
+    compare, or when matplotlib is asked for and missing.
+    """
+    if plots:
+        figures.check()
+    summaries = [summarise(folder) for folder in dict.fromkeys(runs)]
+    compared = compare(summaries, target, bandwidth, budget)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise BadInput(f"{out}: is a file; the report needs a folder") from error
+    written = sheets.save(compared, out) + (figures.save(compared, out) if plots else [])
+    names = ", ".join(path.name for path in written)
+    return Group(tables.comparison(compared), Text(), tables.equal_terms(compared), Text(f"{out}: {names}"))

@@ -1,0 +1,141 @@
+"""Messages as bytes: a 16-byte content digest, then a safetensors file without metadata, so equal shapes give equal lengths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedpeft.types import NEVER, Payload, WireError
+
+DIGEST = 16
+"""Bytes of every digest in a message."""
+
+
+class Kind(IntEnum):
+    """What a request asks for."""
+
+    TRAIN = 0
+    EVALUATE = 1
+
+
+def digest(content: bytes) -> bytes:
+    """Return the 16-byte BLAKE2b digest of ``content``."""
+    return blake2b(content, digest_size=DIGEST).digest()
+
+
+def encode(payload: Payload) -> bytes:
+    """Return ``payload`` as bytes; equal names, shapes and dtypes give equal lengths."""
+    body = save({name: tensor.detach().cpu().contiguous() for name, tensor in payload.items()})
+    return digest(body) + body
+
+
+def decode(blob: bytes) -> dict[str, Tensor]:
+    """Return the payload that ``encode`` turned into ``blob``; anything else raises WireError."""
+    body = blob[DIGEST:]
+    if digest(body) != blob[:DIGEST]:
+        raise WireError(f"damaged message: {len(blob)} bytes do not match their digest")
+    try:
+        return load(body)
+    except SafetensorError as error:
+        raise WireError(f"not a safetensors message: {error}") from error
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks one client; ``memory`` is the version of the client's memory that it assumes."""
+
+    kind: Kind
+    round: int
+    config: bytes
+    payload: Payload
+    memory: int = NEVER
+
+    def encode(self) -> bytes:
+        """Return the request as bytes."""
+        return encode(
+            {
+                **self.payload,
+                "@kind": torch.tensor(int(self.kind)),
+                "@round": torch.tensor(self.round),
+                "@memory": torch.tensor(self.memory),
+                "@config": torch.tensor(list(self.config), dtype=torch.uint8),
+            }
+        )
+
+    @staticmethod
+    def decode(blob: bytes, config: bytes) -> "Request":
+        """Read a request and refuse, by WireError, one that was made for another configuration than ``config``."""
+        fields = decode(blob)
+        try:
+            theirs = bytes(fields.pop("@config").tolist())
+            kind, number, memory = (int(fields.pop(name)) for name in ("@kind", "@round", "@memory"))
+        except KeyError as error:
+            raise WireError(f"not a request: field {error} is missing") from error
+        if theirs != config:
+            raise WireError(f"the request is for configuration {theirs.hex()}, this client has {config.hex()}")
+        return Request(Kind(kind), number, theirs, fields, memory)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client says back: the payload and, measured where it trained, the figures for the ledger.
+
+    ``examples``, ``steps``, ``trained`` (parameters), ``loss`` (mean over the steps), ``seconds`` of wall time,
+    ``peak_memory`` in bytes; ``shared_by``: how many clients trained side by side and so share seconds and memory;
+    ``memory``: the version of the memory that the client holds now.
+    """
+
+    round: int
+    payload: Payload
+    examples: int
+    steps: int = 0
+    trained: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    shared_by: int = 1
+    memory: int = NEVER
+
+    def encode(self) -> bytes:
+        """Return the answer as bytes; its length depends on the payload's names and shapes alone."""
+        numbers = (self.round, self.examples, self.steps, self.trained, self.peak_memory, self.shared_by, self.memory)
+        return encode(
+            {
+                **self.payload,
+                "@counts": torch.tensor(numbers, dtype=torch.int64),
+                "@measures": torch.tensor((self.loss, self.seconds), dtype=torch.float64),
+            }
+        )
+
+    @staticmethod
+    def decode(blob: bytes) -> "Answer":
+        """Read an answer; a message that is none raises WireError."""
+        fields = decode(blob)
+        try:
+            number, examples, steps, trained, peak, shared, memory = fields.pop("@counts").tolist()
+            loss, seconds = fields.pop("@measures").tolist()
+        except (KeyError, ValueError) as error:
+            raise WireError(f"not an answer: {error}") from error
+        return Answer(number, fields, examples, steps, trained, loss, seconds, peak, shared, memory)
+
+
+def check(answer: Answer, round_number: int, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WireError unless ``answer`` belongs to the round, has exactly the expected names and shapes, and is finite."""
+    if answer.round != round_number:
+        raise WireError(f"stale: the reply is for round {answer.round}, this is round {round_number}")
+    if answer.examples <= 0:
+        raise WireError(f"examples = {answer.examples}: a reply must come from at least one example")
+    for name in expected.keys() - answer.payload.keys():
+        raise WireError(f"missing tensor {name!r}")
+    for name in answer.payload.keys() - expected.keys():
+        raise WireError(f"unexpected tensor {name!r}")
+    for name, tensor in answer.payload.items():
+        if tuple(tensor.shape) != tuple(expected[name]):
+            raise WireError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name])}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WireError(f"tensor {name!r} is not finite")

@@ -1,0 +1,297 @@
+"""Laws of partitions: every row has one holder, the shares follow the law they are drawn from, nonsense is refused."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fedpeft.data import Dataset, Partition, Rows, by_key, dirichlet, from_file, iid, label_counts, shards
+from fedpeft.data.dirichlet import counts, shares
+from fedpeft.types import BadInput
+
+Deal = Callable[[Dataset, int, int], Partition]
+
+DEALS: dict[str, Deal] = {
+    "iid": iid,
+    "dirichlet": lambda data, clients, seed: dirichlet(data, clients, seed, alpha=5.0),
+    "shards": lambda data, clients, seed: shards(data, clients, seed, shards_per_client=2),
+}
+
+
+def rows_of(labels: list[int], keys: list[int] | None = None) -> Rows:
+    return Rows(
+        texts=tuple(f"text {n}" for n in range(len(labels))),
+        labels=tuple(f"label {label}" for label in labels),
+        keys=tuple(f"key {key}" for key in keys or []),
+    )
+
+
+def dataset(train: Rows, test: Rows) -> Dataset:
+    return Dataset("made", train, Rows((), ()), test)
+
+
+def cycle(examples: int, labels: int) -> Rows:
+    return rows_of([n % labels for n in range(examples)], [n % 7 for n in range(examples)])
+
+
+@st.composite
+def datasets(draw: st.DrawFn) -> Dataset:
+    number = draw(st.integers(1, 4))
+    label = st.integers(0, number - 1)
+    train = [*range(number), *draw(st.lists(label, min_size=40, max_size=80))]
+    test = draw(st.lists(label, max_size=30))
+    keys = st.lists(st.integers(0, 9), min_size=len(train), max_size=len(train))
+    return dataset(rows_of(train, draw(keys)), rows_of(test, test))
+
+
+def assert_dealt(held: tuple[NDArray[np.int64], ...], size: int) -> None:
+    """Every row has one holder, and every holder's rows ascend."""
+    assert sorted(np.concatenate(held).tolist()) == list(range(size))
+    assert all((np.diff(rows) > 0).all() for rows in held)
+
+
+@pytest.mark.parametrize("deal", DEALS.values(), ids=DEALS)
+@settings(max_examples=40, deadline=None)
+@given(data=datasets(), clients=st.integers(1, 8), seed=st.integers(0, 2**62))
+def test_every_row_has_one_holder_and_nobody_is_empty(deal: Deal, data: Dataset, clients: int, seed: int) -> None:
+    partition = deal(data, clients, seed)
+    assert_dealt(partition.train, len(data.train))
+    assert_dealt(partition.test, len(data.test))
+    assert min(map(len, partition.train)) >= 1
+    assert partition.names == tuple(f"client {client}" for client in range(clients))
+
+
+@pytest.mark.parametrize("deal", DEALS.values(), ids=DEALS)
+def test_the_seed_decides(deal: Deal) -> None:
+    data = dataset(cycle(200, 4), cycle(100, 4))
+    first, again, other = deal(data, 5, 0), deal(data, 5, 0), deal(data, 5, 1)
+    for split in ("train", "test"):
+        held, same, changed = (getattr(partition, split) for partition in (first, again, other))
+        assert all(map(np.array_equal, held, same))
+        assert not all(map(np.array_equal, held, changed))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=datasets(), clients=st.integers(1, 40))
+def test_iid_is_even(data: Dataset, clients: int) -> None:
+    partition = iid(data, clients, 0)
+    for held in (partition.train, partition.test):
+        assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=datasets(), clients=st.integers(1, 8))
+def test_label_counts_counts(data: Dataset, clients: int) -> None:
+    partition = iid(data, clients, 0)
+    for client, row in enumerate(label_counts(data.train, partition)):
+        found = Counter(data.train.labels[row] for row in partition.train[client])
+        assert row.tolist() == [found[label] for label in data.labels]
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "shards"])
+def test_test_rows_follow_the_shares_of_train(name: str) -> None:
+    rows = cycle(600, 3)
+    partition = DEALS[name](dataset(rows, rows), 7, 0)
+    on_test = Partition(partition.test, partition.train, partition.names)
+    assert label_counts(rows, partition).tolist() == label_counts(rows, on_test).tolist()
+    assert not all(map(np.array_equal, partition.train, partition.test))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5), clients=st.integers(1, 9), seed=st.integers(0, 999))
+def test_rounded_shares_are_whole_and_near(sizes: list[int], clients: int, seed: int) -> None:
+    share = np.random.default_rng(seed).dirichlet([0.3] * clients, size=len(sizes))
+    whole = counts(share, np.array(sizes))
+    assert whole.sum(axis=1).tolist() == sizes
+    assert whole.min() >= 0
+    assert np.abs(whole - share * np.array(sizes)[:, None]).max() <= 1
+
+
+def textbook(
+    rng: np.random.Generator, sizes: NDArray[np.int64], clients: int, alpha: float, least: int
+) -> NDArray[np.float64]:
+    """Redraw whole matrices of shares until every client has enough."""
+    while True:
+        share: NDArray[np.float64] = rng.dirichlet([alpha] * clients, size=len(sizes))
+        if (sizes @ share).min() >= least and counts(share, sizes).sum(axis=0).min() >= least:
+            return share
+
+
+def features(share: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[float]:
+    """Return numbers in which two laws of shares would differ: one client, the extremes, how labels go together."""
+    load = sizes @ share
+    return [
+        share[0, 0],
+        share[-1, 0],
+        load[0],
+        load.min(),
+        load.max(),
+        share.max(),
+        share[0] @ share[-1],
+        (share**2).sum(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "clients", "alpha", "least"),
+    [([40, 60], 4, 0.3, 8), ([50, 50, 100], 6, 0.5, 15), ([30] * 5, 3, 0.1, 10), ([200], 3, 0.5, 20)],
+)
+def test_shares_follow_the_law_of_redrawing(sizes: list[int], clients: int, alpha: float, least: int) -> None:
+    rng, drawn, every = np.random.default_rng(0), 1500, np.array(sizes)
+    ours = np.array([features(shares(every, clients, alpha, least, seed), every) for seed in range(drawn)])
+    theirs = np.array([features(textbook(rng, every, clients, alpha, least), every) for _ in range(drawn)])
+    for one, other in zip(ours.T, theirs.T, strict=True):
+        points = np.concatenate([one, other])
+        below = [np.searchsorted(np.sort(sample), points, side="right") / drawn for sample in (one, other)]
+        # Kolmogorov-Smirnov, two samples: exceeded once in 10,000 comparisons of equal laws.
+        assert np.abs(below[0] - below[1]).max() < 2.23 * np.sqrt(2 / drawn)
+
+
+@pytest.mark.parametrize(
+    ("labels", "examples", "alpha", "least"),
+    [(20, 3800, 0.1, 1), (20, 11_000, 0.1, 10), (4, 11_000, 0.1, 1), (2, 11_000, 0.1, 1), (77, 10_000, 0.1, 10)],
+)
+def test_a_hundred_clients_all_have_enough(labels: int, examples: int, alpha: float, least: int) -> None:
+    data = dataset(cycle(examples, labels), cycle(500, labels))
+    partition = dirichlet(data, 100, 0, alpha=alpha, min_examples=least)
+    assert_dealt(partition.train, examples)
+    assert_dealt(partition.test, 500)
+    assert min(map(len, partition.train)) >= least
+
+
+def test_small_alpha_concentrates_labels() -> None:
+    data = dataset(cycle(1000, 5), Rows((), ()))
+    largest = [
+        np.mean(label_counts(data.train, dirichlet(data, 10, seed, alpha=alpha)).max(axis=0) / 200)
+        for alpha in (0.1, 1.0, 100.0)
+        for seed in range(5)
+    ]
+    few, some, even = (largest[n : n + 5] for n in (0, 5, 10))
+    assert min(few) > max(some) > min(some) > max(even)
+
+
+def test_shards_give_a_client_few_labels() -> None:
+    data = dataset(cycle(400, 10), Rows((), ()))  # 40 rows a label, 40 shards of 10: every shard has one label
+    table = label_counts(data.train, shards(data, 20, 0, shards_per_client=2))
+    assert (table.sum(axis=1) == 20).all()
+    assert (table % 10 == 0).all()
+    assert (table > 0).sum(axis=1).max() == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=datasets())
+def test_by_key_gives_a_key_its_rows(data: Dataset) -> None:
+    partition = by_key(data)
+    assert_dealt(partition.train, len(data.train))
+    assert partition.names == tuple(sorted(set(data.train.keys)))
+    for name, train, test in zip(partition.names, partition.train, partition.test, strict=True):
+        assert train.tolist() == [row for row, key in enumerate(data.train.keys) if key == name]
+        assert test.tolist() == [row for row, key in enumerate(data.test.keys) if key == name]
+
+
+def test_by_key_keeps_the_largest_keys() -> None:
+    data = dataset(rows_of([0] * 9, [4, 4, 3, 3, 2, 2, 2, 1, 0]), rows_of([0, 0], [5, 3]))
+    partition = by_key(data, 2)
+    assert partition.names == ("key 2", "key 3")  # key 3 before key 4, which has as many rows
+    assert [rows.tolist() for rows in partition.train] == [[4, 5, 6], [2, 3]]
+    assert [rows.tolist() for rows in partition.test] == [[], [1]]
+
+
+def test_a_file_says_who_holds_what(tmp_path: Path) -> None:
+    path = tmp_path / "clients.json"
+    path.write_text('{"zoe": [3, 1], "anna": [0]}')
+    partition = from_file(dataset(cycle(5, 2), cycle(5, 2)), path)
+    assert partition.names == ("zoe", "anna")
+    assert [rows.tolist() for rows in partition.train] == [[1, 3], [0]]
+    assert [rows.tolist() for rows in partition.test] == [[], []]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=datasets(), clients=st.integers(1, 8))
+def test_a_partition_can_be_written_and_read_back(
+    tmp_path_factory: pytest.TempPathFactory, data: Dataset, clients: int
+) -> None:
+    path = tmp_path_factory.mktemp("partition") / "clients.json"
+    made = iid(data, clients, 0)
+    path.write_text(json.dumps({name: rows.tolist() for name, rows in zip(made.names, made.train, strict=True)}))
+    back = from_file(data, path)
+    assert back.names == made.names
+    assert all(map(np.array_equal, back.train, made.train))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": [0], "b": []}', "client 'b' must hold a list of at least one row number, not []"),
+        ('{"a": 3}', "client 'a' must hold a list of at least one row number, not 3"),
+        ('{"a": {"0": 1}}', "client 'a' must hold a list of at least one row number"),
+        ('{"a": [0, 5]}', "client 'a' holds row 5, but train has rows 0 to 4"),
+        ('{"a": [-1]}', "client 'a' holds row -1, but train has rows 0 to 4"),
+        ('{"a": [true]}', "client 'a' holds row True, but train has rows 0 to 4"),
+        ('{"a": ["1"]}', "client 'a' holds row '1', but train has rows 0 to 4"),
+        ('{"a": [0, 1], "b": [2, 1]}', "row 1 is held by 'a' and by 'b'"),
+        ('{"a": [0, 0]}', "row 0 is held by 'a' and by 'a'"),
+        ('{"a": [0], "a": [1]}', "client 'a' is named twice"),
+        ("{}", "must hold a JSON object"),
+        ("[[0], [1]]", "must hold a JSON object"),
+        ('{"a": [0]', "not JSON: "),
+        ("\udcff", "not JSON: "),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "clients.json"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(BadInput) as caught:
+        from_file(dataset(cycle(5, 2), cycle(5, 2)), path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "clients.json").touch()
+    with pytest.raises(BadInput, match=r"no such file; did you mean 'clients\.json'"):
+        from_file(dataset(cycle(5, 2), cycle(5, 2)), tmp_path / "client.json")
+
+
+@pytest.mark.parametrize("deal", DEALS.values(), ids=DEALS)
+def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
+    data = dataset(cycle(512, 2), cycle(5, 2))
+    with pytest.raises(BadInput) as caught:
+        deal(data, 900, 0)
+    assert str(caught.value) == "partition.clients = 900: train has only 512 examples; at most 512 clients"
+    with pytest.raises(BadInput, match=r"partition\.clients = 0: must be 1 or more"):
+        deal(data, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("deal", "message"),
+    [
+        (lambda data: dirichlet(data, 10, 0, alpha=0.0), "partition.alpha = 0.0: must be a positive number"),
+        (lambda data: dirichlet(data, 10, 0, alpha=float("nan")), "partition.alpha = nan: must be a positive number"),
+        (lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=0), "partition.min_examples = 0: must be 1 or more"),
+        (
+            lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=11),
+            "partition.min_examples = 11: train has only 100 examples for 10 clients; at most 10 each",
+        ),
+        (
+            lambda data: dirichlet(data, 10, 0, alpha=0.01, min_examples=9),
+            "partition.alpha = 0.01: 10000 draws of shares for partition.clients = 10 left some client with less than "
+            "partition.min_examples = 9 of 100; raise alpha or lower the other two",
+        ),
+        (
+            lambda data: shards(data, 60, 0, shards_per_client=2),
+            "partition.shards_per_client = 2: train has only 100 examples for 60 clients; at most 1 each",
+        ),
+        (lambda data: by_key(data, 8), "partition.clients = 8: train has 7 keys; choose 1 to 7 clients"),
+        (lambda data: by_key(dataset(data.test, data.test)), "partition.kind = 'by_key': the data has no keys"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(deal: Callable[[Dataset], Partition], message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        deal(dataset(cycle(100, 2), rows_of([0, 1])))
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,142 @@
+"""Laws of the built-in data: texts of the standard library, each in one split, labelled by the chapter of its module."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import fedpeft.data
+from fedpeft.data import Dataset, pydocs
+from fedpeft.types import BadInput
+
+CHAPTERS = tomllib.loads(Path(fedpeft.data.__file__).with_name("chapters.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return pydocs()
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that stands for the standard library."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+def write(path: Path, *docstrings: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(f'def f{n}():\n    """{text}"""' for n, text in enumerate(docstrings)), encoding="utf-8")
+
+
+def sentences(topic: str, number: int) -> list[str]:
+    return [f"Sentence number {n} of several about {topic}." for n in range(number)]
+
+
+def texts(data: Dataset) -> list[str]:
+    return [text for split in (data.train, data.validation, data.test) for text in split.texts]
+
+
+def test_it_is_large_enough_to_learn_from(data: Dataset) -> None:
+    assert len(data.labels) >= 10
+    assert len(texts(data)) >= 3000
+    assert min(map(len, texts(data))) >= 30
+
+
+def test_no_text_occurs_twice(data: Dataset) -> None:
+    assert Counter(texts(data)).most_common(1)[0][1] == 1
+
+
+def test_every_label_is_in_every_split_by_the_same_proportions(data: Dataset) -> None:
+    train, validation, test = (Counter(split.labels) for split in (data.train, data.validation, data.test))
+    for label in CHAPTERS:
+        total = train[label] + validation[label] + test[label]
+        assert total >= 40, label
+        assert test[label] == pytest.approx(0.2 * total, abs=0.5)
+        assert validation[label] == pytest.approx(0.1 * total, abs=0.6)
+    assert set(data.labels) == set(CHAPTERS) == set(train)
+
+
+def test_the_key_is_the_module_and_decides_the_label(data: Dataset) -> None:
+    for split in (data.train, data.validation, data.test):
+        assert all(key in CHAPTERS[label] for key, label in zip(split.keys, split.labels, strict=True))
+
+
+def test_no_module_is_in_two_chapters() -> None:
+    modules = Counter(module for chapter in CHAPTERS.values() for module in chapter)
+    assert max(modules.values()) == 1
+    assert modules.keys() <= sys.stdlib_module_names | {
+        "_ast_unparse",  # 3.14
+        "_compression",  # until 3.13
+        "_py_warnings",  # 3.14
+        "_pydatetime",  # 3.12
+        "annotationlib",  # 3.14
+        "compression",  # 3.14
+    }
+
+
+def test_another_process_builds_the_same(data: Dataset) -> None:
+    code = "from fedpeft.data import pydocs; print(pydocs().digest())"
+    hashing = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    environment = os.environ | {"PYTHONHASHSEED": hashing}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == data.digest()
+
+
+def test_a_seed_moves_rows_between_splits_and_changes_no_text(library: Path) -> None:
+    write(library / "json" / "decoder.py", *sentences("JSON", 50))
+    first, again, other = pydocs(0), pydocs(0), pydocs(1)
+    assert first == again
+    assert sorted(texts(first)) == sorted(texts(other)) == sorted(sentences("JSON", 50))
+    assert set(first.test.texts) != set(other.test.texts)
+
+
+def test_splits_depend_on_the_texts_alone(library: Path) -> None:
+    write(library / "json" / "decoder.py", *sentences("JSON", 50))
+    before = pydocs()
+    write(library / "json" / "decoder.py", *sentences("JSON", 25))
+    write(library / "base64.py", *reversed(sentences("JSON", 50)[25:]))
+    after = pydocs()
+    assert [split.texts for split in (before.train, before.test)] == [
+        split.texts for split in (after.train, after.test)
+    ]
+
+
+def test_tests_short_docstrings_and_unmapped_modules_are_left_out(library: Path) -> None:
+    write(library / "json" / "decoder.py", *sentences("JSON", 10), "Twenty-nine characters long..")
+    write(library / "json" / "test" / "test_decoder.py", *sentences("testing", 10))
+    write(library / "ctypes" / "tests" / "test_c.py", *sentences("testing", 10))
+    write(library / "tkinter" / "ttk.py", *sentences("windows", 10))
+    assert sorted(texts(pydocs())) == sentences("JSON", 10)
+
+
+def test_docstrings_of_modules_classes_and_methods_are_cleaned(library: Path) -> None:
+    (library / "json").mkdir()
+    (library / "json" / "decoder.py").write_text(
+        '"""The module says something here.\n\n    More of it.\n    """\n'
+        'class A:\n    """The class says something here."""\n'
+        '    async def b(self):\n        """The method says\n        something here."""\n'
+        'raise RuntimeError("parsed, never run")\n'
+    )
+    assert sorted(texts(pydocs())) == [
+        "The class says something here.",
+        "The method says\nsomething here.",
+        "The module says something here.\n\nMore of it.",
+    ]
+
+
+def test_of_equal_texts_the_first_module_keeps_it(library: Path) -> None:
+    for module in ("json", "ast", "re"):
+        write(library / module / "__init__.py", *sentences("everything", 10))
+    assert set(pydocs().train.keys) == {"ast"}
+    assert len(texts(pydocs())) == 10
+
+
+@pytest.mark.usefixtures("library")
+def test_a_library_without_source_is_refused() -> None:
+    with pytest.raises(BadInput, match="holds no Python source"):
+        pydocs()

@@ -1,0 +1,334 @@
+"""A report says what the ledgers say: every expected number here is worked out by hand from the rows beside it."""
+
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow
+from fedpeft.report import figures, tables, write
+from fedpeft.report.comparison import Numbers, compare
+from fedpeft.report.summary import Cost, Summary, summarise
+from fedpeft.report.terms import SLORA_LINK
+from fedpeft.types import BadInput
+
+MB = 1_000_000
+
+
+def opening(method: str, seed: int = 0, rounds: int = 2, digest: str = "d1") -> RunRow:
+    settings = {"data": {"partition": {"kind": "dirichlet", "alpha": 0.1}}, "method": {"alpha": 16}}
+    return RunRow(f"{method}-{seed}", method, seed, "minilm", "pydocs", digest, 20, 2, rounds, 0.25, settings, {}, {})
+
+
+def scored(after: int, accuracy: float, split: str = "test") -> EvaluationRow:
+    return EvaluationRow(after, split, 100, 1.0, accuracy, accuracy / 2)
+
+
+def asked(number: int, megabytes: int, seconds: float = 1.0) -> ClientRow:
+    return ClientRow(number, 0, megabytes * MB, 0, steps=1, trained=10, seconds=seconds)
+
+
+def run(root: Path, rows: Sequence[Row]) -> Path:
+    assert isinstance(rows[0], RunRow)
+    folder = root / rows[0].name
+    folder.mkdir(parents=True)
+    with Ledger(folder / FILE) as ledger:
+        for row in rows:
+            ledger.append(row)
+    return folder
+
+
+def simple(root: Path, method: str, accuracies: Sequence[float], megabytes: int, seed: int = 0) -> Summary:
+    """Return a run of one client a round that moves ``megabytes``, evaluated after every round."""
+    rows: list[Row] = [opening(method, seed, len(accuracies))]
+    for number, accuracy in enumerate(accuracies):
+        rows += [asked(number, megabytes), scored(number + 1, accuracy)]
+    return summarise(run(root, rows))
+
+
+def printed(renderable: RenderableType) -> list[str]:
+    console = Console(width=120, force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def cells(renderable: RenderableType, method: str) -> list[str]:
+    return next(line.split() for line in printed(renderable) if line.startswith(f" {method}"))
+
+
+# The run that the first tests work out. Two clients a round; the second round loses one.
+ROUNDS: list[Row] = [
+    opening("lora"),
+    scored(0, 0.1),
+    ClientRow(0, 3, down=1 * MB, up=1 * MB, steps=4, trained=100, seconds=2.0, peak_memory=500),
+    ClientRow(0, 5, down=1 * MB, up=3 * MB, steps=6, trained=120, seconds=6.0, peak_memory=700, shared_by=2),
+    EvaluationRow(1, "validation", 50, 1.0, 0.9, 0.9),
+    scored(1, 0.5),
+    ClientRow(1, 5, down=2 * MB, up=1 * MB, steps=4, trained=60, seconds=5.0, peak_memory=600),
+    ClientRow(1, 9, down=4 * MB, up=0, lost="timeout"),
+    scored(2, 0.4),
+]
+
+
+def test_one_run_in_numbers(tmp_path: Path) -> None:
+    """Down 1 + 1 + 2 + 4 = 8 MB, up 1 + 3 + 1 = 5 MB; steps 4 + 6 + 4 = 14.
+
+    Seconds of the three replies: 2, 6 / 2 = 3 (two shared them), 5; mean 10 / 3. The largest client of round 0 trained
+    120 weights, the only reply of round 1 trained 60.
+    """
+    summary = summarise(run(tmp_path, ROUNDS))
+    assert (summary.down, summary.up, summary.rounds, summary.steps) == (8 * MB, 5 * MB, 2, 14)
+    assert summary.seconds == pytest.approx(10 / 3)
+    assert (summary.peak_memory, summary.side_by_side) == (700, 2)
+    assert (summary.trained_first, summary.trained_last) == (120, 60)
+    assert summary.lost == {"timeout": 1}
+    assert summary.split == "test"
+    assert summary.final == summary.curve[-1]
+    assert [(point.round, point.accuracy) for point in summary.curve] == [(0, 0.1), (1, 0.5), (2, 0.4)]
+
+
+def test_what_had_been_spent_at_each_evaluation(tmp_path: Path) -> None:
+    """Round 0: 2 + 4 = 6 MB, the slowest link 4 MB, the slowest training 3 s (6 s shared by two).
+
+    Round 1: 3 + 4 = 7 MB, the slowest link 4 MB (down to the client that was lost), the slowest training 5 s. So at
+    1 MB/s round 0 takes 4 + 3 = 7 s, both take 8 + 8 = 16 s. SLoRA's 5 Mbit/s are 5 * 2^20 / 8 = 655360 bytes/s.
+    """
+    summary = summarise(run(tmp_path, ROUNDS))
+    assert [point.cost for point in summary.curve] == [
+        Cost(0, 0, 0.0),
+        Cost(6 * MB, 4 * MB, 3.0),
+        Cost(13 * MB, 8 * MB, 8.0),
+    ]
+    assert summary.cost == summary.curve[-1].cost
+    assert [point.cost.modelled(1e6) for point in summary.curve] == [0.0, 7.0, 16.0]
+    assert summary.cost.network(SLORA_LINK) == pytest.approx(8 * MB / 655360)
+
+
+def test_sloras_printed_minutes_are_the_model_at_sloras_link() -> None:
+    """SLoRA's table has full fine-tuning of ALBERT at 174 Gbit, 597 min: 174 * 1024 / 5 s are 593.9 min, 186 s train.
+
+    174 Gbit are 174 * 2^30 / 8 bytes, those of the one client that stands for a round.
+    """
+    size = 174 * 2**30 // 8
+    assert Cost(20 * size, size, 0.0).modelled(SLORA_LINK) == pytest.approx(174 * 1024 / 5)
+    assert Cost(20 * size, size, 186.0).modelled(SLORA_LINK) / 60 == pytest.approx(597, abs=0.1)
+
+
+def test_reached_after_and_within(tmp_path: Path) -> None:
+    """Accuracies 0.1, 0.5, 0.4 after 0, 1, 2 rounds and 0, 6, 13 MB."""
+    summary = summarise(run(tmp_path, ROUNDS))
+    start, first, second = summary.curve
+    assert [summary.reached(target) for target in (0.1, 0.3, 0.5, 0.51)] == [start, first, first, None]
+    assert [summary.after(rounds) for rounds in (1, 2, 3, None)] == [first, second, None, None]
+    assert [summary.within(size) for size in (0, 6 * MB - 1, 6 * MB, 99 * MB, None)] == [
+        start,
+        start,
+        first,
+        second,
+        None,
+    ]
+
+
+def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
+    """Target 0.45 is reached after round 1: 6 MB, 3 s of training, 4 MB of the slowest link; at 2 MB/s 2 + 3 = 5 s."""
+    compared = compare([summarise(run(tmp_path, ROUNDS))], target=0.45, bandwidth=2e6, budget=7 * MB)
+    numbers = compared.lines[0].mean
+    assert (numbers.accuracy, numbers.best_accuracy, numbers.macro_f1) == (0.4, 0.5, 0.2)
+    assert numbers.over_majority == pytest.approx(0.15)
+    assert (numbers.rounds_to_target, numbers.bytes_to_target, numbers.seconds_to_target) == (1, 6 * MB, 3)
+    assert numbers.modelled_seconds_to_target == 5
+    assert numbers.modelled_seconds_to_target_slora == pytest.approx(4 * MB / 655360 + 3)
+    assert (numbers.network_seconds, numbers.lost) == (4, 1)
+    assert (numbers.equal_rounds_accuracy, numbers.equal_rounds_bytes) == (0.4, 13 * MB)
+    assert (numbers.equal_bytes_accuracy, numbers.equal_bytes_rounds) == (0.5, 1)
+
+
+def test_seeds_are_averaged_and_their_spread_is_the_sample_standard_deviation(tmp_path: Path) -> None:
+    """Finals 0.4 and 0.6: mean 0.5, deviation sqrt((0.01 + 0.01) / 1); one seed alone reaches 0.5, after 2 rounds."""
+    seeds = [simple(tmp_path, "lora", accuracies, 1, seed) for seed, accuracies in enumerate([[0.3, 0.4], [0.4, 0.6]])]
+    line = compare(seeds, target=0.5).lines[0]
+    assert line.mean.accuracy == pytest.approx(0.5)
+    assert line.spread.accuracy == pytest.approx(math.sqrt(0.02))
+    assert [numbers.rounds_to_target for numbers in line.each] == [None, 2]
+    assert line.mean.rounds_to_target is None
+    assert compare(seeds, target=0.4).lines[0].mean.rounds_to_target == 1.5
+    assert compare(seeds[:1]).lines[0].spread.accuracy is None
+
+
+def test_the_default_terms(tmp_path: Path) -> None:
+    """Finals: a 0.5 (seeds 0.4, 0.6), b 0.8, c 0.3, d 0.6; of the middle ones, 0.5 and 0.6, the lower; 90 % are 0.45.
+
+    Evaluations exist after rounds {1, 2} of all but d, which stops after 1. The least traffic is d's 5 MB. Neither the
+    reference, which moves nothing, nor the run without an evaluation has a say.
+    """
+    runs = [
+        simple(tmp_path, "a", [0.1, 0.4], 4),
+        simple(tmp_path, "a", [0.1, 0.6], 4, seed=1),
+        simple(tmp_path, "b", [0.5, 0.8], 9),
+        simple(tmp_path, "c", [0.2, 0.3], 6),
+        simple(tmp_path, "d", [0.6], 5),
+        simple(tmp_path, "centralised", [0.97, 0.98, 0.99], 0),
+        summarise(run(tmp_path, [opening("e"), asked(0, 1)])),
+    ]
+    compared = compare(runs)
+    terms = compared.terms
+    assert terms.target == pytest.approx(0.45)
+    assert (terms.rounds, terms.budget) == (1, 5 * MB)
+    assert [line.label for line in compared.lines] == ["centralised", "b", "d", "a", "c", "e"]
+    by_label = {line.label: line for line in compared.lines}
+    assert [by_label[label].mean.equal_bytes_accuracy for label in "bdace"] == [None, 0.6, 0.1, None, None]
+    assert by_label["centralised"].mean.equal_bytes_accuracy == 0.99
+    assert [by_label[label].mean.equal_rounds_accuracy for label in "bdace"] == [0.5, 0.6, 0.1, 0.2, None]
+
+
+def test_references_alone_set_their_own_terms(tmp_path: Path) -> None:
+    compared = compare([simple(tmp_path, "centralised", [0.5, 0.6], 0)])
+    assert compared.terms.target == pytest.approx(0.54)
+    assert (compared.terms.rounds, compared.terms.budget) == (2, 0)
+
+
+def test_runs_of_one_method_and_seed_stand_alone_under_their_names(tmp_path: Path) -> None:
+    first = simple(tmp_path / "1", "lora", [0.3], 1)
+    second = simple(tmp_path / "2", "lora", [0.5], 1)
+    second = replace(second, run=replace(second.run, name="lora-fast"))
+    assert [line.label for line in compare([first, second]).lines] == ["lora-fast", "lora-0"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([opening("b", digest="d2"), scored(1, 0.5)], "a-0 is on data d1, b-0 on d2"),
+        ([opening("b"), scored(1, 0.5, "validation")], "different splits \\(test, validation\\)"),
+    ],
+)
+def test_what_does_not_compare_is_refused(tmp_path: Path, rows: list[Row], message: str) -> None:
+    folders = [run(tmp_path, [opening("a"), scored(1, 0.5)]), run(tmp_path, rows)]
+    with pytest.raises(BadInput, match=message):
+        write(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ledger_that_does_not_open_with_its_run_is_refused(tmp_path: Path) -> None:
+    good = run(tmp_path, ROUNDS)
+    headless = (good / FILE).read_bytes().partition(b"\n")[2]
+    for name, content in (("empty", b""), ("headless", headless)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FILE).write_bytes(content)
+        with pytest.raises(BadInput, match=rf"{name}/ledger\.jsonl: does not open with the row of its run"):
+            write([good, tmp_path / name], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, out = run(tmp_path, ROUNDS), tmp_path / "out"
+    with pytest.raises(BadInput, match="no runs given"):
+        write([], out)
+    with pytest.raises(BadInput, match="bandwidth: 0 bytes"):
+        write([good], out, bandwidth=0.0)
+    with pytest.raises(BadInput, match="is a file"):
+        write([good], good / FILE)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BadInput, match=r"pip install 'fedpeft\[plots\]'"):
+        write([good], out)
+    assert not out.exists()
+    write([good], out, plots=False)
+    assert sorted(path.name for path in out.iterdir()) == ["curves.csv", "runs.csv", "summary.csv"]
+
+
+def test_the_table_fits_120_columns_whole_and_ends_with_the_majority(tmp_path: Path) -> None:
+    """Nine methods and references with as many digits as a table has to hold; 0.5 and 0.7 are 60 ± 14.1 %."""
+    names = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara", "centralised", "local-only")
+    spent = ClientRow(0, 1, 18_160 * MB, 18_160 * MB, 1, 1, 22_700_000, 1.0, 99.4, 1234 * MB)
+    runs = [
+        summarise(run(tmp_path, [opening(name, seed, 1), spent, scored(1, 0.5 + seed / 5)]))
+        for name in names
+        for seed in (0, 1)
+    ]
+    table = tables.comparison(compare(runs))
+    text = printed(table)
+    assert max(map(len, text)) <= 120
+    assert "…" not in "".join(text)
+    assert cells(table, "full")[:4] == ["full", "60.0", "±", "14.1"]
+    assert [line for line in text if line.startswith(" ") and line.strip()][-1].split() == ["majority", "class", "25.0"]
+    assert sum(line.count("modelled") for line in text) == 3  # two headings and the small print
+
+
+def test_the_cells_of_a_table(tmp_path: Path) -> None:
+    """The run worked out above, target 0.45: after 1 round, 6 MB; 4 + 3 = 7 s = 0.117 min; 4e6 / 655360 + 3 = 9.1 s."""
+    table = tables.comparison(compare([summarise(run(tmp_path, ROUNDS))], target=0.45))
+    assert cells(table, "lora") == [
+        *("lora", "40.0", "20.0", "+15.0", "120→60.0", "8.00", "5.00"),
+        *("1", "6.00", "0.117", "0.152", "3.33", "0.000700", "1"),
+    ]
+    assert {
+        "pydocs · minilm · 20 clients, 2 a round · partition alpha 0.1",
+        "data digest d1 · 2 rounds · seeds 0 · scored on test",
+        "target: accuracy 45.0 % (as asked)",
+        "up to 2 clients trained side by side: seconds are shared out among them, peak MB is that of all at once",
+        "lost replies: 1 x timeout",
+    } <= set(printed(table))
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    compared = compare([simple(tmp_path, "lora[red]", [0.5], 1)])
+    assert cells(tables.comparison(compared), "lora")[0] == "lora[red]"
+    assert cells(tables.equal_terms(compared), "lora") == ["lora[red]", "50.0", "1.00", "50.0", "1"]
+
+
+def test_a_run_without_evaluations_is_reported_with_dashes(tmp_path: Path) -> None:
+    folders = [run(tmp_path, [opening("lora", rounds=7)]), run(tmp_path, [opening("federa"), asked(0, 1)])]
+    report = write(folders, tmp_path / "out")
+    assert cells(report, "lora")[1:5] == ["-", "-", "-", "-"]
+    assert "unfinished: lora-0 (0 of 7 rounds), federa-0 (1 of 2 rounds)" in printed(report)
+    assert "no target: nothing was evaluated" in printed(report)
+
+
+def test_the_csv_files_have_every_number(tmp_path: Path) -> None:
+    """Two seeds of one evaluation each after 3 MB and one second: modelled 3 + 1 s, as SLoRA 3e6 / 655360 + 1 s."""
+    folders = []
+    for seed, accuracy in enumerate((0.4, 0.6)):
+        folders.append(run(tmp_path, [opening("lora", seed), asked(0, 3), scored(1, accuracy)]))
+    write(folders, tmp_path / "out", plots=False)
+    names = {field.name for field in fields(Numbers)}
+
+    def table(name: str) -> list[dict[str, str]]:
+        with (tmp_path / "out" / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    (line,) = table("summary.csv")
+    assert line.keys() >= names | {f"{name}_spread" for name in names}
+    assert (line["method"], line["seeds"], line["down_bytes"]) == ("lora", "2", "3000000.0")
+    assert float(line["accuracy_spread"]) == pytest.approx(math.sqrt(0.02))
+    assert [(row["run"], row["seed"], row["accuracy"]) for row in table("runs.csv")] == [
+        ("lora-0", "0", "0.4"),
+        ("lora-1", "1", "0.6"),
+    ]
+    point = table("curves.csv")[1]
+    assert (point["method"], point["seed"], point["round"], point["megabytes"]) == ("lora", "1", "1", "3.0")
+    assert (point["modelled_seconds"], point["accuracy"], point["macro_f1"]) == ("4.0", "0.6", "0.3")
+    assert float(point["modelled_seconds_slora"]) == pytest.approx(3 * MB / 655360 + 1)
+
+
+def test_the_curve_of_a_method_is_the_mean_where_all_seeds_were_evaluated(tmp_path: Path) -> None:
+    """Seeds 0.2, 0.4 and 0.4, 0.6, 0.9 at 1 and 3 MB a round: after 1 round 30 % at 2 MB, after 2 50 % at 4 MB."""
+    seeds = [simple(tmp_path, "lora", [0.2, 0.4], 1), simple(tmp_path, "lora", [0.4, 0.6, 0.9], 3, seed=1)]
+    drawn = figures.curve(compare(seeds).lines[0], lambda point: point.cost.bytes / MB)
+    assert list(drawn.x) == [2, 4]
+    assert drawn.mean == pytest.approx((30, 50))
+    assert drawn.spread == pytest.approx((math.sqrt(200), math.sqrt(200)))
+
+
+@pytest.mark.parametrize("megabytes", [0, 5])
+def test_the_figures_are_pictures_also_of_references_alone(tmp_path: Path, megabytes: int) -> None:
+    rows: list[Row] = [opening("a"), scored(0, 0.1), asked(0, megabytes, seconds=0.0), scored(1, 0.5)]
+    write([run(tmp_path, rows)], tmp_path / "out")
+    for name in ("rounds", "megabytes", "time"):
+        picture = (tmp_path / "out" / f"accuracy_over_{name}.png").read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(picture[16:20], "big") == 1800  # pixels across
