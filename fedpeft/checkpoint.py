@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def unpack(blob: bytes) -> State:
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
 
-    memories = {client: version for client, version in fields["memories"].tolist()}
+    memories = dict(fields["memories"].tolist())
     return State(int(fields["round"]), part("shared/"), part("server/"), memories)
 
 
@@ -53,19 +53,22 @@ def save(folder: Path, state: State, memories: Memories, ledger: int, config: st
     """Write a checkpoint into ``folder``; until its manifest is in place, the one before it is the latest.
 
     ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest of the configuration.
+    Of memories that clients keep elsewhere nothing is saved: a resumed run takes these clients for new. OSError as the
+    disk gives it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    state = replace(state, memories={c: v for c, v in state.memories.items() if memories.holds(c, v)})
     blob = pack(state)
     files = {f"{state.round:06d}.state": digest(blob).hex()}
-    _write(folder / f"{state.round:06d}.state", blob)
+    write(folder / f"{state.round:06d}.state", blob)
     for client, version in state.memories.items():
         name = f"client-{client}-{version:06d}.memory"
         memory = memories.get(client, version)
         files[name] = digest(memory).hex()
         if not (folder / name).exists():
-            _write(folder / name, memory)
+            write(folder / name, memory)
     manifest = {"round": state.round, "config": config, "ledger": ledger, "files": files}
-    _write(folder / f"{state.round:06d}.json", json.dumps(manifest, indent=1).encode())
+    write(folder / f"{state.round:06d}.json", json.dumps(manifest, indent=1).encode())
     _prune(folder)
 
 
@@ -109,8 +112,8 @@ def _read(path: Path, config: str) -> Checkpoint:
     return Checkpoint(state, memories, manifest["ledger"])
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name, to the disk, then renamed."""
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name, to the disk, then renamed. I/O errors raise OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -119,11 +122,9 @@ def _write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise BadInput(
-            f"{path} cannot be written ({error.strerror}); the checkpoint before it is intact: make room and resume"
-        ) from error
+        raise
 
 
 def _sync(folder: Path) -> None:

@@ -63,9 +63,7 @@ class Worker:
         play = {Kind.TRAIN: self._train, Kind.EVALUATE: self._evaluate}[asked[0].kind]
         return play(clients, asked, held)
 
-    def _train(
-        self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]
-    ) -> list[tuple[bytes, bytes]]:
+    def _train(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
         number = asked[0].round
         shares = [self._share(client, number) for client in clients]
         order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
@@ -102,9 +100,7 @@ class Worker:
             answers[k] = (answer.encode(), kept)
         return answers
 
-    def _evaluate(
-        self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]
-    ) -> list[tuple[bytes, bytes]]:
+    def _evaluate(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
         answers = []
         for client, request, own in zip(clients, asked, held, strict=True):
             context = Context([client], request.round, self.seed)

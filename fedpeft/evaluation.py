@@ -1,24 +1,24 @@
 """Score a state: mount what the server sends without training it, and count what the model says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.hardware import Hardware
 from fedpeft.tasks import Classification, Encoded, Scores
-from fedpeft.types import NEVER, Client, Context, Method, Payload, State
+from fedpeft.types import NEVER, Client, Context, LocalTask, Method, Payload, State
 
 WHOLE = Client(NEVER)
 """A client of full capacity that remembers nothing: what it is sent is the whole model."""
 
 
-def score(
-    model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware, batch_size: int = 64
-) -> Scores:
+def score(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware, batch_size: int = 64) -> Scores:
     """Count what ``model``, as it is mounted now, says about ``examples``; batches are formed by length."""
     order = sorted(range(len(examples)), key=lambda row: len(examples.ids[row]))
     total = Scores(torch.zeros(3, len(task.labels), dtype=torch.int64), 0.0)
+    model.eval()
     with torch.inference_mode(), hardware.autocast():
         for start in range(0, len(order), batch_size):
             batch = task.collate(examples.take(order[start : start + batch_size]), hardware.torch_device)
@@ -27,21 +27,21 @@ def score(
     return total
 
 
-def stack(payload: Payload, device: torch.device) -> Mapping[str, Tensor]:
-    """Return a payload with a client axis of one, on ``device``."""
-    return {name: tensor.to(device).unsqueeze(0) for name, tensor in payload.items()}
-
-
-def evaluate(
+@contextmanager
+def held(
     method: Method,
     state: State,
     model: nn.Module,
-    task: Classification,
-    examples: Encoded,
     hardware: Hardware,
     seed: int,
-) -> Scores:
-    """Score ``state`` on ``examples``, as a client of full capacity would hold it."""
-    down = stack(method.send(state, WHOLE), hardware.torch_device)
-    with method.mount(model, down, {}, Context([WHOLE.id], state.round, seed)):
-        return score(model, task, examples, hardware)
+    client: Client = WHOLE,
+    memory: Payload | None = None,
+) -> Iterator[LocalTask]:
+    """Mount ``state`` on ``model`` as ``client``, with its ``memory``, holds it; by default the whole of it."""
+
+    def stack(payload: Payload) -> dict[str, Tensor]:
+        return {name: tensor.to(hardware.torch_device).unsqueeze(0) for name, tensor in payload.items()}
+
+    context = Context([client.id], state.round, seed)
+    with method.mount(model, stack(method.send(state, client)), stack(memory or {}), context) as local:
+        yield local

@@ -63,7 +63,7 @@ _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 def pack(mask: Tensor) -> Tensor:
     """Return a (..., n) mask as (..., ceil(n / 8)) bytes, first rank in the highest bit."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    return (padded.unflatten(-1, (-1, 8)) * _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
+    return (padded.view(*mask.shape[:-1], -1, 8) * _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:

@@ -25,6 +25,10 @@ class Memories:
             raise WireError(f"client {client} holds no memory of round {version}, only of {sorted(own) or 'none'}")
         return own[version]
 
+    def holds(self, client: int, version: int) -> bool:
+        """Return whether that version of the client's memory is here."""
+        return version in self._versions.get(client, {})
+
     def put(self, client: int, version: int, blob: bytes, assumed: int = NEVER) -> None:
         """Store a new memory and forget all others but the ``assumed`` one, from which it was made."""
         own = self._versions.get(client, {})

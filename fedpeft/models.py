@@ -73,7 +73,11 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
             )
             _set_dropout(config, choice.dropout)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                place, config=config, attn_implementation=hardware.attention, dtype=torch.float32, output_loading_info=True
+                place,
+                config=config,
+                attn_implementation=hardware.attention,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
@@ -117,8 +121,8 @@ def _digest(base: Base) -> str:
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and its list of newly drawn parameters off the terminal."""
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield

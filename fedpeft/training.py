@@ -72,6 +72,7 @@ def fit(
         training.optimizer, local.trainable, rates, weight_decay=training.weight_decay, momentum=training.momentum
     )
     losses = torch.zeros(len(shares), dtype=torch.float64)
+    model.train()
     for step in range(len(shares[0].steps)):
         active = slice(0, sum(step < len(share.steps) for share in shares))
         examples, weights = side_by_side([(share.examples, share.steps[step]) for share in shares[active]])

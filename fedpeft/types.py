@@ -139,9 +139,7 @@ class Method(Protocol):
         """Return what goes down to ``client``."""
         ...
 
-    def mount(
-        self, model: nn.Module, down: Payload, memory: Payload, context: Context
-    ) -> AbstractContextManager[LocalTask]:
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> AbstractContextManager[LocalTask]:
         """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``."""
         ...
 

@@ -119,9 +119,7 @@ def _field(record: Mapping[str, object], role: str, column: str, where: str) -> 
     if role != "text" and not value.strip():
         raise BadInput(f"{where}: the {role} in column {column!r} is empty")
     if _SURROGATE.search(value):
-        raise BadInput(
-            f"{where}: the {role} in column {column!r} holds half a surrogate pair, which no encoding can write"
-        )
+        raise BadInput(f"{where}: the {role} in column {column!r} holds half a surrogate pair, which no encoding can write")
     return value
 
 
@@ -148,7 +146,7 @@ def _json_lines(path: Path) -> Iterator[Located]:
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}:{number}: not JSON: {str(error).partition(':')[0]}") from error
         if not isinstance(record, dict):
-            raise BadInput(f"{path}:{number}: each line must hold one JSON object, not {line.strip():.40}")
+            raise BadInput(f"{path}:{number}: each line must hold one JSON object, not {line.strip()!r:.40}")
         yield f"{path}:{number}", record
 
 

@@ -53,10 +53,10 @@ def dirichlet(dataset: Dataset, clients: int, seed: int, *, alpha: float, min_ex
     _check(dataset, clients, "min_examples", min_examples)
     if not 0 < alpha < np.inf:
         raise BadInput(f"partition.alpha = {alpha}: must be a positive number, as 0.1 or 1.0")
-    drawn = shares(_sizes(dataset.train, dataset), clients, alpha, min_examples, seed)
+    train, test = (_codes(split, dataset.labels) for split in (dataset.train, dataset.test))
+    share = shares(np.bincount(train), clients, alpha, min_examples, seed)
     rng = np.random.default_rng(derive(seed, "dirichlet", "rows"))
-    train, test = (_deal(split, dataset, drawn, rng) for split in (dataset.train, dataset.test))
-    return _partition(train, test)
+    return _partition(_deal(train, share, rng), _deal(test, share, rng))
 
 
 def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int = 2) -> Partition:
@@ -70,12 +70,12 @@ def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int 
     _check(dataset, clients, "shards_per_client", shards_per_client)
     rng = np.random.default_rng(derive(seed, "shards"))
     mixed = rng.permutation(len(dataset.train))
-    ordered = mixed[np.argsort(np.array(dataset.train.labels)[mixed], kind="stable")]
+    ordered = mixed[np.argsort(_codes(dataset.train, dataset.labels)[mixed], kind="stable")]
     cut = np.array_split(ordered, clients * shards_per_client)
     dealt = rng.permutation(len(cut)).reshape(clients, shards_per_client)
     train = [np.concatenate([cut[shard] for shard in hand]) for hand in dealt]
     held = label_counts(dataset.train, _partition(train, []))  # (clients, labels)
-    return _partition(train, _deal(dataset.test, dataset, (held / held.sum(axis=0)).T, rng))
+    return _partition(train, _deal(_codes(dataset.test, dataset.labels), (held / held.sum(axis=0)).T, rng))
 
 
 def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
@@ -120,7 +120,8 @@ def from_file(dataset: Dataset, path: Path) -> Partition:
 
 def label_counts(rows: Rows, partition: Partition) -> Indices:
     """Return how many train rows of each label each client holds, (clients, labels), labels sorted by name."""
-    labels, codes = np.unique(np.array(rows.labels), return_inverse=True)
+    labels = sorted(set(rows.labels))
+    codes = _codes(rows, labels)
     return np.stack([np.bincount(codes[held], minlength=len(labels)) for held in partition.train])
 
 
@@ -149,18 +150,17 @@ def _partition(train: Sequence[Indices], test: Sequence[Indices], names: Sequenc
     )
 
 
-def _sizes(split: Rows, dataset: Dataset) -> Indices:
-    """Return the number of rows of each of the data set's labels, (labels,)."""
-    found = Counter(split.labels)
-    return np.array([found[label] for label in dataset.labels])
+def _codes(rows: Rows, labels: Sequence[str]) -> Indices:
+    """Return where each row's label stands among ``labels``, (rows,)."""
+    place = {label: code for code, label in enumerate(labels)}
+    return np.array([place[label] for label in rows.labels], dtype=np.int64)
 
 
-def _deal(split: Rows, dataset: Dataset, drawn: NDArray[np.float64], rng: np.random.Generator) -> list[Indices]:
-    """Deal the shuffled rows of each label by ``drawn`` shares, (labels, clients)."""
-    held: list[list[Indices]] = [[] for _ in range(drawn.shape[1])]
-    labels = np.array(split.labels)
-    for label, whole in zip(dataset.labels, counts(drawn, _sizes(split, dataset)), strict=True):
-        own = rng.permutation(np.flatnonzero(labels == label))
+def _deal(codes: Indices, share: NDArray[np.float64], rng: np.random.Generator) -> list[Indices]:
+    """Deal the shuffled rows of each label by ``share`` (labels, clients); ``codes`` (rows,) are their labels."""
+    held: list[list[Indices]] = [[] for _ in range(share.shape[1])]
+    for label, whole in enumerate(counts(share, np.bincount(codes, minlength=len(share)))):
+        own = rng.permutation(np.flatnonzero(codes == label))
         for pieces, piece in zip(held, np.split(own, np.cumsum(whole)[:-1]), strict=True):
             pieces.append(piece)
     return [np.concatenate(pieces) for pieces in held]

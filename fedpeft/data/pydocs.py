@@ -31,11 +31,14 @@ def pydocs(seed: int = 0) -> Dataset:
 
 
 def _collect(library: Path) -> Rows:
-    """Return every different docstring once, under the first module (in alphabetical order) that has it."""
+    """Return every different docstring once, under the first module (in alphabetical order) that has it.
+
+    The code is parsed, never run.
+    """
     found: dict[str, tuple[str, str]] = {}
     for module, chapter in sorted(_chapters().items()):
         for source in _sources(library, module):
-            for text in _docstrings(source):
+            for text in _docstrings(ast.parse(source.read_bytes())):
                 found.setdefault(text, (chapter, module))
     if not found:
         raise BadInput(f"data.source = 'pydocs': {library} holds no Python source; give files of your own instead")
@@ -56,10 +59,12 @@ def _sources(library: Path, module: str) -> Iterator[Path]:
             yield path
 
 
-def _docstrings(source: Path) -> Iterator[str]:
-    """Yield the docstrings in a file that are long enough; the code is parsed, never run."""
-    for node in ast.walk(ast.parse(source.read_bytes())):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = (ast.get_docstring(node) or "").strip()
-            if len(text) >= SHORTEST:
-                yield text
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Yield the docstrings inside ``node`` that are long enough, in the order of the source."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = (ast.get_docstring(node) or "").strip()
+        if len(text) >= SHORTEST:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):  # most nodes are expressions, and they define nothing
+            yield from _docstrings(child)

@@ -50,7 +50,7 @@ class Dataset:
         return sha256(json.dumps(splits).encode()).hexdigest()[:16]
 
     def majority(self, split: Rows) -> float:
-        """Return the accuracy on a non-empty ``split`` of always saying train's commonest label, the first of equals."""
+        """Return the accuracy on a non-empty ``split`` of always saying train's commonest label (first of equals)."""
         counts = Counter(self.train.labels)
         return split.labels.count(max(self.labels, key=counts.__getitem__)) / len(split)
 

@@ -1,1 +1,26 @@
 """How bytes travel between the server and its clients: in this process, or through Flower."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TypeVar
+
+from fedpeft.engines.site import Site
+from fedpeft.types import BadInput, Engine
+
+T = TypeVar("T")
+
+ENGINES: Mapping[str, str] = {"local": "fedpeft.engines.local", "flower": "fedpeft.engines.flower"}
+"""The module of every engine; each has a function ``launch(site, body)``."""
+
+
+def launch(kind: str, site: Site, body: Callable[[Engine], T]) -> T:
+    """Start the clients of ``site``, call ``body`` with the engine that reaches them, and return what it returns."""
+    try:
+        module = import_module(ENGINES[kind])
+    except ModuleNotFoundError as error:
+        raise BadInput(f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'") from error
+    result: T = module.launch(site, body)
+    return result
+
+
+__all__ = ["ENGINES", "Site", "launch"]

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import TypeVar, final
 
 from fedpeft.client import Worker
+from fedpeft.engines.site import Site
 from fedpeft.memory import Memories
-from fedpeft.types import Client, Lost, Reply, WireError
+from fedpeft.types import Client, Engine, Lost, Reply, WireError
 from fedpeft.wire import Answer
+
+T = TypeVar("T")
 
 
 @final
@@ -31,3 +34,8 @@ class LocalEngine:
             if kept:
                 self.memories.put(client.id, Answer.decode(answer).memory, kept, client.memory)
             yield Reply(client, answer)
+
+
+def launch(site: Site, body: Callable[[Engine], T]) -> T:
+    """Call ``body`` with the clients of ``site`` in this process."""
+    return body(LocalEngine(site.worker, site.memories))

@@ -49,7 +49,6 @@ class Ledger:
 
         Raises BadInput when the file is shorter than that: then it is not the checkpoint's ledger.
         """
-        self._file.flush()
         size = os.fstat(self._file.fileno()).st_size
         if size < length:
             raise BadInput(f"{self._path}: has {size} bytes, but the checkpoint was written when it had {length}")

@@ -1,6 +1,6 @@
 """The federated methods, one file each; third parties add theirs through the entry-point group ``fedpeft.methods``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from fedpeft.methods.bitfit import BitFit
@@ -25,3 +25,11 @@ METHODS: Mapping[str, type[Method]] = {
     "fedara": FedARA,
     "local_only": LocalOnly,
 }
+
+GROUP = "fedpeft.methods"
+"""The entry-point group in which third parties name their methods."""
+
+
+def constructors() -> dict[str, type[Method]]:
+    """Return every method by name: ours, then what installed packages add."""
+    return {**{point.name: point.load() for point in entry_points(group=GROUP)}, **METHODS}

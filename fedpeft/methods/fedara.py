@@ -153,4 +153,6 @@ def _put(state: State, name: str, live: Tensor | None) -> Tensor:
 
 def _strength(parts: Payload) -> Tensor:
     """Return the norm of every rank-one term e_i b_i a_i, (r,), which settles equal votes (reconstruction)."""
-    return parts["e"].abs() * parts["A"].norm(dim=1) * parts["B"].norm(dim=0)
+    rows: Tensor = torch.linalg.vector_norm(parts["A"], dim=1)
+    columns: Tensor = torch.linalg.vector_norm(parts["B"], dim=0)
+    return parts["e"].abs() * rows * columns

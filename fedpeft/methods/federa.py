@@ -41,7 +41,7 @@ class FeDeRA:
         start: dict[str, Tensor] = {}
         for name, weight in layers.items():
             start[f"{name}:B"], start[f"{name}:A"] = principal(weight / self.scale, self.rank, self.split)
-        return State(0, start | base.heads(), server={f"{name}0": factor for name, factor in start.items()})
+        return State(0, start | base.heads(), server={f"{name}0": factor.clone() for name, factor in start.items()})
 
     def send(self, state: State, client: Client) -> Payload:
         """Send A, B and head, and once, to a client that has no memory of it, the anchor."""

@@ -71,9 +71,7 @@ class SLoRA:
         """Send the masked values in stage 1, the factors in stage 2, and the head."""
         return self.stages.send(state, client)
 
-    def mount(
-        self, model: nn.Module, down: Payload, memory: Payload, context: Context
-    ) -> AbstractContextManager[LocalTask]:
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> AbstractContextManager[LocalTask]:
         """Mount as the stage under way does."""
         return self.stages.mount(model, down, memory, context)
 

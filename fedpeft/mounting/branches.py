@@ -1,7 +1,6 @@
 """What stands in for a module while adapters are mounted: low-rank branches and parameters with a client axis."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch

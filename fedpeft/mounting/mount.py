@@ -86,9 +86,7 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     for name, module in changed.items():
         if not stackable(module):
             kind = type(module).__name__
-            raise WireError(
-                f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use cohorts of 1"
-            )
+            raise WireError(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use cohorts of 1")
     forwards = {name: stacked(module, own[name]) for name, module in changed.items()}
     try:
         for name, module in changed.items():

@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import SHARE_OF_MEDIAN, Terms
 
 
 def setting(runs: Sequence[Summary]) -> str:
-    """Return data, model, federation and, where the settings have it, the partition's alpha: one line."""
+    """Return data and model (of a path its last part), federation and, if the settings have it, the partition's alpha."""
     rows = [run.run for run in runs]
     parts = [
-        _listed(row.data for row in rows),
-        _listed(row.model for row in rows),
+        _listed(PurePath(row.data).name for row in rows),
+        _listed(PurePath(row.model).name for row in rows),
         f"{_listed(row.clients for row in rows)} clients, {_listed(row.clients_per_round for row in rows)} a round",
     ]
     alphas = [alpha for row in rows for alpha in _alphas(row.settings)]
@@ -61,9 +62,7 @@ def cohorts(runs: Sequence[Summary]) -> str:
     most = max(run.side_by_side for run in runs)
     if most == 1:
         return ""
-    return (
-        f"up to {most} clients trained side by side: seconds are shared out among them, peak MB is that of all at once"
-    )
+    return f"up to {most} clients trained side by side: seconds are shared out among them, peak MB is that of all at once"
 
 
 def _listed(values: Iterable[object]) -> str:

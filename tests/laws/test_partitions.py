@@ -1,6 +1,5 @@
 """Laws of partitions: every row has one holder, the shares follow the law they are drawn from, nonsense is refused."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,7 @@ def assert_dealt(held: tuple[NDArray[np.int64], ...], size: int) -> None:
 
 
 @pytest.mark.parametrize("deal", DEALS.values(), ids=DEALS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=datasets(), clients=st.integers(1, 8), seed=st.integers(0, 2**62))
 def test_every_row_has_one_holder_and_nobody_is_empty(deal: Deal, data: Dataset, clients: int, seed: int) -> None:
     partition = deal(data, clients, seed)
@@ -77,7 +76,7 @@ def test_the_seed_decides(deal: Deal) -> None:
         assert not all(map(np.array_equal, held, changed))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=datasets(), clients=st.integers(1, 40))
 def test_iid_is_even(data: Dataset, clients: int) -> None:
     partition = iid(data, clients, 0)
@@ -85,7 +84,7 @@ def test_iid_is_even(data: Dataset, clients: int) -> None:
         assert max(map(len, held)) - min(map(len, held)) <= 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=datasets(), clients=st.integers(1, 8))
 def test_label_counts_counts(data: Dataset, clients: int) -> None:
     partition = iid(data, clients, 0)
@@ -113,9 +112,7 @@ def test_rounded_shares_are_whole_and_near(sizes: list[int], clients: int, seed:
     assert np.abs(whole - share * np.array(sizes)[:, None]).max() <= 1
 
 
-def textbook(
-    rng: np.random.Generator, sizes: NDArray[np.int64], clients: int, alpha: float, least: int
-) -> NDArray[np.float64]:
+def textbook(rng: np.random.Generator, sizes: NDArray[np.int64], clients: int, alpha: float, least: int) -> NDArray[np.float64]:
     """Redraw whole matrices of shares until every client has enough."""
     while True:
         share: NDArray[np.float64] = rng.dirichlet([alpha] * clients, size=len(sizes))
@@ -126,16 +123,7 @@ def textbook(
 def features(share: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[float]:
     """Return numbers in which two laws of shares would differ: one client, the extremes, how labels go together."""
     load = sizes @ share
-    return [
-        share[0, 0],
-        share[-1, 0],
-        load[0],
-        load.min(),
-        load.max(),
-        share.max(),
-        share[0] @ share[-1],
-        (share**2).sum(),
-    ]
+    return [share[0, 0], load[0], load.min(), load.max(), share.max(), share[0] @ share[-1], (share**2).sum()]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +131,7 @@ def features(share: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[float
     [([40, 60], 4, 0.3, 8), ([50, 50, 100], 6, 0.5, 15), ([30] * 5, 3, 0.1, 10), ([200], 3, 0.5, 20)],
 )
 def test_shares_follow_the_law_of_redrawing(sizes: list[int], clients: int, alpha: float, least: int) -> None:
-    rng, drawn, every = np.random.default_rng(0), 1500, np.array(sizes)
+    rng, drawn, every = np.random.default_rng(0), 1000, np.array(sizes)
     ours = np.array([features(shares(every, clients, alpha, least, seed), every) for seed in range(drawn)])
     theirs = np.array([features(textbook(rng, every, clients, alpha, least), every) for _ in range(drawn)])
     for one, other in zip(ours.T, theirs.T, strict=True):
@@ -165,17 +153,6 @@ def test_a_hundred_clients_all_have_enough(labels: int, examples: int, alpha: fl
     assert min(map(len, partition.train)) >= least
 
 
-def test_small_alpha_concentrates_labels() -> None:
-    data = dataset(cycle(1000, 5), Rows((), ()))
-    largest = [
-        np.mean(label_counts(data.train, dirichlet(data, 10, seed, alpha=alpha)).max(axis=0) / 200)
-        for alpha in (0.1, 1.0, 100.0)
-        for seed in range(5)
-    ]
-    few, some, even = (largest[n : n + 5] for n in (0, 5, 10))
-    assert min(few) > max(some) > min(some) > max(even)
-
-
 def test_shards_give_a_client_few_labels() -> None:
     data = dataset(cycle(400, 10), Rows((), ()))  # 40 rows a label, 40 shards of 10: every shard has one label
     table = label_counts(data.train, shards(data, 20, 0, shards_per_client=2))
@@ -184,7 +161,7 @@ def test_shards_give_a_client_few_labels() -> None:
     assert (table > 0).sum(axis=1).max() == 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=datasets())
 def test_by_key_gives_a_key_its_rows(data: Dataset) -> None:
     partition = by_key(data)
@@ -210,19 +187,8 @@ def test_a_file_says_who_holds_what(tmp_path: Path) -> None:
     assert partition.names == ("zoe", "anna")
     assert [rows.tolist() for rows in partition.train] == [[1, 3], [0]]
     assert [rows.tolist() for rows in partition.test] == [[], []]
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=datasets(), clients=st.integers(1, 8))
-def test_a_partition_can_be_written_and_read_back(
-    tmp_path_factory: pytest.TempPathFactory, data: Dataset, clients: int
-) -> None:
-    path = tmp_path_factory.mktemp("partition") / "clients.json"
-    made = iid(data, clients, 0)
-    path.write_text(json.dumps({name: rows.tolist() for name, rows in zip(made.names, made.train, strict=True)}))
-    back = from_file(data, path)
-    assert back.names == made.names
-    assert all(map(np.array_equal, back.train, made.train))
+    with pytest.raises(BadInput, match=r"no such file; did you mean 'clients\.json'"):
+        from_file(dataset(cycle(5, 2), cycle(5, 2)), tmp_path / "client.json")
 
 
 @pytest.mark.parametrize(
@@ -252,12 +218,6 @@ def test_a_file_that_makes_no_sense_is_refused(content: str, message: str, tmp_p
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
-def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "clients.json").touch()
-    with pytest.raises(BadInput, match=r"no such file; did you mean 'clients\.json'"):
-        from_file(dataset(cycle(5, 2), cycle(5, 2)), tmp_path / "client.json")
-
-
 @pytest.mark.parametrize("deal", DEALS.values(), ids=DEALS)
 def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
     data = dataset(cycle(512, 2), cycle(5, 2))
@@ -274,19 +234,9 @@ def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
         (lambda data: dirichlet(data, 10, 0, alpha=0.0), "partition.alpha = 0.0: must be a positive number"),
         (lambda data: dirichlet(data, 10, 0, alpha=float("nan")), "partition.alpha = nan: must be a positive number"),
         (lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=0), "partition.min_examples = 0: must be 1 or more"),
-        (
-            lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=11),
-            "partition.min_examples = 11: train has only 100 examples for 10 clients; at most 10 each",
-        ),
-        (
-            lambda data: dirichlet(data, 10, 0, alpha=0.01, min_examples=9),
-            "partition.alpha = 0.01: 10000 draws of shares for partition.clients = 10 left some client with less than "
-            "partition.min_examples = 9 of 100; raise alpha or lower the other two",
-        ),
-        (
-            lambda data: shards(data, 60, 0, shards_per_client=2),
-            "partition.shards_per_client = 2: train has only 100 examples for 60 clients; at most 1 each",
-        ),
+        (lambda data: dirichlet(data, 3, 0, alpha=0.01, min_examples=33), "partition.alpha = 0.01: 10000 draws of shares"),
+        (lambda data: dirichlet(data, 9, 0, alpha=1, min_examples=12), "partition.min_examples = 12: train has only 100"),
+        (lambda data: shards(data, 60, 0, shards_per_client=2), "partition.shards_per_client = 2: train has only 100"),
         (lambda data: by_key(data, 8), "partition.clients = 8: train has 7 keys; choose 1 to 7 clients"),
         (lambda data: by_key(dataset(data.test, data.test)), "partition.kind = 'by_key': the data has no keys"),
     ],

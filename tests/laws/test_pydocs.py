@@ -1,4 +1,4 @@
-"""Laws of the built-in data: texts of the standard library, each in one split, labelled by the chapter of its module."""
+"""Laws of the built-in data: each text of the standard library in one split, labelled by its module's chapter."""
 
 import os
 import subprocess
@@ -79,12 +79,15 @@ def test_no_module_is_in_two_chapters() -> None:
     }
 
 
-def test_another_process_builds_the_same(data: Dataset) -> None:
-    code = "from fedpeft.data import pydocs; print(pydocs().digest())"
-    hashing = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    environment = os.environ | {"PYTHONHASHSEED": hashing}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == data.digest()
+def test_another_process_builds_the_same(library: Path) -> None:
+    for module in ("json", "re", "ast"):
+        write(library / module / "__init__.py", *sentences(module, 20), *sentences("everything", 5))
+    code = "import sys, sysconfig; sysconfig.get_path = lambda name: sys.argv[1]\n"
+    code += "from fedpeft.data import pydocs; print(pydocs().digest())"
+    environment = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    command = [sys.executable, "-c", code, str(library)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == pydocs().digest()
 
 
 def test_a_seed_moves_rows_between_splits_and_changes_no_text(library: Path) -> None:
@@ -101,9 +104,7 @@ def test_splits_depend_on_the_texts_alone(library: Path) -> None:
     write(library / "json" / "decoder.py", *sentences("JSON", 25))
     write(library / "base64.py", *reversed(sentences("JSON", 50)[25:]))
     after = pydocs()
-    assert [split.texts for split in (before.train, before.test)] == [
-        split.texts for split in (after.train, after.test)
-    ]
+    assert [split.texts for split in (before.train, before.test)] == [split.texts for split in (after.train, after.test)]
 
 
 def test_tests_short_docstrings_and_unmapped_modules_are_left_out(library: Path) -> None:

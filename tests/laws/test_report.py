@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.console import Console, RenderableType
 
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow
@@ -231,6 +234,8 @@ def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path, monkeypa
         write([], out)
     with pytest.raises(BadInput, match="bandwidth: 0 bytes"):
         write([good], out, bandwidth=0.0)
+    with pytest.raises(BadInput, match=r"target: 60 is no accuracy; .* 0\.6 for 60 %"):
+        write([good], out, target=60)
     with pytest.raises(BadInput, match="is a file"):
         write([good], good / FILE)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -332,3 +337,22 @@ def test_the_figures_are_pictures_also_of_references_alone(tmp_path: Path, megab
         picture = (tmp_path / "out" / f"accuracy_over_{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(picture[16:20], "big") == 1800  # pixels across
+
+
+def heights(line: Line2D) -> list[float]:
+    return [float(height) for height in np.asarray(line.get_ydata())]
+
+
+def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best first, the majority last; a reference, having moved nothing, is level in the figure over traffic alone."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    runs = [simple(tmp_path, "lora", [0.3, 0.5], 4), simple(tmp_path, "centralised", [0.6, 0.8], 0)]
+    figures.save(compare(runs), tmp_path)
+    over_rounds, over_megabytes, over_time = (figure.axes[0].get_lines() for figure in drawn)
+    labels = ["centralised  80.0", "lora  50.0", "majority class  25.0"]
+    assert [line.get_label() for line in over_rounds] == labels
+    assert [heights(line) for line in over_rounds] == [[60, 80], [30, 50], [25, 25]]
+    assert [heights(line) for line in over_megabytes] == [[80, 80], [30, 50], [25, 25]]
+    assert np.asarray(over_megabytes[1].get_xdata()).tolist() == [4, 8]
+    assert np.asarray(over_time[1].get_xdata()).tolist() == pytest.approx([5 / 60, 10 / 60])

@@ -1,0 +1,231 @@
+"""TOML -> checked settings; a mistake becomes one line that names the key, the value and the nearest valid choice."""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
+
+from fedpeft.hardware import Machine
+from fedpeft.methods import constructors
+from fedpeft.models import ModelChoice
+from fedpeft.training import Training
+from fedpeft.types import BadInput, Method
+
+T = TypeVar("T")
+
+Tree = Mapping[str, Any]
+"""Nested settings as TOML gives them."""
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which texts. ``source`` is ``pydocs`` or ``files``; with files, ``train`` (and ``validation``, ``test``) are paths.
+
+    ``text``, ``label``, ``key``: column names; ``key`` names natural clients. Splits without a file are held out of train
+    by ``validation_fraction`` and ``test_fraction``. Relative paths start at the folder of the configuration file.
+    """
+
+    source: Literal["pydocs", "files"] = "pydocs"
+    train: Path | None = None
+    validation: Path | None = None
+    test: Path | None = None
+    text: str = "text"
+    label: str = "label"
+    key: str | None = None
+    validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2
+
+
+@dataclass(frozen=True)
+class PartitionChoice:
+    """Who holds what: ``kind`` with its own numbers.
+
+    ``iid``; ``dirichlet`` of ``alpha`` per class, redrawn until every client has ``min_examples``; ``shards`` sorted by
+    label, ``shards_per_client`` each; ``by_key``, the data's natural clients; ``file``, a JSON object of client -> rows.
+    """
+
+    kind: Literal["iid", "dirichlet", "shards", "by_key", "file"] = "dirichlet"
+    clients: Annotated[int, Ge(1)] = 20
+    alpha: Annotated[float, Gt(0)] = 0.1
+    min_examples: Annotated[int, Ge(1)] = 8
+    shards_per_client: Annotated[int, Ge(1)] = 2
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class FederationChoice:
+    """``rounds``, ``clients_per_round``, and ``min_replies``: with fewer usable ones a round changes nothing."""
+
+    rounds: Annotated[int, Ge(1)] = 20
+    clients_per_round: Annotated[int, Ge(1)] = 4
+    min_replies: Annotated[int, Ge(1)] = 1
+
+
+@dataclass(frozen=True)
+class EvaluationChoice:
+    """When and on what: ``every`` so many rounds and after the last, on ``limit`` texts of ``split`` (None: all).
+
+    ``per_client`` also scores every client on its own part of the test set.
+    """
+
+    every: Annotated[int, Ge(1)] = 5
+    limit: Annotated[int, Ge(1)] | None = None
+    split: Literal["validation", "test"] = "test"
+    per_client: bool = False
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation."""
+
+    kind: Literal["local", "flower"] = "local"
+
+
+@dataclass(frozen=True)
+class CompareChoice:
+    """What ``fedpeft compare`` runs.
+
+    ``methods``, ``seeds``. ``recipe``: ``equal`` gives every method that has them the same ``targets`` and starting
+    ``rank``; ``paper`` leaves each its own defaults. ``references``: ``centralised`` and ``local-only`` rows, playing
+    ``reference_method``. ``settings``: overrides by method, such as ``[compare.settings.lora] training.lr = 3e-3``.
+    """
+
+    methods: tuple[str, ...] = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara")
+    seeds: tuple[int, ...] = (0,)
+    recipe: Literal["equal", "paper"] = "equal"
+    targets: str = "query|value"
+    rank: Annotated[int, Ge(1)] = 8
+    references: tuple[Literal["centralised", "local-only"], ...] = ()
+    reference_method: str = "lora"
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made from; ``method`` holds the method's ``name`` and its own fields. ``label`` is for reports."""
+
+    name: str = "run"
+    label: str = ""
+    seed: Annotated[int, Ge(0), Le(2**62)] = 0
+    model: ModelChoice = field(default_factory=ModelChoice)
+    machine: Machine = field(default_factory=Machine)
+    data: DataChoice = field(default_factory=DataChoice)
+    partition: PartitionChoice = field(default_factory=PartitionChoice)
+    federation: FederationChoice = field(default_factory=FederationChoice)
+    training: Training = field(default_factory=Training)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    evaluation: EvaluationChoice = field(default_factory=EvaluationChoice)
+    engine: EngineChoice = field(default_factory=EngineChoice)
+    compare: CompareChoice = field(default_factory=CompareChoice)
+
+    def to_json(self) -> str:
+        """Return the settings as JSON that ``from_tree`` reads back."""
+        return TypeAdapter(Config).dump_json(self, indent=1).decode()
+
+    def build_method(self) -> Method:
+        """Return the method that ``method`` describes, told the number of rounds where its schedule needs it."""
+        fields = dict(self.method)
+        known = constructors()
+        name = fields.pop("name", None)
+        if name not in known:
+            raise BadInput(f"method.name = {name!r} is not a method; {_nearest(str(name), list(known))}")
+        constructor = known[name]
+        own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
+        if "rounds" in own:
+            fields.setdefault("rounds", self.federation.rounds)
+        return _checked(constructor, fields, "method")
+
+
+def read(path: Path) -> Tree:
+    """Return the settings in a TOML file; a missing or malformed one raises BadInput."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise BadInput(f"{path}: no such file; {_nearest(str(path), others)}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{path}: not a TOML file: {error}") from error
+    for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
+        if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
+            tree[section][key] = str(path.parent / tree[section][key])
+    return tree
+
+
+def parse_set(assignment: str) -> Tree:
+    """Return the tree that ``a.b=value`` sets; the value is read as TOML, and as a bare word where it is none."""
+    key, equals, value = assignment.partition("=")
+    if not equals or not all(key.split(".")):
+        raise BadInput(f"--set {assignment}: write it as section.field=value, such as training.lr=0.001")
+    try:
+        leaf: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        leaf = value
+    for part in reversed(key.split(".")):
+        leaf = {part: leaf}
+    return dict(leaf)
+
+
+def merge(*trees: Tree) -> dict[str, Any]:
+    """Return the trees laid over each other, later ones on top; a method of another name starts from its own defaults."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            below = merged.get(key)
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                renamed = key == "method" and value.get("name", below.get("name")) != below.get("name")
+                merged[key] = dict(value) if renamed else merge(below, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def from_tree(tree: Tree) -> Config:
+    """Return checked settings; the method's own fields are checked too."""
+    config = _checked(Config, tree, "")
+    config.build_method()
+    if config.data.source == "files" and config.data.train is None:
+        raise BadInput("data.train is missing: with data.source = 'files', name the file of the training texts")
+    if config.data.source == "pydocs" and config.data.train is not None:
+        raise BadInput(f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; did you mean 'files'?")
+    if config.partition.kind == "file" and config.partition.file is None:
+        raise BadInput("partition.file is missing: with partition.kind = 'file', name the JSON file of client -> rows")
+    return config
+
+
+def from_json(text: str) -> Config:
+    """Return the settings that ``Config.to_json`` wrote."""
+    return from_tree(json.loads(text))
+
+
+def _checked(kind: type[T], tree: Tree, prefix: str) -> T:
+    _check_keys(kind, tree, prefix)
+    try:
+        return TypeAdapter(kind).validate_python(dict(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+        raise BadInput(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def _check_keys(kind: type[Any], tree: Tree, prefix: str) -> None:
+    """Refuse keys that ``kind`` has no field for, at any depth."""
+    fields = {part.name: part for part in dataclasses.fields(kind) if part.init}
+    for key, value in tree.items():
+        where = f"{prefix}.{key}" if prefix else key
+        if key not in fields:
+            raise BadInput(f"unknown key {where!r}; {_nearest(key, list(fields))}")
+        section = fields[key].type
+        if isinstance(section, type) and dataclasses.is_dataclass(section) and isinstance(value, Mapping):
+            _check_keys(section, value, where)
+
+
+def _nearest(name: str, choices: Sequence[str]) -> str:
+    near = get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices)}"

@@ -1,0 +1,24 @@
+"""What an engine needs to have clients somewhere: the worker itself here, or how to build one elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import final
+
+from fedpeft.client import Worker
+from fedpeft.memory import Memories
+
+
+@final
+@dataclass(frozen=True)
+class Site:
+    """The clients 0 .. ``clients`` - 1 of one run.
+
+    ``worker`` plays them in this process and ``memories`` is what they keep there; ``rebuild(settings)`` gives an equal
+    worker in another process, where the memories are that process's own affair.
+    """
+
+    clients: int
+    worker: Worker
+    settings: str
+    rebuild: Callable[[str], Worker]
+    memories: Memories = field(default_factory=Memories)

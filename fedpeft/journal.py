@@ -1,0 +1,94 @@
+"""A run's folder while the run is under way: the ledger grows, and after every round a checkpoint makes it good."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import Self, final
+
+from fedpeft import checkpoint
+from fedpeft.assembly import Assembly
+from fedpeft.checkpoint import Checkpoint
+from fedpeft.config import Config
+from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, read
+from fedpeft.types import BadInput, State
+
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints inside a run's folder."""
+
+
+@final
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: rounds done and planned, the last accuracy (None before any), bytes so far."""
+
+    round: int
+    rounds: int
+    accuracy: float | None = None
+    bytes: int = 0
+
+    def after(self, row: Row) -> "Progress":
+        """Return where the run stands once ``row`` is in the ledger."""
+        match row:
+            case ClientRow(down=down, up=up):
+                return Progress(self.round, self.rounds, self.accuracy, self.bytes + down + up)
+            case EvaluationRow(accuracy=accuracy):
+                return Progress(self.round, self.rounds, accuracy, self.bytes)
+            case _:
+                return self
+
+
+Watch = Callable[[Progress], None]
+
+
+@final
+class Journal:
+    """Takes down rows and states; a crash between two calls of ``save`` loses what came after the first.
+
+    Opening cuts the ledger back to where ``begin`` left it; a run from its beginning writes its first row and state. A
+    full disk raises BadInput and leaves the last checkpoint as it was.
+    """
+
+    def __init__(self, assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> None:
+        self._folder, self._memories, self._watch = folder, begin.memories, watch
+        self._digest = settings_digest(assembly.config)
+        self._ledger = Ledger(folder / FILE)
+        self._ledger.cut(begin.ledger)
+        self._stand = Progress(begin.state.round, assembly.config.federation.rounds)
+        for row in read(folder / FILE):
+            self._stand = self._stand.after(row)
+        if begin.ledger == 0:
+            self.record(assembly.run_row())
+            self.save(begin.state)
+        else:
+            watch(self._stand)
+
+    def record(self, row: Row) -> None:
+        """Add a row to the ledger."""
+        self._ledger.append(row)
+        self._stand = self._stand.after(row)
+
+    def save(self, state: State) -> None:
+        """Put the ledger and ``state`` on the disk, and tell the watcher where the run stands."""
+        try:
+            length = self._ledger.sync()
+            checkpoint.save(self._folder / CHECKPOINTS, state, self._memories, length, self._digest)
+        except OSError as error:
+            raise BadInput(
+                f"{self._folder}: round {state.round} cannot be saved ({error.strerror}); "
+                f"the checkpoint before it is intact: make room, then: fedpeft resume {self._folder}"
+            ) from error
+        self._stand = replace(self._stand, round=state.round)
+        self._watch(self._stand)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ledger.close()
+
+
+def settings_digest(config: Config) -> str:
+    """Return the digest of a configuration that its checkpoints carry."""
+    return blake2b(config.to_json().encode(), digest_size=16).hexdigest()

@@ -1,0 +1,66 @@
+"""What a state is worth: the row that an evaluation adds to the ledger."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+from fedpeft.assembly import Assembly
+from fedpeft.evaluation import WHOLE, held, score
+from fedpeft.federation import poll
+from fedpeft.ledger import EvaluationRow
+from fedpeft.memory import Memories
+from fedpeft.tasks import Scores
+from fedpeft.types import Engine, State
+from fedpeft.wire import decode
+
+
+def evaluation_row(assembly: Assembly, state: State, engine: Engine, memories: Memories) -> EvaluationRow:
+    """Score ``state`` on the server's texts, and on the clients' own where the settings ask for it.
+
+    A method to which nothing goes up has no global model: its score is the mean over the clients' own models, each on
+    the server's texts, and ``clients_scored`` says how many there are.
+    """
+    began = time.perf_counter()
+    shares_something = bool(assembly.method.expects(state, assembly.method.send(state, WHOLE)))
+    each = [] if shares_something else _own_models(assembly, state, memories)
+    row = _row(assembly, state, each or [score_whole(assembly, state)])
+    if each:
+        row = replace(row, clients_scored=len(each))
+    if assembly.config.evaluation.per_client:
+        method, config, labels = assembly.method, assembly.worker.config, len(assembly.task.labels)
+        found = poll(method, state, engine, assembly.clients, config=config, labels=labels)
+        own = sorted(scores.accuracy for scores in found.values())
+        worst = own[: max(1, len(own) // 10)]
+        row = replace(row, client_mean=fmean(own), client_worst_tenth=fmean(worst), clients_scored=len(own))
+    return replace(row, seconds=time.perf_counter() - began)
+
+
+def score_whole(assembly: Assembly, state: State) -> Scores:
+    """Return the scores of ``state``, as a client of full capacity would hold it, on the server's texts."""
+    model, hardware = assembly.loaded.model, assembly.hardware
+    with held(assembly.method, state, model, hardware, assembly.config.seed):
+        return score(model, assembly.task, assembly.scored, hardware)
+
+
+def _own_models(assembly: Assembly, state: State, memories: Memories) -> list[Scores]:
+    model, hardware, seed = assembly.loaded.model, assembly.hardware, assembly.config.seed
+    found = []
+    for client in assembly.clients:
+        if client.id in state.memories:
+            known = replace(client, memory=state.memories[client.id])
+            memory = decode(memories.get(client.id, known.memory))
+            with held(assembly.method, state, model, hardware, seed, known, memory):
+                found.append(score(model, assembly.task, assembly.scored, hardware))
+    return found
+
+
+def _row(assembly: Assembly, state: State, each: Sequence[Scores]) -> EvaluationRow:
+    return EvaluationRow(
+        state.round,
+        assembly.config.evaluation.split,
+        each[0].examples,
+        fmean(scores.loss for scores in each),
+        fmean(scores.accuracy for scores in each),
+        fmean(scores.macro_f1 for scores in each),
+    )
