@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 from typing import final
@@ -12,7 +13,7 @@ import torch
 
 from fedpeft import data
 from fedpeft.client import Holding, Worker
-from fedpeft.config import Config
+from fedpeft.config import Config, DataChoice
 from fedpeft.hardware import Hardware, resolve, use
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, load
@@ -26,7 +27,7 @@ from fedpeft.types import BadInput, Client, Method, State
 class Assembly:
     """A federation ready to run: who holds what, the model, the method and the worker that plays the clients.
 
-    ``scored``: the texts that the server evaluates on. ``config_digest``: what server and clients must agree on.
+    ``train`` and ``test`` are the whole splits as numbers.
     """
 
     config: Config
@@ -35,9 +36,18 @@ class Assembly:
     hardware: Hardware
     loaded: Loaded
     task: Classification
+    train: Encoded
+    test: Encoded
     method: Method
     worker: Worker
-    scored: Encoded
+
+    @cached_property
+    def scored(self) -> Encoded:
+        """Return the texts that the server scores: the whole split, or a fixed draw of ``evaluation.limit`` of them."""
+        choice, rows = self.config.evaluation, self.dataset.validation
+        whole = self.test if choice.split == "test" else self.task.encode(rows.texts, rows.labels)
+        order = torch.randperm(len(whole), generator=generator(0, "evaluation", choice.split))
+        return whole.take(sorted(order[: choice.limit].tolist()))
 
     @property
     def clients(self) -> list[Client]:
@@ -62,6 +72,7 @@ class Assembly:
             clients=len(self.partition.train),
             clients_per_round=min(config.federation.clients_per_round, len(self.partition.train)),
             rounds=config.federation.rounds,
+            reference=config.reference,
             majority=self.dataset.majority(split),
             settings=json.loads(config.to_json()),
             resolved={**self.hardware.describe(), "processor": platform.processor() or platform.machine()},
@@ -69,42 +80,37 @@ class Assembly:
         )
 
 
-def assemble(config: Config, hardware: Hardware | None = None) -> Assembly:
-    """Build what ``config`` describes; ``hardware`` as resolved by an earlier start of the same run, or None to look now."""
+def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | None = None) -> Assembly:
+    """Build what ``config`` describes.
+
+    ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``like``: an assembly whose data,
+    tokens and model are taken over where the settings agree, as mounting leaves no trace on a model.
+    """
     chosen = hardware or resolve(config.machine, config.model.max_length)
     use(chosen)
-    dataset = read_data(config)
+    dataset = like.dataset if like and like.config.data == config.data else read_data(config.data)
     partition = divide(config, dataset)
-    if config.federation.clients_per_round > len(partition.train):
-        raise BadInput(
-            f"federation.clients_per_round = {config.federation.clients_per_round}: there are {len(partition.train)} clients; "
-            f"choose at most {len(partition.train)}"
-        )
-    loaded = load(config.model, dataset.labels, chosen, config.seed)
-    task = Classification(dataset.labels, loaded.tokenizer, config.model.max_length)
-    method = config.build_method()
-    train, test = (task.encode(rows.texts, rows.labels) for rows in (dataset.train, dataset.test))
+    count, clients = config.federation.clients_per_round, len(partition.train)
+    if count > clients:
+        raise BadInput(f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}")
+    same_model = like and (like.config.model, like.config.seed, like.hardware) == (config.model, config.seed, chosen)
+    if like and same_model and like.dataset is dataset:
+        loaded, task, train, test = like.loaded, like.task, like.train, like.test
+    else:
+        loaded = load(config.model, dataset.labels, chosen, config.seed)
+        task = Classification(dataset.labels, loaded.tokenizer, config.model.max_length)
+        train, test = (task.encode(rows.texts, rows.labels) for rows in (dataset.train, dataset.test))
     holdings = {
         number: Holding(train.take(mine.tolist()), test.take(own.tolist()))
         for number, (mine, own) in enumerate(zip(partition.train, partition.test, strict=True))
     }
-    worker = Worker(
-        method,
-        loaded.model,
-        task,
-        holdings,
-        config.training,
-        chosen,
-        loaded.base.head,
-        config.seed,
-        agreement(config, dataset, loaded),
-    )
-    return Assembly(config, dataset, partition, chosen, loaded, task, method, worker, _scored(config, dataset, task, test))
+    method, digest = config.build_method(), agreement(config, dataset, loaded)
+    worker = Worker(method, loaded.model, task, holdings, config.training, chosen, loaded.base.head, config.seed, digest)
+    return Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
 
 
-def read_data(config: Config) -> data.Dataset:
+def read_data(choice: DataChoice) -> data.Dataset:
     """Return the texts that the settings name."""
-    choice = config.data
     if choice.train is None:
         return data.pydocs()
     return data.from_files(
@@ -142,14 +148,3 @@ def agreement(config: Config, dataset: data.Dataset, loaded: Loaded) -> bytes:
     agreed = {name: settings[name] for name in ("method", "model", "training", "federation", "seed")}
     text = json.dumps({**agreed, "labels": dataset.labels, "weights": loaded.digest}, sort_keys=True)
     return blake2b(text.encode(), digest_size=16).digest()
-
-
-def _scored(config: Config, dataset: data.Dataset, task: Classification, test: Encoded) -> Encoded:
-    """Return the texts that the server scores: the whole split, or a fixed draw of ``evaluation.limit`` of them."""
-    choice = config.evaluation
-    rows = dataset.validation
-    whole = test if choice.split == "test" else task.encode(rows.texts, rows.labels)
-    if choice.limit is None or choice.limit >= len(whole):
-        return whole
-    order = torch.randperm(len(whole), generator=generator(0, "evaluation", choice.split))
-    return whole.take(sorted(order[: choice.limit].tolist()))

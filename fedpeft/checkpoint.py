@@ -49,6 +49,11 @@ def unpack(blob: bytes) -> State:
     return State(int(fields["round"]), part("shared/"), part("server/"), memories)
 
 
+def manifest(folder: Path, number: int) -> Path:
+    """Return the path of the manifest of the checkpoint after ``number`` rounds."""
+    return folder / f"{number:06d}.json"
+
+
 def save(folder: Path, state: State, memories: Memories, ledger: int, config: str) -> None:
     """Write a checkpoint into ``folder``; until its manifest is in place, the one before it is the latest.
 
@@ -67,8 +72,8 @@ def save(folder: Path, state: State, memories: Memories, ledger: int, config: st
         files[name] = digest(memory).hex()
         if not (folder / name).exists():
             write(folder / name, memory)
-    manifest = {"round": state.round, "config": config, "ledger": ledger, "files": files}
-    write(folder / f"{state.round:06d}.json", json.dumps(manifest, indent=1).encode())
+    content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
+    write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
     _prune(folder)
 
 
@@ -94,22 +99,22 @@ def load(folder: Path, config: str, say: Callable[[str], None]) -> Checkpoint | 
 
 
 def _read(path: Path, config: str) -> Checkpoint:
-    manifest = json.loads(path.read_bytes())
-    if manifest["config"] != config:
+    content = json.loads(path.read_bytes())
+    if content["config"] != config:
         raise BadInput(
-            f"{path} belongs to configuration {manifest['config']}, the run folder says {config}; "
+            f"{path} belongs to configuration {content['config']}, the run folder says {config}; "
             "restore the configuration it was made with, or start again with --overwrite"
         )
     blobs: dict[str, bytes] = {}
-    for name, expected in manifest["files"].items():
+    for name, expected in content["files"].items():
         blobs[name] = (path.parent / name).read_bytes()
         if digest(blobs[name]).hex() != expected:
             raise WireError(f"{name} does not match its digest")
-    state = unpack(blobs[f"{manifest['round']:06d}.state"])
+    state = unpack(blobs[f"{content['round']:06d}.state"])
     memories = Memories()
     for client, version in state.memories.items():
         memories.put(client, version, blobs[f"client-{client}-{version:06d}.memory"])
-    return Checkpoint(state, memories, manifest["ledger"])
+    return Checkpoint(state, memories, content["ledger"])
 
 
 def write(path: Path, content: bytes) -> None:

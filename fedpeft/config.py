@@ -109,10 +109,15 @@ class CompareChoice:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is made from; ``method`` holds the method's ``name`` and its own fields. ``label`` is for reports."""
+    """Everything a run is made from; ``method`` holds the method's ``name`` and its own fields.
+
+    ``label``: what reports call the run, the method's name where empty. ``reference``: whether it is a yardstick whose
+    exchange is no real traffic.
+    """
 
     name: str = "run"
     label: str = ""
+    reference: bool = False
     seed: Annotated[int, Ge(0), Le(2**62)] = 0
     model: ModelChoice = field(default_factory=ModelChoice)
     machine: Machine = field(default_factory=Machine)
@@ -135,7 +140,7 @@ class Config:
         known = constructors()
         name = fields.pop("name", None)
         if name not in known:
-            raise BadInput(f"method.name = {name!r} is not a method; {_nearest(str(name), list(known))}")
+            raise BadInput(f"method.name = {name!r} is not a method; {nearest(str(name), list(known))}")
         constructor = known[name]
         own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
         if "rounds" in own:
@@ -149,7 +154,7 @@ def read(path: Path) -> Tree:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise BadInput(f"{path}: no such file; {_nearest(str(path), others)}") from error
+        raise BadInput(f"{path}: no such file; {nearest(str(path), others)}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"{path}: not a TOML file: {error}") from error
     for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
@@ -159,17 +164,25 @@ def read(path: Path) -> Tree:
 
 
 def parse_set(assignment: str) -> Tree:
-    """Return the tree that ``a.b=value`` sets; the value is read as TOML, and as a bare word where it is none."""
-    key, equals, value = assignment.partition("=")
+    """Return the tree that ``a.b=value`` sets; see ``value``."""
+    key, equals, text = assignment.partition("=")
     if not equals or not all(key.split(".")):
         raise BadInput(f"--set {assignment}: write it as section.field=value, such as training.lr=0.001")
+    return nested(key, value(text))
+
+
+def value(text: str) -> Any:
+    """Return what ``text`` says in TOML, and ``text`` itself where it is none."""
     try:
-        leaf: Any = tomllib.loads(f"value = {value}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        leaf = value
-    for part in reversed(key.split(".")):
-        leaf = {part: leaf}
-    return dict(leaf)
+        return text
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    """Return the tree in which dotted ``key`` is ``value``: ``a.b`` -> ``{"a": {"b": value}}``."""
+    first, _, rest = key.partition(".")
+    return {first: nested(rest, value) if rest else value}
 
 
 def merge(*trees: Tree) -> dict[str, Any]:
@@ -220,12 +233,13 @@ def _check_keys(kind: type[Any], tree: Tree, prefix: str) -> None:
     for key, value in tree.items():
         where = f"{prefix}.{key}" if prefix else key
         if key not in fields:
-            raise BadInput(f"unknown key {where!r}; {_nearest(key, list(fields))}")
+            raise BadInput(f"unknown key {where!r}; {nearest(key, list(fields))}")
         section = fields[key].type
         if isinstance(section, type) and dataclasses.is_dataclass(section) and isinstance(value, Mapping):
             _check_keys(section, value, where)
 
 
-def _nearest(name: str, choices: Sequence[str]) -> str:
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """Return a hint at the choice nearest to ``name``, or at all of them."""
     near = get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices)}"

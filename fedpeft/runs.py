@@ -19,51 +19,52 @@ from fedpeft.memory import Memories
 from fedpeft.scoring import evaluation_row
 from fedpeft.types import BadInput, Engine, State
 
-CONFIG, HARDWARE = "config.json", "hardware.json"
+CONFIG, HARDWARE, LABELS = "config.json", "hardware.json", "labels.json"
 
 
 Say = Callable[[str], None]
 
 
-def start(config: Config, folder: Path, *, overwrite: bool = False, watch: Watch = lambda _: None) -> State:
-    """Run ``config`` from its beginning in ``folder`` and return the last state.
+def start(assembly: Assembly, folder: Path, *, overwrite: bool = False, watch: Watch = lambda _: None) -> State:
+    """Run ``assembly`` from its beginning in ``folder`` and return the last state.
 
     A folder that exists raises BadInput unless ``overwrite``; nothing is written before all input has been checked.
     """
     refuse_existing(folder, overwrite)
-    assembly = assemble(config)
     first = assembly.first_state()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    checkpoint.write(folder / HARDWARE, json.dumps(assembly.hardware.describe(), indent=1).encode())
-    checkpoint.write(folder / CONFIG, config.to_json().encode())
+    about = {
+        HARDWARE: assembly.hardware.describe(),
+        LABELS: assembly.dataset.labels,
+        CONFIG: json.loads(assembly.config.to_json()),
+    }
+    for name, content in about.items():
+        checkpoint.write(folder / name, json.dumps(content, indent=1).encode())
     return _play(assembly, folder, Checkpoint(first, Memories(), 0), watch)
 
 
-def resume(folder: Path, *, watch: Watch = lambda _: None, say: Say = lambda _: None) -> State:
+def resume(folder: Path, *, like: Assembly | None = None, watch: Watch = lambda _: None, say: Say = lambda _: None) -> State:
     """Go on with the run in ``folder`` from its last whole checkpoint, with the hardware choices it was started with."""
-    assembly = reopen(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(assembly.config), say)
+    config, hardware, _ = read_settings(folder)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say)
+    assembly = assemble(config, hardware, like)
     return _play(assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), watch)
 
 
-def reopen(folder: Path) -> Assembly:
-    """Return the assembly of the run in ``folder``; a folder that holds no run raises BadInput."""
+def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
+    """Return a run's settings, its hardware choices and its label names; a folder that holds no run raises BadInput."""
     try:
-        config = (folder / CONFIG).read_text()
-        hardware = Hardware(**json.loads((folder / HARDWARE).read_text()))
+        config, hardware, labels = ((folder / name).read_text() for name in (CONFIG, HARDWARE, LABELS))
+        return from_json(config), Hardware(**json.loads(hardware)), tuple(json.loads(labels))
     except (OSError, ValueError, TypeError) as error:
-        others = [path.name for path in folder.parent.glob("*") if (path / CONFIG).exists()]
-        raise BadInput(f"{folder}: holds no run; runs in {folder.parent}: {', '.join(others) or 'none'}") from error
-    return assemble(from_json(config), hardware)
+        near = ", ".join(sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG}"))) or "none"
+        raise BadInput(f"{folder}: holds no run; runs beside it: {near}") from error
 
 
-def last_state(folder: Path, config: Config) -> State:
-    """Return the state of the last whole checkpoint of a run; a run without any raises BadInput."""
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), lambda _: None)
-    if found is None:
-        raise BadInput(f"{folder}: has no checkpoint yet; resume the run first")
-    return found.state
+def finished(folder: Path, config: Config) -> bool:
+    """Return whether the run in ``folder`` has played all its rounds."""
+    return checkpoint.manifest(folder / CHECKPOINTS, config.federation.rounds).exists()
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:

@@ -8,7 +8,11 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class RunRow:
-    """The first row of a ledger: what was run on what. ``majority`` is the accuracy of always saying the commonest label."""
+    """The first row of a ledger: what was run on what.
+
+    ``majority``: accuracy of always saying the commonest label. ``reference``: a yardstick (all data in one place, no
+    exchange) whose bytes are no real traffic.
+    """
 
     kind: ClassVar[str] = "run"
     name: str
@@ -21,6 +25,7 @@ class RunRow:
     clients_per_round: int
     rounds: int
     majority: float
+    reference: bool
     settings: Mapping[str, object]
     resolved: Mapping[str, object]
     versions: Mapping[str, str]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import final
@@ -91,8 +91,8 @@ class Summary:
 
     @property
     def federated(self) -> bool:
-        """Whether anything was exchanged; references (all data in one place, no exchange) move no bytes."""
-        return self.cost.bytes > 0
+        """Whether anything was exchanged; a reference (all data in one place, no exchange) moves no bytes."""
+        return not self.run.reference
 
     def reached(self, target: float) -> Point | None:
         """Return the first evaluation with at least this accuracy."""
@@ -111,15 +111,18 @@ class Summary:
 def summarise(folder: Path) -> Summary:
     """Return the summary of the run in ``folder``; a ledger that does not open with its run raises BadInput."""
     rows = read(folder / FILE)
-    if not rows or not isinstance(rows[0], RunRow):
+    run = rows[0] if rows else None
+    if not isinstance(run, RunRow):
         raise BadInput(f"{folder / FILE}: does not open with the row of its run; was the run started here?")
+    if run.reference:
+        rows = [replace(row, down=0, up=0) if isinstance(row, ClientRow) else row for row in rows]
     asked = [row for row in rows if isinstance(row, ClientRow)]
     replies = [row for row in asked if row.lost is None]
     evaluations = [row for row in rows if isinstance(row, EvaluationRow)]
     split = evaluations[-1].split if evaluations else None
     trained = _trained(replies)
     return Summary(
-        run=rows[0],
+        run=run,
         split=split,
         curve=_curve(rows, split),
         cost=_cost(asked),

@@ -112,33 +112,35 @@ def test_rounded_shares_are_whole_and_near(sizes: list[int], clients: int, seed:
     assert np.abs(whole - share * np.array(sizes)[:, None]).max() <= 1
 
 
-def textbook(rng: np.random.Generator, sizes: NDArray[np.int64], clients: int, alpha: float, least: int) -> NDArray[np.float64]:
-    """Redraw whole matrices of shares until every client has enough."""
-    while True:
-        share: NDArray[np.float64] = rng.dirichlet([alpha] * clients, size=len(sizes))
-        if (sizes @ share).min() >= least and counts(share, sizes).sum(axis=0).min() >= least:
-            return share
+def textbook(sizes: NDArray[np.int64], clients: int, alpha: float, least: int) -> NDArray[np.float64]:
+    """Draw whole matrices of shares and keep those that give every client enough, (kept, labels, clients)."""
+    share = np.random.default_rng(0).dirichlet([alpha] * clients, size=(20_000, len(sizes)))
+    whole = np.diff(np.rint(share.cumsum(axis=2) * sizes[:, None]), axis=2, prepend=0)
+    enough = np.minimum((share * sizes[:, None]).sum(axis=1), whole.sum(axis=1)) >= least
+    return share[enough.all(axis=1)]
 
 
-def features(share: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[float]:
-    """Return numbers in which two laws of shares would differ: one client, the extremes, how labels go together."""
-    load = sizes @ share
-    return [share[0, 0], load[0], load.min(), load.max(), share.max(), share[0] @ share[-1], (share**2).sum()]
+def features(share: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+    """Return numbers in which two laws would differ, (draws,) each: one client, the extremes, how labels go together."""
+    load = (share * sizes[:, None]).sum(axis=1)
+    extremes = [load.min(axis=1), load.max(axis=1), share.max(axis=(1, 2))]
+    return [share[:, 0, 0], load[:, 0], *extremes, (share[:, 0] * share[:, -1]).sum(axis=1), (share**2).sum(axis=(1, 2))]
 
 
 @pytest.mark.parametrize(
     ("sizes", "clients", "alpha", "least"),
-    [([40, 60], 4, 0.3, 8), ([50, 50, 100], 6, 0.5, 15), ([30] * 5, 3, 0.1, 10), ([200], 3, 0.5, 20)],
+    [([40, 60], 4, 0.3, 8), ([30] * 5, 3, 0.1, 10), ([5, 3, 4], 4, 0.5, 1), ([200], 10, 2.0, 8)],
 )
 def test_shares_follow_the_law_of_redrawing(sizes: list[int], clients: int, alpha: float, least: int) -> None:
-    rng, drawn, every = np.random.default_rng(0), 1000, np.array(sizes)
-    ours = np.array([features(shares(every, clients, alpha, least, seed), every) for seed in range(drawn)])
-    theirs = np.array([features(textbook(rng, every, clients, alpha, least), every) for _ in range(drawn)])
-    for one, other in zip(ours.T, theirs.T, strict=True):
+    every = np.array(sizes)
+    ours = np.stack([shares(every, clients, alpha, least, seed) for seed in range(1500)])
+    theirs = textbook(every, clients, alpha, least)
+    assert min(counts(share, every).sum(axis=0).min() for share in ours) >= least
+    for one, other in zip(features(ours, every), features(theirs, every), strict=True):
         points = np.concatenate([one, other])
-        below = [np.searchsorted(np.sort(sample), points, side="right") / drawn for sample in (one, other)]
+        below = [np.searchsorted(np.sort(sample), points, side="right") / len(sample) for sample in (one, other)]
         # Kolmogorov-Smirnov, two samples: exceeded once in 10,000 comparisons of equal laws.
-        assert np.abs(below[0] - below[1]).max() < 2.23 * np.sqrt(2 / drawn)
+        assert np.abs(below[0] - below[1]).max() < 2.23 * np.sqrt(1 / len(one) + 1 / len(other))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,255 @@
+"""The command line: thin commands over the same functions that the Python API offers."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedpeft.types import BadInput
+
+app = typer.Typer(
+    name="fedpeft",
+    help="Federated parameter-efficient fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+DEMO = Path(str(files("fedpeft") / "demo.toml"))
+
+Config = Annotated[Path, typer.Argument(help="A TOML file.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="A run's folder, such as runs/mine.", show_default=False)]
+Set = Annotated[list[str], typer.Option("--set", help="Override a field: --set training.lr=0.003 (repeatable).")]
+Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are kept.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace run folders that exist.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with run folders that exist.")]
+Target = Annotated[float | None, typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's.")]
+Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one line and exit code 2."""
+    try:
+        app()
+    except BadInput as error:
+        Console(stderr=True, soft_wrap=True).print(f"fedpeft: {error}", markup=False, highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
+    """Train one federation with one method."""
+    from fedpeft.assembly import assemble
+    from fedpeft.config import from_tree
+    from fedpeft.runs import refuse_existing, start
+
+    chosen = from_tree(_tree(config, settings))
+    folder = runs / chosen.name
+    refuse_existing(folder, overwrite)
+    assembly = assemble(chosen)
+    with _bar() as watch:
+        start(assembly, folder, overwrite=overwrite, watch=watch(chosen.name))
+    _report([folder], folder / "report", None, 1e6)
+
+
+@app.command()
+def resume(run: Folder) -> None:
+    """Go on with a run after a crash, from its last whole checkpoint."""
+    from fedpeft import runs
+
+    with _bar() as watch:
+        runs.resume(run, watch=watch(run.name), say=lambda text: out.print(text, markup=False))
+    _report([run], run / "report", None, 1e6)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A TOML file; default: the built-in demo.", show_default=False)] = DEMO,
+    methods: Annotated[str, typer.Option(help="Comma-separated, instead of compare.methods.")] = "",
+    seeds: Annotated[str, typer.Option(help="Comma-separated, instead of compare.seeds.")] = "",
+    settings: Set = [],
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    target: Target = None,
+    bandwidth: Bandwidth = 1e6,
+) -> None:
+    """Train the same federation with several methods and seeds, and report on them side by side."""
+    from fedpeft.compare import plan, play
+
+    extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
+    extra += [f"compare.seeds=[{seeds}]"] if seeds else []
+    planned = plan(_tree(config, [*extra, *settings]))
+    root = runs / planned[0].config.name
+    with _bar() as watch:
+        folders = play(
+            planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(f"{one.label}, seed {one.config.seed}")
+        )
+    _report(folders, root / "report", target, bandwidth)
+
+
+@app.command()
+def sweep(
+    config: Config,
+    values: Annotated[list[str], typer.Argument(help="training.lr=1e-3,3e-3 ... (every combination is run)")],
+    methods: Annotated[str, typer.Option(help="Comma-separated: sweep each of these methods of the comparison.")] = "",
+    settings: Set = [],
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Try values of fields, scored on the validation split."""
+    from fedpeft.compare import grid, play
+
+    extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
+    planned = grid(_tree(config, [*extra, *settings]), _values(values), methods=bool(methods))
+    root = runs / f"{planned[0].config.name}-sweep"
+    with _bar() as watch:
+        folders = play(planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label))
+    _report(folders, root / "report", None, 1e6)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from fedpeft.methods import constructors
+
+    table = Table("name", "what it does", "paper", box=None)
+    for name, constructor in constructors().items():
+        table.add_row(name, (constructor.__doc__ or "").splitlines()[0], constructor.paper)
+    _wide().print(table)
+
+
+@app.command()
+def partition(
+    config: Config,
+    settings: Set = [],
+    png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("partition.png"),
+) -> None:
+    """Show who holds what, as a table and a PNG."""
+    from fedpeft import holdings
+    from fedpeft.assembly import divide, read_data
+    from fedpeft.config import from_tree
+
+    chosen = from_tree(_tree(config, settings))
+    dataset = read_data(chosen.data)
+    divided = divide(chosen, dataset)
+    holdings.picture(dataset, divided, png)
+    _wide().print(holdings.table(dataset, divided), f"\n{png}")
+
+
+@app.command()
+def export(
+    run: Folder,
+    folder: Annotated[Path, typer.Argument(help="A folder to be made.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model with the adapters merged in.")] = False,
+) -> None:
+    """Write what a run has learnt as a peft adapter, or merged as a transformers model."""
+    from fedpeft import export as exports
+    from fedpeft.trained import open_run
+
+    exports.refuse_existing(folder)
+    trained = open_run(run)
+    with trained.mounted() as local:
+        pass
+    if merge:
+        exports.merged(trained.loaded, local, folder)
+    else:
+        exports.adapter(trained.loaded, local, trained.config.model.name, folder)
+    out.print(str(folder), markup=False, highlight=False)
+
+
+@app.command()
+def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]) -> None:
+    """Label texts with what a run has learnt."""
+    from fedpeft.trained import open_run
+
+    table = Table("label", "probability", "text", box=None)
+    for text, (label, probability) in zip(texts, open_run(run).predict(texts), strict=True):
+        table.add_row(label, f"{probability:.3f}", text)
+    out.print(table)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or a folder of them.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Where CSV and PNG files go.")] = Path("report"),
+    target: Target = None,
+    bandwidth: Bandwidth = 1e6,
+) -> None:
+    """Report on runs: tables here; CSV and PNG files in a folder."""
+    found = [part for folder in folders for part in _with_ledger(folder)]
+    _report(found, to, target, bandwidth)
+
+
+def _tree(path: Path, settings: Sequence[str]) -> dict[str, Any]:
+    from fedpeft.config import merge, parse_set, read
+
+    return merge(read(path), *(parse_set(assignment) for assignment in settings))
+
+
+def _values(assignments: Sequence[str]) -> dict[str, list[Any]]:
+    """Return ``{"training.lr": [0.001, 0.003]}`` for ``["training.lr=1e-3,3e-3"]``."""
+    from fedpeft.config import value
+
+    pairs = [assignment.partition("=") for assignment in assignments]
+    for key, _, values in pairs:
+        if not key or not values:
+            raise BadInput(f"{key!r}: write what to try as section.field=value,value, such as training.lr=0.001,0.003")
+    return {key: [value(part) for part in values.split(",")] for key, _, values in pairs}
+
+
+def _with_ledger(folder: Path) -> list[Path]:
+    """Return the run folders that ``folder`` is or holds; the folder itself where there is none, for the error to name."""
+    from fedpeft.ledger import FILE
+
+    if (folder / FILE).exists():
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{FILE}")) or [folder]
+
+
+def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: float) -> None:
+    """Print the report on ``folders`` and write its files; without matplotlib, without the figures."""
+    from importlib.util import find_spec
+
+    from fedpeft.report import write
+
+    plots = find_spec("matplotlib") is not None
+    _wide().print(write(folders, to, target=target, bandwidth=bandwidth, plots=plots))
+
+
+def _wide() -> Console:
+    """Return a console wide enough for the tables, also where there is no terminal."""
+    return Console(width=max(out.width, 120))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str], Callable[[Any], None]]]:
+    """Show one progress bar per run on a terminal, and nothing elsewhere; yields what makes the watcher of a named run."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[stand]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+
+        def watcher(name: str) -> Callable[[Any], None]:
+            task = bar.add_task(name, total=None, stand="")
+
+            def watch(progress: Any) -> None:
+                accuracy = "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}  "
+                stand = f"{accuracy}{progress.bytes / 1e6:.1f} MB"
+                bar.update(task, completed=progress.round, total=progress.rounds, stand=stand)
+
+            return watch
+
+        yield watcher

@@ -1,0 +1,125 @@
+"""Many runs from one configuration: every method with every seed, or every value of a sweep; each in a folder of its own."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, final
+
+from fedpeft.assembly import Assembly, assemble
+from fedpeft.config import CompareChoice, Config, Tree, from_tree, merge, nearest, nested
+from fedpeft.journal import Watch
+from fedpeft.methods import constructors
+from fedpeft.runs import CONFIG, finished, read_settings, refuse_existing, resume, start
+from fedpeft.types import BadInput
+
+
+@final
+@dataclass(frozen=True)
+class Planned:
+    """One run to be: what to call it, and its settings."""
+
+    label: str
+    config: Config
+
+    def folder(self, root: Path) -> Path:
+        """Return where it goes under ``root``."""
+        return root / f"{self.label.replace(' ', '-')}-s{self.config.seed}"
+
+
+def plan(tree: Tree) -> list[Planned]:
+    """Return the runs of a comparison: methods, then references, for every seed; all settings are checked here."""
+    return [
+        Planned(label, from_tree(merge(settings, {"label": label, "seed": seed})))
+        for seed in from_tree(tree).compare.seeds
+        for label, settings in _rows(tree)
+    ]
+
+
+def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list[Planned]:
+    """Return the runs of a sweep, scored on validation: every combination of ``values``, dotted key -> values.
+
+    With ``methods`` it is made for each method of the comparison, on that method's settings.
+    """
+    planned = []
+    for label, settings in _rows(tree) if methods else [("", tree)]:
+        for chosen in itertools.product(*values.values()):
+            pairs = dict(zip(values, chosen, strict=True))
+            name = " ".join([*filter(None, [label]), *(f"{key}={value}" for key, value in pairs.items())])
+            overrides = [nested(key, value) for key, value in pairs.items()]
+            scored = {"label": name, "evaluation": {"split": "validation"}}
+            planned.append(Planned(name, from_tree(merge(settings, *overrides, scored))))
+    return planned
+
+
+def play(
+    runs: Sequence[Planned],
+    root: Path,
+    *,
+    overwrite: bool = False,
+    go_on: bool = False,
+    watch: Callable[[Planned], Watch] = lambda _: lambda _: None,
+) -> list[Path]:
+    """Play every run in its folder under ``root`` and return the folders.
+
+    ``go_on`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
+    anything starts.
+    """
+    if not go_on:
+        for run in runs:
+            refuse_existing(run.folder(root), overwrite)
+    assembly: Assembly | None = None
+    for run in runs:
+        folder = run.folder(root)
+        if go_on and (folder / CONFIG).exists():
+            found, _, _ = read_settings(folder)
+            if found != run.config:
+                raise BadInput(f"{folder}: was made with other settings; give --overwrite, or another name")
+            if not finished(folder, found):
+                resume(folder, like=assembly, watch=watch(run))
+        else:
+            assembly = assemble(run.config, like=assembly)
+            start(assembly, folder, overwrite=True, watch=watch(run))
+    return [run.folder(root) for run in runs]
+
+
+def _rows(tree: Tree) -> list[tuple[str, Tree]]:
+    """Return the rows of a comparison, methods then references, with the settings of each."""
+    choice = from_tree(tree).compare
+    rows = [(name, _playing(tree, choice, name)) for name in choice.methods]
+    rows += [(reference, _reference(tree, choice, reference)) for reference in choice.references]
+    labels = [label for label, _ in rows]
+    for name in choice.settings.keys() - set(labels) - constructors().keys():
+        raise BadInput(f"unknown key 'compare.settings.{name}'; choose from: {', '.join(labels)}")
+    return [(label, merge(settings, choice.settings.get(label, {}))) for label, settings in rows]
+
+
+def _playing(tree: Tree, choice: CompareChoice, name: str) -> Tree:
+    """Return ``tree`` with method ``name``; at an equal recipe with the common targets and starting rank."""
+    known = constructors()
+    if name not in known:
+        raise BadInput(f"compare.methods: {name!r} is not a method; {nearest(name, list(known))}")
+    common = {"targets": choice.targets, "rank": choice.rank} if choice.recipe == "equal" else {}
+    own = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
+    method = {"name": name, **{key: value for key, value in common.items() if key in own}}
+    return merge({key: value for key, value in tree.items() if key != "method"}, {"method": method})
+
+
+def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
+    """Return the settings of a yardstick: clients that never exchange anything, or all data at one client.
+
+    Centralised training takes as many examples a round as the federation's cohort does together.
+    """
+    if name == "local-only":
+        return merge(_playing(tree, choice, "local_only"), {"reference": True})
+    settings = _playing(tree, choice, choice.reference_method)
+    config = from_tree(settings)
+    count, steps, rounds = config.federation.clients_per_round, config.training.steps, config.federation.rounds
+    together = {
+        "reference": True,
+        "partition": {"kind": "iid", "clients": 1},
+        "federation": {"clients_per_round": 1, "min_replies": 1},
+    }
+    if steps is not None:
+        return merge(settings, together, nested("training.steps", steps * count))
+    return merge(settings, together, nested("federation.rounds", max(1, round(rounds * count / config.partition.clients))))

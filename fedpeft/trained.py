@@ -1,0 +1,59 @@
+"""What a run has learnt, opened from its folder without its data: predict with it, or export it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+
+from fedpeft import checkpoint
+from fedpeft.config import Config
+from fedpeft.evaluation import held
+from fedpeft.hardware import Hardware, use
+from fedpeft.journal import CHECKPOINTS, settings_digest
+from fedpeft.models import Loaded, load
+from fedpeft.runs import read_settings
+from fedpeft.tasks import Classification
+from fedpeft.types import BadInput, LocalTask, Method, State
+
+
+@final
+@dataclass(frozen=True)
+class Trained:
+    """A model with the last state of a run."""
+
+    config: Config
+    hardware: Hardware
+    loaded: Loaded
+    task: Classification
+    method: Method
+    state: State
+
+    @contextmanager
+    def mounted(self) -> Iterator[LocalTask]:
+        """Mount what was learnt on the model for the length of a ``with``."""
+        with held(self.method, self.state, self.loaded.model, self.hardware, self.config.seed) as local:
+            yield local
+
+    def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
+        """Return the likeliest label of every text and its probability."""
+        examples = self.task.encode(texts, [self.task.labels[0]] * len(texts))
+        self.loaded.model.eval()
+        with self.mounted(), torch.inference_mode(), self.hardware.autocast():
+            logits = self.task.logits(self.loaded.model, self.task.collate(examples, self.hardware.torch_device))
+        best = logits.softmax(dim=1).max(dim=1)
+        return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+def open_run(folder: Path) -> Trained:
+    """Return what the run in ``folder`` has learnt so far; BadInput for a folder without a run or without a checkpoint."""
+    config, hardware, labels = read_settings(folder)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), lambda _: None)
+    if found is None:
+        raise BadInput(f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}")
+    use(hardware)
+    loaded = load(config.model, labels, hardware, config.seed)
+    task = Classification(labels, loaded.tokenizer, config.model.max_length)
+    return Trained(config, hardware, loaded, task, config.build_method(), found.state)
