@@ -5,7 +5,8 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from fedpeft.types import BadInput
 
 Located = tuple[str, Mapping[str, object]]
 """A record and where it stands, as ``path:line``."""
+
+Parser = Callable[[Path, Iterator[str]], Iterator[Located]]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -94,12 +97,14 @@ def _columns(text: str, label: str, key: str | None) -> dict[str, str]:
 def _read(path: Path, columns: Mapping[str, str], known: Collection[str] | None = None) -> Rows:
     """Read ``path``; every label must be among ``known``, if given."""
     found: dict[str, list[str]] = {"text": [], "label": [], "key": []}
-    for where, record in _records(path):
-        for role, column in columns.items():
-            found[role].append(_field(record, role, column, where))
-        label = found["label"][-1]
-        if known is not None and label not in known:
-            raise BadInput(f"{where}: train has no label {label!r}{_nearest(label, known)}")
+    parse = _parser(existing(path))
+    with _opened(path) as stream:
+        for where, record in parse(path, _lines(path, stream)):
+            for role, column in columns.items():
+                found[role].append(_field(record, role, column, where))
+            label = found["label"][-1]
+            if known is not None and label not in known:
+                raise BadInput(f"{where}: train has no label {label!r}{_nearest(label, known)}")
     if not found["text"]:
         raise BadInput(f"{path}: holds no rows")
     return Rows(tuple(found["text"]), tuple(found["label"]), tuple(found["key"]))
@@ -129,16 +134,16 @@ def _nearest(name: str, choices: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _records(path: Path) -> Iterator[Located]:
-    """Return the records of ``path``, parsed as its ending says."""
-    ending = Path(existing(path).name.lower().removesuffix(".gz")).suffix
+def _parser(path: Path) -> Parser:
+    """Return how to parse ``path``, as its ending says."""
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
     if ending not in _PARSERS:
         raise BadInput(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(_PARSERS)}, each also with .gz")
-    return _PARSERS[ending](path)
+    return _PARSERS[ending]
 
 
-def _json_lines(path: Path) -> Iterator[Located]:
-    for number, line in enumerate(_lines(path), 1):
+def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[Located]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -150,8 +155,8 @@ def _json_lines(path: Path) -> Iterator[Located]:
         yield f"{path}:{number}", record
 
 
-def _comma_separated(path: Path) -> Iterator[Located]:
-    reader = csv.reader(_lines(path), strict=True)
+def _comma_separated(path: Path, lines: Iterator[str]) -> Iterator[Located]:
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -165,21 +170,23 @@ def _comma_separated(path: Path) -> Iterator[Located]:
         raise BadInput(f"{path}:{reader.line_num}: not CSV: {error}") from error
 
 
-_PARSERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": _json_lines,
-    ".json": _json_lines,
-    ".csv": _comma_separated,
-}
+_PARSERS: Mapping[str, Parser] = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _comma_separated}
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of ``path`` with their ends, unpacked and decoded; a byte order mark is dropped."""
-    number = 0
+@contextmanager
+def _opened(path: Path) -> Iterator[Iterable[bytes]]:
+    """Open ``path``, unpacked."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from error
+            yield stream
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}:{number + 1}: cannot be read: {error}") from error
+        raise BadInput(f"{path}: cannot be read: {error}") from error
+
+
+def _lines(path: Path, stream: Iterable[bytes]) -> Iterator[str]:
+    """Yield the decoded lines with their ends; a byte order mark is dropped."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from error

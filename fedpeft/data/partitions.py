@@ -51,8 +51,8 @@ def dirichlet(dataset: Dataset, clients: int, seed: int, *, alpha: float, min_ex
     Raises BadInput for a number out of range, or so extreme that no draw gives every client ``min_examples``.
     """
     _check(dataset, clients, "min_examples", min_examples)
-    if not 0 < alpha < np.inf:
-        raise BadInput(f"partition.alpha = {alpha}: must be a positive number, as 0.1 or 1.0")
+    if not 0.001 <= alpha < np.inf:  # smaller Gamma numbers vanish in float64
+        raise BadInput(f"partition.alpha = {alpha}: must be a number from 0.001 up, as 0.1 or 1.0")
     train, test = (_codes(split, dataset.labels) for split in (dataset.train, dataset.test))
     share = shares(np.bincount(train), clients, alpha, min_examples, seed)
     rng = np.random.default_rng(derive(seed, "dirichlet", "rows"))

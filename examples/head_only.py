@@ -1,0 +1,48 @@
+"""Only the head is trained: a whole federated method in one file, as CONTRIBUTING.md explains it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import nn
+
+from fedpeft.averaging import Weighting, averaged
+from fedpeft.mounting import mounted, shapes, trainable, values
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+
+
+@final
+@dataclass(frozen=True)
+class HeadOnly:
+    """Train, send and average the head alone; the pre-trained model is a fixed feature extractor."""
+
+    paper: ClassVar[str] = "linear probing, from no paper"
+    weighting: Weighting = "examples"
+
+    def init(self, base: Base, seed: int) -> State:
+        """Start from the head that was drawn from the seed."""
+        del seed
+        return State(0, base.heads())
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send the head."""
+        del client
+        return state.shared
+
+    @contextmanager
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+        """Put the sent head in the place of the model's; it is trained and goes up."""
+        del memory, context
+        trained = trainable(down)
+        with mounted(model, trained):
+            yield LocalTask(trained, lambda: (values(trained), {}))
+
+    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+        """Expect the head back."""
+        del state
+        return shapes(down)
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Average the heads."""
+        return averaged(state, updates, self.weighting)
