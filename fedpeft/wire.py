@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from hashlib import blake2b
+from hashlib import sha256
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,8 @@ class Kind(IntEnum):
 
 
 def digest(content: bytes) -> bytes:
-    """Return the 16-byte BLAKE2b digest of ``content``."""
-    return blake2b(content, digest_size=DIGEST).digest()
+    """Return the first 16 bytes of the SHA-256 of ``content``."""
+    return sha256(content).digest()[:DIGEST]
 
 
 def encode(payload: Payload) -> bytes:

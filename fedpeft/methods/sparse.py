@@ -28,7 +28,7 @@ class Masked:
 
     def dense(self) -> Tensor:
         """Return the difference, (1, out, in)."""
-        return scatter(self.values[0], self.where, self.shape).unsqueeze(0)
+        return scatter(self.values.squeeze(0), self.where, self.shape).unsqueeze(0)
 
     def factors(self) -> None:
         """Return None: a sparse difference has no factors of low rank."""

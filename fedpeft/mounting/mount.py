@@ -100,7 +100,7 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
 def _first(stack: Tensor, parameter: Tensor) -> Tensor:
     """Return the only client's tensor, in the place of ``parameter``."""
     del parameter
-    return stack[0]
+    return stack.squeeze(0)  # a view; indexing would copy the whole gradient
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

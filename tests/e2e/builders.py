@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from fedpeft import cli
+with warnings.catch_warnings():  # typer 0.20 on click 8.5; 2025-11-21
+    warnings.filterwarnings("ignore", message="'click.utils", category=DeprecationWarning)
+    from fedpeft import cli
 from fedpeft.config import Config, from_tree, merge
 from fedpeft.types import State
 
 LABELS = ("birds", "fish", "trees", "winds")
-OWN_WORDS = {label: [f"{label}{number}" for number in range(6)] for label in LABELS}
+OWN_WORDS = {label: [f"{label}{number}" for number in range(2)] for label in LABELS}
 """Words that only texts of that label hold, so the task is easy."""
-NOISE = [f"word{number}" for number in range(170)]
+NOISE = [f"word{number}" for number in range(188)]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *NOISE, *(word for own in OWN_WORDS.values() for word in own)]
 SIZES = {"birds": 65, "fish": 55, "trees": 45, "winds": 35}
 POSITIONS = 32
 """Texts this long are the longest that the tiny models take."""
@@ -66,8 +70,8 @@ def refused(outcome: Outcome, *needles: str) -> str:
 
 def write_tokenizer(folder: Path, special: bool = True) -> None:
     """Save a tokenizer that knows the words of ``examples``; ``special``: with [CLS] and [SEP] around every text."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *NOISE, *(word for own in OWN_WORDS.values() for word in own)]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    numbers = {word: number for number, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     if special:
         around = [("[CLS]", 2), ("[SEP]", 3)]
@@ -79,7 +83,7 @@ def write_tokenizer(folder: Path, special: bool = True) -> None:
 def write_bert(folder: Path) -> Path:
     """Save a BERT encoder without a head, as a pre-trained one comes, with its tokenizer."""
     config = BertConfig(
-        vocab_size=4 + len(NOISE) + 24,
+        vocab_size=len(VOCABULARY),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -93,7 +97,7 @@ def write_bert(folder: Path) -> Path:
 def write_gpt2(folder: Path) -> Path:
     """Save a GPT-2 without a head: its dense layers are Conv1D, and its tokenizer has no padding token."""
     config = GPT2Config(
-        vocab_size=4 + len(NOISE) + 24,
+        vocab_size=len(VOCABULARY),
         n_embd=32,
         n_layer=2,
         n_head=2,
@@ -108,7 +112,7 @@ def write_gpt2(folder: Path) -> Path:
 def write_llama(folder: Path) -> Path:
     """Save a Llama without a head: it has no bias anywhere."""
     config = LlamaConfig(
-        vocab_size=4 + len(NOISE) + 24,
+        vocab_size=len(VOCABULARY),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -130,12 +134,12 @@ def _write(folder: Path, kind: Any, config: Any, special: bool) -> Path:
 
 
 def examples() -> list[dict[str, str]]:
-    """Return 200 rows of four labels in a fixed random order; two words of each text tell its label, five tell nothing."""
+    """Return 200 rows of four labels in a fixed random order; three words of each tell its label, two tell nothing."""
     draw = random.Random(0)
     rows = []
     for label, size in SIZES.items():
         for number in range(size):
-            words = draw.sample(OWN_WORDS[label], 2) + draw.sample(NOISE, 5)
+            words = draw.choices(OWN_WORDS[label], k=3) + draw.sample(NOISE, 2)
             draw.shuffle(words)
             rows.append({"text": " ".join(words), "label": label, "site": f"site{number % 5}", "unused": "x"})
     draw.shuffle(rows)

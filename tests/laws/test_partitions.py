@@ -233,7 +233,8 @@ def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
 @pytest.mark.parametrize(
     ("deal", "message"),
     [
-        (lambda data: dirichlet(data, 10, 0, alpha=0.0), "partition.alpha = 0.0: must be a number from 0.001"),
+        (lambda data: dirichlet(data, 10, 0, alpha=9e-4), "partition.alpha = 0.0009: must be a number from 0.001"),
+        (lambda data: dirichlet(data, 10, 0, alpha=np.inf), "partition.alpha = inf: must be a number from 0.001"),
         (lambda data: dirichlet(data, 10, 0, alpha=float("nan")), "partition.alpha = nan: must be a number from 0.001"),
         (lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=0), "partition.min_examples = 0: must be 1 or more"),
         (lambda data: dirichlet(data, 3, 0, alpha=0.01, min_examples=33), "partition.alpha = 0.01: 10000 draws of shares"),

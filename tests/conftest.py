@@ -1,0 +1,24 @@
+"""Fixtures and settings shared by all tests: one thread, so that equality to the bit can be asked for."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import bert
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Sums over threads differ in the last bit; the laws here are about our code."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """A fresh tiny encoder."""
+    return bert()

@@ -1,0 +1,1 @@
+"""The contract that every row of METHODS keeps, on a tiny encoder."""

@@ -1,0 +1,1 @@
+"""Equality with other people's code and with loops written out in the test."""

@@ -1,0 +1,243 @@
+"""What contract, law and parity tests stand on: a tiny encoder, a task without tokenizer, a worker, an engine that listens."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from fedpeft.client import Holding, Worker
+from fedpeft.engines.local import LocalEngine
+from fedpeft.federation import federate
+from fedpeft.hardware import Hardware
+from fedpeft.ledger import ClientRow
+from fedpeft.memory import Memories
+from fedpeft.methods import METHODS
+from fedpeft.mounting import describe
+from fedpeft.seeds import generator
+from fedpeft.tasks import Classification, Encoded
+from fedpeft.training import Training
+from fedpeft.types import Base, Client, Engine, Lost, Method, Payload, Reply, State
+from fedpeft.wire import Answer, digest
+
+SEED = 7
+CPU = Hardware("cpu", "fp32", "eager", 1)
+CONFIG = digest(b"tiny")
+HEAD = frozenset({"classifier.weight", "classifier.bias"})
+TARGETS = "query|value"
+SIZES: Mapping[int, int] = {0: 6, 1: 11, 2: 9}
+"""Client -> examples; with batches of 4 they take 2, 3 and 3 steps an epoch, each with a ragged last batch."""
+
+SGD = Training(optimizer="sgd", lr=0.1, momentum=0.9, batch_size=4)
+ADAMW = Training(lr=1e-2, batch_size=4)
+
+FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "full": {},
+    "bitfit": {},
+    "lora": {"targets": TARGETS, "rank": 3, "scale": 2.0},
+    "ffa_lora": {"targets": TARGETS, "rank": 3, "scale": 2.0},
+    "federa": {"targets": TARGETS, "rank": 3, "scale": 2.0},
+    "sparse": {"targets": TARGETS, "density": 0.2},
+    "slora": {"targets": TARGETS, "rank": 3, "density": 0.2, "rounds": 4, "stage1": 0.5},
+    "fedara": {"targets": TARGETS, "rank": 4, "scale": 2.0, "rounds": 5, "warmup": 0.0, "settled": 0.2},
+    "local_only": {"targets": TARGETS, "rank": 3, "scale": 2.0},
+}
+"""Small settings for every row of METHODS; a new method needs a row here."""
+
+
+def small(name: str, **changes: Any) -> Method:
+    """Return the method ``name`` with small settings."""
+    constructor: Callable[..., Method] = METHODS[name]
+    return constructor(**{**FIELDS[name], **changes})
+
+
+def shaken(model: nn.Module, seed: int = SEED) -> nn.Module:
+    """Freeze ``model`` and move every parameter off its round starting value (zero biases hide mistakes)."""
+    draw = generator(seed, "tiny")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model.requires_grad_(False).eval()
+
+
+def bert(seed: int = SEED, **changes: Any) -> nn.Module:
+    """Return a frozen BERT classifier for 3 labels: 2 layers of width 32, no dropout."""
+    settings = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "num_labels": 3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": "eager",
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return shaken(BertForSequenceClassification(BertConfig(**{**settings, **changes})), seed)
+
+
+def base_of(model: nn.Module) -> Base:
+    """Return the server's view of ``bert()``."""
+    return describe(model, HEAD)
+
+
+@final
+@dataclass(frozen=True)
+class Padding:
+    """All that the task asks of a tokenizer once texts are numbers."""
+
+    pad_token_id: int = 0
+
+
+TASK = Classification(("a", "b", "c"), Padding(), 16)
+
+
+def examples(count: int, seed: int = SEED) -> Encoded:
+    """Return ``count`` random texts of 3 to 10 tokens with random labels."""
+    draw = generator(seed, "examples", count)
+    lengths = torch.randint(3, 11, (count,), generator=draw).tolist()
+    ids = [torch.randint(1, 100, (length,), generator=draw) for length in lengths]
+    return Encoded(ids, torch.randint(0, 3, (count,), generator=draw))
+
+
+def logits(model: nn.Module, rows: Encoded | None = None) -> Tensor:
+    """Return what ``model`` says now about a fixed batch."""
+    with torch.no_grad():
+        return TASK.logits(model, TASK.collate(rows or examples(8), CPU.torch_device))
+
+
+def worker(method: Method, model: nn.Module, training: Training = SGD, sizes: Mapping[int, int] = SIZES) -> Worker:
+    """Return a worker that holds ``sizes`` random examples for every client."""
+    held = {client: Holding(examples(size, client), examples(4, client + 100)) for client, size in sizes.items()}
+    return Worker(method, model, TASK, held, training, CPU, HEAD, SEED, CONFIG)
+
+
+def unchanged(_: int, outcome: Reply | Lost) -> Reply | Lost:
+    """Let an outcome through."""
+    return outcome
+
+
+@final
+@dataclass
+class Tapped:
+    """An engine that keeps what crosses it: ``talks`` has one client -> (request, reply) for every exchange.
+
+    ``change`` may do something to what comes back, told the number of the exchange; ``backwards`` turns the order round.
+    """
+
+    engine: Engine
+    change: Callable[[int, Reply | Lost], Reply | Lost] = unchanged
+    backwards: bool = False
+    talks: list[dict[int, tuple[bytes, bytes]]] = field(default_factory=list)
+
+    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+        """Pass on requests and replies."""
+        sent: dict[int, bytes] = {}
+
+        def listening(client: Client) -> bytes:
+            sent[client.id] = request(client)
+            return sent[client.id]
+
+        number, talk = len(self.talks), dict[int, tuple[bytes, bytes]]()
+        self.talks.append(talk)
+        outcomes = [self.change(number, outcome) for outcome in self.engine.exchange(clients, listening)]
+        talk.update({outcome.client.id: (sent[outcome.client.id], outcome.blob) for outcome in outcomes})
+        yield from reversed(outcomes) if self.backwards else outcomes
+
+
+@final
+@dataclass
+class Federation:
+    """Clients, their memories and the server's records, all in this process."""
+
+    method: Method
+    worker: Worker
+    memories: Memories
+    engine: Tapped
+    rows: list[ClientRow] = field(default_factory=list)
+
+    @property
+    def start(self) -> State:
+        """Return the state before the first round."""
+        return self.method.init(base_of(self.worker.model), SEED)
+
+    def clients(self, _: int = 0) -> list[Client]:
+        """Return everyone."""
+        return [Client(number, examples=len(holding.train)) for number, holding in self.worker.holdings.items()]
+
+    def play(
+        self,
+        rounds: int,
+        state: State | None = None,
+        cohort: Callable[[int], Sequence[Client]] | None = None,
+        min_replies: int = 1,
+    ) -> State:
+        """Return the state after so many more rounds."""
+        state = state or self.start
+        todo = range(state.round, state.round + rounds)
+        for state in federate(
+            self.method,
+            state,
+            self.engine,
+            cohort or self.clients,
+            todo,
+            config=CONFIG,
+            min_replies=min_replies,
+            record=self.rows.append,
+        ):
+            pass
+        return state
+
+    def answers(self, exchange: int) -> dict[int, Answer]:
+        """Return what every client said in exchange number ``exchange``."""
+        return {client: Answer.decode(reply) for client, (_, reply) in self.engine.talks[exchange].items()}
+
+
+def federation(
+    method: Method,
+    change: Callable[[int, Reply | Lost], Reply | Lost] = unchanged,
+    *,
+    backwards: bool = False,
+    training: Training = SGD,
+    memories: Memories | None = None,
+    sizes: Mapping[int, int] = SIZES,
+) -> Federation:
+    """Return a federation on a fresh tiny encoder."""
+    playing, kept = worker(method, bert(), training, sizes), memories or Memories()
+    return Federation(method, playing, kept, Tapped(LocalEngine(playing, kept), change, backwards))
+
+
+def weighted(payloads: Sequence[Payload], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted mean in float64 by plain torch: what every average is compared with."""
+    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    stacks = {name: torch.stack([payload[name].double() for payload in payloads]) for name in payloads[0]}
+    return {name: torch.tensordot(share, stack, dims=1) for name, stack in stacks.items()}
+
+
+def same(left: Payload, right: Payload) -> bool:
+    """Return whether two payloads have the same names, dtypes and values to the bit."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def same_state(left: State, right: State) -> bool:
+    """Return whether two states are equal to the bit."""
+    return (
+        left.round == right.round
+        and same(left.shared, right.shared)
+        and same(left.server, right.server)
+        and dict(left.memories) == dict(right.memories)
+    )
+
+
+def close(left: Payload, right: Payload, tolerance: float) -> None:
+    """Assert that two payloads have the same names and values within ``tolerance``, naming the tensor that is off."""
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name].double(), right[name].double(), rtol=tolerance, atol=tolerance, msg=name)
