@@ -152,17 +152,11 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="The whole model with the adapters merged in.")] = False,
 ) -> None:
     """Write what a run has learnt as a peft adapter, or merged as a transformers model."""
-    from fedpeft import export as exports
+    from fedpeft.export import refuse_existing
     from fedpeft.trained import open_run
 
-    exports.refuse_existing(folder)
-    trained = open_run(run)
-    with trained.mounted() as local:
-        pass
-    if merge:
-        exports.merged(trained.loaded, local, folder)
-    else:
-        exports.adapter(trained.loaded, local, trained.config.model.name, folder)
+    refuse_existing(folder)
+    open_run(run).export(folder, merge=merge)
     out.print(str(folder), markup=False, highlight=False)
 
 

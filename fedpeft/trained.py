@@ -8,7 +8,7 @@ from typing import final
 
 import torch
 
-from fedpeft import checkpoint
+from fedpeft import checkpoint, export
 from fedpeft.config import Config
 from fedpeft.evaluation import held
 from fedpeft.hardware import Hardware, use
@@ -45,6 +45,18 @@ class Trained:
             logits = self.task.logits(self.loaded.model, self.task.collate(examples, self.hardware.torch_device))
         best = logits.softmax(dim=1).max(dim=1)
         return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def export(self, folder: Path, *, merge: bool = False) -> None:
+        """Write the adapters as a folder for peft, or with ``merge`` the whole model as one for transformers.
+
+        A folder that exists, or a method without low-rank adapters unless ``merge``, raises BadInput.
+        """
+        with self.mounted() as local:
+            pass
+        if merge:
+            export.merged(self.loaded, local, folder)
+        else:
+            export.adapter(self.loaded, local, self.config.model.name, folder)
 
 
 def open_run(folder: Path) -> Trained:

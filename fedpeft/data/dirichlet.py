@@ -1,7 +1,8 @@
 """Label shares from a symmetric Dirichlet law, given that no client comes away with too little.
 
 Textbook: redraw until every client has enough. With many clients, few labels and a small alpha that never ends (100
-clients, 2 labels, alpha 0.1: one draw in 10^15), so most of the rejecting is done client by client, under the same law.
+clients of 100 examples on average, 2 labels, alpha 0.1: not one draw in 10^15 gives everybody an example). So most of
+the rejecting is done client by client, under the same law.
 
 Label l has n_l examples. Its shares are p_l = g_l / S_l: independent Gamma(alpha) numbers g_lk, one per client k, over
 their sum S_l, of which p_l is independent. To draw p given that every client gets enough, sum_l n_l p_lk >= m for each
@@ -26,7 +27,8 @@ def shares(sizes: NDArray[np.int64], clients: int, alpha: float, min_examples: i
     the ``sizes`` (labels,) examples, before and after rounding. Raises BadInput after 10,000 attempts.
     """
     rng = np.random.default_rng(derive(seed, "dirichlet"))
-    # Sums that all labels reach together in half of the draws. Any other level gives the same law, only slower.
+    # A sum that all labels reach together in about half of the draws. Any other level gives the same law, only slower;
+    # with this one, about one vector in 2 * clients or more is kept, so the inner loop ends.
     level = np.quantile(rng.gamma(alpha * clients, size=1001), 1 - 0.5 ** (1 / len(sizes)))
     level = max(float(level), 1e-200)
     for _ in range(ATTEMPTS):

@@ -1,5 +1,7 @@
 """Fixtures of the end-to-end tests."""
 
+import importlib.util
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,21 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 def runs(tmp_path: Path) -> Path:
     """A place for run folders that does not exist yet."""
     return tmp_path / "runs"
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let matplotlib seem not to be installed, which also saves the seconds that its figures take."""
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == "matplotlib" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+@pytest.fixture(autouse=True)
+def no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep settings of the surrounding terminal out of what commands print."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)

@@ -2,13 +2,10 @@
 
 import csv
 import gzip
-import importlib.util
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,10 @@ from safetensors.torch import load_file
 
 from fedpeft import checkpoint, cli
 from fedpeft.assembly import read_data
-from fedpeft.config import read
 from fedpeft.ledger import ClientRow, EvaluationRow, Row, RunRow
 from fedpeft.ledger import read as ledger
 from fedpeft.methods import METHODS
+from fedpeft.types import State
 
 from .builders import LABELS, OWN_WORDS, Ground, Outcome, assert_same, cli_call, examples, refused
 
@@ -111,19 +108,19 @@ def test_without_a_terminal_nothing_is_animated(trained: Finished) -> None:
     assert "6/6" not in outcome.out
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_on_a_terminal_a_bar_shows_rounds_accuracy_and_megabytes(
     ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(cli, "out", Console(file=screen, force_terminal=True, width=120, color_system=None))
-    _hide(monkeypatch, "matplotlib")
     assert cli_call("run", ground.config, "--runs", runs, *SHORT).code == 0
     for shown in ("tiny", "2/2", "accuracy 0.", "MB"):
         assert shown in screen.getvalue()
 
 
-def test_without_matplotlib_a_run_still_ends_with_its_sheets(ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hide(monkeypatch, "matplotlib")
+@pytest.mark.usefixtures("no_figures")
+def test_without_matplotlib_a_run_still_ends_with_its_sheets(ground: Ground, runs: Path) -> None:
     outcome = cli_call("run", ground.config, "--runs", runs, *SHORT)
     assert outcome.code == 0, outcome
     assert sorted(path.name for path in (runs / "tiny" / "report").iterdir()) == sorted(SHEETS)
@@ -261,9 +258,7 @@ def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
 
 
 def test_sweep_tries_every_value_with_every_method_on_validation(ground: Ground, runs: Path) -> None:
-    outcome = cli_call(
-        "sweep", ground.config, "training.lr=0.001,0.02", "--methods", "lora,bitfit", "--runs", runs, *SHORT
-    )
+    outcome = cli_call("sweep", ground.config, "training.lr=0.001,0.02", "--methods", "lora,bitfit", "--runs", runs, *SHORT)
     assert outcome.code == 0, outcome
     root = runs / "tiny-sweep"
     assert_reported(root / "report")
@@ -327,9 +322,7 @@ def test_the_same_rows_are_the_same_data_in_every_format(ground: Ground, tmp_pat
     assert read_data(replace(choice, train=path)).digest() == read_data(choice).digest()
 
 
-def test_files_in_a_configuration_are_found_beside_it(
-    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_in_a_configuration_are_found_beside_it(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ground.folder / "relative.toml"
     config.write_text(ground.config.read_text().replace(str(ground.data), ground.data.name))
     monkeypatch.chdir(tmp_path)
@@ -337,13 +330,13 @@ def test_files_in_a_configuration_are_found_beside_it(
     assert (tmp_path / "who.png").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_begun_in_one_folder_resumes_from_another(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ground.folder / "relative.toml"
     config.write_text(ground.config.read_text().replace(str(ground.data), ground.data.name))
     monkeypatch.chdir(ground.folder)
-    _hide(monkeypatch, "matplotlib")
     assert cli_call("run", "relative.toml", "--runs", tmp_path / "runs", *SHORT).code == 0
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "tiny" / "checkpoints" / "000002.json").unlink()
@@ -351,8 +344,8 @@ def test_a_run_begun_in_one_folder_resumes_from_another(
     assert outcome.code == 0, outcome
 
 
-def test_overwrite_begins_anew(ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hide(monkeypatch, "matplotlib")
+@pytest.mark.usefixtures("no_figures")
+def test_overwrite_begins_anew(ground: Ground, runs: Path) -> None:
     once = ("run", ground.config, "--runs", runs, *SHORT)
     assert cli_call(*once).code == 0
     (runs / "tiny" / "left over").touch()
@@ -362,8 +355,8 @@ def test_overwrite_begins_anew(ground: Ground, runs: Path, monkeypatch: pytest.M
     assert not (runs / "tiny" / "checkpoints" / "000002.json").exists()
 
 
-def test_per_client_scores_are_asked_of_the_clients(ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _hide(monkeypatch, "matplotlib")
+@pytest.mark.usefixtures("no_figures")
+def test_per_client_scores_are_asked_of_the_clients(ground: Ground, runs: Path) -> None:
     assert cli_call("run", ground.config, "--runs", runs, *SHORT, "--set", "evaluation.per_client=true").code == 0
     [row] = evaluations(runs / "tiny")
     assert row.clients_scored == 5
@@ -379,14 +372,7 @@ def test_help_names_every_command() -> None:
         assert any(line.strip("│ ").startswith(f"{command} ") for line in outcome.out.splitlines()), command
 
 
-@pytest.fixture(autouse=True)
-def _no_colour(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    return
-
-
-def _last_state(run: Path) -> object:
+def _last_state(run: Path) -> State:
     found = checkpoint.load(run / "checkpoints", json.loads(_last_manifest(run).read_text())["config"], pytest.fail)
     assert found is not None
     return found.state
@@ -394,13 +380,3 @@ def _last_state(run: Path) -> object:
 
 def _last_manifest(run: Path) -> Path:
     return max((run / "checkpoints").glob("*.json"))
-
-
-def _hide(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
-    """Let ``hidden`` seem not to be installed."""
-    real = importlib.util.find_spec
-
-    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
-        return None if name == hidden else real(name, package)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)

@@ -1,0 +1,129 @@
+"""A reply that is not exactly what was asked for is refused, counted with its bytes, and has no effect at all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedpeft.methods import METHODS
+from fedpeft.types import Lost, Reply
+from fedpeft.wire import Answer, decode, encode
+from tests.contract.reference import going_on
+from tests.tiny import assert_same_state
+
+BEGIN = 1
+VICTIM = 1
+
+
+def altered(change: Callable[[str, Tensor], Mapping[str, Tensor]]) -> Callable[[bytes], bytes]:
+    """Return a damage: ``change`` says what stands in the place of the reply's first floating tensor."""
+
+    def damage(blob: bytes) -> bytes:
+        answer = Answer.decode(blob)
+        payload = dict(answer.payload)
+        name = min(name for name, tensor in payload.items() if tensor.is_floating_point())
+        return replace(answer, payload=payload | change(name, payload.pop(name))).encode()
+
+    return damage
+
+
+def poisoned(value: float) -> Callable[[bytes], bytes]:
+    """Return a damage: one entry becomes ``value``."""
+
+    def change(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        bad = tensor.clone()
+        bad.view(-1)[-1] = value
+        return {name: bad}
+
+    return altered(change)
+
+
+def recoded(**changes: Tensor) -> Callable[[bytes], bytes]:
+    """Return a damage: the answer's own fields are of another form."""
+    return lambda blob: encode({**decode(blob), **{f"@{name}": tensor for name, tensor in changes.items()}})
+
+
+TENSORS: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
+    "missing": (altered(lambda name, tensor: {}), "missing"),
+    "renamed": (altered(lambda name, tensor: {f"{name}x": tensor}), "missing"),
+    "of one more row": (altered(lambda name, tensor: {name: torch.cat([tensor, tensor[:1]])}), "shape"),
+    "flat": (altered(lambda name, tensor: {name: tensor.reshape(1, -1)}), "shape"),
+    "in float64": (altered(lambda name, tensor: {name: tensor.double()}), "float64"),
+    "in whole numbers": (altered(lambda name, tensor: {name: tensor.long()}), "int64"),
+    "not a number": (poisoned(float("nan")), "not finite"),
+    "infinite": (poisoned(float("-inf")), "not finite"),
+}
+MESSAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
+    "one tensor too many": (lambda b: replace(a := Answer.decode(b), payload={**a.payload, "x": torch.ones(1)}).encode(), "unexpected"),
+    "stale": (lambda b: replace(Answer.decode(b), round=BEGIN - 1).encode(), "stale"),
+    "of the future": (lambda b: replace(Answer.decode(b), round=BEGIN + 1).encode(), "stale"),
+    "from no example": (lambda b: replace(Answer.decode(b), examples=0).encode(), "examples"),
+    "empty": (lambda _: b"", "damaged"),
+    "cut short": (lambda b: b[:-1], "damaged"),
+    "one bit off": (lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], "damaged"),
+    "no answer": (lambda _: encode({"x": torch.ones(1)}), "not an answer"),
+    "with one count": (recoded(counts=torch.tensor(1)), "not an answer"),
+    "with counts in a table": (recoded(counts=torch.full((7, 1), BEGIN)), "not an answer"),
+    "with fractions of rounds": (recoded(counts=torch.full((7,), BEGIN + 0.0)), "not an answer"),
+    "with measures in words": (recoded(measures=torch.ones(2, 2)), "not an answer"),
+}
+
+
+def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> None:
+    """Assert that damage to one reply equals not asking its client, now and in the round after."""
+
+    def spoil(number: int, outcome: Reply | Lost) -> Reply | Lost:
+        assert isinstance(outcome, Reply)
+        return replace(outcome, blob=damage(outcome.blob)) if (number, outcome.client.id) == (0, VICTIM) else outcome
+
+    playing, state = going_on(name, BEGIN, spoil)
+    spoilt = playing.play(1, state)
+    [row] = [row for row in playing.rows if row.client == VICTIM]
+    assert row.lost is not None
+    assert reason in row.lost
+    request, reply = playing.engine.talks[0][VICTIM]
+    assert (row.down, row.up, row.examples, row.steps) == (len(request), len(reply), 0, 0)
+    assert all(row.lost is None for row in playing.rows if row.client != VICTIM)
+
+    untroubled, _ = going_on(name, BEGIN)
+    others = [client for client in untroubled.clients() if client.id != VICTIM]
+    assert_same_state(spoilt, untroubled.play(1, state, cohort=lambda _: others))
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "local_only"])
+def test_a_reply_with_a_tensor_that_is_wrong_is_refused(name: str, kind: str) -> None:
+    check_refused(name, *TENSORS[kind])
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+@pytest.mark.parametrize("name", ["lora", "fedara", "local_only"])
+def test_a_reply_that_is_wrong_as_a_whole_is_refused(name: str, kind: str) -> None:
+    check_refused(name, *MESSAGES[kind])
+
+
+def test_votes_of_another_length_are_refused() -> None:
+    def longer(blob: bytes) -> bytes:
+        answer = Answer.decode(blob)
+        votes = torch.cat([answer.payload["votes"], torch.zeros(1, dtype=torch.uint8)])
+        return replace(answer, payload={**answer.payload, "votes": votes}).encode()
+
+    check_refused("fedara", longer, "'votes' has shape")
+
+
+def test_a_reply_that_nobody_asked_for_is_not_counted() -> None:
+    """A client outside the cohort speaks up; its reply is valid in form."""
+    playing, state = going_on("lora", BEGIN)
+    others = [client for client in playing.clients() if client.id != VICTIM]
+    untroubled, _ = going_on("lora", BEGIN)
+    expected = untroubled.play(1, state, cohort=lambda _: others)
+
+    def intrude(_: int, outcome: Reply | Lost) -> Reply | Lost:
+        stranger = replace(outcome.client, id=99)
+        return Reply(stranger, outcome.blob) if outcome.client.id == VICTIM and isinstance(outcome, Reply) else outcome
+
+    intruded, _ = going_on("lora", BEGIN, intrude)
+    assert_same_state(intruded.play(1, state), expected)
+    assert {row.client: row.lost for row in intruded.rows} == {0: None, 1: "no answer", 2: None}

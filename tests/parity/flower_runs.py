@@ -1,0 +1,93 @@
+"""Run by ``test_flower.py`` in a process of its own: every method on both engines, all of Flower's in one simulation."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fedpeft import runs
+from fedpeft.assembly import Assembly, assemble
+from fedpeft.engines import Site
+from fedpeft.engines.flower import FlowerEngine, launch
+from fedpeft.engines.local import LocalEngine
+from fedpeft.federation import federate, sample
+from fedpeft.ledger import MEASURED, ClientRow
+from fedpeft.ledger.rows import to_json
+from fedpeft.methods import METHODS
+from fedpeft.types import Engine, State
+from tests.e2e.builders import Ground, write_ground
+
+ROUNDS = 4
+Ended = tuple[State, list[dict[str, object]]]
+
+
+def play(assembly: Assembly, engine: Engine) -> Ended:
+    """Return the last state of a short run and its rows, what is measured left out."""
+    rows: list[ClientRow] = []
+    first = assembly.first_state()
+    cohort = partial(sample, assembly.clients, 2, assembly.config.seed)
+    state = first
+    for state in federate(  # noqa: B007
+        assembly.method,
+        first,
+        engine,
+        cohort,
+        range(ROUNDS),
+        config=assembly.worker.config,
+        min_replies=1,
+        record=rows.append,
+    ):
+        pass
+    return state, [{k: v for k, v in to_json(row).items() if k not in MEASURED} for row in rows]
+
+
+def assemblies(ground: Ground) -> dict[str, Assembly]:
+    """Return a federation of five clients for every method."""
+    made: dict[str, Assembly] = {}
+    for name in METHODS:
+        settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
+        made[name] = assemble(ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings))
+    return made
+
+
+def differences(one: Ended, other: Ended) -> list[str]:
+    """Return what differs between two ends, to the bit."""
+    (mine, my_rows), (theirs, their_rows) = one, other
+    found = [f"row {i}: {a} != {b}" for i, (a, b) in enumerate(zip(my_rows, their_rows, strict=True)) if a != b]
+    if mine.memories != theirs.memories or mine.round != theirs.round:
+        found.append(f"memories {mine.memories} != {theirs.memories}")
+    for a, b in ((mine.shared, theirs.shared), (mine.server, theirs.server)):
+        found += [f"names {a.keys() ^ b.keys()}"] if a.keys() != b.keys() else []
+        found += [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
+    return found
+
+
+def main(folder: Path) -> None:
+    """Print, per method, how many rows there were, how much the state moved and what differs between the engines."""
+    made = assemblies(write_ground(folder))
+
+    def settings(assembly: Assembly) -> str:
+        return json.dumps({"config": assembly.config.to_json(), "hardware": assembly.hardware.describe()})
+
+    def body(engine: Engine) -> dict[str, Ended]:
+        assert isinstance(engine, FlowerEngine)
+        return {name: play(one, replace(engine, config=settings(one))) for name, one in made.items()}
+
+    first = next(iter(made.values()))
+    flower = launch(Site(5, first.worker, settings(first), runs.rebuild), body)
+    told = {}
+    for name, one in made.items():
+        local = play(one, LocalEngine(one.worker))
+        told[name] = {
+            "differences": differences(local, flower[name]),
+            "rows": len(local[1]),
+            "lost": [r["lost"] for r in local[1]],
+        }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
