@@ -130,7 +130,7 @@ class Worker:
         try:
             return {
                 name: torch.stack([payload[name] for payload in payloads]).to(self.hardware.torch_device)
-                for name in set().union(*payloads)
+                for name in sorted(set().union(*payloads))
             }
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the messages of one cohort differ in names or shapes: {error}") from error

@@ -40,7 +40,7 @@ def decode(blob: bytes) -> dict[str, Tensor]:
     if digest(body) != blob[:DIGEST]:
         raise WireError(f"damaged message: {len(blob)} bytes do not match their digest")
     try:
-        return load(body)
+        return dict(sorted(load(body).items()))  # safetensors gives no order, and sums over tensors depend on it
     except SafetensorError as error:
         raise WireError(f"not a safetensors message: {error}") from error
 

@@ -72,12 +72,13 @@ def write_tokenizer(folder: Path, special: bool = True) -> None:
     """Save a tokenizer that knows the words of ``examples``; ``special``: with [CLS] and [SEP] around every text."""
     numbers = {word: number for number, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if special:
         around = [("[CLS]", 2), ("[SEP]", 3)]
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)  # type: ignore[assignment]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]"} if special else {"unk_token": "[UNK]", "eos_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 def write_bert(folder: Path) -> Path:

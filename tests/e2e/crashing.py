@@ -1,0 +1,154 @@
+"""Crashes on demand: a forked child plays a run and kills itself at a chosen instant, half-way through what it was doing."""
+
+import contextlib
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from fedpeft import checkpoint, runs
+from fedpeft.assembly import Assembly
+from fedpeft.client import Worker
+from fedpeft.journal import CHECKPOINTS, settings_digest
+from fedpeft.ledger import FILE, MEASURED, Ledger, Row, read
+from fedpeft.types import State
+
+from .builders import assert_same
+
+COMPARED = [name for row in (runs.CONFIG, runs.HARDWARE, runs.LABELS) for name in (row,)]
+"""Files that are written before the first round."""
+
+
+@dataclass
+class Instants:
+    """Counts the instants at which a crash would hurt, and dies at number ``fatal`` of them (None: at none).
+
+    Instants are: before a cohort trains, in the middle of a row of the ledger, before a file or folder is made durable
+    (a file is then cut to half, as if the disk had got no further), before and after a rename, before a deletion.
+    """
+
+    fatal: int | None = None
+    count: int = 0
+    configured: int = 0
+    """The count when the last of the files that make a folder a run was in place."""
+
+    def reached(self, damage: Callable[[], object] = lambda: None) -> None:
+        """Count an instant, and if it is the fatal one do ``damage`` and die of SIGKILL."""
+        self.count += 1
+        if self.count == self.fatal:
+            damage()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def watched(instants: Instants) -> Iterator[Instants]:
+    """Let everything that changes the disk, and training, report to ``instants``."""
+    fsync, replace, unlink, append, handle = os.fsync, Path.replace, Path.unlink, Ledger.append, Worker.handle
+
+    def on_fsync(descriptor: int) -> None:
+        instants.reached(lambda: _halve(descriptor))
+        fsync(descriptor)
+
+    def on_replace(path: Path, target: Path) -> Path:
+        instants.reached()
+        moved = replace(path, target)
+        instants.reached()
+        if moved.name == runs.CONFIG:
+            instants.configured = instants.count
+        return moved
+
+    def on_unlink(path: Path, missing_ok: bool = False) -> None:
+        instants.reached()
+        unlink(path, missing_ok)
+
+    def on_append(ledger: Ledger, row: Row) -> None:
+        file: Any = ledger._file
+        append(ledger, row)
+        instants.reached(lambda: (file.flush(), _cut_last_row(file.fileno())))
+
+    def on_handle(worker: Worker, *arguments: Any) -> Any:
+        instants.reached()
+        return handle(worker, *arguments)
+
+    with (
+        mock.patch.object(os, "fsync", on_fsync),
+        mock.patch.object(Path, "replace", on_replace),
+        mock.patch.object(Path, "unlink", on_unlink),
+        mock.patch.object(Ledger, "append", on_append),
+        mock.patch.object(Worker, "handle", on_handle),
+    ):
+        yield instants
+
+
+def die_while(play: Callable[[], object], fatal: int) -> None:
+    """Call ``play`` in a forked child that dies of SIGKILL at instant ``fatal``; an end of any other kind is an error."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException), watched(Instants(fatal)):
+            play()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"instant {fatal}: the child ended with {os.waitstatus_to_exitcode(status)}, unharmed"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an undisturbed run ends in; a disturbed one must end in the same."""
+
+    state: State
+    rows: list[dict[str, object]]
+    files: dict[str, str]
+    instants: Instants
+
+    @staticmethod
+    def of(assembly: Assembly, folder: Path) -> "Outcome":
+        """Play ``assembly`` undisturbed in ``folder``."""
+        with watched(Instants()) as instants:
+            state = runs.start(assembly, folder)
+        return Outcome(state, unmeasured(folder), _last_files(assembly, folder), instants)
+
+    def assert_equal(self, assembly: Assembly, folder: Path, state: State) -> None:
+        """Assert that the run in ``folder``, which ended in ``state``, is equal: tensors, ledger, checkpoint, no litter."""
+        assert_same(state, self.state)
+        assert unmeasured(folder) == self.rows
+        assert _last_files(assembly, folder) == self.files
+        assert not [*folder.rglob("*.tmp")]
+
+
+def unmeasured(folder: Path) -> list[dict[str, object]]:
+    """Return the rows of a run's ledger without the fields that differ between two runs of the same thing."""
+    return [
+        {field.name: getattr(row, field.name) for field in fields(row) if field.name not in MEASURED}
+        for row in read(folder / FILE)
+    ]
+
+
+def _last_files(assembly: Assembly, folder: Path) -> dict[str, str]:
+    """Return name -> digest of what the last checkpoint consists of, having checked that it is whole."""
+    told: list[str] = []
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(assembly.config), told.append)
+    assert found is not None
+    assert not told
+    manifest = checkpoint.manifest(folder / CHECKPOINTS, found.state.round)
+    return dict(checkpoint.json.loads(manifest.read_bytes())["files"])
+
+
+def _halve(descriptor: int) -> None:
+    """Leave half of a file that was being written; a ledger keeps all but half of its last row."""
+    about = os.fstat(descriptor)
+    if stat.S_ISREG(about.st_mode):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == FILE:
+            _cut_last_row(descriptor)
+        else:
+            os.ftruncate(descriptor, about.st_size // 2)
+
+
+def _cut_last_row(descriptor: int) -> None:
+    path = Path(f"/proc/self/fd/{descriptor}")
+    last = path.read_bytes().splitlines(keepends=True)[-1]
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size - 1 - len(last) // 2)

@@ -1,0 +1,146 @@
+"""Killed at any instant, a run resumes to the very bits that an undisturbed one ends in."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft import runs
+from fedpeft.assembly import Assembly, assemble
+from fedpeft.types import BadInput
+
+from .builders import Ground
+from .crashing import Outcome, die_while
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="crashes need fork and /proc"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # fork, Python 3.12+
+]
+
+ROUNDS = 6
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3},
+    "slora": {"rank": 3, "pre_classifier_rank": 5, "stage1": 0.5},
+    "fedara": {"rank": 4, "kept": 0.25, "warmup": 0.0},
+    "federa": {"rank": 3},
+}
+CASES = [(name, precision) for name in METHODS for precision in ("fp32", "bf16")]
+KILLS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, and what it ends in undisturbed."""
+
+    assembly: Assembly
+    undisturbed: Outcome
+
+    def instants(self, seed: str) -> list[int]:
+        """Return ten random instants after the folder became a run, one from each tenth of the run."""
+        first, last = self.undisturbed.instants.configured + 1, self.undisturbed.instants.count
+        bounds = [first + (last + 1 - first) * part // KILLS for part in range(KILLS + 1)]
+        draw = random.Random(seed)
+        return [draw.randrange(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+    def start(self, folder: Path) -> Callable[[], object]:
+        return lambda: runs.start(self.assembly, folder)
+
+    def resume(self, folder: Path) -> Callable[[], object]:
+        return lambda: runs.resume(folder, like=self.assembly)
+
+    def assert_resumes(self, folder: Path) -> None:
+        """Resume the run in ``folder`` and assert that it ends as the undisturbed one does."""
+        self.undisturbed.assert_equal(self.assembly, folder, runs.resume(folder, like=self.assembly))
+
+
+@pytest.fixture(scope="module")
+def case(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]:
+    """Gives the case of a method and a precision, made once."""
+
+    @cache
+    def of(method: str, precision: str) -> Case:
+        assembly = assemble(
+            ground.chosen(
+                {"machine": {"precision": precision}, "method": {"name": method, **METHODS[method]}},
+                {"federation": {"rounds": ROUNDS}, "training": {"steps": 1, "batch_size": 4}},
+                {"evaluation": {"every": 2, "limit": 8}},
+            )
+        )
+        return Case(assembly, Outcome.of(assembly, tmp_path_factory.mktemp("undisturbed") / f"{method}-{precision}"))
+
+    return of
+
+
+Cases = Callable[[str, str], Case]
+
+
+@pytest.mark.parametrize(("method", "precision"), CASES)
+def test_killed_at_ten_random_instants_a_run_resumes_to_the_same_end(
+    case: Cases, runs: Path, method: str, precision: str
+) -> None:
+    this = case(method, precision)
+    for instant in this.instants(f"{method} {precision}"):
+        folder = runs / str(instant)
+        die_while(this.start(folder), instant)
+        this.assert_resumes(folder)
+
+
+@pytest.mark.parametrize(("method", "precision"), CASES)
+def test_killed_again_and_again_a_run_resumes_to_the_same_end(case: Cases, runs: Path, method: str, precision: str) -> None:
+    this = case(method, precision)
+    draw = random.Random(f"{method} {precision}")
+    die_while(this.start(runs), this.undisturbed.instants.configured + draw.randrange(10, 30))
+    for _ in range(4):
+        die_while(this.resume(runs), draw.randrange(5, 25))  # less than two rounds further
+    this.assert_resumes(runs)
+
+
+def test_both_stages_of_slora_are_hit(case: Cases) -> None:
+    """The bridge is crossed half-way, so instants from every tenth of the run lie in both stages."""
+    state = case("slora", "fp32").undisturbed.state
+    assert any(name.endswith(":B") for name in state.shared)
+    assert round(METHODS["slora"]["stage1"] * ROUNDS) == ROUNDS // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_before_its_first_checkpoint_a_run_begins_anew(case: Cases, runs: Path, method: str) -> None:
+    this = case(method, "fp32")
+    for number, instant in enumerate((1, 4)):  # in the middle of the first row; before the state's file is renamed
+        folder = runs / str(number)
+        die_while(this.start(folder), this.undisturbed.instants.configured + instant)
+        assert not [*folder.glob("checkpoints/*.json")]
+        this.assert_resumes(folder)
+
+
+def test_killed_before_it_is_a_run_a_folder_is_refused_and_can_be_overwritten(case: Cases, runs: Path) -> None:
+    this = case("lora", "fp32")
+    die_while(this.start(runs), this.undisturbed.instants.configured - 3)
+    with pytest.raises(BadInput, match="holds no run"):
+        this.resume(runs)()
+    from fedpeft.runs import start
+
+    this.undisturbed.assert_equal(this.assembly, runs, start(this.assembly, runs, overwrite=True))
+
+
+def test_a_killed_command_resumes_in_another_process_to_the_same_end(case: Cases, ground: Ground, runs: Path) -> None:
+    """Hash seeds differ between processes: an order that follows them would show in the last bits."""
+    folders = {method: runs / method for method in METHODS}
+    for method, folder in folders.items():
+        this = case(method, "fp32")
+        die_while(this.start(folder), this.instants("other")[4])
+    fedpeft = "import sys; from fedpeft.cli import main; sys.argv[0] = 'fedpeft'; main()"
+    ends = [f"import fedpeft.runs; from pathlib import Path; [fedpeft.runs.resume(Path(p)) for p in {[*map(str, folders.values())]}]"]
+    del fedpeft
+    for code in ends:
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
+    for method, folder in folders.items():
+        case(method, "fp32").assert_resumes(folder)
