@@ -87,7 +87,7 @@ def compare(
     extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
     extra += [f"compare.seeds=[{seeds}]"] if seeds else []
     planned = plan(_tree(config, [*extra, *settings]))
-    root = runs / planned[0].config.name
+    root = runs / f"{planned[0].config.name}-compare"
     with _bar() as watch:
         folders = play(
             planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(f"{one.label}, seed {one.config.seed}")

@@ -2,24 +2,23 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedpeft import runs
 from fedpeft.assembly import Assembly, assemble
+from fedpeft.runs import resume, start
 from fedpeft.types import BadInput
 
 from .builders import Ground
-from .crashing import Outcome, die_while
+from .crashing import Instants, Outcome, die_while, watched
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="crashes need fork and /proc"),
@@ -33,7 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedara": {"rank": 4, "kept": 0.25, "warmup": 0.0},
     "federa": {"rank": 3},
 }
-CASES = [(name, precision) for name in METHODS for precision in ("fp32", "bf16")]
+CASES = [*((name, precision) for name in ("lora", "slora", "fedara") for precision in ("fp32", "bf16")), ("federa", "fp32")]
+"""FeDeRA because its clients remember something."""
 KILLS = 10
 
 
@@ -49,17 +49,19 @@ class Case:
         first, last = self.undisturbed.instants.configured + 1, self.undisturbed.instants.count
         bounds = [first + (last + 1 - first) * part // KILLS for part in range(KILLS + 1)]
         draw = random.Random(seed)
-        return [draw.randrange(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+        return [draw.randrange(low, high) for low, high in pairwise(bounds)]
 
-    def start(self, folder: Path) -> Callable[[], object]:
-        return lambda: runs.start(self.assembly, folder)
+    def starting(self, folder: Path) -> Callable[[], object]:
+        return lambda: start(self.assembly, folder)
 
-    def resume(self, folder: Path) -> Callable[[], object]:
-        return lambda: runs.resume(folder, like=self.assembly)
+    def resuming(self, folder: Path) -> Callable[[], object]:
+        return lambda: resume(folder, like=self.assembly)
 
     def assert_resumes(self, folder: Path) -> None:
         """Resume the run in ``folder`` and assert that it ends as the undisturbed one does."""
-        self.undisturbed.assert_equal(self.assembly, folder, runs.resume(folder, like=self.assembly))
+        with watched(Instants()):
+            state = resume(folder, like=self.assembly)
+        self.undisturbed.assert_equal(self.assembly, folder, state)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_killed_at_ten_random_instants_a_run_resumes_to_the_same_end(
     this = case(method, precision)
     for instant in this.instants(f"{method} {precision}"):
         folder = runs / str(instant)
-        die_while(this.start(folder), instant)
+        die_while(this.starting(folder), instant)
         this.assert_resumes(folder)
 
 
@@ -98,9 +100,9 @@ def test_killed_at_ten_random_instants_a_run_resumes_to_the_same_end(
 def test_killed_again_and_again_a_run_resumes_to_the_same_end(case: Cases, runs: Path, method: str, precision: str) -> None:
     this = case(method, precision)
     draw = random.Random(f"{method} {precision}")
-    die_while(this.start(runs), this.undisturbed.instants.configured + draw.randrange(10, 30))
+    die_while(this.starting(runs), this.undisturbed.instants.configured + draw.randrange(10, 30))
     for _ in range(4):
-        die_while(this.resume(runs), draw.randrange(5, 25))  # less than two rounds further
+        die_while(this.resuming(runs), draw.randrange(5, 25))  # less than two rounds further
     this.assert_resumes(runs)
 
 
@@ -116,31 +118,26 @@ def test_killed_before_its_first_checkpoint_a_run_begins_anew(case: Cases, runs:
     this = case(method, "fp32")
     for number, instant in enumerate((1, 4)):  # in the middle of the first row; before the state's file is renamed
         folder = runs / str(number)
-        die_while(this.start(folder), this.undisturbed.instants.configured + instant)
+        die_while(this.starting(folder), this.undisturbed.instants.configured + instant)
         assert not [*folder.glob("checkpoints/*.json")]
         this.assert_resumes(folder)
 
 
 def test_killed_before_it_is_a_run_a_folder_is_refused_and_can_be_overwritten(case: Cases, runs: Path) -> None:
     this = case("lora", "fp32")
-    die_while(this.start(runs), this.undisturbed.instants.configured - 3)
+    die_while(this.starting(runs), this.undisturbed.instants.configured - 3)
     with pytest.raises(BadInput, match="holds no run"):
-        this.resume(runs)()
-    from fedpeft.runs import start
-
+        resume(runs)
     this.undisturbed.assert_equal(this.assembly, runs, start(this.assembly, runs, overwrite=True))
 
 
-def test_a_killed_command_resumes_in_another_process_to_the_same_end(case: Cases, ground: Ground, runs: Path) -> None:
+def test_a_killed_run_resumes_in_another_process_to_the_same_end(case: Cases, runs: Path) -> None:
     """Hash seeds differ between processes: an order that follows them would show in the last bits."""
     folders = {method: runs / method for method in METHODS}
     for method, folder in folders.items():
-        this = case(method, "fp32")
-        die_while(this.start(folder), this.instants("other")[4])
-    fedpeft = "import sys; from fedpeft.cli import main; sys.argv[0] = 'fedpeft'; main()"
-    ends = [f"import fedpeft.runs; from pathlib import Path; [fedpeft.runs.resume(Path(p)) for p in {[*map(str, folders.values())]}]"]
-    del fedpeft
-    for code in ends:
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
+        die_while(case(method, "fp32").starting(folder), case(method, "fp32").instants("other")[4])
+    code = "import sys, pathlib, fedpeft.runs; [fedpeft.runs.resume(pathlib.Path(folder)) for folder in sys.argv[1:]]"
+    seeded = {**os.environ, "PYTHONHASHSEED": "12345"}
+    subprocess.run([sys.executable, "-c", code, *map(str, folders.values())], check=True, env=seeded)
     for method, folder in folders.items():
         case(method, "fp32").assert_resumes(folder)

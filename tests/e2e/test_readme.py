@@ -1,0 +1,85 @@
+"""What the README shows works as it stands there, on a tiny model and easy data in the place of MiniLM and yours."""
+
+import csv
+import gzip
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from .builders import Ground, cli_call, examples
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind: str) -> list[str]:
+    """Return the README's code blocks of one language."""
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path: Path, ground: Ground, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the files that the README names."""
+    (tmp_path / "train.jsonl").write_text(ground.data.read_text())
+    with gzip.open(tmp_path / "test.csv.gz", "wt", newline="") as file:
+        rows = examples()[:40]
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "mine.toml").write_text(blocks("toml")[0])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands(place: Path, ground: Ground) -> None:
+    smaller = [
+        f"model.name={str(ground.model)!r}",
+        "model.max_length=16",
+        "machine.threads=1",
+        "partition.clients=5",
+        "partition.alpha=1.0",
+        "federation.rounds=2",
+        "federation.clients_per_round=2",
+        "training.steps=1",
+        "compare.rank=4",
+    ]
+    commands = [shlex.split(line, comments=True) for line in blocks("sh")[0].splitlines()]
+    assert {command[1] for command in commands} == {
+        "partition",
+        "run",
+        "resume",
+        "compare",
+        "sweep",
+        "report",
+        "export",
+        "predict",
+        "methods",
+    }
+    for program, name, *rest in commands:
+        assert program == "fedpeft"
+        settings = [f"--set={one}" for one in smaller] if "mine.toml" in rest else []
+        outcome = cli_call(name, *rest, *settings)
+        assert (outcome.code, outcome.err) == (0, ""), (name, outcome)
+    for made in ("partition.png", "runs/mine/ledger.jsonl", "report/summary.csv", "adapter/adapter_config.json"):
+        assert (place / made).exists(), made
+
+
+def test_python_example(place: Path, ground: Ground) -> None:
+    [code] = blocks("python")
+    tiny = f'"model": {{"name": {str(ground.model)!r}, "max_length": 16}}, "machine": {{"threads": 1}}, "data": {{'
+    small = code.replace('"data": {', tiny, 1).replace('"clients": 20', '"clients": 5').replace('"rounds": 20', '"rounds": 2')
+    assert small.count(str(ground.model)) == 1
+    exec(compile(small, "README.md", "exec"), {})  # what a reader would paste
+    assert (place / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_tree_names_every_file_and_no_other() -> None:
+    [tree] = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
+    inside = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    there = {path.name for path in (ROOT / "fedpeft").iterdir() if path.name not in {"__init__.py", "__pycache__", "py.typed"}}
+    assert inside == there
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            assert (ROOT / line.split()[0]).is_dir(), line
