@@ -69,7 +69,7 @@ class Worker:
         order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
         context = Context([clients[k] for k in order], number, self.seed)
         down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
-        with measured() as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
+        with measured(self.hardware.torch_device) as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
             with self.method.mount(self.model, down, memory, context) as local:
                 losses = fit(
                     self.model,
@@ -105,7 +105,7 @@ class Worker:
         for client, request, own in zip(clients, asked, held, strict=True):
             context = Context([client], request.round, self.seed)
             with (
-                measured() as meter,
+                measured(self.hardware.torch_device) as meter,
                 self.method.mount(self.model, self._stack([request.payload]), self._stack([own]), context),
             ):
                 found = score(self.model, self.task, self.holdings[client].test, self.hardware)
