@@ -129,8 +129,13 @@ class Worker:
         """Return K payloads as one with a client axis, on the worker's device; unequal names or shapes raise WireError."""
         try:
             return {
-                name: torch.stack([payload[name] for payload in payloads]).to(self.hardware.torch_device)
+                name: _stacked([payload[name] for payload in payloads]).to(self.hardware.torch_device)
                 for name in sorted(set().union(*payloads))
             }
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the messages of one cohort differ in names or shapes: {error}") from error
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return K tensors with a client axis; one alone is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

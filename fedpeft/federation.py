@@ -1,6 +1,6 @@
 """The server's loop as a generator of states: ask a cohort, check and count what comes back, merge, go on."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -9,7 +9,7 @@ import torch
 from fedpeft.ledger import ClientRow
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
-from fedpeft.types import NEVER, Client, Engine, Lost, Method, Reply, State, Update, WireError
+from fedpeft.types import NEVER, Client, Engine, Lost, Method, Payload, Reply, State, Update, WireError
 from fedpeft.wire import Answer, Kind, Request, check
 
 
@@ -66,7 +66,7 @@ def poll(
             case Reply(client, blob):
                 answer = Answer.decode(blob)
                 if answer.examples:
-                    check(answer, state.round, {"counts": (3, labels)})
+                    check(answer, state.round, {"counts": torch.empty(3, labels, dtype=torch.int64, device="meta")})
                     found[client.id] = Scores(answer.payload["counts"], answer.loss)
             case Lost():
                 pass
@@ -87,7 +87,8 @@ class _Talk:
     memories: dict[int, int] = field(default_factory=dict)
     count: int = 0
     _sent: dict[int, int] = field(default_factory=dict)
-    _expected: dict[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    _expected: dict[int, Payload] = field(default_factory=dict)
+    _encoded: tuple[Payload, int, bytes] | None = None
 
     def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
         """Yield the usable replies of ``asked``, in their order, and take down every client's row."""
@@ -129,10 +130,12 @@ class _Talk:
 
     def _request(self, client: Client) -> bytes:
         down = self.method.send(self.state, client)
-        blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
-        self._sent[client.id] = len(blob)
+        if self._encoded is None or self._encoded[0] is not down or self._encoded[1] != client.memory:
+            blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
+            self._encoded = (down, client.memory, blob)  # many clients get the very same
+        self._sent[client.id] = len(self._encoded[2])
         self._expected[client.id] = self.method.expects(self.state, down)
-        return blob
+        return self._encoded[2]
 
 
 def in_order(asked: Sequence[Client], outcomes: Iterable[Reply | Lost]) -> Iterator[Reply | Lost]:

@@ -11,7 +11,7 @@ from fedpeft.federation import poll
 from fedpeft.ledger import EvaluationRow
 from fedpeft.memory import Memories
 from fedpeft.tasks import Scores
-from fedpeft.types import Engine, State
+from fedpeft.types import NEVER, Engine, State
 from fedpeft.wire import decode
 
 
@@ -19,18 +19,16 @@ def evaluation_row(assembly: Assembly, state: State, engine: Engine, memories: M
     """Score ``state`` on the server's texts, and on the clients' own where the settings ask for it.
 
     A method to which nothing goes up has no global model: its score is the mean over the clients' own models, each on
-    the server's texts, and ``clients_scored`` says how many there are.
+    the server's texts (on the client's own where the memories are elsewhere), and ``clients_scored`` says how many.
     """
     began = time.perf_counter()
-    shares_something = bool(assembly.method.expects(state, assembly.method.send(state, WHOLE)))
-    each = [] if shares_something else _own_models(assembly, state, memories)
-    row = _row(assembly, state, each or [score_whole(assembly, state)])
-    if each:
-        row = replace(row, clients_scored=len(each))
+    if assembly.method.expects(state, assembly.method.send(state, WHOLE)) or not state.memories:
+        row = _row(assembly, state, [score_whole(assembly, state)])
+    else:
+        each = _own_models(assembly, state, memories) or list(_own_scores(assembly, state, engine).values())
+        row = replace(_row(assembly, state, each), clients_scored=len(each))
     if assembly.config.evaluation.per_client:
-        method, config, labels = assembly.method, assembly.worker.config, len(assembly.task.labels)
-        found = poll(method, state, engine, assembly.clients, config=config, labels=labels)
-        own = sorted(scores.accuracy for scores in found.values())
+        own = sorted(scores.accuracy for scores in _own_scores(assembly, state, engine).values())
         worst = own[: max(1, len(own) // 10)]
         row = replace(row, client_mean=fmean(own), client_worst_tenth=fmean(worst), clients_scored=len(own))
     return replace(row, seconds=time.perf_counter() - began)
@@ -43,11 +41,18 @@ def score_whole(assembly: Assembly, state: State) -> Scores:
         return score(model, assembly.task, assembly.scored, hardware)
 
 
+def _own_scores(assembly: Assembly, state: State, engine: Engine) -> dict[int, Scores]:
+    """Return every client's scores of its own model on its own texts."""
+    labels, config = len(assembly.task.labels), assembly.worker.config
+    return poll(assembly.method, state, engine, assembly.clients, config=config, labels=labels)
+
+
 def _own_models(assembly: Assembly, state: State, memories: Memories) -> list[Scores]:
+    """Return the scores, on the server's texts, of each client's own model, as far as the memories are here."""
     model, hardware, seed = assembly.loaded.model, assembly.hardware, assembly.config.seed
     found = []
     for client in assembly.clients:
-        if client.id in state.memories:
+        if memories.holds(client.id, state.memories.get(client.id, NEVER)):
             known = replace(client, memory=state.memories[client.id])
             memory = decode(memories.get(client.id, known.memory))
             with held(assembly.method, state, model, hardware, seed, known, memory):

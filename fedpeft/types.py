@@ -143,8 +143,8 @@ class Method(Protocol):
         """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``."""
         ...
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
-        """Return names and shapes of a valid reply to ``down``, what ``state`` sent; all else is refused."""
+    def expects(self, state: State, down: Payload) -> Payload:
+        """Return, as meta tensors, the names, shapes and dtypes of a valid reply to ``down``, which ``state`` sent."""
         ...
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:

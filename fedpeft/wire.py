@@ -1,6 +1,5 @@
 """Messages as bytes: a 16-byte content digest, then a safetensors file without metadata, so equal shapes give equal lengths."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
@@ -117,15 +116,18 @@ class Answer:
         """Read an answer; a message that is none raises WireError."""
         fields = decode(blob)
         try:
-            number, examples, steps, trained, peak, shared, memory = fields.pop("@counts").tolist()
-            loss, seconds = fields.pop("@measures").tolist()
-        except (KeyError, ValueError) as error:
-            raise WireError(f"not an answer: {error}") from error
+            counts, measures = fields.pop("@counts"), fields.pop("@measures")
+        except KeyError as error:
+            raise WireError(f"not an answer: field {error} is missing") from error
+        if (counts.shape, counts.dtype, measures.shape, measures.dtype) != ((7,), torch.int64, (2,), torch.float64):
+            raise WireError("not an answer: its counts are not 7 whole numbers, or its measures not 2 numbers")
+        number, examples, steps, trained, peak, shared, memory = counts.tolist()
+        loss, seconds = measures.tolist()
         return Answer(number, fields, examples, steps, trained, loss, seconds, peak, shared, memory)
 
 
-def check(answer: Answer, round_number: int, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise WireError unless ``answer`` belongs to the round, has exactly the expected names and shapes, and is finite."""
+def check(answer: Answer, round_number: int, expected: Payload) -> None:
+    """Raise WireError unless ``answer`` is of this round, has the expected names, shapes and dtypes only, and is finite."""
     if answer.round != round_number:
         raise WireError(f"stale: the reply is for round {answer.round}, this is round {round_number}")
     if answer.examples <= 0:
@@ -135,7 +137,8 @@ def check(answer: Answer, round_number: int, expected: Mapping[str, tuple[int, .
     for name in answer.payload.keys() - expected.keys():
         raise WireError(f"unexpected tensor {name!r}")
     for name, tensor in answer.payload.items():
-        if tuple(tensor.shape) != tuple(expected[name]):
-            raise WireError(f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected[name])}")
+        given, due = ((tuple(t.shape), t.dtype) for t in (tensor, expected[name]))
+        if given != due:
+            raise WireError(f"tensor {name!r} has shape {given[0]} of {given[1]}, expected {due[0]} of {due[1]}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WireError(f"tensor {name!r} is not finite")

@@ -60,7 +60,7 @@ class FlowerEngine:
     nodes: dict[int, int]
     config: str
     patience: float = 3600.0
-    window: int = 32
+    window: int = 2
     poll: float = 0.02
 
     def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
@@ -68,10 +68,7 @@ class FlowerEngine:
         queue, under_way = iter(clients), dict[str, Client]()
         while True:
             while len(under_way) < self.window and (client := next(queue, None)) is not None:
-                if sent := _push(self.grid, self._message(client, request(client))):
-                    under_way[sent] = client
-                else:
-                    yield Lost(client, "Flower refused the message")
+                under_way[_push(self.grid, self._message(client, request(client)))] = client
             if not under_way:
                 return
             for message in _pull(self.grid, under_way, self.ended, self.poll):
@@ -89,8 +86,12 @@ class FlowerEngine:
         return Lost(client, late if message.error.code == EXPIRED else str(message.error.reason))
 
 
-def _push(grid: Grid, message: Message) -> str | None:
-    return next(iter(grid.push_messages([message])), None)
+def _push(grid: Grid, message: Message) -> str:
+    """Send one message and return its id."""
+    sent = next(iter(grid.push_messages([message])), None)
+    if not sent:
+        raise RuntimeError("Flower refused a message")
+    return sent
 
 
 def _pull(grid: Grid, sent: dict[str, Client], ended: threading.Event, poll: float) -> Iterator[Message]:
@@ -104,7 +105,7 @@ def connect(grid: Grid, ended: threading.Event, clients: int, config: str) -> Fl
     while len(ids := list(grid.get_node_ids())) < clients:
         if ended.wait(0.05):
             raise RuntimeError(f"the Flower simulation ended with {len(ids)} of {clients} nodes")
-    asked = {_push(grid, Message(RecordDict(), node, MessageType.QUERY)) or "": Client(node) for node in ids}
+    asked = {_push(grid, Message(RecordDict(), node, MessageType.QUERY)): Client(node) for node in ids}
     nodes: dict[int, int] = {}
     while asked:
         for message in _pull(grid, asked, ended, 0.02):
@@ -166,13 +167,14 @@ def _surroundings(ended: threading.Event) -> Iterator[str]:
         for message in (r"unclosed file <_io\.\w+ name='/dev/null'", r"subprocess \d+ is still running"):
             warnings.filterwarnings("ignore", message, ResourceWarning)  # Ray 2.55, 2026-11
         before, log = dict(os.environ), logging.getLogger("flwr")
+        level = log.level
         os.environ |= {"FLWR_HOME": folder, "FLWR_LOG_LEVEL": "CRITICAL", **QUIET}
         log.setLevel(logging.CRITICAL)  # what fails is a Lost with its reason, or is raised
         try:
             yield folder
         finally:
             ended.set()
-            log.setLevel(logging.DEBUG)
+            log.setLevel(level)
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]
             os.environ |= before  # Flower has made PYTHONPATH longer

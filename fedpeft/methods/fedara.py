@@ -1,6 +1,6 @@
 """FedARA: W + B E A whose ranks are allocated and pruned by the clients' votes (Wu et al. 2025)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedpeft.averaging import Weighting, mean
 from fedpeft.importance import Importance, Score, survivors, unpack
 from fedpeft.lowrank import by_module, check_ranks, deltas, orthogonality
-from fedpeft.mounting import mounted, select, shapes, trainable, values
+from fedpeft.mounting import forms, mounted, select, trainable, values
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
@@ -96,11 +96,11 @@ class FedARA:
         with mounted(model, trained, self.scale):
             yield LocalTask(trained, reply, partial(deltas, trained, self.scale), after_backward)
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect the live triplets and the head back, and one bit per live rank, packed into bytes."""
-        expected = shapes(down)
+        expected = forms(down)
         del expected["budget"]
-        return {**expected, "votes": (-(-_count(state) // 8),)}
+        return {**expected, "votes": torch.empty(-(-_count(state) // 8), dtype=torch.uint8, device="meta")}
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the live triplets and the head; a rank dies when too few clients voted for it, and stays dead."""

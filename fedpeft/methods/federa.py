@@ -1,6 +1,6 @@
 """FeDeRA: LoRA started from the principal components of the pre-trained weights (Yan et al. 2024)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import LowRank, Split, by_module, check_ranks, principal
-from fedpeft.mounting import mounted, select, shapes, trainable, values
+from fedpeft.mounting import forms, mounted, select, trainable, values
 from fedpeft.types import NEVER, Base, Client, Context, Delta, LocalTask, Payload, State, Update
 
 
@@ -58,10 +58,10 @@ class FeDeRA:
             difference = partial(_differences, anchor, trained, self.scale)
             yield LocalTask(trained, lambda: (values(trained), news), difference)
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""
         del state
-        return shapes({name: tensor for name, tensor in down.items() if not _is_anchor(name)})
+        return forms({name: tensor for name, tensor in down.items() if not _is_anchor(name)})
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""

@@ -1,6 +1,6 @@
 """FFA-LoRA: A is random, the same everywhere and never sent; only B is trained (Sun et al. 2024)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import by_module, check_ranks, deltas, uniform
-from fedpeft.mounting import dense_layer, mounted, select, shapes, trainable, values
+from fedpeft.mounting import dense_layer, forms, mounted, select, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -56,10 +56,10 @@ class FFALoRA:
         with mounted(model, trained | drawn, self.scale):
             yield LocalTask(trained, lambda: (values(trained), {}), partial(deltas, trained | drawn, self.scale))
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect B and head back."""
         del state
-        return shapes(down)
+        return forms(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average B and head."""

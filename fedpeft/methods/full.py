@@ -1,6 +1,6 @@
 """Full fine-tuning: every parameter is trained, sent and averaged (FedAvg; McMahan et al. 2017, algorithm 1)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from torch import nn
 
 from fedpeft.averaging import Weighting, averaged
-from fedpeft.mounting import mounted, shapes, trainable, values
+from fedpeft.mounting import forms, mounted, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -41,10 +41,10 @@ class Full:
         with mounted(model, trained):
             yield LocalTask(trained, lambda: (values(trained), {}))
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect every parameter back."""
         del state
-        return shapes(down)
+        return forms(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the parameters."""

@@ -1,6 +1,6 @@
 """No exchange at all: every client trains a LoRA of its own; the row that shows what federating is worth."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,7 +45,7 @@ class LocalOnly:
         with self.lora.mount(model, memory or down, {}, context) as task:
             yield replace(task, reply=lambda: ({}, task.reply()[0]))
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect an empty reply."""
         del state, down
         return {}

@@ -1,6 +1,6 @@
 """LoRA with separately averaged factors (Hu et al. 2021; federated as FedIT / FedLoRA, Zhang et al. 2023)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import check_ranks, deltas, uniform
-from fedpeft.mounting import mounted, select, shapes, trainable, values
+from fedpeft.mounting import forms, mounted, select, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -51,10 +51,10 @@ class LoRA:
         with mounted(model, trained, self.scale):
             yield LocalTask(trained, lambda: (values(trained), {}), partial(deltas, trained, self.scale))
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""
         del state
-        return shapes(down)
+        return forms(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""

@@ -1,7 +1,7 @@
 """SLoRA: a sparse first stage whose SVD starts LoRA (Babakniya et al. 2023)."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +75,7 @@ class SLoRA:
         """Mount as the stage under way does."""
         return self.stages.mount(model, down, memory, context)
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect back what went down."""
         return self.stages.expects(state, down)
 

@@ -1,6 +1,6 @@
 """Sparse fine-tuning under one random mask: SLoRA's first stage, alone (Babakniya et al. 2023, section 4)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import by_module
-from fedpeft.mounting import dense_layer, mounted, oriented, replaced, select, shapes, trainable, values
+from fedpeft.mounting import dense_layer, forms, mounted, oriented, replaced, select, trainable, values
 from fedpeft.sparse import positions, scatter
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update, WireError
 
@@ -90,10 +90,10 @@ class Sparse:
         with replaced(model, weights), mounted(model, head):
             yield LocalTask(trained, lambda: (values(trained), {}), lambda: masked)
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect the differences and the head back."""
         del state
-        return shapes(down)
+        return forms(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the differences and the head."""

@@ -1,6 +1,6 @@
 """Two methods one after the other, with a bridge from the first one's last state to the second one's first."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -52,7 +52,7 @@ class Staged:
 
             yield replace(task, reply=reply, rate=task.rate * self.rates[stage])
 
-    def expects(self, state: State, down: Payload) -> Mapping[str, tuple[int, ...]]:
+    def expects(self, state: State, down: Payload) -> Payload:
         """Expect what the stage under way expects."""
         return self._method(state.round).expects(state, down)
 

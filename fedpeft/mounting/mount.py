@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from fedpeft.lowrank import by_module
@@ -22,9 +23,9 @@ def values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in parameters.items()}
 
 
-def shapes(payload: Payload) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor by name."""
-    return {name: tuple(tensor.shape) for name, tensor in payload.items()}
+def forms(payload: Payload) -> dict[str, Tensor]:
+    """Return meta tensors of the names, shapes and dtypes of ``payload``."""
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in payload.items()}
 
 
 @contextmanager

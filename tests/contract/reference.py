@@ -1,21 +1,26 @@
 """Four rounds of every method, played once; the tests compare with them or go on from the middle of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import final
 
 from torch import Tensor
 
 from fedpeft.ledger import ClientRow
 from fedpeft.memory import Memories
-from fedpeft.types import Lost, Reply, State
+from fedpeft.types import Client, Lost, Reply, State
 from fedpeft.wire import decode
-from tests.tiny import Federation, federation, small, unchanged
+from tests.tiny import Federation, Tapped, federation, small, unchanged
 
 ROUNDS = 4
 BEGINS = [0, 3]
 """Rounds that contract tests look at: the first, and one in SLoRA's second stage, FedARA's ranks dying, memories stored."""
+
+
+SINGLE = {("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)}
+"""(method, round) of which one client is as much as a model can carry: parameters of any kind, or whole matrices."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,34 @@ def going_on(
     return federation(small(name), change, backwards=backwards, memories=kept), found.states[begin]
 
 
+@final
+@dataclass(frozen=True)
+class Replay:
+    """An engine that gives the replies of another day; clients without one do not answer."""
+
+    replies: Mapping[int, bytes]
+
+    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+        """Build every request and give what was said to it then."""
+        for client in clients:
+            request(client)
+            yield Reply(client, self.replies[client.id])
+
+
+def replayed(
+    name: str,
+    begin: int,
+    change: Callable[[int, Reply | Lost], Reply | Lost] = unchanged,
+    *,
+    backwards: bool = False,
+) -> tuple[Federation, State]:
+    """Return a federation, and the state, that play round ``begin`` of the reference again without training."""
+    found = reference(name)
+    engine = Replay({client: reply for client, (_, reply) in found.playing.engine.talks[begin].items()})
+    playing = found.playing
+    return Federation(playing.method, playing.worker, Memories(), Tapped(engine, change, backwards)), found.states[begin]
+
+
 def asked(playing: Federation, exchange: int, client: int) -> dict[str, Tensor]:
     """Return what a client was sent, without the fields of the request."""
     fields = decode(playing.engine.talks[exchange][client][0])
@@ -60,4 +93,3 @@ def asked(playing: Federation, exchange: int, client: int) -> dict[str, Tensor]:
 def unmeasured(rows: list[ClientRow]) -> list[ClientRow]:
     """Return rows without the fields that differ between two runs of the same thing."""
     return [replace(row, seconds=0.0, peak_memory=0) for row in rows]
-

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fedpeft.methods import METHODS
-from fedpeft.types import Lost, Reply
+from fedpeft.types import Lost, Payload, Reply
 from fedpeft.wire import Answer, decode, encode
-from tests.contract.reference import going_on
+from tests.contract.reference import replayed
 from tests.tiny import assert_same_state
 
 BEGIN = 1
@@ -24,7 +24,8 @@ def altered(change: Callable[[str, Tensor], Mapping[str, Tensor]]) -> Callable[[
         answer = Answer.decode(blob)
         payload = dict(answer.payload)
         name = min(name for name, tensor in payload.items() if tensor.is_floating_point())
-        return replace(answer, payload=payload | change(name, payload.pop(name))).encode()
+        stands = change(name, payload.pop(name))
+        return replace(answer, payload={**payload, **stands}).encode()
 
     return damage
 
@@ -40,9 +41,9 @@ def poisoned(value: float) -> Callable[[bytes], bytes]:
     return altered(change)
 
 
-def recoded(**changes: Tensor) -> Callable[[bytes], bytes]:
-    """Return a damage: the answer's own fields are of another form."""
-    return lambda blob: encode({**decode(blob), **{f"@{name}": tensor for name, tensor in changes.items()}})
+def recoded(changes: Payload) -> Callable[[bytes], bytes]:
+    """Return a damage: ``changes`` are laid over all fields of the message."""
+    return lambda blob: encode({**decode(blob), **changes})
 
 
 TENSORS: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -56,18 +57,18 @@ TENSORS: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "infinite": (poisoned(float("-inf")), "not finite"),
 }
 MESSAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
-    "one tensor too many": (lambda b: replace(a := Answer.decode(b), payload={**a.payload, "x": torch.ones(1)}).encode(), "unexpected"),
+    "one tensor too many": (recoded({"x": torch.ones(1)}), "unexpected"),
     "stale": (lambda b: replace(Answer.decode(b), round=BEGIN - 1).encode(), "stale"),
     "of the future": (lambda b: replace(Answer.decode(b), round=BEGIN + 1).encode(), "stale"),
     "from no example": (lambda b: replace(Answer.decode(b), examples=0).encode(), "examples"),
     "empty": (lambda _: b"", "damaged"),
     "cut short": (lambda b: b[:-1], "damaged"),
     "one bit off": (lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], "damaged"),
-    "no answer": (lambda _: encode({"x": torch.ones(1)}), "not an answer"),
-    "with one count": (recoded(counts=torch.tensor(1)), "not an answer"),
-    "with counts in a table": (recoded(counts=torch.full((7, 1), BEGIN)), "not an answer"),
-    "with fractions of rounds": (recoded(counts=torch.full((7,), BEGIN + 0.0)), "not an answer"),
-    "with measures in words": (recoded(measures=torch.ones(2, 2)), "not an answer"),
+    "no answer": (lambda _: encode({"x": torch.ones(1)}), "answer"),
+    "with one count": (recoded({"@counts": torch.tensor(1)}), "answer"),
+    "with counts in a table": (recoded({"@counts": torch.full((7, 1), BEGIN)}), "answer"),
+    "with fractions of rounds": (recoded({"@counts": torch.full((7,), BEGIN + 0.0)}), "answer"),
+    "with measures in words": (recoded({"@measures": torch.ones(2, 2)}), "answer"),
 }
 
 
@@ -78,7 +79,7 @@ def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> N
         assert isinstance(outcome, Reply)
         return replace(outcome, blob=damage(outcome.blob)) if (number, outcome.client.id) == (0, VICTIM) else outcome
 
-    playing, state = going_on(name, BEGIN, spoil)
+    playing, state = replayed(name, BEGIN, spoil)
     spoilt = playing.play(1, state)
     [row] = [row for row in playing.rows if row.client == VICTIM]
     assert row.lost is not None
@@ -87,7 +88,7 @@ def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> N
     assert (row.down, row.up, row.examples, row.steps) == (len(request), len(reply), 0, 0)
     assert all(row.lost is None for row in playing.rows if row.client != VICTIM)
 
-    untroubled, _ = going_on(name, BEGIN)
+    untroubled, _ = replayed(name, BEGIN)
     others = [client for client in untroubled.clients() if client.id != VICTIM]
     assert_same_state(spoilt, untroubled.play(1, state, cohort=lambda _: others))
 
@@ -115,15 +116,15 @@ def test_votes_of_another_length_are_refused() -> None:
 
 def test_a_reply_that_nobody_asked_for_is_not_counted() -> None:
     """A client outside the cohort speaks up; its reply is valid in form."""
-    playing, state = going_on("lora", BEGIN)
+    playing, state = replayed("lora", BEGIN)
     others = [client for client in playing.clients() if client.id != VICTIM]
-    untroubled, _ = going_on("lora", BEGIN)
+    untroubled, _ = replayed("lora", BEGIN)
     expected = untroubled.play(1, state, cohort=lambda _: others)
 
     def intrude(_: int, outcome: Reply | Lost) -> Reply | Lost:
         stranger = replace(outcome.client, id=99)
         return Reply(stranger, outcome.blob) if outcome.client.id == VICTIM and isinstance(outcome, Reply) else outcome
 
-    intruded, _ = going_on("lora", BEGIN, intrude)
+    intruded, _ = replayed("lora", BEGIN, intrude)
     assert_same_state(intruded.play(1, state), expected)
     assert {row.client: row.lost for row in intruded.rows} == {0: None, 1: "no answer", 2: None}

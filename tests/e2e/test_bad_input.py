@@ -42,6 +42,8 @@ SETTINGS: dict[str, Wrong] = {
     "fraction of a round": Wrong(("federation.rounds=1.5",), ("federation.rounds = 1.5", "integer")),
     "negative rate": Wrong(("training.lr=-0.1",), ("training.lr = -0.1", "greater than 0")),
     "no number": Wrong(("training.lr=nan",), ("training.lr = nan",)),
+    "no finite number": Wrong(("training.clip=inf",), ("training.clip = inf",)),
+    "no finite number in a method": Wrong(("method.scale=inf",), ("method.scale = inf",)),
     "negative seed": Wrong(("seed=-1",), ("seed = -1", "0")),
     "unknown word": Wrong(("partition.kind=dirichlett",), ("partition.kind = 'dirichlett'", "'dirichlet'")),
     "unknown split": Wrong(("evaluation.split=train",), ("evaluation.split = 'train'", "'validation' or 'test'")),
@@ -138,6 +140,17 @@ def test_a_model_without_its_tokenizer_is_named(ground: Ground, runs: Path, tmp_
     for path in model.glob("tokenizer*"):
         path.unlink()
     refused(cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={model}"), "model.name", str(model))
+    assert not runs.exists()
+
+
+def test_texts_longer_than_the_tokenizer_allows_are_refused(ground: Ground, runs: Path, tmp_path: Path) -> None:
+    """RoBERTa counts its positions from 2: of 34 positions, 32 take tokens, and only its tokenizer says so."""
+    model = tmp_path / "modest"
+    shutil.copytree(ground.model, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 20}))
+    options = ("--set", f"model.name={model}", "--set", "model.max_length=21")
+    refused(cli_call("run", ground.config, "--runs", runs, *options), "model.max_length = 21", "20 tokens")
     assert not runs.exists()
 
 
@@ -315,9 +328,9 @@ def test_a_method_that_does_not_fit_the_model_is_refused_before_the_others_are_t
 
 
 def test_a_comparison_refuses_any_folder_that_exists(ground: Ground, runs: Path) -> None:
-    (runs / "tiny" / "bitfit-s0").mkdir(parents=True)
+    (runs / "tiny-compare" / "bitfit-s0").mkdir(parents=True)
     refused(cli_call("compare", ground.config, "--runs", runs, "--methods", "lora,bitfit"), "bitfit-s0", "exists")
-    assert [path.name for path in (runs / "tiny").iterdir()] == ["bitfit-s0"]
+    assert [path.name for path in (runs / "tiny-compare").iterdir()] == ["bitfit-s0"]
 
 
 SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {

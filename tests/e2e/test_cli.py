@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fedpeft import checkpoint, cli
-from fedpeft.assembly import read_data
+from fedpeft import checkpoint, cli, hardware
+from fedpeft.assembly import assemble, read_data
+from fedpeft.compare import plan
+from fedpeft.config import merge
 from fedpeft.ledger import ClientRow, EvaluationRow, Row, RunRow
 from fedpeft.ledger import read as ledger
 from fedpeft.methods import METHODS
@@ -51,7 +53,7 @@ def compared(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         *("--set", f"data.train={place / 'examples.csv.gz'}", "--set", "evaluation.every=1", "--set", "compare.rank=4"),
         *("--set", 'compare.references=["centralised", "local-only"]'),
     )
-    return place / "runs" / "tiny", cli_call(*arguments), arguments
+    return place / "runs" / "tiny-compare", cli_call(*arguments), arguments
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -174,11 +176,12 @@ def test_predict_takes_a_text_as_it_is(trained: Finished) -> None:
 
 def test_export_writes_a_peft_folder_with_tokenizer_and_label_names(trained: Finished, tmp_path: Path) -> None:
     folder, _ = trained
-    outcome = cli_call("export", folder, tmp_path / "deep" / "adapter")
-    assert (outcome.code, outcome.out) == (0, f"{tmp_path / 'deep' / 'adapter'}\n")
-    written = {path.name for path in (tmp_path / "deep" / "adapter").iterdir()}
+    made = tmp_path / "deep" / f"adapter{'-of-a-long-name' * 8}"
+    outcome = cli_call("export", folder, made)
+    assert (outcome.code, outcome.out) == (0, f"{made}\n")
+    written = {path.name for path in made.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "config.json"} <= written
-    names = json.loads((tmp_path / "deep" / "adapter" / "config.json").read_text())["id2label"]
+    names = json.loads((made / "config.json").read_text())["id2label"]
     assert tuple(names.values()) == LABELS
 
 
@@ -239,6 +242,27 @@ def test_compare_trains_every_row_on_its_own_terms(compared: tuple[Path, Outcome
     assert ranks == {4}
 
 
+def test_the_centralised_row_plays_its_method_at_that_methods_own_settings(ground: Ground) -> None:
+    rate = {"settings": {"lora": {"training": {"lr": 0.123}}}, "methods": ["lora"], "references": ["centralised"]}
+    planned = {one.label: one.config for one in plan(merge(ground.tree(), {"compare": rate}))}
+    assert planned["lora"].training.lr == planned["centralised"].training.lr == 0.123
+    own = {"settings": {**rate["settings"], "centralised": {"training": {"lr": 0.5}}}}  # type: ignore[dict-item]
+    again = {one.label: one.config for one in plan(merge(ground.tree(), {"compare": rate}, {"compare": own}))}
+    assert again["centralised"].training.lr == 0.5
+
+
+def test_the_runs_of_a_comparison_share_what_was_found_out_about_the_machine(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement that falls the other way between two methods would compare bf16 with fp32."""
+    fast = iter((True, False))
+    monkeypatch.setattr(hardware, "_bf16_is_fast", lambda _: next(fast))
+    config = ground.chosen({"machine": {"precision": "auto", "attention": "auto"}})
+    first = assemble(config)
+    assert first.hardware.precision == "bf16"
+    assert assemble(replace(config, method={"name": "bitfit"}), like=first).hardware == first.hardware
+
+
 def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
     compared: tuple[Path, Outcome, tuple[str | Path, ...]],
 ) -> None:
@@ -296,13 +320,13 @@ def test_partition_shows_who_holds_what_as_table_and_picture(ground: Ground, tmp
 @pytest.mark.parametrize("kind", ["iid", "shards", "by_key", "file"])
 def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> None:
     own = tmp_path / "own.json"
-    own.write_text(json.dumps({f"hospital {k}": list(range(20 * k, 20 * k + 20)) for k in range(5)}))
+    own.write_text(json.dumps({f"hospital [/{k}]": list(range(20 * k, 20 * k + 20)) for k in range(5)}))
     sets = ("--set", f"partition.kind={kind}", "--set", "data.key=site", "--set", f"partition.file={own}")
     outcome = cli_call("partition", ground.config, *sets, "--png", tmp_path / "who.png")
     assert outcome.code == 0, outcome
     assert "5 clients" in outcome.out
     if kind == "file":
-        assert "hospital 3" in outcome.out
+        assert "hospital [/3]" in outcome.out
     if kind == "by_key":
         assert "site3" in outcome.out
 
@@ -334,8 +358,10 @@ def test_files_in_a_configuration_are_found_beside_it(ground: Ground, tmp_path: 
 def test_a_run_begun_in_one_folder_resumes_from_another(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Data and model are named as they are seen from the first folder."""
     config = ground.folder / "relative.toml"
-    config.write_text(ground.config.read_text().replace(str(ground.data), ground.data.name))
+    text = ground.config.read_text()
+    config.write_text(text.replace(str(ground.data), ground.data.name).replace(str(ground.model), ground.model.name))
     monkeypatch.chdir(ground.folder)
     assert cli_call("run", "relative.toml", "--runs", tmp_path / "runs", *SHORT).code == 0
     monkeypatch.chdir(tmp_path)

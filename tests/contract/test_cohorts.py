@@ -1,0 +1,106 @@
+"""K clients side by side give what they give one by one; what cannot carry K refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedpeft.client import Worker
+from fedpeft.memory import Memories
+from fedpeft.methods import METHODS
+from fedpeft.training import Training
+from fedpeft.types import NEVER, Client, Payload, State, WireError
+from fedpeft.wire import Answer, Kind, Request, decode
+from tests.contract.reference import BEGINS, SINGLE, reference
+from tests.tiny import CONFIG, SOFTMAX_BLIND, bert, close, small, worker
+
+SIZES = {0: 6, 1: 11, 2: 9}
+"""With batches of 4: 2, 3 and 3 steps, the last of which have 2, 3 and 1 rows."""
+
+SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, weight_decay=0.1, batch_size=4, clip=0.3)
+ADAMW = Training(lr=1e-3, weight_decay=0.1, batch_size=4, warmup=1, head_lr=3e-3)
+
+
+def requests(name: str, state: State, memories: Memories) -> dict[int, tuple[bytes, bytes]]:
+    """Return every client's request for training and the memory that it assumes."""
+    asked = {}
+    for client in (Client(k, memory=state.memories.get(k, NEVER)) for k in SIZES):
+        down = small(name).send(state, client)
+        blob = Request(Kind.TRAIN, state.round, CONFIG, down, client.memory).encode()
+        asked[client.id] = (blob, memories.get(client.id, client.memory))
+    return asked
+
+
+def handled(playing: Worker, asked: dict[int, tuple[bytes, bytes]], cohort: list[int]) -> dict[int, tuple[bytes, bytes]]:
+    """Return (answer, new memory) of the clients of one cohort."""
+    found = playing.handle(cohort, [asked[k][0] for k in cohort], [asked[k][1] for k in cohort])
+    return dict(zip(cohort, found, strict=True))
+
+
+def comparable(payload: Payload, training: Training) -> dict[str, Tensor]:
+    """Return what can be compared: AdamW makes whole steps of gradients that are nothing but rounding."""
+    blind = SOFTMAX_BLIND if training.optimizer == "adamw" else "nothing"
+    return {name: tensor for name, tensor in payload.items() if not name.endswith(blind)}
+
+
+@pytest.mark.parametrize(
+    "training", [replace(SGD, steps=1), SGD, ADAMW], ids=["one step", "unequal steps of SGD", "unequal steps of AdamW"]
+)
+@pytest.mark.parametrize(("name", "begin"), [(n, b) for n in METHODS for b in BEGINS if (n, b) not in SINGLE])
+def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: Training) -> None:
+    """Ragged batches, clipping, momentum, decay and memories included: who has stopped training does not move any more."""
+    played = reference(name)
+    playing = worker(small(name), bert(), training, SIZES)
+    asked = requests(name, played.states[begin], played.memories[begin])
+    together = handled(playing, asked, [0, 1, 2])
+    for client in SIZES:
+        (ours, kept), (theirs, their_kept) = together[client], handled(playing, asked, [client])[client]
+        side_by_side, alone = Answer.decode(ours), Answer.decode(theirs)
+        close(comparable(side_by_side.payload, training), comparable(alone.payload, training), 2e-5)
+        close(decode(kept) if kept else {}, decode(their_kept) if their_kept else {}, 2e-5)
+        assert side_by_side.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert side_by_side.shared_by == 3
+        same = ("round", "examples", "steps", "trained", "memory")
+        assert all(getattr(side_by_side, part) == getattr(alone, part) for part in same)
+    if training.steps is None:
+        assert [Answer.decode(together[k][0]).steps for k in (0, 1, 2)] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["lora", "fedara"])
+def test_the_order_of_a_cohort_does_not_matter(name: str) -> None:
+    played = reference(name)
+    playing = worker(small(name), bert(), SGD, SIZES)
+    asked = requests(name, played.states[3], played.memories[3])
+    forwards, backwards = (handled(playing, asked, cohort) for cohort in ([0, 1, 2], [2, 1, 0]))
+    for client in SIZES:
+        close(Answer.decode(forwards[client][0]).payload, Answer.decode(backwards[client][0]).payload, 2e-5)
+
+
+@pytest.mark.parametrize(("name", "begin"), sorted(SINGLE))
+def test_what_cannot_carry_k_clients_refuses_instead_of_broadcasting(name: str, begin: int) -> None:
+    played = reference(name)
+    playing = worker(small(name), bert(), SGD, SIZES)
+    asked = requests(name, played.states[begin], played.memories[begin])
+    with pytest.raises(WireError, match="use cohorts of 1"):
+        handled(playing, asked, [0, 1, 2])
+    assert Answer.decode(handled(playing, asked, [1])[1][0]).examples == 11
+
+
+def test_a_cohort_whose_messages_differ_is_refused() -> None:
+    """In kind, round, names or shapes; and a client that nobody holds."""
+    state = reference("lora").states[0]
+    playing = worker(small("lora"), bert(), SGD, SIZES)
+    down = dict(small("lora").send(state, Client(0)))
+
+    def blob(kind: Kind = Kind.TRAIN, number: int = 0, changes: Payload | None = None) -> bytes:
+        return Request(kind, number, CONFIG, {**down, **(changes or {})}).encode()
+
+    tensors = {"an extra": torch.ones(2)}, {"classifier.bias": torch.ones(4)}
+    for other in (blob(Kind.EVALUATE), blob(number=1), *(blob(changes=changed) for changed in tensors)):
+        with pytest.raises(WireError, match="differ"):
+            playing.handle([0, 1], [blob(), other], [b"", b""])
+    with pytest.raises(WireError, match="client 9 is not held here"):
+        playing.handle([9], [blob()], [b""])
+    with pytest.raises(WireError, match="damaged"):
+        playing.handle([0], [blob()], [b"x" * 20])

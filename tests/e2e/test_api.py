@@ -1,0 +1,82 @@
+"""The Python API: a dozen lines from data to a trained adapter, and the parts that the commands are made of."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpeft import api, runs
+from fedpeft.assembly import assemble
+from fedpeft.journal import Progress
+from fedpeft.trained import open_run
+from fedpeft.types import BadInput
+
+from .builders import LABELS, Ground, assert_same
+
+EXAMPLE = """\
+from fedpeft import api
+
+trained = api.train({
+    "model": {"name": MODEL, "max_length": 16},
+    "data": {"source": "files", "train": DATA, "text": "text", "label": "label"},
+    "partition": {"clients": 5},
+    "federation": {"rounds": 8, "clients_per_round": 3},
+    "training": {"steps": 4, "lr": 0.02},
+    "method": {"name": "slora", "rank": 4},
+}, RUN)
+print(trained.predict(["fish0 word1", "trees1 word2"]))
+trained.export(ADAPTER)
+"""
+
+
+def test_a_dozen_lines_lead_from_data_to_a_trained_adapter(
+    ground: Ground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len([line for line in EXAMPLE.splitlines() if line]) <= 12
+    given = {"MODEL": str(ground.model), "DATA": str(ground.data), "RUN": str(tmp_path / "run")}
+    exec(EXAMPLE, {**given, "ADAPTER": str(tmp_path / "adapter")})
+    said = capsys.readouterr().out
+    assert "('fish', " in said
+    assert "('trees', " in said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_parts_of_the_api_fit_together(ground: Ground, runs_folder: Path) -> None:
+    config = ground.chosen({"federation": {"rounds": 3}, "evaluation": {"every": 2}})
+    seen: list[Progress] = []
+    state = runs.start(assemble(config), runs_folder, watch=seen.append)
+    assert [progress.round for progress in seen] == [0, 1, 2, 3]
+    assert [progress.accuracy is None for progress in seen] == [True, True, False, False]
+    assert [progress.bytes for progress in seen] == sorted(progress.bytes for progress in seen)
+    opened = open_run(runs_folder)
+    assert_same(opened.state, state)
+    assert opened.config == config
+    assert opened.task.labels == LABELS
+
+
+def test_the_same_settings_give_the_same_bits(ground: Ground, tmp_path: Path) -> None:
+    tree = {**ground.tree(), "federation": {"rounds": 2, "clients_per_round": 2}}
+    assert_same(api.train(tree, tmp_path / "one").state, api.train(tree, tmp_path / "two").state)
+
+
+def test_another_seed_gives_other_bits(ground: Ground, tmp_path: Path) -> None:
+    tree = {**ground.tree(), "federation": {"rounds": 1, "clients_per_round": 2}}
+    one, two = api.train(tree, tmp_path / "one").state, api.train({**tree, "seed": 1}, tmp_path / "two").state
+    assert all(bool((tensor != two.shared[name]).any()) for name, tensor in one.shared.items())
+
+
+def test_training_refuses_a_folder_that_exists(ground: Ground, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="exists"):
+        api.train(ground.tree(), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, fedpeft, fedpeft.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def runs_folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "mine"

@@ -1,0 +1,104 @@
+"""Tiny models of every family that is promised to work, made from their configurations."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from fedpeft.seeds import generator
+from tests.tiny import shaken
+
+BERT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+COMMON = {"max_position_embeddings": 24, "num_labels": 3, "attn_implementation": "eager"}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DISTIL = {"vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0}
+GPT2 = {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24, "num_labels": 3, "pad_token_id": 0}
+GPT2_PLAIN = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "eager"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make one, its head, and how many dense layers ``attention`` and ``all-linear`` choose."""
+
+    build: Callable[[], nn.Module]
+    head: frozenset[str]
+    attention: int
+    linear: int
+
+
+FAMILIES: Mapping[str, Family] = {
+    "bert": Family(
+        lambda: BertForSequenceClassification(BertConfig(**BERT, **COMMON, **NO_DROPOUT)),
+        frozenset({"classifier.weight", "classifier.bias"}),
+        8,
+        13,
+    ),
+    "roberta": Family(
+        lambda: RobertaForSequenceClassification(RobertaConfig(**BERT, **COMMON, **NO_DROPOUT)),
+        frozenset(f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")),
+        8,
+        12,
+    ),
+    "albert": Family(
+        lambda: AlbertForSequenceClassification(
+            AlbertConfig(**BERT, **COMMON, **NO_DROPOUT, embedding_size=8, classifier_dropout_prob=0.0)
+        ),
+        frozenset({"classifier.weight", "classifier.bias"}),
+        4,
+        8,
+    ),
+    "distilbert": Family(
+        lambda: DistilBertForSequenceClassification(DistilBertConfig(**DISTIL, **COMMON, seq_classif_dropout=0.0)),
+        frozenset(f"{layer}.{part}" for layer in ("pre_classifier", "classifier") for part in ("weight", "bias")),
+        8,
+        12,
+    ),
+    "gpt2": Family(
+        lambda: GPT2ForSequenceClassification(GPT2Config(**GPT2, **GPT2_PLAIN)),
+        frozenset({"score.weight"}),
+        4,
+        8,
+    ),
+    "llama": Family(
+        lambda: LlamaForSequenceClassification(LlamaConfig(**BERT, **COMMON, num_key_value_heads=1, pad_token_id=0)),
+        frozenset({"score.weight"}),
+        8,
+        14,
+    ),
+}
+
+
+def family(name: str) -> nn.Module:
+    """Return a frozen tiny model of a family."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return shaken(FAMILIES[name].build())
+
+
+def says(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return a model's logits."""
+    call: Any = model
+    with torch.no_grad():
+        logits: Tensor = call(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits
+
+
+def texts(count: int, length: int = 7) -> Tensor:
+    """Return (count, length) random token ids."""
+    return torch.randint(1, 60, (count, length), generator=generator(3, "texts"))

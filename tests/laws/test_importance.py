@@ -1,0 +1,134 @@
+"""Scores are AdaLoRA's recursion, votes are one bit a rank, and the survivors are who the rule says."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedpeft.importance import Importance, Score, pack, survivors, unpack
+
+CLIENTS, STEPS, BETA1, BETA2 = 2, 4, 0.8, 0.6
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def triplets() -> dict[str, nn.Parameter]:
+    """Two modules of 3 and 2 ranks, of K = 2 clients, and a head that has no ranks; not in alphabetical order."""
+    sizes = {"n:A": (2, 5), "n:B": (4, 2), "n:e": (2,), "m:A": (3, 5), "m:B": (6, 3), "m:e": (3,), "classifier.bias": (3,)}
+    return {name: nn.Parameter(drawn(CLIENTS, *size, seed=k)) for k, (name, size) in enumerate(sizes.items())}
+
+
+def gradient(name: str, like: Tensor, step: int) -> Tensor:
+    return drawn(*like.shape, seed=100 * step + sum(map(ord, name)))
+
+
+def trained(score: Score, stops: int = STEPS) -> tuple[Importance, dict[str, nn.Parameter]]:
+    """Return the scores after ``STEPS`` backward passes, the second client stopping after ``stops`` of them."""
+    parameters = triplets()
+    importance = Importance(parameters, score, BETA1, BETA2)
+    for step in range(STEPS):
+        for name, parameter in parameters.items():
+            parameter.grad = gradient(name, parameter, step)
+        importance.update(slice(0, 2 if step < stops else 1))
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.mul_(0.9)  # an optimizer step
+    return importance, parameters
+
+
+def adalora(client: int, steps: int) -> Tensor:
+    """Return AdaLoRA's score of every rank by its recursion, written out entry by entry, modules in alphabetical order."""
+    scores = {}
+    for name, start in triplets().items():
+        smooth = spread = torch.zeros(start.shape[1:], dtype=torch.float64)
+        value = start.detach()[client].double()
+        for step in range(steps):
+            now = (value * gradient(name, start, step)[client]).abs()
+            smooth = BETA1 * smooth + (1 - BETA1) * now
+            spread = BETA2 * spread + (1 - BETA2) * (now - smooth).abs()
+            value = value * 0.9
+        scores[name] = smooth * spread
+    ranks = []
+    for module, size in (("m", 3), ("n", 2)):
+        for i in range(size):
+            ranks.append(scores[f"{module}:e"][i] + scores[f"{module}:B"][:, i].mean() + scores[f"{module}:A"][i].mean())
+    return torch.stack(ranks)
+
+
+@pytest.mark.parametrize("stops", [STEPS, 2])
+def test_sensitivity_is_adaloras_recursion_for_every_client(stops: int) -> None:
+    """A client that has stopped keeps the scores that it had."""
+    importance, _ = trained("sensitivity", stops)
+    expected = torch.stack([adalora(0, STEPS), adalora(1, stops)])
+    torch.testing.assert_close(importance.scores().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_is_smoothed_sensitivity_alone_and_magnitude_needs_no_gradient() -> None:
+    importance, _ = trained("gradient")
+    smooth = {
+        name: sum(
+            (1 - BETA1) * BETA1 ** (STEPS - 1 - step) * (start.detach() * 0.9**step * gradient(name, start, step)).abs()
+            for step in range(STEPS)
+        )
+        for name, start in triplets().items()
+    }
+    magnitude, parameters = trained("magnitude")
+    plain = {name: parameter.detach().abs() for name, parameter in parameters.items()}
+    for found, parts in ((importance, smooth), (magnitude, plain)):
+        expected = [parts[f"{m}:e"] + parts[f"{m}:B"].mean(1) + parts[f"{m}:A"].mean(2) for m in ("m", "n")]
+        torch.testing.assert_close(found.scores(), torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("budget", [1, 3, 5, 9])
+def test_a_client_votes_for_its_best_ranks_over_all_modules(budget: int) -> None:
+    importance, _ = trained("sensitivity")
+    votes = importance.votes(budget)
+    assert (votes.shape, votes.dtype) == ((CLIENTS, 1), torch.uint8)
+    for scores, ballot in zip(importance.scores(), votes, strict=True):
+        best = sorted(range(5), key=lambda rank: -float(scores[rank]))[:budget]
+        assert unpack(ballot, 5).nonzero().flatten().tolist() == sorted(best)
+
+
+def test_a_cohort_without_any_rank_left_votes_with_empty_ballots() -> None:
+    """One for each client: the reply has a client axis whatever is in it."""
+    head = {"classifier.bias": nn.Parameter(torch.zeros(CLIENTS, 3))}
+    assert Importance(head, "sensitivity", 0.85, 0.85).votes(4).shape == (CLIENTS, 0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=40))
+def test_votes_are_packed_eight_to_a_byte_and_come_back(bits: list[bool]) -> None:
+    mask = torch.tensor(bits, dtype=torch.bool)
+    packed = pack(mask)
+    assert packed.dtype == torch.uint8
+    text = "".join(str(int(bit)) for bit in bits).ljust(-(-len(bits) // 8) * 8, "0")
+    assert packed.tolist() == [int(text[k : k + 8], 2) for k in range(0, len(text), 8)]
+    assert torch.equal(unpack(packed, len(bits)), mask)
+
+
+def test_every_client_of_a_stack_is_packed_by_itself() -> None:
+    mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = pack(mask)
+    assert packed.shape == (3, 2)
+    for row, bits in zip(packed, mask, strict=True):
+        assert torch.equal(unpack(row, 11), bits)
+
+
+COARSE = st.integers(0, 3).map(lambda part: part / 3)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(COARSE, COARSE), max_size=12), COARSE, st.integers(0, 14))
+def test_survivors_are_the_most_voted_for_above_the_threshold(
+    ranks: list[tuple[float, float]], threshold: float, budget: int
+) -> None:
+    """Few different numbers, so that ties are common: they go to the stronger rank, then to the earlier one."""
+    order = sorted(range(len(ranks)), key=lambda rank: (-ranks[rank][0], -ranks[rank][1], rank))
+    expected = {rank for rank in order[:budget] if ranks[rank][0] >= threshold}
+    votes, strength = torch.tensor(ranks, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    alive = survivors(votes, strength, threshold, budget)
+    assert alive.dtype == torch.bool
+    assert set(alive.nonzero().flatten().tolist()) == expected

@@ -1,0 +1,161 @@
+"""What is decoded is what was encoded, to the bit; what was touched on the way is refused."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedpeft.types import NEVER, WireError
+from fedpeft.wire import DIGEST, Answer, Kind, Request, decode, digest, encode
+from tests.strategies import PAYLOADS, bits
+
+CONFIG = digest(b"a configuration")
+SIGNED = st.integers(-(2**63), 2**63 - 1)
+NUMBER = st.integers(0, 2**63 - 1)
+
+
+def known(payload: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    return {name: bits(tensor) for name, tensor in payload.items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(PAYLOADS)
+def test_decoding_undoes_encoding_for_every_format_and_shape(payload: dict[str, Tensor]) -> None:
+    blob = encode(payload)
+    assert known(decode(blob)) == known(payload)
+    assert encode(dict(reversed(payload.items()))) == blob, "the order of names does not travel"
+
+
+@settings(deadline=None)
+@given(PAYLOADS)
+def test_a_message_is_as_long_as_any_other_of_its_names_formats_and_shapes(payload: dict[str, Tensor]) -> None:
+    assert len(encode({name: torch.zeros_like(tensor) for name, tensor in payload.items()})) == len(encode(payload))
+
+
+@settings(deadline=None)
+@given(PAYLOADS, st.data())
+def test_a_message_with_any_byte_changed_or_missing_or_added_is_refused(payload: dict[str, Tensor], data: st.DataObject) -> None:
+    blob = encode(payload)
+    place = data.draw(st.integers(0, len(blob) - 1))
+    flipped = blob[:place] + bytes([blob[place] ^ data.draw(st.integers(1, 255))]) + blob[place + 1 :]
+    for damaged in (flipped, blob[:place], blob + b"\0"):
+        with pytest.raises(WireError):
+            decode(damaged)
+
+
+def test_every_single_byte_of_a_message_is_covered_by_its_digest() -> None:
+    blob = encode({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)})
+    for place in range(len(blob)):
+        with pytest.raises(WireError, match="damaged"):
+            decode(blob[:place] + bytes([blob[place] ^ 1]) + blob[place + 1 :])
+
+
+def test_bytes_with_a_true_digest_that_are_no_tensors_are_refused() -> None:
+    for body in (b"", b"{}", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0[]"):
+        with pytest.raises(WireError, match="safetensors"):
+            decode(digest(body) + body)
+    with pytest.raises(WireError):
+        decode(b"short")
+
+
+def test_names_come_in_one_order_every_time() -> None:
+    """Safetensors gives them in any; sums over names, such as the norm that clips, would differ in the last bit."""
+    names = [f"layer.{number}" for number in range(40)]
+    blob = encode({name: torch.ones(1) for name in random.Random(0).sample(names, 40)})
+    assert [list(decode(blob)) for _ in range(3)] == [sorted(names)] * 3
+
+
+def test_views_and_tensors_that_train_are_sent_as_they_are_seen() -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    payload = {"turned": whole.t(), "row": whole[1], "spread": whole[:1].expand(3, 4), "trained": whole.clone().requires_grad_()}
+    found = decode(encode(payload))
+    for name, tensor in payload.items():
+        assert torch.equal(found[name], tensor), name
+        assert not found[name].requires_grad
+
+
+def test_two_names_of_one_tensor_are_sent_as_two() -> None:
+    whole = torch.arange(4.0)
+    found = decode(encode({"one": whole, "two": whole}))
+    assert torch.equal(found["one"], whole)
+    assert torch.equal(found["two"], whole)
+
+
+@settings(deadline=None)
+@given(PAYLOADS, st.sampled_from(Kind), NUMBER, st.integers(NEVER, 2**63 - 1))
+def test_a_request_comes_back_as_it_was(payload: dict[str, Tensor], kind: Kind, number: int, memory: int) -> None:
+    blob = Request(kind, number, CONFIG, payload, memory).encode()
+    found = Request.decode(blob, CONFIG)
+    assert (found.kind, found.round, found.config, found.memory) == (kind, number, CONFIG, memory)
+    assert known(dict(found.payload)) == known(payload)
+    assert len(blob) == len(Request(Kind.TRAIN, 0, CONFIG, payload).encode()), "numbers do not change the length"
+
+
+@settings(deadline=None)
+@given(PAYLOADS, st.lists(SIGNED, min_size=7, max_size=7), st.floats(), st.floats())
+def test_an_answer_comes_back_as_it_was(payload: dict[str, Tensor], whole: list[int], loss: float, seconds: float) -> None:
+    number, examples, steps, trained, peak, shared_by, memory = whole
+    answer = Answer(number, payload, examples, steps, trained, loss, seconds, peak, shared_by, memory)
+    found = Answer.decode(answer.encode())
+    names = ("round", "examples", "steps", "trained", "peak_memory", "shared_by", "memory")
+    assert [getattr(found, name) for name in names] == [getattr(answer, name) for name in names]
+    for ours, theirs in ((found.loss, loss), (found.seconds, seconds)):
+        assert ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+    assert known(dict(found.payload)) == known(payload)
+    assert len(answer.encode()) == len(Answer(0, payload, 1).encode())
+
+
+def test_a_request_for_another_configuration_is_refused_and_both_are_named() -> None:
+    other = digest(b"another")
+    with pytest.raises(WireError) as refusal:
+        Request.decode(Request(Kind.TRAIN, 0, CONFIG, {}).encode(), other)
+    assert CONFIG.hex() in str(refusal.value)
+    assert other.hex() in str(refusal.value)
+
+
+FIELDS = {
+    "@kind": torch.tensor(0),
+    "@round": torch.tensor(0),
+    "@memory": torch.tensor(NEVER),
+    "@config": torch.tensor(list(CONFIG), dtype=torch.uint8),
+    "@counts": torch.zeros(7, dtype=torch.int64),
+    "@measures": torch.zeros(2, dtype=torch.float64),
+}
+READERS: dict[str, Callable[[bytes], object]] = {
+    **dict.fromkeys(["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)),
+    **dict.fromkeys(["@counts", "@measures"], Answer.decode),
+}
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "missing": lambda tensor: None,
+    "longer": lambda tensor: torch.cat([tensor.view(-1), tensor.view(-1)]),
+    "in one more dimension": lambda tensor: tensor.unsqueeze(-1).expand(*tensor.shape, 2),
+    "one number": lambda tensor: torch.tensor(5.5),
+    "empty": lambda tensor: tensor.view(-1)[:0],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", READERS)
+def test_a_message_whose_own_fields_are_missing_or_of_another_form_is_refused(name: str, kind: str) -> None:
+    read = READERS[name]
+    read(encode(FIELDS))
+    wrong = WRONG[kind](FIELDS[name])
+    fields = {part: tensor for part, tensor in FIELDS.items() if part != name}
+    with pytest.raises(WireError):
+        read(encode(fields if wrong is None else {**fields, name: wrong}))
+
+
+def test_a_request_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(WireError):
+        Request.decode(encode({**FIELDS, "@kind": torch.tensor(77)}), CONFIG)
+
+
+def test_a_digest_has_16_bytes_and_is_the_same_in_every_process() -> None:
+    assert DIGEST == len(digest(b"")) == 16
+    assert digest(b"fedpeft").hex() == "ebabc893097c71d28b1b1cf3a0ebd6e7"
