@@ -1,6 +1,8 @@
 # make demo: set up and train a federation with seven methods.  make test: set up and test.  make help: the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that spin while they wait stall each other when the cores are shared.
+export OMP_WAIT_POLICY := PASSIVE
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: help demo compare test lint setup clean

@@ -1,5 +1,6 @@
 """The command line: thin commands over the same functions that the Python API offers."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, 
 
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall when cores are shared
     try:
         app()
     except BadInput as error:

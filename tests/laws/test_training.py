@@ -1,0 +1,238 @@
+"""The local loop: torch's optimizers for every client by itself, clipping by itself, batches of its own, streams of its own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedpeft.mounting import mounted
+from fedpeft.optimizer import Optimizer, clip
+from fedpeft.seeds import derive
+from fedpeft.training import Share, Training, fit, own_randomness, plan, side_by_side
+from fedpeft.types import LocalTask, Payload
+from fedpeft.wire import Answer, Kind, Request
+from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, assert_same, base_of, bert, examples, small, worker
+
+K = 3
+STOPS = (4, 3, 1)
+"""Steps that each of the K clients takes."""
+SIZES_OF = {"matrix": (2, 3), "vector": (4,), "scalar": ()}
+
+
+def start() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(K, *size, generator=draw) for name, size in SIZES_OF.items()}
+
+
+def gradient(name: str, step: int) -> Tensor:
+    return torch.randn(K, *SIZES_OF[name], generator=torch.Generator().manual_seed(100 * step + len(name)))
+
+
+OPTIMIZERS: Mapping[str, tuple[Any, dict[str, float], dict[str, float]]] = {
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}, {"weight_decay": 0.1, "momentum": 0.9}),
+    "sgd": (torch.optim.SGD, {"weight_decay": 0.1, "momentum": 0.9}, {"weight_decay": 0.1, "momentum": 0.9}),
+    "plain sgd": (torch.optim.SGD, {}, {"weight_decay": 0.0, "momentum": 0.0}),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
+    """With a rate per tensor, a warm-up, decay and momentum; and who has stopped does not move at all."""
+    constructor, theirs, ours = OPTIMIZERS[kind]
+    rates = {"matrix": 0.1, "vector": 0.01, "scalar": 0.1}
+    stacked = {name: nn.Parameter(value.clone()) for name, value in start().items()}
+    alone = [{name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)]
+    optimizer = Optimizer("adamw" if kind == "adamw" else "sgd", stacked, rates, **ours)
+    reference = [constructor([{"params": [p], "lr": rates[name]} for name, p in own.items()], **theirs) for own in alone]
+    for step in range(max(STOPS)):
+        active = slice(0, sum(step < stop for stop in STOPS))
+        warmth = min(1.0, (step + 1) / 3)
+        for name, parameter in stacked.items():
+            parameter.grad = gradient(name, step)
+        before = {name: parameter.detach().clone() for name, parameter in stacked.items()}
+        optimizer.step(active, warmth)
+        for k in range(K)[active]:
+            for group, (name, parameter) in zip(reference[k].param_groups, alone[k].items(), strict=True):
+                group["lr"] = rates[name] * warmth
+                parameter.grad = gradient(name, step)[k].clone()
+            reference[k].step()
+        for name, parameter in stacked.items():
+            assert torch.equal(parameter[active.stop :], before[name][active.stop :])
+            for k in range(K):
+                torch.testing.assert_close(parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}")
+
+
+def test_a_tensor_without_gradient_is_left_alone_as_torch_does() -> None:
+    stacked = {name: nn.Parameter(value) for name, value in start().items()}
+    stacked["matrix"].grad = gradient("matrix", 0)
+    Optimizer("adamw", stacked, dict.fromkeys(stacked, 0.1), weight_decay=0.5, momentum=0.0).step(slice(0, K))
+    assert not torch.equal(stacked["matrix"], start()["matrix"])
+    assert torch.equal(stacked["vector"], start()["vector"])
+
+
+@pytest.mark.parametrize("limit", [0.5, 3.0, 1e6])
+def test_gradients_are_clipped_by_each_clients_own_norm(limit: float) -> None:
+    """As torch's clip_grad_norm_ does for one model; a client that has stopped is not touched."""
+    stacked = {name: nn.Parameter(value) for name, value in start().items()}
+    factor = torch.tensor([1.0, 10.0, 1.0])
+    for name, parameter in stacked.items():
+        parameter.grad = gradient(name, 0) * factor.view(K, *[1] * (parameter.ndim - 1))
+    whole = {name: parameter.grad.clone() for name, parameter in stacked.items() if parameter.grad is not None}
+    clip(stacked, slice(0, 2), limit)
+    for k in range(K):
+        alone = [nn.Parameter(value[k]) for value in start().values()]
+        for name, parameter in zip(stacked, alone, strict=True):
+            parameter.grad = whole[name][k].clone()
+        if k < 2:
+            torch.nn.utils.clip_grad_norm_(alone, limit)
+        for name, parameter in zip(stacked, alone, strict=True):
+            grad = stacked[name].grad
+            assert grad is not None
+            torch.testing.assert_close(grad[k], parameter.grad, msg=f"{name} of {k}")
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 3), st.one_of(st.none(), st.integers(1, 9)))
+def test_a_plan_goes_over_all_rows_in_every_epoch(count: int, size: int, epochs: int, steps: int | None) -> None:
+    training = Training(batch_size=size, epochs=epochs, steps=steps)
+    rows = plan(count, training, SEED, 3, 5)
+    length = -(-count // size)
+    assert len(rows) == (epochs * length if steps is None else steps)
+    for begin in range(0, len(rows), length):
+        epoch = rows[begin : begin + length]
+        flat = [row for batch in epoch for row in batch]
+        assert len(set(flat)) == len(flat), "no row twice in an epoch"
+        assert all(len(batch) == size for batch in epoch[: count // size])
+        if len(epoch) == length:
+            assert sorted(flat) == list(range(count))
+
+
+def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
+    training = Training(batch_size=100, epochs=2)
+    plans = [plan(50, training, seed, client, number) for seed, client, number in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))]
+    orders = {tuple(batch) for rows in plans for batch in rows}
+    assert len(orders) == 8
+    assert plan(50, training, 1, 0, 0) == plans[0]
+
+
+def test_ragged_batches_are_padded_at_weight_nothing() -> None:
+    first, second = examples(5), examples(9, seed=1)
+    batch, weights = side_by_side([(first, [4, 0, 2]), (second, [8])])
+    torch.testing.assert_close(weights, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]]))
+    assert batch.labels.tolist() == [first.labels[row] for row in (4, 0, 2)] + [second.labels[8]] * 3
+    for found, expected in zip(batch.ids, [first.ids[4], first.ids[0], first.ids[2], *[second.ids[8]] * 3], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> None:
+    """At a rate too small to move anything it is worked out from the untrained model."""
+    model, own = bert(), {"classifier.weight": nn.Parameter(bert().get_parameter("classifier.weight").unsqueeze(0).clone())}
+    share = Share(examples(7), [[0, 1, 2], [3], [4, 5, 6]])
+    local = LocalTask(own, lambda: ({}, {}))
+    with mounted(model, own):
+        found = fit(model, local, TASK, [share], Training(lr=1e-12), HEAD, CPU)
+    losses = []
+    with torch.no_grad():
+        for rows in share.steps:
+            batch = TASK.collate(share.examples.take(rows), CPU.torch_device)
+            losses.append(float(nn.functional.cross_entropy(TASK.logits(model, batch), batch["labels"])))
+    assert found.tolist() == pytest.approx([sum(losses) / 3], rel=1e-5)
+
+
+def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str, float]:
+    """Return how far one SGD step moves head and adapter."""
+    method = small(name)
+    model = bert()
+    down = {part: tensor.unsqueeze(0) for part, tensor in method.init(base_of(model), SEED).shared.items()}
+    trained = {part: nn.Parameter(tensor.clone()) for part, tensor in down.items()}
+    with mounted(model, trained, 2.0):
+        fit(model, LocalTask(trained, lambda: ({}, {}), rate=rate), TASK, [Share(examples(4), [[0, 1, 2, 3]])], training, HEAD, CPU)
+    far = {part: float((trained[part] - down[part]).detach().norm()) for part in trained}
+    return {"head": far["classifier.weight"], "adapter": sum(far[part] for part in far if ":" in part)}
+
+
+def test_rates_of_head_stage_and_warm_up_multiply() -> None:
+    """A step of plain SGD is as long as its rate; the first of w + 1 warm-up steps has 1 / (w + 1) of it."""
+    plain = Training(optimizer="sgd", lr=0.01, clip=None, batch_size=4)
+    base = moved(plain)
+    for training, rate, head, adapter in (
+        (replace(plain, lr=0.02), 1.0, 2.0, 2.0),
+        (replace(plain, head_lr=0.05), 1.0, 5.0, 1.0),
+        (plain, 3.0, 3.0, 3.0),
+        (replace(plain, warmup=1), 1.0, 0.5, 0.5),
+        (replace(plain, head_lr=0.05, warmup=4), 2.0, 2.0, 0.4),
+    ):
+        found = moved(training, rate=rate)
+        assert found["head"] == pytest.approx(head * base["head"], rel=1e-3)
+        assert found["adapter"] == pytest.approx(adapter * base["adapter"], rel=1e-3)
+
+
+def test_the_hook_after_backward_sees_gradients_before_they_are_clipped_and_who_is_active() -> None:
+    seen: list[tuple[slice, float]] = []
+    weight = bert().get_parameter("classifier.weight")
+    own = {"classifier.weight": nn.Parameter(torch.stack([weight, weight]))}
+
+    def look(active: slice) -> None:
+        grad = own["classifier.weight"].grad
+        assert grad is not None
+        seen.append((active, float(grad[active].norm())))
+        grad.zero_()
+
+    model = bert()
+    shares = [Share(examples(4), [[0, 1], [2, 3]]), Share(examples(4, seed=1), [[0, 1]])]
+    with mounted(model, own):
+        local = LocalTask(own, lambda: ({}, {}), after_backward=look)
+        fit(model, local, TASK, shares, Training(optimizer="sgd", lr=0.1, clip=1e-6), HEAD, CPU)
+    assert [active for active, _ in seen] == [slice(0, 2), slice(0, 1)]
+    assert all(norm > 1e-3 for _, norm in seen)
+    assert torch.equal(own["classifier.weight"].detach(), torch.stack([weight, weight])), "what the hook did is what is stepped"
+
+
+def test_dropout_has_a_stream_of_its_own_and_torchs_goes_on_untouched() -> None:
+    """A client's dropout depends on seed, client and round, not on who trained before."""
+    torch.manual_seed(11)
+    undisturbed = torch.rand(3)
+    torch.manual_seed(11)
+    with own_randomness(SEED, 2, 5):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), undisturbed)
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(derive(SEED, "client", 2, 5))))
+
+    def answer(disturb: int, client: int = 1) -> Payload:
+        method = small("lora")
+        playing = worker(method, bert(hidden_dropout_prob=0.3))
+        torch.rand(disturb)
+        blob = Request(Kind.TRAIN, 0, CONFIG, method.init(base_of(playing.model), SEED).shared).encode()
+        return Answer.decode(playing.handle([client], [blob], [b""])[0][0]).payload
+
+    assert_same(answer(0), answer(5))
+
+
+@dataclass(frozen=True)
+class Spy:
+    """A method that notes in which order it is given the names of a message."""
+
+    paper: ClassVar[str] = "none"
+
+    @contextmanager
+    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Any) -> Iterator[LocalTask]:
+        raise AssertionError(list(down))
+        yield
+
+
+def test_a_method_sees_the_names_of_a_message_in_order() -> None:
+    """Then the sums over them are the same in every process; a set's order is not."""
+    playing = worker(small("bitfit"), bert())
+    shared = small("bitfit").init(base_of(playing.model), SEED).shared
+    blob = Request(Kind.TRAIN, 0, CONFIG, shared).encode()
+    spying: Any = replace(playing, method=Spy())  # type: ignore[arg-type]
+    with pytest.raises(AssertionError) as seen:
+        spying.handle([1, 2], [blob, blob], [b"", b""])
+    assert seen.value.args[0] == sorted(shared)
+    assert len(shared) == 20
