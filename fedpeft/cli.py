@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 app = typer.Typer(
     name="fedpeft",
@@ -67,7 +68,7 @@ def resume(run: Folder) -> None:
     from fedpeft import runs
 
     with _bar() as watch:
-        runs.resume(run, watch=watch(run.name), say=lambda text: out.print(text, markup=False))
+        runs.resume(run, watch=watch(run.name), say=typer.echo)
     _report([run], run / "report", None, 1e6)
 
 
@@ -159,7 +160,7 @@ def export(
 
     refuse_existing(folder)
     open_run(run).export(folder, merge=merge)
-    out.print(str(folder), markup=False, highlight=False)
+    typer.echo(folder)
 
 
 @app.command()
@@ -169,7 +170,7 @@ def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.
 
     table = Table("label", "probability", "text", box=None)
     for text, (label, probability) in zip(texts, open_run(run).predict(texts), strict=True):
-        table.add_row(label, f"{probability:.3f}", text)
+        table.add_row(escape(label), f"{probability:.3f}", escape(text))
     out.print(table)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +141,7 @@ class Config:
         fields = dict(self.method)
         known = constructors()
         name = fields.pop("name", None)
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise BadInput(f"method.name = {name!r} is not a method; {nearest(str(name), list(known))}")
         constructor = known[name]
         own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
@@ -159,7 +161,7 @@ def read(path: Path) -> Tree:
         raise BadInput(f"{path}: not a TOML file: {error}") from error
     for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
-            tree[section][key] = str(path.parent / tree[section][key])
+            tree[section][key] = str((path.parent / tree[section][key]).absolute())
     return tree
 
 
@@ -202,6 +204,15 @@ def merge(*trees: Tree) -> dict[str, Any]:
 def from_tree(tree: Tree) -> Config:
     """Return checked settings; the method's own fields are checked too."""
     config = _checked(Config, tree, "")
+    _check_finite(tree, "")
+    if not re.fullmatch(r"\w[\w .,=-]*", config.name):
+        raise BadInput(f"name = {config.name!r}: names a folder; choose letters, digits, '-' and '_', such as 'run'")
+    federation = config.federation
+    if federation.min_replies > federation.clients_per_round:
+        raise BadInput(
+            f"federation.min_replies = {federation.min_replies} can never come from "
+            f"federation.clients_per_round = {federation.clients_per_round}; choose at most {federation.clients_per_round}"
+        )
     config.build_method()
     if config.data.source == "files" and config.data.train is None:
         raise BadInput("data.train is missing: with data.source = 'files', name the file of the training texts")
@@ -225,6 +236,15 @@ def _checked(kind: type[T], tree: Tree, prefix: str) -> T:
         first = error.errors()[0]
         key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
         raise BadInput(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+
+
+def _check_finite(tree: Tree, prefix: str) -> None:
+    """Refuse nan and inf, which TOML can write, at any depth."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"{prefix}{key} = {value}: give a finite number")
 
 
 def _check_keys(kind: type[Any], tree: Tree, prefix: str) -> None:

@@ -61,8 +61,8 @@ def resolve(machine: Machine, max_length: int) -> Hardware:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
         raise BadInput(f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'") from error
     precision, attention = machine.precision, machine.attention

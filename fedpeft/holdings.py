@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from fedpeft.data import Dataset, Partition, label_counts
@@ -20,7 +21,7 @@ def table(dataset: Dataset, partition: Partition) -> Table:
     for name, test, row in zip(partition.names, partition.test, counts, strict=True):
         total, top = int(row.sum()), np.argsort(-row, kind="stable")[:3]
         mostly = ", ".join(f"{dataset.labels[label]} {row[label] / total:.0%}" for label in top if row[label])
-        shown.add_row(name, str(total), str(len(test)), str(int((row > 0).sum())), mostly)
+        shown.add_row(escape(name), str(total), str(len(test)), str(int((row > 0).sum())), escape(mostly))
     return shown
 
 
@@ -47,4 +48,7 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title(f"{dataset.name}: who holds what (largest circle: {int(counts.max())} examples)", fontsize=9, loc="left")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: the picture cannot be written: {error}") from error

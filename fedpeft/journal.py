@@ -1,6 +1,7 @@
 """A run's folder while the run is under way: the ledger grows, and after every round a checkpoint makes it good."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -53,16 +54,18 @@ class Journal:
     def __init__(self, assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> None:
         self._folder, self._memories, self._watch = folder, begin.memories, watch
         self._digest = settings_digest(assembly.config)
-        self._ledger = Ledger(folder / FILE)
-        self._ledger.cut(begin.ledger)
+        self._ledger = _opened(folder / FILE, begin.ledger)
         self._stand = Progress(begin.state.round, assembly.config.federation.rounds)
         for row in read(folder / FILE):
             self._stand = self._stand.after(row)
-        if begin.ledger == 0:
+        if begin.ledger:
+            watch(self._stand)
+            return
+        with ExitStack() as undo:
+            undo.callback(self._ledger.close)
             self.record(assembly.run_row())
             self.save(begin.state)
-        else:
-            watch(self._stand)
+            undo.pop_all()
 
     def record(self, row: Row) -> None:
         """Add a row to the ledger."""
@@ -87,6 +90,15 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ledger.close()
+
+
+def _opened(path: Path, length: int) -> Ledger:
+    """Return the ledger cut back to ``length``; closed again when that fails."""
+    with ExitStack() as undo:
+        ledger = undo.enter_context(Ledger(path))
+        ledger.cut(length)
+        undo.pop_all()
+    return ledger
 
 
 def settings_digest(config: Config) -> str:

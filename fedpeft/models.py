@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Lt
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
@@ -80,8 +81,8 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"model.name = {choice.name!r} cannot be loaded: {line}") from error
     _check_padding(tokenizer, model, choice)
     model.requires_grad_(False)

@@ -33,7 +33,10 @@ def start(assembly: Assembly, folder: Path, *, overwrite: bool = False, watch: W
     refuse_existing(folder, overwrite)
     first = assembly.first_state()
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made ({error.strerror}); choose another place with --runs") from error
     about = {
         HARDWARE: assembly.hardware.describe(),
         LABELS: assembly.dataset.labels,
@@ -71,6 +74,8 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Raise BadInput where ``folder`` exists already."""
     if folder.exists() and not overwrite:
         raise BadInput(f"{folder}: exists; resume it, choose another name, or give --overwrite")
+    if folder.exists() and not (folder / CONFIG).exists():
+        raise BadInput(f"{folder}: is no run's folder, and is not overwritten; choose another name")
 
 
 def _play(assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> State:

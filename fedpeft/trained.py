@@ -46,7 +46,7 @@ class Trained:
         best = logits.softmax(dim=1).max(dim=1)
         return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
-    def export(self, folder: Path, *, merge: bool = False) -> None:
+    def export(self, folder: Path | str, *, merge: bool = False) -> None:
         """Write the adapters as a folder for peft, or with ``merge`` the whole model as one for transformers.
 
         A folder that exists, or a method without low-rank adapters unless ``merge``, raises BadInput.
@@ -54,9 +54,9 @@ class Trained:
         with self.mounted() as local:
             pass
         if merge:
-            export.merged(self.loaded, local, folder)
+            export.merged(self.loaded, local, Path(folder))
         else:
-            export.adapter(self.loaded, local, self.config.model.name, folder)
+            export.adapter(self.loaded, local, self.config.model.name, Path(folder))
 
 
 def open_run(folder: Path) -> Trained:

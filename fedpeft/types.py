@@ -7,6 +7,9 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from fedpeft.errors import BadInput as BadInput
+from fedpeft.errors import WireError as WireError
+
 Payload = Mapping[str, Tensor]
 """Named tensors: what crosses the wire either way, and what a client remembers. Scalars are 0-d int64 or float64.
 
@@ -16,14 +19,6 @@ that module, such as ``encoder.layer.0.attention.self.query:A``.
 
 NEVER = -1
 """The version of a memory that does not exist."""
-
-
-class BadInput(Exception):
-    """Something the user gave is wrong: one line that names the file or field, the value and the nearest valid choice."""
-
-
-class WireError(Exception):
-    """A message that cannot be used: damaged, of another configuration, of another round, or not what was asked for."""
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,10 @@ def test_a_parameter_that_cannot_carry_several_clients_is_refused(model: nn.Modu
 def test_a_layer_whose_rows_are_not_the_batchs_refuses_several_clients() -> None:
     """DeBERTa sends its relative positions, a batch of their own, through query and key: whose rows would these be?"""
     config = DebertaV2Config(
-        **{**BERT, **COMMON, **NO_DROPOUT, "vocab_size": 100}, relative_attention=True, share_att_key=True, pos_att_type=["c2p", "p2c"]
+        **{**BERT, **COMMON, **NO_DROPOUT, "vocab_size": 100},
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["c2p", "p2c"],
     )
     model, ids = shaken(DebertaV2ForSequenceClassification(config)), texts(4)
     tensors = factors(model, HEAD, triplet=False)

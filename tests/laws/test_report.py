@@ -21,11 +21,27 @@ from fedpeft.report.terms import SLORA_LINK
 from fedpeft.types import BadInput
 
 MB = 1_000_000
+REFERENCES = {"centralised", "local-only"}
 
 
 def opening(method: str, seed: int = 0, rounds: int = 2, digest: str = "d1") -> RunRow:
     settings = {"data": {"partition": {"kind": "dirichlet", "alpha": 0.1}}, "method": {"alpha": 16}}
-    return RunRow(f"{method}-{seed}", method, seed, "minilm", "pydocs", digest, 20, 2, rounds, 0.25, settings, {}, {})
+    return RunRow(
+        f"{method}-{seed}",
+        method,
+        seed,
+        "minilm",
+        "pydocs",
+        digest,
+        20,
+        2,
+        rounds,
+        0.25,
+        method in REFERENCES,
+        settings,
+        {},
+        {},
+    )
 
 
 def scored(after: int, accuracy: float, split: str = "test") -> EvaluationRow:

@@ -152,7 +152,15 @@ def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str
     down = {part: tensor.unsqueeze(0) for part, tensor in method.init(base_of(model), SEED).shared.items()}
     trained = {part: nn.Parameter(tensor.clone()) for part, tensor in down.items()}
     with mounted(model, trained, 2.0):
-        fit(model, LocalTask(trained, lambda: ({}, {}), rate=rate), TASK, [Share(examples(4), [[0, 1, 2, 3]])], training, HEAD, CPU)
+        fit(
+            model,
+            LocalTask(trained, lambda: ({}, {}), rate=rate),
+            TASK,
+            [Share(examples(4), [[0, 1, 2, 3]])],
+            training,
+            HEAD,
+            CPU,
+        )
     far = {part: float((trained[part] - down[part]).detach().norm()) for part in trained}
     return {"head": far["classifier.weight"], "adapter": sum(far[part] for part in far if ":" in part)}
 

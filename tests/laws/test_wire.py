@@ -40,7 +40,9 @@ def test_a_message_is_as_long_as_any_other_of_its_names_formats_and_shapes(paylo
 
 @settings(deadline=None)
 @given(PAYLOADS, st.data())
-def test_a_message_with_any_byte_changed_or_missing_or_added_is_refused(payload: dict[str, Tensor], data: st.DataObject) -> None:
+def test_a_message_with_any_byte_changed_or_missing_or_added_is_refused(
+    payload: dict[str, Tensor], data: st.DataObject
+) -> None:
     blob = encode(payload)
     place = data.draw(st.integers(0, len(blob) - 1))
     flipped = blob[:place] + bytes([blob[place] ^ data.draw(st.integers(1, 255))]) + blob[place + 1 :]
@@ -73,7 +75,12 @@ def test_names_come_in_one_order_every_time() -> None:
 
 def test_views_and_tensors_that_train_are_sent_as_they_are_seen() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    payload = {"turned": whole.t(), "row": whole[1], "spread": whole[:1].expand(3, 4), "trained": whole.clone().requires_grad_()}
+    payload = {
+        "turned": whole.t(),
+        "row": whole[1],
+        "spread": whole[:1].expand(3, 4),
+        "trained": whole.clone().requires_grad_(),
+    }
     found = decode(encode(payload))
     for name, tensor in payload.items():
         assert torch.equal(found[name], tensor), name

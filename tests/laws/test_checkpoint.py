@@ -1,0 +1,181 @@
+"""A checkpoint comes back as it was, or not at all: what is damaged is passed over, what is half-written was never there."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedpeft import checkpoint
+from fedpeft.memory import Memories
+from fedpeft.types import NEVER, BadInput, State, WireError
+from fedpeft.wire import encode
+from tests.strategies import PAYLOADS, bits
+
+CONFIG = "c0ffee"
+
+
+def state(number: int) -> State:
+    """Return the state after ``number`` rounds: client 1 remembers the last one, client 2 round 0."""
+    known = {1: number - 1, 2: 0} if number else {}
+    return State(number, {"x:A": torch.full((2, 2), float(number))}, {"alive": torch.tensor([True, False])}, known)
+
+
+def remembered(number: int) -> Memories:
+    """Return the memories that go with ``state(number)``."""
+    memories = Memories()
+    if number:
+        memories.put(1, number - 1, encode({"m": torch.tensor(number)}))
+        memories.put(2, 0, encode({"anchor": torch.arange(5.0)}))
+    return memories
+
+
+def saved(folder: Path, *numbers: int) -> None:
+    for number in numbers:
+        checkpoint.save(folder, state(number), remembered(number), 10 * number, CONFIG)
+
+
+def loaded(folder: Path, says: list[str] | None = None) -> checkpoint.Checkpoint:
+    found = checkpoint.load(folder, CONFIG, pytest.fail if says is None else says.append)
+    assert found is not None
+    return found
+
+
+def known(tensors: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    return {name: bits(tensor) for name, tensor in tensors.items()}
+
+
+@settings(deadline=None, max_examples=50)
+@given(PAYLOADS, PAYLOADS, st.integers(0, 10**6), st.dictionaries(st.integers(0, 2**40), st.integers(0, 10**6), max_size=3))
+def test_a_state_comes_back_to_the_bit(
+    shared: dict[str, Tensor], server: dict[str, Tensor], number: int, memories: dict[int, int]
+) -> None:
+    found = checkpoint.unpack(checkpoint.pack(State(number, shared, server, memories)))
+    assert (found.round, found.memories) == (number, memories)
+    assert (known(dict(found.shared)), known(dict(found.server))) == (known(shared), known(server))
+
+
+def test_what_is_saved_is_loaded_with_memories_and_the_ledgers_length(tmp_path: Path) -> None:
+    assert checkpoint.load(tmp_path / "none", CONFIG, pytest.fail) is None
+    folder = tmp_path / "made" / "here"
+    saved(folder, 0, 1, 2)
+    found = loaded(folder)
+    assert checkpoint.pack(found.state) == checkpoint.pack(state(2))
+    assert found.ledger == 20
+    for client, version in ((1, 1), (2, 0)):
+        assert found.memories.get(client, version) == remembered(2).get(client, version)
+
+
+def test_two_checkpoints_are_kept_and_no_file_that_they_do_not_name(tmp_path: Path) -> None:
+    (tmp_path / "000001.state.tmp").write_bytes(b"left by a crash")
+    saved(tmp_path, 0, 1, 2, 3)
+    manifests = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert manifests == ["000002.json", "000003.json"]
+    named = {name for path in manifests for name in json.loads((tmp_path / path).read_text())["files"]}
+    assert {path.name for path in tmp_path.iterdir()} == {*manifests, *named}
+    assert checkpoint.manifest(tmp_path, 3).name == "000003.json"
+
+
+FILES = ["000003.json", "000003.state", "client-1-000002.memory"]
+DAMAGES = [(name, damage) for name in FILES for damage in ("cut", "emptied", "missing", "one bit off")]
+DAMAGES.remove(("000003.json", "missing"))  # a checkpoint without manifest never was
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_said_so_and_played_again(tmp_path: Path, name: str, damage: str) -> None:
+    """The round that was damaged is played and saved once more: it must then be whole, whatever lies in the folder."""
+    saved(tmp_path, 2, 3)
+    whole = (tmp_path / name).read_bytes()
+    changed = {
+        "cut": whole[:-7],
+        "emptied": b"",
+        "missing": b"",
+        "one bit off": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:],
+    }
+    (tmp_path / name).write_bytes(changed[damage])
+    if damage == "missing":
+        (tmp_path / name).unlink()
+    says: list[str] = []
+    found = loaded(tmp_path, says)
+    assert (found.state.round, found.ledger) == (2, 20)
+    assert len(says) == 1
+    assert str(tmp_path / "000003.json") in says[0]
+    assert checkpoint.pack(found.state) == checkpoint.pack(state(2))
+    saved(tmp_path, 3)
+    again = loaded(tmp_path)
+    assert again.state.round == 3
+    assert again.memories.get(1, 2) == remembered(3).get(1, 2)
+
+
+def test_where_all_are_damaged_nothing_is_loaded_in_silence(tmp_path: Path) -> None:
+    saved(tmp_path, 2, 3)
+    for path in tmp_path.glob("*.state"):
+        path.write_bytes(b"")
+    with pytest.raises(BadInput, match="every checkpoint is damaged"):
+        checkpoint.load(tmp_path, CONFIG, lambda _: None)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"7", b'{"config": "c0ffee"}', b'{"config": "c0ffee", "files": 3}'])
+def test_a_manifest_that_is_none_counts_as_damaged(tmp_path: Path, content: bytes) -> None:
+    saved(tmp_path, 2)
+    (tmp_path / "000003.json").write_bytes(content)
+    assert loaded(tmp_path, []).state.round == 2
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    saved(tmp_path, 2)
+    with pytest.raises(BadInput, match=r"belongs to configuration c0ffee, the run folder says 7ea"):
+        checkpoint.load(tmp_path, "7ea", pytest.fail)
+
+
+def test_bytes_that_are_no_state_are_refused() -> None:
+    for blob in (b"", encode({"x": torch.ones(1)})):
+        with pytest.raises((WireError, KeyError)):
+            checkpoint.unpack(blob)
+
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the syncs fails, first of a file's content or its name, then of the next one's."""
+    saved(tmp_path, 1, 2)
+    left = [step]
+    sync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        try:
+            saved(tmp_path, 3)
+        except OSError as error:
+            full = error.errno == 28
+        else:
+            full = False
+    assert full == (left[0] <= 0)
+    found = loaded(tmp_path)
+    assert found.state.round in ((2, 3) if full else (3,))
+    assert checkpoint.pack(found.state) == checkpoint.pack(state(found.state.round))
+    assert found.memories.get(1, found.state.round - 1) == remembered(found.state.round).get(1, found.state.round - 1)
+    assert not list(tmp_path.glob("*.tmp"))
+    saved(tmp_path, 3)
+    assert loaded(tmp_path).state.round == 3
+
+
+def test_clients_that_keep_their_memory_elsewhere_are_new_after_a_resume(tmp_path: Path) -> None:
+    memories = Memories()
+    memories.put(1, 1, b"here")
+    checkpoint.save(tmp_path, state(2), memories, 0, CONFIG)
+    found = loaded(tmp_path)
+    assert found.state.memories == {1: 1}
+    assert found.memories.get(1, 1) == b"here"
+    assert found.memories.get(2, NEVER) == b""
