@@ -12,8 +12,9 @@ from typing import final
 import torch
 
 from fedpeft import data
+from fedpeft.choices import DataChoice
 from fedpeft.client import Holding, Worker
-from fedpeft.config import Config, DataChoice
+from fedpeft.config import Config
 from fedpeft.hardware import Hardware, resolve, use
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, load

@@ -77,21 +77,24 @@ def save(folder: Path, state: State, memories: Memories, ledger: int, config: st
     _prune(folder)
 
 
-def load(folder: Path, config: str, say: Callable[[str], None]) -> Checkpoint | None:
+def load(folder: Path, config: str, say: Callable[[str], None], *, mend: bool = True) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
-    A damaged one is passed over, and ``say`` told so. BadInput when all are damaged or they belong to another ``config``.
+    A damaged one is passed over, and ``say`` told so; ``mend`` deletes it, so that its files are written anew.
+    BadInput when all are damaged or they belong to another ``config``.
     """
     damaged: list[Path] = []
     for path in sorted(folder.glob("*.json"), reverse=True):
         try:
             found = _read(path, config)
-        except (WireError, OSError, ValueError, KeyError) as error:
+        except (WireError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
             damaged.append(path)
         else:
-            for other in damaged:
-                other.unlink()
+            if mend and damaged:
+                for other in damaged:
+                    other.unlink()
+                _prune(folder)
             return found
     if damaged:
         raise BadInput(f"{folder}: every checkpoint is damaged; start again with --overwrite")

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedpeft.errors import BadInput
+from fedpeft.progress import progress_bars
 
 app = typer.Typer(
     name="fedpeft",
@@ -57,7 +56,7 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
     folder = runs / chosen.name
     refuse_existing(folder, overwrite)
     assembly = assemble(chosen)
-    with _bar() as watch:
+    with progress_bars(out) as watch:
         start(assembly, folder, overwrite=overwrite, watch=watch(chosen.name))
     _report([folder], folder / "report", None, 1e6)
 
@@ -67,7 +66,7 @@ def resume(run: Folder) -> None:
     """Go on with a run after a crash, from its last whole checkpoint."""
     from fedpeft import runs
 
-    with _bar() as watch:
+    with progress_bars(out) as watch:
         runs.resume(run, watch=watch(run.name), say=typer.echo)
     _report([run], run / "report", None, 1e6)
 
@@ -91,7 +90,7 @@ def compare(
     extra += [f"compare.seeds=[{seeds}]"] if seeds else []
     planned = plan(_tree(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
-    with _bar() as watch:
+    with progress_bars(out) as watch:
         folders = play(
             planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(f"{one.label}, seed {one.config.seed}")
         )
@@ -114,7 +113,7 @@ def sweep(
     extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
     planned = grid(_tree(config, [*extra, *settings]), _values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
-    with _bar() as watch:
+    with progress_bars(out) as watch:
         folders = play(planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label))
     _report(folders, root / "report", None, 1e6)
 
@@ -159,7 +158,7 @@ def export(
     from fedpeft.trained import open_run
 
     refuse_existing(folder)
-    open_run(run).export(folder, merge=merge)
+    open_run(run, typer.echo).export(folder, merge=merge)
     typer.echo(folder)
 
 
@@ -169,7 +168,7 @@ def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.
     from fedpeft.trained import open_run
 
     table = Table("label", "probability", "text", box=None)
-    for text, (label, probability) in zip(texts, open_run(run).predict(texts), strict=True):
+    for text, (label, probability) in zip(texts, open_run(run, typer.echo).predict(texts), strict=True):
         table.add_row(escape(label), f"{probability:.3f}", escape(text))
     out.print(table)
 
@@ -225,28 +224,3 @@ def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: 
 def _wide() -> Console:
     """Return a console wide enough for the tables, also where there is no terminal."""
     return Console(width=max(out.width, 120))
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str], Callable[[Any], None]]]:
-    """Show one progress bar per run on a terminal, and nothing elsewhere; yields what makes the watcher of a named run."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[stand]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
-
-        def watcher(name: str) -> Callable[[Any], None]:
-            task = bar.add_task(name, total=None, stand="")
-
-            def watch(progress: Any) -> None:
-                accuracy = "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}  "
-                stand = f"{accuracy}{progress.bytes / 1e6:.1f} MB"
-                bar.update(task, completed=progress.round, total=progress.rounds, stand=stand)
-
-            return watch
-
-        yield watcher

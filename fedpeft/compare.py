@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, final
 
 from fedpeft.assembly import Assembly, assemble
-from fedpeft.config import CompareChoice, Config, Tree, from_tree, merge, nearest, nested
+from fedpeft.choices import CompareChoice
+from fedpeft.config import Config, Tree, from_tree, merge, nearest, nested
 from fedpeft.journal import Watch
 from fedpeft.methods import constructors
 from fedpeft.runs import CONFIG, finished, read_settings, refuse_existing, resume, start

@@ -1,6 +1,7 @@
 """The server's loop as a generator of states: ask a cohort, check and count what comes back, merge, go on."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -64,8 +65,8 @@ def poll(
     for outcome in engine.exchange(asked, request):
         match outcome:
             case Reply(client, blob):
-                answer = Answer.decode(blob)
-                if answer.examples:
+                with suppress(WireError):
+                    answer = Answer.decode(blob)
                     check(answer, state.round, {"counts": torch.empty(3, labels, dtype=torch.int64, device="meta")})
                     found[client.id] = Scores(answer.payload["counts"], answer.loss)
             case Lost():

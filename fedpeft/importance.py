@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.lowrank import by_module
+from fedpeft.types import Payload
 
 Score = Literal["sensitivity", "gradient", "magnitude"]
 """``sensitivity``: smoothed |p * grad| times its smoothed uncertainty; ``gradient``: the first alone; ``magnitude``: |p|."""
@@ -17,6 +18,7 @@ class Importance:
 
     def __init__(self, trained: Mapping[str, Tensor], score: Score, beta1: float, beta2: float) -> None:
         self._tensors = {name: tensor for name, tensor in trained.items() if ":" in name}
+        self._clients = max((len(tensor) for tensor in trained.values()), default=0)
         self._score, self._beta1, self._beta2 = score, beta1, beta2
         self._smooth = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
         self._spread = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
@@ -42,7 +44,7 @@ class Importance:
     def votes(self, budget: int) -> Tensor:
         """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8."""
         if not self._tensors:
-            return torch.zeros(0, dtype=torch.uint8)
+            return torch.zeros(self._clients, 0, dtype=torch.uint8)
         scores = self.scores()
         best = scores.topk(min(budget, scores.shape[1]), dim=1).indices
         return pack(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, value=True))
@@ -82,3 +84,10 @@ def survivors(votes: Tensor, strength: Tensor, threshold: float, budget: int) ->
     alive = torch.zeros_like(votes, dtype=torch.bool)
     alive[order] = votes[order] >= threshold
     return alive
+
+
+def strength(parts: Payload) -> Tensor:
+    """Return the norm of every rank-one term e_i b_i a_i of one module, (r,)."""
+    rows: Tensor = torch.linalg.vector_norm(parts["A"], dim=1)
+    columns: Tensor = torch.linalg.vector_norm(parts["B"], dim=0)
+    return parts["e"].abs() * rows * columns

@@ -83,7 +83,7 @@ class Optimizer:
 def clip(parameters: Mapping[str, nn.Parameter], active: slice, limit: float) -> None:
     """Scale the gradients of each ``active`` client so that their joint norm is at most ``limit``."""
     gradients = [p.grad[active] for p in parameters.values() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+    norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients])
     factors = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from fedpeft import checkpoint
 from fedpeft.assembly import Assembly, assemble
@@ -22,6 +23,7 @@ from fedpeft.types import BadInput, Engine, State
 CONFIG, HARDWARE, LABELS = "config.json", "hardware.json", "labels.json"
 
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 
 
@@ -57,12 +59,18 @@ def resume(folder: Path, *, like: Assembly | None = None, watch: Watch = lambda 
 
 def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
     """Return a run's settings, its hardware choices and its label names; a folder that holds no run raises BadInput."""
-    try:
-        config, hardware, labels = ((folder / name).read_text() for name in (CONFIG, HARDWARE, LABELS))
-        return from_json(config), Hardware(**json.loads(hardware)), tuple(json.loads(labels))
-    except (OSError, ValueError, TypeError) as error:
+    if not (folder / CONFIG).exists():
         near = ", ".join(sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG}"))) or "none"
-        raise BadInput(f"{folder}: holds no run; runs beside it: {near}") from error
+        raise BadInput(f"{folder}: holds no run; runs beside it: {near}")
+
+    def content(name: str, read: Callable[[str], T]) -> T:
+        try:
+            return read((folder / name).read_text())
+        except (BadInput, OSError, ValueError, TypeError) as error:
+            raise BadInput(f"{folder / name}: cannot be read ({error}); start again with --overwrite") from error
+
+    hardware = content(HARDWARE, lambda text: Hardware(**json.loads(text)))
+    return content(CONFIG, from_json), hardware, content(LABELS, lambda text: tuple(json.loads(text)))
 
 
 def finished(folder: Path, config: Config) -> bool:

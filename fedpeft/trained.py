@@ -1,6 +1,6 @@
 """What a run has learnt, opened from its folder without its data: predict with it, or export it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 
 from fedpeft import checkpoint, export
 from fedpeft.config import Config
-from fedpeft.evaluation import held
+from fedpeft.evaluation import WHOLE, held
 from fedpeft.hardware import Hardware, use
 from fedpeft.journal import CHECKPOINTS, settings_digest
 from fedpeft.models import Loaded, load
@@ -59,13 +59,18 @@ class Trained:
             export.adapter(self.loaded, local, self.config.model.name, Path(folder))
 
 
-def open_run(folder: Path) -> Trained:
+def open_run(folder: Path, say: Callable[[str], None] = lambda _: None) -> Trained:
     """Return what the run in ``folder`` has learnt so far; BadInput for a folder without a run or without a checkpoint."""
     config, hardware, labels = read_settings(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), lambda _: None)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say, mend=False)
     if found is None:
         raise BadInput(f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}")
+    method = config.build_method()
+    if not method.expects(found.state, method.send(found.state, WHOLE)):
+        raise BadInput(
+            f"{folder}: method {config.method['name']!r} shares nothing, so there is no model of the whole federation"
+        )
     use(hardware)
     loaded = load(config.model, labels, hardware, config.seed)
     task = Classification(labels, loaded.tokenizer, config.model.max_length)
-    return Trained(config, hardware, loaded, task, config.build_method(), found.state)
+    return Trained(config, hardware, loaded, task, method, found.state)

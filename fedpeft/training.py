@@ -76,7 +76,7 @@ def fit(
     for step in range(len(shares[0].steps)):
         active = slice(0, sum(step < len(share.steps) for share in shares))
         examples, weights = side_by_side([(share.examples, share.steps[step]) for share in shares[active]])
-        with rows_of(active), hardware.autocast():
+        with rows_of(active, weights.numel()), hardware.autocast():
             each = task.losses(model, task.collate(examples, hardware.torch_device))
         mean = (each.view(weights.shape) * weights.to(each)).sum(1)
         for parameter in local.trainable.values():

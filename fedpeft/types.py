@@ -7,8 +7,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fedpeft.errors import BadInput as BadInput
-from fedpeft.errors import WireError as WireError
+from fedpeft.errors import BadInput as BadInput  # noqa: PLC0414  # said here, too
+from fedpeft.errors import WireError as WireError  # noqa: PLC0414
 
 Payload = Mapping[str, Tensor]
 """Named tensors: what crosses the wire either way, and what a client remembers. Scalars are 0-d int64 or float64.

@@ -15,6 +15,9 @@ DIGEST = 16
 """Bytes of every digest in a message."""
 
 
+_NOTHING = torch.zeros(0, 0)
+
+
 class Kind(IntEnum):
     """What a request asks for."""
 
@@ -29,8 +32,19 @@ def digest(content: bytes) -> bytes:
 
 def encode(payload: Payload) -> bytes:
     """Return ``payload`` as bytes; equal names, shapes and dtypes give equal lengths."""
-    body = save({name: tensor.detach().cpu().contiguous() for name, tensor in payload.items()})
+    body = save({name: tensor.detach().cpu().contiguous() for name, tensor in _apart(payload).items()})
     return digest(body) + body
+
+
+def _apart(payload: Payload) -> Payload:
+    """Return ``payload`` with a copy of every tensor whose storage an earlier one has, which safetensors would refuse."""
+    storages: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in payload.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return apart
 
 
 def decode(blob: bytes) -> dict[str, Tensor]:
@@ -68,16 +82,21 @@ class Request:
 
     @staticmethod
     def decode(blob: bytes, config: bytes) -> "Request":
-        """Read a request and refuse, by WireError, one that was made for another configuration than ``config``."""
+        """Read a request; one that is damaged, or made for another configuration than ``config``, raises WireError."""
         fields = decode(blob)
-        try:
-            theirs = bytes(fields.pop("@config").tolist())
-            kind, number, memory = (int(fields.pop(name)) for name in ("@kind", "@round", "@memory"))
-        except KeyError as error:
-            raise WireError(f"not a request: field {error} is missing") from error
+        due = {"@kind": (), "@round": (), "@memory": (), "@config": (DIGEST,)}
+        found = {name: fields.pop(name, _NOTHING) for name in due}
+        for name, shape in due.items():
+            if tuple(found[name].shape) != shape or found[name].is_floating_point():
+                raise WireError(f"not a request: field {name} is missing or of another form")
+        theirs = bytes(found["@config"].tolist())
         if theirs != config:
             raise WireError(f"the request is for configuration {theirs.hex()}, this client has {config.hex()}")
-        return Request(Kind(kind), number, theirs, fields, memory)
+        try:
+            kind = Kind(int(found["@kind"]))
+        except ValueError as error:
+            raise WireError(f"not a request: {error}") from error
+        return Request(kind, int(found["@round"]), theirs, fields, int(found["@memory"]))
 
 
 @dataclass(frozen=True)
@@ -115,12 +134,9 @@ class Answer:
     def decode(blob: bytes) -> "Answer":
         """Read an answer; a message that is none raises WireError."""
         fields = decode(blob)
-        try:
-            counts, measures = fields.pop("@counts"), fields.pop("@measures")
-        except KeyError as error:
-            raise WireError(f"not an answer: field {error} is missing") from error
+        counts, measures = (fields.pop(name, _NOTHING) for name in ("@counts", "@measures"))
         if (counts.shape, counts.dtype, measures.shape, measures.dtype) != ((7,), torch.int64, (2,), torch.float64):
-            raise WireError("not an answer: its counts are not 7 whole numbers, or its measures not 2 numbers")
+            raise WireError("not an answer: its 7 counts or 2 measures are missing or of another form")
         number, examples, steps, trained, peak, shared, memory = counts.tolist()
         loss, seconds = measures.tolist()
         return Answer(number, fields, examples, steps, trained, loss, seconds, peak, shared, memory)

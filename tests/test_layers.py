@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedpeft"
 
 LAYERS: tuple[str, ...] = (
-    "types seeds",
+    "errors types seeds",
     "wire averaging lowrank sparse importance memory optimizer ledger",
     "mounting report",
     "methods tasks data hardware models",

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, mean
-from fedpeft.importance import Importance, Score, survivors, unpack
+from fedpeft.importance import Importance, Score, strength, survivors, unpack
 from fedpeft.lowrank import by_module, check_ranks, deltas, orthogonality
 from fedpeft.mounting import forms, mounted, select, trainable, values
 from fedpeft.seeds import generator
@@ -65,7 +65,7 @@ class FedARA:
         """Return how many of ``total`` ranks may live after round ``number``: AdaLoRA's cubic schedule, in rounds."""
         begin, end = self.warmup * self.rounds, (1 - self.settled) * self.rounds
         last = max(1, round(self.kept * total))
-        left = min(1.0, max(0.0, (end - number - 1) / (end - begin))) if end > begin else float(number + 1 < begin)
+        left = min(1.0, max(0.0, 1 - (number + 1 - begin) / (end - begin))) if end > begin else float(number + 1 < begin)
         return last + round((total - last) * left**3)
 
     def send(self, state: State, client: Client) -> Payload:
@@ -116,10 +116,10 @@ class FedARA:
         votes = merged.pop("votes")
         shared = {name: _put(state, name, merged.get(name)) for name in state.shared}
         total = sum(len(alive) for alive in state.server.values())
-        strength = [_strength(parts) for _, parts in sorted(by_module(merged).items())]
-        living = survivors(votes, torch.cat([*strength, votes[:0]]), self.threshold, self.budget(state.round, total))
+        strengths = [strength(parts) for _, parts in sorted(by_module(merged).items())]
+        living = survivors(votes, torch.cat([*strengths, votes[:0]]), self.threshold, self.budget(state.round, total))
         server, begin = dict(state.server), 0
-        for name, alive in sorted(state.server.items()):
+        for name, alive in sorted(state.server.items(), key=lambda item: item[0].partition(":")[0]):
             end = begin + int(alive.sum())
             server[name] = alive.masked_scatter(alive, living[begin:end])
             begin = end
@@ -149,10 +149,3 @@ def _put(state: State, name: str, live: Tensor | None) -> Tensor:
     alive, tensor = _alive(state, name), state.shared[name].clone()
     tensor[(slice(None), alive) if name.endswith(":B") else (alive,)] = live
     return tensor
-
-
-def _strength(parts: Payload) -> Tensor:
-    """Return the norm of every rank-one term e_i b_i a_i, (r,), which settles equal votes (reconstruction)."""
-    rows: Tensor = torch.linalg.vector_norm(parts["A"], dim=1)
-    columns: Tensor = torch.linalg.vector_norm(parts["B"], dim=0)
-    return parts["e"].abs() * rows * columns

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.mounting.rows import present
+from fedpeft.mounting.rows import by_client, present
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
@@ -24,7 +24,7 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
         down, up = present(A), present(B)
         clients = down.shape[0]
         x = args[0]
-        inner = torch.bmm(x.reshape(clients, -1, x.shape[-1]), down.transpose(1, 2))
+        inner = torch.bmm(by_client(x, clients), down.transpose(1, 2))
         if e is not None:
             inner = inner * present(e).unsqueeze(1)
         flat = output.reshape(clients, -1, output.shape[-1])
@@ -74,7 +74,7 @@ def stacked(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[[Tensor], 
     def run(x: Tensor) -> Tensor:
         weight, bias = parameter("weight"), parameter("bias")
         clients = max(len(tensor) for tensor in (weight, bias) if tensor.ndim == 3)
-        y = forward(module, x.reshape(clients, -1, x.shape[-1]), weight, bias)
+        y = forward(module, by_client(x, clients), weight, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return run

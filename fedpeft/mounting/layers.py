@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpeft.types import BadInput, Base, WireError
 
-WORDS = {"attention": r"attention|attn", "all-linear": r""}
+WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
 """Words that stand for a pattern: every dense layer inside an attention block; every dense layer."""
 
 

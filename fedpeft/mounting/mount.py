@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft.lowrank import by_module
 from fedpeft.mounting.branches import low_rank, stackable, stacked
+from fedpeft.mounting.layers import dense_layer
 from fedpeft.types import Payload, WireError
 
 
@@ -37,7 +38,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     plain = {name: tensor for name, tensor in tensors.items() if ":" not in name}
     with ExitStack() as undo:
         for name, parts in by_module(tensors).items():
-            handle = _submodule(model, name).register_forward_hook(low_rank(parts, scale))
+            dense_layer(model, name)
+            handle = model.get_submodule(name).register_forward_hook(low_rank(parts, scale))
             undo.callback(handle.remove)
         if all(len(tensor) == 1 for tensor in plain.values()):
             undo.enter_context(replaced(model, {name: partial(_first, tensor) for name, tensor in plain.items()}))
@@ -53,9 +55,7 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     Tied parameters are replaced wherever they are used. On leaving, the very same parameter objects are back.
     """
     everywhere = dict(model.named_parameters(remove_duplicate=False))
-    for name in makers.keys() - everywhere.keys():
-        raise WireError(f"the message holds parameter {name!r}, which this model lacks")
-    places = {name: [twin for twin, other in everywhere.items() if other is everywhere[name]] for name in makers}
+    places = {name: _places(model, name) for name in makers}
 
     def put(name: str, tensor: Tensor) -> None:
         for place in places[name]:
@@ -81,9 +81,10 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     """Give modules whose parameters are in ``plain``, (K, ...), a forward that keeps the K clients apart."""
     own: dict[str, dict[str, Tensor]] = {}
     for name, tensor in plain.items():
-        home, _, attribute = name.rpartition(".")
-        own.setdefault(home, {})[attribute] = tensor
-    changed = {name: _submodule(model, name) for name in own}
+        for place in _places(model, name):
+            home, _, attribute = place.rpartition(".")
+            own.setdefault(home, {})[attribute] = tensor
+    changed = {name: model.get_submodule(name) for name in own}
     for name, module in changed.items():
         if not stackable(module):
             kind = type(module).__name__
@@ -104,8 +105,9 @@ def _first(stack: Tensor, parameter: Tensor) -> Tensor:
     return stack.squeeze(0)  # a view; indexing would copy the whole gradient
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise WireError(f"the message adapts module {name!r}, which this model lacks") from error
+def _places(model: nn.Module, name: str) -> list[str]:
+    """Return every name under which the model uses parameter ``name``: its own, and those it is tied to."""
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    if name not in everywhere:
+        raise WireError(f"the message holds parameter {name!r}, which this model lacks")
+    return [twin for twin, other in everywhere.items() if other is everywhere[name]]

@@ -72,7 +72,10 @@ class Classification:
         """Return texts and labels as numbers, tokenised once."""
         number = {label: index for index, label in enumerate(self.labels)}
         ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if texts else []
-        return Encoded([torch.tensor(row) for row in ids], torch.tensor([number[label] for label in labels]).long())
+        return Encoded(
+            [torch.tensor(row or [self.tokenizer.pad_token_id], dtype=torch.int64) for row in ids],
+            torch.tensor([number[label] for label in labels]).long(),
+        )
 
     def collate(self, examples: Encoded, device: torch.device) -> Batch:
         """Return a batch padded to its longest text: input_ids, attention_mask (n, L) and labels (n,)."""

@@ -6,13 +6,34 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.assembly import Assembly, assemble
+
 from .builders import Ground, write_ground
+from .crashing import ROUNDS, Outcome
 
 
 @pytest.fixture(scope="session")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     """The tiny model, the data and the configuration; tests read them and change nothing."""
     return write_ground(tmp_path_factory.mktemp("ground"))
+
+
+@pytest.fixture(scope="session")
+def assembly(ground: Ground) -> Assembly:
+    """A run of FeDeRA, whose clients remember something, with small states, so that the ledger outgrows them."""
+    return assemble(
+        ground.chosen(
+            {"method": {"name": "federa", "rank": 1, "targets": "0.attention.self.query"}},
+            {"federation": {"rounds": ROUNDS}, "training": {"steps": 1, "batch_size": 4}},
+            {"evaluation": {"every": 1, "limit": 8}},
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(assembly: Assembly, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What ``assembly`` ends in undisturbed."""
+    return Outcome.of(assembly, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import os
 import signal
 import stat
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from fedpeft.ledger import FILE, MEASURED, Ledger, Row, read
 from fedpeft.types import State
 
 from .builders import assert_same
+
+ROUNDS = 4
+"""Of every run that is disturbed."""
 
 
 @dataclass
@@ -105,6 +108,7 @@ def die_while(play: Callable[[], object], fatal: int) -> None:
 class Outcome:
     """What an undisturbed run ends in; a disturbed one must end in the same."""
 
+    folder: Path
     state: State
     rows: list[dict[str, object]]
     files: dict[str, str]
@@ -115,7 +119,7 @@ class Outcome:
         """Play ``assembly`` undisturbed in ``folder``."""
         with watched(Instants()) as instants:
             state = runs.start(assembly, folder)
-        return Outcome(state, unmeasured(folder), _last_files(assembly, folder), instants)
+        return Outcome(folder, state, unmeasured(folder), _last_files(assembly, folder), instants)
 
     def assert_equal(self, assembly: Assembly, folder: Path, state: State) -> None:
         """Assert that the run in ``folder``, which ended in ``state``, is equal: tensors, ledger, checkpoint, no litter."""
@@ -123,6 +127,17 @@ class Outcome:
         assert unmeasured(folder) == self.rows
         assert _last_files(assembly, folder) == self.files
         assert not [*folder.rglob("*.tmp")]
+
+
+def assert_resumes(folder: Path, assembly: Assembly, undisturbed: Outcome, says: Sequence[str] = ()) -> None:
+    """Resume the run in ``folder`` and assert that it ends as the undisturbed one; ``says``: what it must say meanwhile."""
+    told: list[str] = []
+    with watched(Instants()):
+        state = runs.resume(folder, like=assembly, say=told.append)
+    undisturbed.assert_equal(assembly, folder, state)
+    assert len(told) == len(says)
+    for line, part in zip(told, says, strict=True):
+        assert part in line
 
 
 def unmeasured(folder: Path) -> list[dict[str, object]]:

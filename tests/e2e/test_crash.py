@@ -20,14 +20,13 @@ from fedpeft.runs import resume, start
 from fedpeft.types import BadInput
 
 from .builders import Ground
-from .crashing import Instants, Outcome, die_while, watched
+from .crashing import ROUNDS, Outcome, assert_resumes, die_while
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="crashes need fork and /proc"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # fork, Python 3.12+
 ]
 
-ROUNDS = 4
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 3},
     "slora": {"rank": 3, "pre_classifier_rank": 5, "stage1": 0.5},
@@ -61,9 +60,7 @@ class Case:
 
     def assert_resumes(self, folder: Path) -> None:
         """Resume the run in ``folder`` and assert that it ends as the undisturbed one does."""
-        with watched(Instants()):
-            state = resume(folder, like=self.assembly)
-        self.undisturbed.assert_equal(self.assembly, folder, state)
+        assert_resumes(folder, self.assembly, self.undisturbed)
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,6 @@ def test_ffas_merge_is_exact_and_loras_is_not(name: str) -> None:
         torch.testing.assert_close(deltas[module].dense()[0].double(), SCALE * merged, rtol=1e-4, atol=1e-7)
         off = float((merged - exact).norm() / exact.norm())
         assert (off < 1e-6) == (name == "ffa_lora"), off
-        if name == "lora":
-            assert off > 1e-3
 
 
 def test_ffa_never_sends_a_and_never_changes_it() -> None:

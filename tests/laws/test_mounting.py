@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.mounting import dense_layer, describe, mounted, oriented, replaced, rows_of, select, trainable, values
 from fedpeft.seeds import generator
 from fedpeft.types import BadInput, Base, WireError
-from tests.families import BERT, COMMON, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, family, says, texts
 from fedpeft.wire import Answer, Kind, Request
+from tests.families import BERT, COMMON, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, family, says, texts
 from tests.tiny import CONFIG, HEAD, SEED, base_of, bert, shaken, small, worker
 
 K = 3

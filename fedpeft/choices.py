@@ -1,0 +1,90 @@
+"""What a user can choose besides method, model, training and machine: the sections of a configuration, field by field."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which texts. ``source`` is ``pydocs`` or ``files``; with files, ``train`` (and ``validation``, ``test``) are paths.
+
+    ``text``, ``label``, ``key``: column names; ``key`` names natural clients. Splits without a file are held out of train
+    by ``validation_fraction`` and ``test_fraction``. Relative paths start at the folder of the configuration file.
+    """
+
+    source: Literal["pydocs", "files"] = "pydocs"
+    train: Path | None = None
+    validation: Path | None = None
+    test: Path | None = None
+    text: str = "text"
+    label: str = "label"
+    key: str | None = None
+    validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2
+
+
+@dataclass(frozen=True)
+class PartitionChoice:
+    """Who holds what: ``kind`` with its own numbers.
+
+    ``iid``; ``dirichlet`` of ``alpha`` per class, redrawn until every client has ``min_examples``; ``shards`` sorted by
+    label, ``shards_per_client`` each; ``by_key``, the data's natural clients; ``file``, a JSON object of client -> rows.
+    """
+
+    kind: Literal["iid", "dirichlet", "shards", "by_key", "file"] = "dirichlet"
+    clients: Annotated[int, Ge(1)] = 20
+    alpha: Annotated[float, Gt(0)] = 0.1
+    min_examples: Annotated[int, Ge(1)] = 8
+    shards_per_client: Annotated[int, Ge(1)] = 2
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class FederationChoice:
+    """``rounds``, ``clients_per_round``, and ``min_replies``: with fewer usable ones a round changes nothing."""
+
+    rounds: Annotated[int, Ge(1)] = 20
+    clients_per_round: Annotated[int, Ge(1)] = 4
+    min_replies: Annotated[int, Ge(1)] = 1
+
+
+@dataclass(frozen=True)
+class EvaluationChoice:
+    """When and on what: ``every`` so many rounds and after the last, on ``limit`` texts of ``split`` (None: all).
+
+    ``per_client`` also scores every client on its own part of the test set.
+    """
+
+    every: Annotated[int, Ge(1)] = 5
+    limit: Annotated[int, Ge(1)] | None = None
+    split: Literal["validation", "test"] = "test"
+    per_client: bool = False
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation."""
+
+    kind: Literal["local", "flower"] = "local"
+
+
+@dataclass(frozen=True)
+class CompareChoice:
+    """What ``fedpeft compare`` runs.
+
+    ``methods``, ``seeds``. ``recipe``: ``equal`` gives every method that has them the same ``targets`` and starting
+    ``rank``; ``paper`` leaves each its own defaults. ``references``: ``centralised`` and ``local-only`` rows, playing
+    ``reference_method``. ``settings``: overrides by method, such as ``[compare.settings.lora] training.lr = 3e-3``.
+    """
+
+    methods: tuple[str, ...] = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara")
+    seeds: tuple[int, ...] = (0,)
+    recipe: Literal["equal", "paper"] = "equal"
+    targets: str = "query|value"
+    rank: Annotated[int, Ge(1)] = 8
+    references: tuple[Literal["centralised", "local-only"], ...] = ()
+    reference_method: str = "lora"
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -1,0 +1,33 @@
+"""Progress on a terminal: one bar per run, with round, accuracy, megabytes and the time that is left."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None]]]:
+    """Show one progress bar per run on a terminal, and nothing elsewhere; yields what makes the watcher of a named run."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[stand]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+
+        def watcher(name: str) -> Callable[[Any], None]:
+            task = bar.add_task(name, total=None, stand="")
+
+            def watch(progress: Any) -> None:
+                accuracy = "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}  "
+                stand = f"{accuracy}{progress.bytes / 1e6:.1f} MB"
+                bar.update(task, completed=progress.round, total=progress.rounds, stand=stand)
+
+            return watch
+
+        yield watcher

@@ -1,0 +1,143 @@
+"""Many runs from one configuration: comparisons with their references, sweeps, and reports on them."""
+
+import csv
+import gzip
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedpeft import checkpoint, hardware
+from fedpeft.assembly import assemble
+from fedpeft.compare import plan
+from fedpeft.config import merge
+from fedpeft.ledger import ClientRow
+from fedpeft.types import State
+
+from .builders import Ground, Outcome, assert_same, cli_call, examples, refused
+from .reading import SHORT, about, assert_reported, evaluations, rows_of, table
+
+
+@pytest.fixture(scope="module")
+def compared(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, tuple[str | Path, ...]]:
+    """Two methods, two seeds and both references on gzipped CSV data; also the arguments, to be repeated."""
+    place = tmp_path_factory.mktemp("compare")
+    with gzip.open(place / "examples.csv.gz", "wt", newline="") as file:
+        writer = csv.DictWriter(file, ["label", "unused", "text", "site"])
+        writer.writeheader()
+        writer.writerows(examples())
+    arguments = (
+        *("compare", ground.config, "--runs", place / "runs", "--methods", "lora,fedara", "--seeds", "0,1", *SHORT),
+        *("--set", f"data.train={place / 'examples.csv.gz'}", "--set", "evaluation.every=1", "--set", "compare.rank=4"),
+        *("--set", 'compare.references=["centralised", "local-only"]'),
+    )
+    return place / "runs" / "tiny-compare", cli_call(*arguments), arguments
+
+
+def test_report_takes_a_folder_of_runs_and_reports_where_it_is_told(
+    compared: tuple[Path, Outcome, tuple[str | Path, ...]], tmp_path: Path
+) -> None:
+    root, _, _ = compared
+    outcome = cli_call("report", root, "--to", tmp_path / "there", "--target", "0.2", "--bandwidth", "5e5")
+    assert outcome.code == 0, outcome
+    assert_reported(tmp_path / "there")
+    lines = table(tmp_path / "there" / "summary.csv")
+    assert {line["method"] for line in lines} == {"lora", "fedara", "centralised", "local-only"}
+    assert {(line["target"], line["bandwidth"]) for line in lines} == {("0.2", "500000.0")}
+
+
+def test_compare_gives_every_method_and_reference_a_line_over_its_seeds(
+    compared: tuple[Path, Outcome, tuple[str | Path, ...]],
+) -> None:
+    root, outcome, _ = compared
+    assert outcome.code == 0, outcome
+    assert outcome.err == ""
+    assert_reported(root / "report")
+    lines = {line["method"]: line for line in table(root / "report" / "summary.csv")}
+    assert lines.keys() == {"lora", "fedara", "centralised", "local-only"}
+    for label, line in lines.items():
+        assert label in outcome.out
+        assert line["seeds"] == "2"
+        each = [evaluations(root / f"{label}-s{seed}")[-1].accuracy for seed in (0, 1)]
+        assert float(line["accuracy"]) == pytest.approx(sum(each) / 2)
+        assert float(line["accuracy_spread"]) == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+    for label in ("centralised", "local-only"):
+        assert float(lines[label]["down_bytes"]) == float(lines[label]["up_bytes"]) == 0
+    assert float(lines["fedara"]["up_bytes"]) > 0
+
+
+def test_compare_trains_every_row_on_its_own_terms(compared: tuple[Path, Outcome, tuple[str | Path, ...]]) -> None:
+    root, _, _ = compared
+    federated, centralised, alone = (about(root / f"{label}-s1") for label in ("lora", "centralised", "local-only"))
+    assert (federated.clients, federated.clients_per_round) == (5, 2)
+    assert (centralised.clients, centralised.clients_per_round, centralised.reference) == (1, 1, True)
+    assert (alone.clients, alone.reference) == (5, True)
+    steps = [sum(row.steps for row in rows_of(root / f"{label}-s1") if isinstance(row, ClientRow)) for label in
+             ("lora", "centralised")]  # fmt: skip
+    assert steps[0] == steps[1]
+    ranks = {json.loads((root / f"{label}-s0" / "config.json").read_text())["method"]["rank"] for label in ("lora", "fedara")}
+    assert ranks == {4}
+
+
+def test_the_centralised_row_plays_its_method_at_that_methods_own_settings(ground: Ground) -> None:
+    rate = {"settings": {"lora": {"training": {"lr": 0.123}}}, "methods": ["lora"], "references": ["centralised"]}
+    planned = {one.label: one.config for one in plan(merge(ground.tree(), {"compare": rate}))}
+    assert planned["lora"].training.lr == planned["centralised"].training.lr == 0.123
+    own = {"settings": {**rate["settings"], "centralised": {"training": {"lr": 0.5}}}}  # type: ignore[dict-item]
+    again = {one.label: one.config for one in plan(merge(ground.tree(), {"compare": rate}, {"compare": own}))}
+    assert again["centralised"].training.lr == 0.5
+
+
+def test_the_runs_of_a_comparison_share_what_was_found_out_about_the_machine(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement that falls the other way between two methods would compare bf16 with fp32."""
+    fast = iter((True, False))
+    monkeypatch.setattr(hardware, "_bf16_is_fast", lambda _: next(fast))
+    config = ground.chosen({"machine": {"precision": "auto", "attention": "auto"}})
+    first = assemble(config)
+    assert first.hardware.precision == "bf16"
+    assert assemble(replace(config, method={"name": "bitfit"}), like=first).hardware == first.hardware
+
+
+def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
+    compared: tuple[Path, Outcome, tuple[str | Path, ...]],
+) -> None:
+    root, _, arguments = compared
+    runs = [root / f"{label}-s{seed}" for label in ("lora", "fedara", "centralised", "local-only") for seed in (0, 1)]
+    before = {run: (run / "ledger.jsonl").read_bytes() for run in runs}
+    states = {run: _last_state(run) for run in runs}
+    shutil.rmtree(root / "fedara-s1")  # never begun
+    (root / "lora-s1" / "checkpoints" / "000002.json").unlink()  # half done
+    outcome = cli_call(*arguments, "--resume")
+    assert outcome.code == 0, outcome
+    for run in runs:
+        assert_same(_last_state(run), states[run])
+        if run.name not in ("fedara-s1", "lora-s1"):
+            assert (run / "ledger.jsonl").read_bytes() == before[run]
+    refused(cli_call(*arguments), "exists", "--overwrite")
+
+
+def test_sweep_tries_every_value_with_every_method_on_validation(ground: Ground, runs: Path) -> None:
+    outcome = cli_call("sweep", ground.config, "training.lr=0.001,0.02", "--methods", "lora,bitfit", "--runs", runs, *SHORT)
+    assert outcome.code == 0, outcome
+    root = runs / "tiny-sweep"
+    assert_reported(root / "report")
+    folders = sorted(path.parent for path in root.glob("*/ledger.jsonl"))
+    found = [(about(folder).settings, evaluations(folder)) for folder in folders]
+    tried = {(settings["method"]["name"], settings["training"]["lr"]) for settings, _ in found}  # type: ignore[index]
+    assert tried == {(method, lr) for method in ("lora", "bitfit") for lr in (0.001, 0.02)}
+    assert {row.split for _, rows in found for row in rows} == {"validation"}
+    assert len(table(root / "report" / "summary.csv")) == 4
+
+
+def _last_state(run: Path) -> State:
+    found = checkpoint.load(run / "checkpoints", json.loads(_last_manifest(run).read_text())["config"], pytest.fail)
+    assert found is not None
+    return found.state
+
+
+def _last_manifest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("*.json"))
