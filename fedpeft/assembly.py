@@ -11,7 +11,7 @@ from typing import final
 
 import torch
 
-from fedpeft import data
+from fedpeft import data, engines
 from fedpeft.choices import DataChoice
 from fedpeft.client import Holding, Worker
 from fedpeft.config import Config
@@ -87,13 +87,18 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
     ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``like``: an assembly whose data,
     tokens and model are taken over where the settings agree, as mounting leaves no trace on a model.
     """
-    chosen = hardware or resolve(config.machine, config.model.max_length)
+    engines.find(config.engine.kind)
+    asks = (config.machine, config.model.max_length)
+    known = like.hardware if like and (like.config.machine, like.config.model.max_length) == asks else None
+    chosen = hardware or known or resolve(*asks)
     use(chosen)
     dataset = like.dataset if like and like.config.data == config.data else read_data(config.data)
     partition = divide(config, dataset)
     count, clients = config.federation.clients_per_round, len(partition.train)
     if count > clients:
         raise BadInput(f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}")
+    if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
+        raise BadInput("evaluation.per_client = true: no client holds test texts, as a partition of kind 'file' deals none")
     same_model = like and (like.config.model, like.config.seed, like.hardware) == (config.model, config.seed, chosen)
     if like and same_model and like.dataset is dataset:
         loaded, task, train, test = like.loaded, like.task, like.train, like.test

@@ -85,7 +85,9 @@ def compare(
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
     from fedpeft.compare import plan, play
+    from fedpeft.report import check
 
+    check(target, bandwidth)
     extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
     extra += [f"compare.seeds=[{seeds}]"] if seeds else []
     planned = plan(_tree(config, [*extra, *settings]))

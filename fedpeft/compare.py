@@ -71,6 +71,10 @@ def play(
             refuse_existing(run.folder(root), overwrite)
     assembly: Assembly | None = None
     for run in runs:
+        if not (go_on and (run.folder(root) / CONFIG).exists()):
+            assembly = assemble(run.config, like=assembly)
+            assembly.first_state()  # a method that does not fit the model is found out before any is trained
+    for run in runs:
         folder = run.folder(root)
         if go_on and (folder / CONFIG).exists():
             found, _, _ = read_settings(folder)
@@ -113,7 +117,8 @@ def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
     """
     if name == "local-only":
         return merge(_playing(tree, choice, "local_only"), {"reference": True})
-    settings = _playing(tree, choice, choice.reference_method)
+    name = choice.reference_method
+    settings = merge(_playing(tree, choice, name), choice.settings.get(name, {}))
     config = from_tree(settings)
     count, steps, rounds = config.federation.clients_per_round, config.training.steps, config.federation.rounds
     together = {

@@ -87,6 +87,9 @@ def read(path: Path) -> Tree:
     for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str((path.parent / tree[section][key]).absolute())
+    name = tree["model"].get("name") if isinstance(tree.get("model"), dict) else None
+    if isinstance(name, str) and (path.parent / name).is_dir():
+        tree["model"]["name"] = str((path.parent / name).absolute())
     return tree
 
 

@@ -81,6 +81,8 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(place)
+            if not len(tokenizer):
+                raise ValueError("it has no tokenizer beside it")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"model.name = {choice.name!r} cannot be loaded: {line}") from error

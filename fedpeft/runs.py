@@ -16,6 +16,7 @@ from fedpeft.engines import Site, launch
 from fedpeft.federation import federate, sample
 from fedpeft.hardware import Hardware
 from fedpeft.journal import CHECKPOINTS, Journal, Watch, settings_digest
+from fedpeft.ledger import FILE, RunRow, read
 from fedpeft.memory import Memories
 from fedpeft.scoring import evaluation_row
 from fedpeft.types import BadInput, Engine, State
@@ -54,6 +55,7 @@ def resume(folder: Path, *, like: Assembly | None = None, watch: Watch = lambda 
     config, hardware, _ = read_settings(folder)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say)
     assembly = assemble(config, hardware, like)
+    _check_data(folder, assembly)
     return _play(assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), watch)
 
 
@@ -71,6 +73,18 @@ def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
 
     hardware = content(HARDWARE, lambda text: Hardware(**json.loads(text)))
     return content(CONFIG, from_json), hardware, content(LABELS, lambda text: tuple(json.loads(text)))
+
+
+def _check_data(folder: Path, assembly: Assembly) -> None:
+    """Raise BadInput where the texts are not those that the run was started on."""
+    rows = read(folder / FILE) if (folder / FILE).exists() else []
+    for row in rows[:1]:
+        match row:
+            case RunRow(data_digest=digest) if digest != assembly.dataset.digest():
+                raise BadInput(
+                    f"{folder}: was started on data {digest}, which is now {assembly.dataset.digest()}; "
+                    "bring back the data, or start again with --overwrite"
+                )
 
 
 def finished(folder: Path, config: Config) -> bool:

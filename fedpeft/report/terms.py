@@ -35,6 +35,14 @@ class Terms:
     budget: int | None
 
 
+def check(target: float | None, bandwidth: float) -> None:
+    """Raise BadInput for a target that is no share of 1, or a bandwidth that is not positive."""
+    if target is not None and not 0 < target <= 1:
+        raise BadInput(f"target = {target:g}: an accuracy is above 0 and at most 1; did you mean {target / 100:g}?")
+    if bandwidth <= 0:
+        raise BadInput(f"bandwidth = {bandwidth:g}: give bytes per second, such as {FEDADAPTER_LINK:g}")
+
+
 def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth: float, budget: int | None) -> Terms:
     """Return the terms for ``methods``, each a sequence of its runs over seeds.
 

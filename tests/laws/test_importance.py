@@ -68,13 +68,11 @@ def test_sensitivity_is_adaloras_recursion_for_every_client(stops: int) -> None:
 
 def test_gradient_is_smoothed_sensitivity_alone_and_magnitude_needs_no_gradient() -> None:
     importance, _ = trained("gradient")
-    smooth = {
-        name: sum(
-            (1 - BETA1) * BETA1 ** (STEPS - 1 - step) * (start.detach() * 0.9**step * gradient(name, start, step)).abs()
-            for step in range(STEPS)
-        )
-        for name, start in triplets().items()
-    }
+    smooth = {name: torch.zeros_like(start) for name, start in triplets().items()}
+    for name, start in triplets().items():
+        for step in range(STEPS):
+            now = (start.detach() * 0.9**step * gradient(name, start, step)).abs()
+            smooth[name] = BETA1 * smooth[name] + (1 - BETA1) * now
     magnitude, parameters = trained("magnitude")
     plain = {name: parameter.detach().abs() for name, parameter in parameters.items()}
     for found, parts in ((importance, smooth), (magnitude, plain)):

@@ -244,7 +244,7 @@ def test_the_orthogonality_term_pulls_a_and_b_before_the_step() -> None:
         local.after_backward(slice(0, 1))
         for name in LAYERS:
             A = state.shared[f"{name}:A"].clone().requires_grad_()
-            (weight * torch.linalg.matrix_norm(A @ A.T - torch.eye(RANK))).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(weight * torch.linalg.matrix_norm(A @ A.T - torch.eye(RANK)))
             grad = local.trainable[f"{name}:A"].grad
             assert grad is not None
             torch.testing.assert_close(grad[0], A.grad)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a dense layer's weight": (lambda: nn.Linear(4, 3), ["weight"]),
     "a dense layer's bias": (lambda: nn.Linear(4, 3), ["bias"]),
     "a dense layer without bias": (lambda: nn.Linear(4, 3, bias=False), ["weight"]),
-    "GPT-2's dense layer": (lambda: Conv1D(3, 4), ["weight", "bias"]),
+    "GPT-2's dense layer": (partial(Conv1D, 3, 4), ["weight", "bias"]),
     "a layer norm": (lambda: nn.LayerNorm(4), ["weight", "bias"]),
     "a layer norm's bias": (lambda: nn.LayerNorm(4), ["bias"]),
 }
@@ -193,9 +194,8 @@ def test_a_parameter_that_cannot_carry_several_clients_is_refused(model: nn.Modu
 def test_a_layer_whose_rows_are_not_the_batchs_refuses_several_clients() -> None:
     """DeBERTa sends its relative positions, a batch of their own, through query and key: whose rows would these be?"""
     config = DebertaV2Config(
-        **{**BERT, **COMMON, **NO_DROPOUT, "vocab_size": 100},
+        **{**BERT, **COMMON, **NO_DROPOUT, "vocab_size": 100, "share_att_key": True},
         relative_attention=True,
-        share_att_key=True,
         pos_att_type=["c2p", "p2c"],
     )
     model, ids = shaken(DebertaV2ForSequenceClassification(config)), texts(4)

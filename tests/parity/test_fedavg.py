@@ -38,7 +38,7 @@ class WithLoRA(nn.Module):
 
 def with_lora(model: nn.Module) -> dict[str, nn.Parameter]:
     """Put LoRA on queries and values; return what is trained under the names that we send."""
-    trained = {}
+    trained: dict[str, nn.Parameter] = {}
     for layer in (0, 1):
         for part in ("query", "value"):
             home = model.get_submodule(f"bert.encoder.layer.{layer}.attention.self")
@@ -55,18 +55,23 @@ def in_full(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class Case:
-    """One way of training, in our words and in torch's."""
+    """One way of training, in our words and in torch's.
+
+    ``noisy``: share of a tensor's entries that may differ by more than 1e-6. AdamW divides a gradient by its own size, so
+    one that is nearly nothing but rounding still makes a part of a step, of which 2 % are let through.
+    """
 
     training: Training
     optimizer: Callable[..., torch.optim.Optimizer]
     arguments: Mapping[str, Any]
+    noisy: float = 0.0
 
 
 PLAIN = Training(batch_size=4, clip=None)
 CASES = {
-    "AdamW": Case(replace(PLAIN, lr=2e-3, weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}),
+    "AdamW": Case(replace(PLAIN, lr=2e-3, weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}, 0.002),
     "AdamW, clipped, warmed up": Case(
-        replace(PLAIN, lr=2e-3, clip=0.5, warmup=2, epochs=2), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.0}
+        replace(PLAIN, lr=2e-3, clip=0.5, warmup=2, epochs=2), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.0}, 0.002
     ),
     "SGD": Case(replace(PLAIN, optimizer="sgd", lr=0.1), torch.optim.SGD, {"lr": 0.1}),
     "SGD, all of it": Case(
@@ -153,8 +158,10 @@ def test_the_federation_equals_fedavg_written_out(name: str, kind: str) -> None:
     assert ours.keys() == theirs.keys()
     for part, tensor in theirs.items():
         if case.training.optimizer == "adamw" and part.endswith(SOFTMAX_BLIND):
-            continue  # AdamW makes whole steps of a gradient that is nothing but rounding
-        torch.testing.assert_close(ours[part], tensor, rtol=1e-6, atol=1e-6, msg=part)
+            continue  # and of one that is rounding alone it makes whole steps
+        off = (ours[part] - tensor).abs()
+        assert float((off > 1e-6).float().mean()) <= case.noisy, part
+        assert float(off.max()) <= max(1e-6, 0.02 * case.training.lr * (case.noisy > 0)), part
     assert (ours["classifier.weight"] - start["classifier.weight"]).abs().max() > 1e-3
 
 
@@ -163,7 +170,7 @@ def test_one_client_with_one_round_is_plain_training() -> None:
     case = CASES["SGD"]
     playing = federation(Full(), training=case.training, sizes={0: 11})
     model = bert()
-    trained = {name: parameter.requires_grad_() for name, parameter in in_full(model).items()}
+    trained = in_full(model.requires_grad_())
     local_training(model, trained, playing.worker.holdings[0].train, batches(11, case.training, 0, 0), case)
     for part, tensor in playing.play(1).shared.items():
         torch.testing.assert_close(tensor, trained[part].detach(), rtol=1e-6, atol=1e-6, msg=part)

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 RANK, ALPHA = 3, 6
 LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
 TARGETED = ["query", "value"]
+DENSITY = RANK * (32 + 32) / (32 * 32)
+"""SHiRA has as many values as a LoRA of the same rank."""
 
 
 def layer_of(model: nn.Module, name: str) -> Any:
@@ -43,7 +45,7 @@ def factors(names: list[str], out: int = 32, width: int = 32) -> dict[str, Tenso
 
 def filled(config: LoraConfig, tensors: dict[str, Tensor]) -> nn.Module:
     """Return peft's model with our factors in it."""
-    theirs = get_peft_model(bert(), config)  # type: ignore[arg-type]
+    theirs = get_peft_model(bert(), config)
     for name in LAYERS:
         layer = layer_of(theirs, name)
         layer.lora_A["default"].weight.data.copy_(tensors[f"{name}:A"][0])
@@ -86,7 +88,7 @@ def test_loras_forward_is_pefts_on_gpt2s_turned_layers() -> None:
     names = [f"transformer.h.{layer}.attn.c_attn" for layer in (0, 1)]
     tensors, ids, model = factors(names, 48, 16), texts(4), family("gpt2")
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["c_attn"], lora_dropout=0.0, fan_in_fan_out=True)
-    theirs = get_peft_model(family("gpt2"), config).eval()  # type: ignore[arg-type]
+    theirs = get_peft_model(family("gpt2"), config).eval()
     for name in names:
         layer_of(theirs, name).lora_A["default"].weight.data.copy_(tensors[f"{name}:A"][0])
         layer_of(theirs, name).lora_B["default"].weight.data.copy_(tensors[f"{name}:B"][0])
@@ -100,7 +102,7 @@ def test_federas_start_is_pefts_pissa() -> None:
     method, model = FeDeRA(TARGETS, RANK, ALPHA / RANK), bert()
     start = method.init(base_of(model), SEED)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0, init_lora_weights="pissa")
-    theirs = get_peft_model(bert(), config).eval()  # type: ignore[arg-type]
+    theirs = get_peft_model(bert(), config).eval()
     for name in LAYERS:
         layer = layer_of(theirs, name)
         their_a, their_b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
@@ -114,26 +116,27 @@ def test_federas_start_is_pefts_pissa() -> None:
         torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 def test_sparse_values_are_shiras() -> None:
     """The same values at the same positions; SHiRA's own mask is ours here, as a user's ``mask_fn``."""
-    method, model = Sparse(TARGETS, 0.2), bert()
+    method, model = Sparse(TARGETS, DENSITY), bert()
     after = federation(method).play(2)
     config = ShiraConfig(r=RANK, target_modules=TARGETED, mask_type="random")
-    count = round(0.2 * 32 * 32)
+    count = RANK * (32 + 32)
 
     def mask(layer: nn.Module, r: int, **_: object) -> Tensor:
         found = torch.zeros(32 * 32)
-        found[positions((32, 32), 0.2, SEED, next(places))] = 1.0
+        found[positions((32, 32), DENSITY, SEED, next(places))] = 1.0
         return found.view(32, 32)
 
     places = iter(LAYERS)
-    config.mask_fn = mask
-    theirs = get_peft_model(bert(), config).eval()  # type: ignore[arg-type]
+    config.mask_fn = mask  # type: ignore[assignment]
+    theirs = get_peft_model(bert(), config).eval()
     for name in LAYERS:
         layer = layer_of(theirs, name)
         rows, columns = layer.shira_indices["default"]
         flat = (rows * 32 + columns).long()
-        assert torch.equal(flat.sort().values, positions((32, 32), 0.2, SEED, name))
+        assert torch.equal(flat.sort().values, positions((32, 32), DENSITY, SEED, name))
         assert len(flat) == count
         dense = method.differences(after)[name].flatten()
         layer.shira_weight["default"].data.copy_(dense[flat])
@@ -148,7 +151,7 @@ def test_fedaras_triplet_is_adaloras_with_its_scaling_undone() -> None:
     """peft scales by alpha / (ranknum + 1e-5), fedpeft by alpha / r for good."""
     model, draw = bert(), generator(2, "triplets")
     config = AdaLoraConfig(init_r=RANK, target_r=1, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0, total_step=10)
-    theirs = get_peft_model(bert(), config).eval()  # type: ignore[arg-type]
+    theirs = get_peft_model(bert(), config).eval()
     tensors = factors(LAYERS)
     for name in LAYERS:
         tensors[f"{name}:e"] = torch.randn(1, RANK, generator=draw)
