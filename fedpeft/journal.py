@@ -1,7 +1,7 @@
 """A run's folder while the run is under way: the ledger grows, and after every round a checkpoint makes it good."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -62,14 +62,17 @@ class Journal:
             watch(self._stand)
             return
         with ExitStack() as undo:
-            undo.callback(self._ledger.close)
+            undo.push(self)
             self.record(assembly.run_row())
             self.save(begin.state)
             undo.pop_all()
 
     def record(self, row: Row) -> None:
         """Add a row to the ledger."""
-        self._ledger.append(row)
+        try:
+            self._ledger.append(row)
+        except OSError as error:
+            raise self._full(error) from error
         self._stand = self._stand.after(row)
 
     def save(self, state: State) -> None:
@@ -78,18 +81,22 @@ class Journal:
             length = self._ledger.sync()
             checkpoint.save(self._folder / CHECKPOINTS, state, self._memories, length, self._digest)
         except OSError as error:
-            raise BadInput(
-                f"{self._folder}: round {state.round} cannot be saved ({error.strerror}); "
-                f"the checkpoint before it is intact: make room, then: fedpeft resume {self._folder}"
-            ) from error
+            raise self._full(error) from error
         self._stand = replace(self._stand, round=state.round)
         self._watch(self._stand)
+
+    def _full(self, error: OSError) -> BadInput:
+        return BadInput(
+            f"{self._folder}: what came after round {self._stand.round} cannot be saved ({error.strerror}); "
+            f"the checkpoint before it is intact: make room, then: fedpeft resume {self._folder}"
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._ledger.close()
+        with suppress(OSError) if error else nullcontext():  # a full disk has been told of already
+            self._ledger.close()
 
 
 def _opened(path: Path, length: int) -> Ledger:

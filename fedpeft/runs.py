@@ -22,6 +22,7 @@ from fedpeft.scoring import evaluation_row
 from fedpeft.types import BadInput, Engine, State
 
 CONFIG, HARDWARE, LABELS = "config.json", "hardware.json", "labels.json"
+OURS = {CONFIG, HARDWARE, LABELS, FILE, CHECKPOINTS, "report"}
 
 
 T = TypeVar("T")
@@ -45,8 +46,12 @@ def start(assembly: Assembly, folder: Path, *, overwrite: bool = False, watch: W
         LABELS: assembly.dataset.labels,
         CONFIG: json.loads(assembly.config.to_json()),
     }
-    for name, content in about.items():
-        checkpoint.write(folder / name, json.dumps(content, indent=1).encode())
+    try:
+        for name, content in about.items():
+            checkpoint.write(folder / name, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise BadInput(f"{folder}: cannot be written ({error.strerror}); make room and start again") from error
     return _play(assembly, folder, Checkpoint(first, Memories(), 0), watch)
 
 
@@ -96,8 +101,9 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Raise BadInput where ``folder`` exists already."""
     if folder.exists() and not overwrite:
         raise BadInput(f"{folder}: exists; resume it, choose another name, or give --overwrite")
-    if folder.exists() and not (folder / CONFIG).exists():
-        raise BadInput(f"{folder}: is no run's folder, and is not overwritten; choose another name")
+    foreign = [path.name for path in folder.glob("*") if path.name.removesuffix(".tmp") not in OURS]
+    if foreign and not (folder / CONFIG).exists():
+        raise BadInput(f"{folder}: is no run's folder, as it holds {foreign[0]!r}, and is not overwritten; choose another name")
 
 
 def _play(assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> State:
