@@ -81,8 +81,8 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(place)
-            if not len(tokenizer):
-                raise ValueError("it has no tokenizer beside it")
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):
+                raise ValueError(f"{place} has no tokenizer beside it")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"model.name = {choice.name!r} cannot be loaded: {line}") from error
@@ -107,7 +107,8 @@ def _check_padding(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> Non
     config: Any = model.config
     config.pad_token_id = tokenizer.pad_token_id
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and choice.max_length > longest:
+    longest = min(longest or tokenizer.model_max_length, tokenizer.model_max_length)
+    if choice.max_length > longest:
         raise BadInput(f"model.max_length = {choice.max_length}: {choice.name} takes at most {longest} tokens")
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,19 +15,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[object]]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What ``flower_runs.py`` printed; Ray leaves warnings and processes behind, so it runs outside."""
     folder = tmp_path_factory.mktemp("ground")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.parity.flower_runs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    answer: dict[str, dict[str, list[object]]] = json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_flower_ends_where_the_local_engine_does(name: str, told: dict[str, dict[str, list[object]]]) -> None:
+def test_flower_ends_where_the_local_engine_does(name: str, told: dict[str, dict[str, Any]]) -> None:
     assert told[name]["differences"] == []
     assert told[name]["rows"] == 8
     assert told[name]["lost"] == [None] * 8
