@@ -99,13 +99,17 @@ def test_settings_that_do_not_work_are_refused_before_anything_is_written(ground
     assert not runs.exists()
 
 
-def test_overwrite_never_deletes_what_is_no_run(ground: Ground, runs: Path) -> None:
-    precious = runs / "thesis" / "chapter1.tex"
+@pytest.mark.parametrize("foreign", ["chapter1.tex", "model.safetensors"], ids=["thesis", "exported model"])
+def test_overwrite_never_deletes_what_is_no_run(ground: Ground, runs: Path, foreign: str) -> None:
+    """An exported model is the nearest to a run: it has a config.json too."""
+    precious = runs / "mine" / foreign
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
-    outcome = cli_call("run", ground.config, "--runs", runs, "--overwrite", "--set", "name=thesis")
+    if foreign == "model.safetensors":
+        (runs / "mine" / "config.json").write_bytes((ground.model / "config.json").read_bytes())
+    outcome = cli_call("run", ground.config, "--runs", runs, "--overwrite", "--set", "name=mine")
     assert precious.exists()
-    refused(outcome, str(runs / "thesis"))
+    refused(outcome, str(runs / "mine"))
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_remedy(
