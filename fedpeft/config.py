@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -131,7 +131,7 @@ def merge(*trees: Tree) -> dict[str, Any]:
 
 def from_tree(tree: Tree) -> Config:
     """Return checked settings; the method's own fields are checked too."""
-    config = _checked(Config, tree, "")
+    config = _absolute(_checked(Config, tree, ""))
     _check_finite(tree, "")
     if not re.fullmatch(r"\w[\w .,=-]*", config.name):
         raise BadInput(f"name = {config.name!r}: names a folder; choose letters, digits, '-' and '_', such as 'run'")
@@ -154,6 +154,18 @@ def from_tree(tree: Tree) -> Config:
 def from_json(text: str) -> Config:
     """Return the settings that ``Config.to_json`` wrote."""
     return from_tree(json.loads(text))
+
+
+def _absolute(config: Config) -> Config:
+    """Return the settings with full paths, wherever they came from, so that a run can be resumed from any folder."""
+    data, partition, model = config.data, config.partition, config.model
+    files = {name: path and path.absolute() for name in ("train", "validation", "test") for path in [getattr(data, name)]}
+    return replace(
+        config,
+        data=replace(data, **files),
+        partition=replace(partition, file=partition.file and partition.file.absolute()),
+        model=replace(model, name=str(Path(model.name).absolute())) if Path(model.name).is_dir() else model,
+    )
 
 
 def _checked(kind: type[T], tree: Tree, prefix: str) -> T:

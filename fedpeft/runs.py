@@ -102,7 +102,7 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise BadInput(f"{folder}: exists; resume it, choose another name, or give --overwrite")
     foreign = [path.name for path in folder.glob("*") if path.name.removesuffix(".tmp") not in OURS]
-    if foreign and not (folder / CONFIG).exists():
+    if foreign and not (folder / HARDWARE).exists():  # an exported model has a config.json, too
         raise BadInput(f"{folder}: is no run's folder, as it holds {foreign[0]!r}, and is not overwritten; choose another name")
 
 
