@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
@@ -14,6 +14,7 @@ import torch
 from fedpeft import data, engines
 from fedpeft.choices import DataChoice
 from fedpeft.client import Holding, Worker
+from fedpeft.cohorts import widest
 from fedpeft.config import Config
 from fedpeft.hardware import Hardware, resolve, use
 from fedpeft.ledger import RunRow
@@ -112,7 +113,24 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
     }
     method, digest = config.build_method(), agreement(config, dataset, loaded)
     worker = Worker(method, loaded.model, task, holdings, config.training, chosen, loaded.base.head, config.seed, digest)
-    return Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
+    whole = Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
+    settled = hardware or (like and _cohort_settings(like.config) == _cohort_settings(config))
+    return whole if settled else _with_cohort(whole)
+
+
+def _cohort_settings(config: Config) -> tuple[object, ...]:
+    """Return the settings on which the choice of the cohort depends."""
+    return config.machine, config.engine, config.model, config.federation.clients_per_round, config.training.batch_size
+
+
+def _with_cohort(whole: Assembly) -> Assembly:
+    """Return ``whole`` with the number of clients that train side by side."""
+    engine, count = whole.config.engine, whole.config.federation.clients_per_round
+    if engine.kind != "local":
+        return whole
+    size = widest(whole.worker, whole.loaded.base, whole.clients, count) if engine.cohort == "auto" else engine.cohort
+    hardware = replace(whole.hardware, cohort=size)
+    return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
 
 
 def read_data(choice: DataChoice) -> data.Dataset:

@@ -66,9 +66,14 @@ class EvaluationChoice:
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation."""
+    """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation.
+
+    ``cohort``: how many clients train side by side in this process where the method can; ``auto`` finds out once, by
+    trying. Equality to the bit holds between runs with the same cohort.
+    """
 
     kind: Literal["local", "flower"] = "local"
+    cohort: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,12 @@ def compare(
     root = runs / f"{planned[0].config.name}-compare"
     with progress_bars(out) as watch:
         folders = play(
-            planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(f"{one.label}, seed {one.config.seed}")
+            planned,
+            root,
+            overwrite=overwrite,
+            go_on=resume,
+            watch=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
+            say=typer.echo,
         )
     _report(folders, root / "report", target, bandwidth)
 
@@ -116,7 +121,7 @@ def sweep(
     planned = grid(_tree(config, [*extra, *settings]), _values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     with progress_bars(out) as watch:
-        folders = play(planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label))
+        folders = play(planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label), say=typer.echo)
     _report(folders, root / "report", None, 1e6)
 
 

@@ -11,7 +11,7 @@ from fedpeft.choices import CompareChoice
 from fedpeft.config import Config, Tree, from_tree, merge, nearest, nested
 from fedpeft.journal import Watch
 from fedpeft.methods import constructors
-from fedpeft.runs import CONFIG, finished, read_settings, refuse_existing, resume, start
+from fedpeft.runs import CONFIG, Say, finished, read_settings, refuse_existing, resume, start
 from fedpeft.types import BadInput
 
 
@@ -60,20 +60,24 @@ def play(
     overwrite: bool = False,
     go_on: bool = False,
     watch: Callable[[Planned], Watch] = lambda _: lambda _: None,
+    say: Say = lambda _: None,
 ) -> list[Path]:
     """Play every run in its folder under ``root`` and return the folders.
 
     ``go_on`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
-    anything starts.
+    anything starts. ``say`` is told of a damaged checkpoint that is passed over.
     """
     if not go_on:
         for run in runs:
             refuse_existing(run.folder(root), overwrite)
     assembly: Assembly | None = None
+    fitting: set[str] = set()
     for run in runs:
         if not (go_on and (run.folder(root) / CONFIG).exists()):
             assembly = assemble(run.config, like=assembly)
-            assembly.first_state()  # a method that does not fit the model is found out before any is trained
+            if run.label not in fitting:
+                assembly.first_state()  # a method that does not fit the model is found out before any is trained
+                fitting.add(run.label)
     for run in runs:
         folder = run.folder(root)
         if go_on and (folder / CONFIG).exists():
@@ -81,7 +85,7 @@ def play(
             if found != run.config:
                 raise BadInput(f"{folder}: was made with other settings; give --overwrite, or another name")
             if not finished(folder, found):
-                resume(folder, like=assembly, watch=watch(run))
+                resume(folder, like=assembly, watch=watch(run), say=say)
         else:
             assembly = assemble(run.config, like=assembly)
             start(assembly, folder, overwrite=True, watch=watch(run))

@@ -7,3 +7,7 @@ class BadInput(Exception):
 
 class WireError(Exception):
     """A message that cannot be used: damaged, of another configuration, of another round, or not what was asked for."""
+
+
+class NotStackable(WireError):
+    """Several clients cannot be kept apart side by side here, though one by one they can."""

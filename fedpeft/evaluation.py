@@ -19,7 +19,7 @@ def score(model: nn.Module, task: Classification, examples: Encoded, hardware: H
     order = sorted(range(len(examples)), key=lambda row: len(examples.ids[row]))
     total = Scores(torch.zeros(3, len(task.labels), dtype=torch.int64), 0.0)
     model.eval()
-    with torch.inference_mode(), hardware.autocast():
+    with hardware.computing(model), torch.inference_mode(), hardware.autocast():
         for start in range(0, len(order), batch_size):
             batch = task.collate(examples.take(order[start : start + batch_size]), hardware.torch_device)
             part = task.score(model, batch)

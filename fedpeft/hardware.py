@@ -7,12 +7,18 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
+from torch import nn
 
+from fedpeft.mounting import cast_once
 from fedpeft.types import BadInput
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 
+ROWS = 32
+"""Texts that go through the model together on CPU, where matrix products are efficient long before that."""
+EVERYTHING = 1 << 20
+"""On a GPU the whole cohort goes through at once."""
 SHORT = 128
 """Tokens up to which eager attention beats torch's SDPA kernel on CPU in bf16."""
 
@@ -32,12 +38,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``."""
+    """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``.
+
+    ``rows``: texts that go through the model together; a step of a larger cohort is cut into parts by length.
+    ``cohort``: clients that train side by side where the method can.
+    """
 
     device: str
     precision: Literal["fp32", "bf16"]
     attention: Literal["eager", "sdpa"]
     threads: int
+    rows: int = ROWS
+    cohort: int = 1
 
     @property
     def torch_device(self) -> torch.device:
@@ -49,6 +61,10 @@ class Hardware:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
+
+    def computing(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Return the context in which ``model`` computes many batches: what is frozen of it is cast once."""
+        return nullcontext() if self.precision == "fp32" else cast_once(model, torch.bfloat16)
 
     def describe(self) -> dict[str, object]:
         """Return the choice as plain values."""
@@ -71,7 +87,8 @@ def resolve(machine: Machine, max_length: int) -> Hardware:
     if attention == "auto":
         short = torch.device(device).type == "cpu" and precision == "bf16" and max_length <= SHORT
         attention = "eager" if short else "sdpa"
-    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads())
+    rows = ROWS if torch.device(device).type == "cpu" else EVERYTHING
+    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), rows)
 
 
 def use(hardware: Hardware) -> None:

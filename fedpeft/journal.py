@@ -54,8 +54,11 @@ class Journal:
     def __init__(self, assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> None:
         self._folder, self._memories, self._watch = folder, begin.memories, watch
         self._digest = settings_digest(assembly.config)
-        self._ledger = _opened(folder / FILE, begin.ledger)
         self._stand = Progress(begin.state.round, assembly.config.federation.rounds)
+        try:
+            self._ledger = _opened(folder / FILE, begin.ledger)
+        except OSError as error:
+            raise self._unsaved(error) from error
         for row in read(folder / FILE):
             self._stand = self._stand.after(row)
         if begin.ledger:
@@ -72,7 +75,7 @@ class Journal:
         try:
             self._ledger.append(row)
         except OSError as error:
-            raise self._full(error) from error
+            raise self._unsaved(error) from error
         self._stand = self._stand.after(row)
 
     def save(self, state: State) -> None:
@@ -81,14 +84,14 @@ class Journal:
             length = self._ledger.sync()
             checkpoint.save(self._folder / CHECKPOINTS, state, self._memories, length, self._digest)
         except OSError as error:
-            raise self._full(error) from error
+            raise self._unsaved(error) from error
         self._stand = replace(self._stand, round=state.round)
         self._watch(self._stand)
 
-    def _full(self, error: OSError) -> BadInput:
+    def _unsaved(self, error: OSError) -> BadInput:
         return BadInput(
             f"{self._folder}: what came after round {self._stand.round} cannot be saved ({error.strerror}); "
-            f"the checkpoint before it is intact: make room, then: fedpeft resume {self._folder}"
+            f"what was there is intact: make the folder writable, with room, then: fedpeft resume {self._folder}"
         )
 
     def __enter__(self) -> Self:

@@ -55,8 +55,11 @@ def start(assembly: Assembly, folder: Path, *, overwrite: bool = False, watch: W
     return _play(assembly, folder, Checkpoint(first, Memories(), 0), watch)
 
 
-def resume(folder: Path, *, like: Assembly | None = None, watch: Watch = lambda _: None, say: Say = lambda _: None) -> State:
+def resume(
+    folder: Path | str, *, like: Assembly | None = None, watch: Watch = lambda _: None, say: Say = lambda _: None
+) -> State:
     """Go on with the run in ``folder`` from its last whole checkpoint, with the hardware choices it was started with."""
+    folder = Path(folder)
     config, hardware, _ = read_settings(folder)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say)
     assembly = assemble(config, hardware, like)

@@ -41,7 +41,7 @@ class Trained:
         """Return the likeliest label of every text and its probability."""
         examples = self.task.encode(texts, [self.task.labels[0]] * len(texts))
         self.loaded.model.eval()
-        with self.mounted(), torch.inference_mode(), self.hardware.autocast():
+        with self.mounted(), self.hardware.computing(self.loaded.model), torch.inference_mode(), self.hardware.autocast():
             logits = self.task.logits(self.loaded.model, self.task.collate(examples, self.hardware.torch_device))
         best = logits.softmax(dim=1).max(dim=1)
         return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
@@ -59,8 +59,9 @@ class Trained:
             export.adapter(self.loaded, local, self.config.model.name, Path(folder))
 
 
-def open_run(folder: Path, say: Callable[[str], None] = lambda _: None) -> Trained:
+def open_run(folder: Path | str, say: Callable[[str], None] = lambda _: None) -> Trained:
     """Return what the run in ``folder`` has learnt so far; BadInput for a folder without a run or without a checkpoint."""
+    folder = Path(folder)
     config, hardware, labels = read_settings(folder)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say, mend=False)
     if found is None:

@@ -1,9 +1,11 @@
 """The local loop: K clients side by side on one frozen base, each with batches, clipping and optimizer state of its own."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from operator import itemgetter
+from typing import Annotated, final
 
 import torch
 from annotated_types import Ge, Gt
@@ -71,40 +73,67 @@ def fit(
     optimizer = Optimizer(
         training.optimizer, local.trainable, rates, weight_decay=training.weight_decay, momentum=training.momentum
     )
-    losses = torch.zeros(len(shares), dtype=torch.float64)
+    device = hardware.torch_device
+    losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
     model.train()
-    for step in range(len(shares[0].steps)):
-        active = slice(0, sum(step < len(share.steps) for share in shares))
-        examples, weights = side_by_side([(share.examples, share.steps[step]) for share in shares[active]])
-        with rows_of(active, weights.numel()), hardware.autocast():
-            each = task.losses(model, task.collate(examples, hardware.torch_device))
-        mean = (each.view(weights.shape) * weights.to(each)).sum(1)
-        for parameter in local.trainable.values():
-            parameter.grad = None
-        torch.autograd.backward(mean.sum())
-        local.after_backward(active)
-        if training.clip is not None:
-            clip(local.trainable, active, training.clip)
-        optimizer.step(active, min(1.0, (step + 1) / (training.warmup + 1)))
-        losses[active] += mean.detach().to(losses)
-    return losses / torch.tensor([len(share.steps) for share in shares])
+    with hardware.computing(model):
+        for step in range(len(shares[0].steps)):
+            active = slice(0, sum(step < len(share.steps) for share in shares))
+            for parameter in local.trainable.values():
+                parameter.grad = None
+            for part in parts([(share.examples, share.steps[step]) for share in shares[active]], hardware.rows):
+                with rows_of(part.owners, len(part.examples)), hardware.autocast():
+                    each = task.losses(model, task.collate(part.examples, device))
+                weighted = each * part.weights.to(device)
+                torch.autograd.backward(weighted.sum())
+                losses.index_add_(0, part.clients.to(device), weighted.detach().to(losses.dtype))
+            local.after_backward(active)
+            if training.clip is not None:
+                clip(local.trainable, active, training.clip)
+            optimizer.step(active, min(1.0, (step + 1) / (training.warmup + 1)))
+    return losses.cpu() / torch.tensor([len(share.steps) for share in shares])
 
 
-def side_by_side(parts: Sequence[tuple[Encoded, Sequence[int]]]) -> tuple[Encoded, Tensor]:
-    """Return one batch of k clients with b rows each, and the weight of every row in its client's mean loss, (k, b).
+@final
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one step of a cohort, which go through the model together.
 
-    A client with fewer rows than the others repeats its first one at weight 0.
+    ``clients``: whose each row is, (n,); ``owners``: the same for ``rows_of``; ``weights``: of each row in its client's
+    mean loss, (n,).
     """
-    size = max(len(rows) for _, rows in parts)
-    weights = torch.zeros(len(parts), size)
-    ids: list[Tensor] = []
-    labels: list[Tensor] = []
-    for client, (examples, rows) in enumerate(parts):
-        weights[client, : len(rows)] = 1.0 / len(rows)
-        mine = examples.take([*rows, *[rows[0]] * (size - len(rows))])
-        ids += mine.ids
-        labels.append(mine.labels)
-    return Encoded(ids, torch.cat(labels)), weights
+
+    examples: Encoded
+    clients: Tensor
+    owners: slice | Tensor
+    weights: Tensor
+
+
+def parts(batches: Sequence[tuple[Encoded, Sequence[int]]], rows: int) -> Iterator[Part]:
+    """Yield the batches of k clients in parts of at most ``rows`` rows, formed by length, whoever's they are.
+
+    Gradients are per client whatever the grouping, and rows of like length need little padding. Within a part the rows
+    of a client stay together.
+    """
+    everything = [(len(examples.ids[row]), k, row) for k, (examples, own) in enumerate(batches) for row in own]
+    everything.sort(key=itemgetter(0))
+    count = -(-len(everything) // rows)
+    bounds = [len(everything) * number // count for number in range(count + 1)]
+    for start, stop in itertools.pairwise(bounds):
+        mine = sorted(everything[start:stop], key=itemgetter(1))
+        ids = [batches[k][0].ids[row] for _, k, row in mine]
+        labels = torch.stack([batches[k][0].labels[row] for _, k, row in mine])
+        clients = torch.tensor([k for _, k, _ in mine])
+        weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
+        yield Part(Encoded(ids, labels), clients, _owners(clients), weights)
+
+
+def _owners(clients: Tensor) -> slice | Tensor:
+    """Return a slice where ascending ``clients``, (n,), are some in a row, with equally many rows each."""
+    present, counts = torch.unique_consecutive(clients, return_counts=True)
+    first, last = int(present[0]), int(present[-1])
+    even = last - first + 1 == len(present) and bool((counts == counts[0]).all())
+    return slice(first, last + 1) if even else clients
 
 
 @contextmanager

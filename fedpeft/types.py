@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from fedpeft.errors import BadInput as BadInput  # noqa: PLC0414  # said here, too
+from fedpeft.errors import NotStackable as NotStackable  # noqa: PLC0414
 from fedpeft.errors import WireError as WireError  # noqa: PLC0414
 
 Payload = Mapping[str, Tensor]

@@ -1,5 +1,6 @@
 """Messages as bytes: a 16-byte content digest, then a safetensors file without metadata, so equal shapes give equal lengths."""
 
+import json
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
@@ -13,6 +14,9 @@ from fedpeft.types import NEVER, Payload, WireError
 
 DIGEST = 16
 """Bytes of every digest in a message."""
+
+Form = tuple[tuple[str, str, tuple[int, ...], bytes], ...]
+"""(name, dtype, shape, value of a whole number) of every tensor in a message."""
 
 
 _NOTHING = torch.zeros(0, 0)
@@ -56,6 +60,28 @@ def decode(blob: bytes) -> dict[str, Tensor]:
         return dict(sorted(load(body).items()))  # safetensors gives no order, and sums over tensors depend on it
     except SafetensorError as error:
         raise WireError(f"not a safetensors message: {error}") from error
+
+
+def form(blob: bytes) -> Form:
+    """Return what the messages of clients that train side by side have in common: names, dtypes, shapes, whole numbers.
+
+    Whole numbers are the 0-d int64 tensors of the payload, such as a seed; of an empty ``blob`` the form is empty. A
+    message without a header raises WireError.
+    """
+    if not blob:
+        return ()
+    try:
+        begin = DIGEST + 8
+        end = begin + int.from_bytes(blob[DIGEST:begin], "little")
+        header = json.loads(blob[begin:end])
+        parts = []
+        for name, about in header.items():
+            first, last = about["data_offsets"]
+            whole = about["dtype"] == "I64" and not about["shape"] and not name.startswith("@")
+            parts.append((name, about["dtype"], tuple(about["shape"]), blob[end + first : end + last] if whole else b""))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WireError(f"not a safetensors message: {error}") from error
+    return tuple(sorted(parts))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Fixtures and settings shared by all tests: one thread, so that equality to the bit can be asked for."""
 
+import os
 from collections.abc import Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers: a test that asks a hub is a fault
 
 import pytest
 import torch

@@ -40,11 +40,13 @@ def from_files(
     ``validation``, from what is left. A fraction is read only when it is needed. The name is train's folder and file.
 
     Raises BadInput as ``read`` does, and for a label of validation or test that train lacks, for a fraction not between
-    0 and 1, and when no label has a row to spare.
+    0 and 1, when train has one label only, and when no label has a row to spare.
     """
     columns = _columns(text, label, key)
     rows = _read(train, columns)
     known = set(rows.labels)
+    if len(known) == 1:
+        raise BadInput(f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; a classifier needs two or more")
     if test is None:
         rows, test_rows = _held_out(rows, "test", test_fraction, seed)
     else:

@@ -1,4 +1,4 @@
-"""Clients in this process, one cohort after the other; still, only bytes cross."""
+"""Clients in this process, whole cohorts of them side by side; still, only bytes cross."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,35 +7,78 @@ from typing import TypeVar, final
 from fedpeft.client import Worker
 from fedpeft.engines.site import Site
 from fedpeft.memory import Memories
-from fedpeft.types import Client, Engine, Lost, Reply, WireError
-from fedpeft.wire import Answer
+from fedpeft.types import Client, Engine, Lost, NotStackable, Reply, WireError
+from fedpeft.wire import Answer, Form, form
 
 T = TypeVar("T")
+Forms = tuple[Form, Form]
+
+
+@final
+@dataclass(frozen=True)
+class Asked:
+    """A client with its request and the memory that this assumes."""
+
+    client: Client
+    request: bytes
+    memory: bytes
 
 
 @final
 @dataclass(frozen=True)
 class LocalEngine:
-    """Lets ``worker`` play every client, in cohorts of one; ``memories`` is what the clients keep."""
+    """Lets ``worker`` play every client; ``memories`` is what the clients keep.
+
+    ``cohort``: how many clients train side by side, if their requests and memories have the same form.
+    """
 
     worker: Worker
     memories: Memories = field(default_factory=Memories)
+    cohort: int = 1
 
     def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
-        """Ask the clients one by one, in order; a request that a client refuses makes it lost."""
+        """Ask the clients, cohort by cohort; a request that a client refuses makes it lost.
+
+        At most ``cohort`` requests of every form are held back until there are enough for a cohort.
+        """
+        waiting: dict[Forms, list[Asked]] = {}
+        single: set[Forms] = set()
         for client in clients:
             blob = request(client)
             try:
-                memory = self.memories.get(client.id, client.memory)
-                [(answer, kept)] = self.worker.handle([client.id], [blob], [memory])
+                asked = Asked(client, blob, self.memories.get(client.id, client.memory))
+                kind = form(asked.request), form(asked.memory)
             except WireError as error:
                 yield Lost(client, str(error))
                 continue
+            group = waiting.setdefault(kind, [])
+            group.append(asked)
+            if len(group) >= (1 if kind in single else self.cohort):
+                yield from self._play(waiting.pop(kind), kind, single)
+        for kind, group in waiting.items():
+            yield from self._play(group, kind, single)
+
+    def _play(self, group: Sequence[Asked], kind: Forms, single: set[Forms]) -> Iterator[Reply | Lost]:
+        """Let ``group`` train side by side; one by one where that cannot be, and then add ``kind`` to ``single``."""
+        try:
+            found = self.worker.handle(
+                [asked.client.id for asked in group], [asked.request for asked in group], [asked.memory for asked in group]
+            )
+        except WireError as error:
+            if len(group) == 1:
+                yield Lost(group[0].client, str(error))
+                return
+            if isinstance(error, NotStackable):
+                single.add(kind)
+            for asked in group:
+                yield from self._play([asked], kind, single)
+            return
+        for asked, (answer, kept) in zip(group, found, strict=True):
             if kept:
-                self.memories.put(client.id, Answer.decode(answer).memory, kept, client.memory)
-            yield Reply(client, answer)
+                self.memories.put(asked.client.id, Answer.decode(answer).memory, kept, asked.client.memory)
+            yield Reply(asked.client, answer)
 
 
 def launch(site: Site, body: Callable[[Engine], T]) -> T:
     """Call ``body`` with the clients of ``site`` in this process."""
-    return body(LocalEngine(site.worker, site.memories))
+    return body(LocalEngine(site.worker, site.memories, site.worker.hardware.cohort))

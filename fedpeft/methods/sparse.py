@@ -14,7 +14,7 @@ from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import by_module
 from fedpeft.mounting import dense_layer, forms, mounted, oriented, replaced, select, trainable, values
 from fedpeft.sparse import positions, scatter
-from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update, WireError
+from fedpeft.types import Base, Client, Context, LocalTask, NotStackable, Payload, State, Update
 
 
 @final
@@ -78,7 +78,7 @@ class Sparse:
         """Let W_0 + difference stand in for every masked matrix; one client at a time, as whole matrices change."""
         del memory
         if len(context.clients) > 1:
-            raise WireError("sparse values cannot carry several clients at once; use cohorts of 1")
+            raise NotStackable("sparse values cannot carry several clients at once; use cohorts of 1")
         trained = trainable(down)
         masked: dict[str, Masked] = {}
         for name in by_module(down):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.mounting.rows import by_client, present
+from fedpeft.mounting.rows import by_owner, present
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
@@ -16,33 +16,36 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     """Return a forward hook that adds scale * B diag(e) A x to a dense layer's output; ``e`` may be missing.
 
-    ``parts``: A (K, r, in), B (K, out, r), e (K, r). The rows of x, (K*b, ..., in), belong to the clients in order.
+    ``parts``: A (K, r, in), B (K, out, r), e (K, r). Whose the rows of x, (rows, ..., in), are, ``rows_of`` says.
     """
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         down, up = present(A), present(B)
-        clients = down.shape[0]
-        x = args[0]
-        inner = torch.bmm(by_client(x, clients), down.transpose(1, 2))
+        inner = torch.bmm(by_owner(args[0], len(down)), down.transpose(1, 2))
         if e is not None:
             inner = inner * present(e).unsqueeze(1)
-        flat = output.reshape(clients, -1, output.shape[-1])
+        flat = output.reshape(len(down), -1, output.shape[-1])
         return torch.baddbmm(flat, inner, up.transpose(1, 2), alpha=scale).view(output.shape)
 
     return add
 
 
-def _linear(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x @ weight.transpose(-1, -2) + bias
+def _linear(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _plus(x @ weight.transpose(-1, -2), bias)
 
 
-def _conv1d(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x @ weight + bias
+def _conv1d(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _plus(x @ weight, bias)
 
 
-def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.layer_norm(x, module.normalized_shape, eps=module.eps) * weight + bias
+def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _plus(functional.layer_norm(x, module.normalized_shape, eps=module.eps) * weight.to(x.dtype), bias)
+
+
+def _plus(product: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias in the number format of the product, as torch's own layers do under autocast."""
+    return product if bias is None else product + bias.to(product.dtype)
 
 
 _FORWARDS: Mapping[type[nn.Module], Callable[..., Tensor]] = {
@@ -60,21 +63,16 @@ def stackable(module: nn.Module) -> bool:
 def stacked(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Return a forward for ``module`` in which the parameters in ``own``, each (K, ...), are the clients' own.
 
-    The rows of its input, (K*b, ..., in), belong to the clients in order.
+    Whose the rows of its input, (rows, ..., in), are, ``rows_of`` says.
     """
     forward = _FORWARDS[type(module)]
-    shared = {"bias": torch.zeros(()), **dict(module.named_parameters(recurse=False))}
-
-    def parameter(name: str) -> Tensor:
-        if name not in own:
-            return shared[name]
-        mine = present(own[name])
-        return mine.unsqueeze(1) if mine.ndim == 2 else mine  # vectors broadcast over a client's rows
 
     def run(x: Tensor) -> Tensor:
-        weight, bias = parameter("weight"), parameter("bias")
-        clients = max(len(tensor) for tensor in (weight, bias) if tensor.ndim == 3)
-        y = forward(module, by_client(x, clients), weight, bias)
+        mine = {name: present(stack) for name, stack in own.items()}
+        parts = max(len(tensor) for tensor in mine.values())
+        columns = {name: tensor.unsqueeze(1) if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
+        weight, bias = (columns.get(name, module._parameters.get(name)) for name in ("weight", "bias"))
+        y = forward(module, by_owner(x, parts), weight, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedpeft.lowrank import by_module
 from fedpeft.mounting.branches import low_rank, stackable, stacked
 from fedpeft.mounting.layers import dense_layer
-from fedpeft.types import Payload, WireError
+from fedpeft.types import NotStackable, Payload, WireError
 
 
 def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
@@ -88,7 +88,7 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     for name, module in changed.items():
         if not stackable(module):
             kind = type(module).__name__
-            raise WireError(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use cohorts of 1")
+            raise NotStackable(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use cohorts of 1")
     forwards = {name: stacked(module, own[name]) for name, module in changed.items()}
     try:
         for name, module in changed.items():

@@ -6,34 +6,38 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from fedpeft.types import WireError
+from fedpeft.types import NotStackable
 
-_CLIENTS: ContextVar[slice] = ContextVar("clients", default=slice(None))
+Owners = slice | Tensor
+"""The clients of a batch: a slice of the cohort, in order and with equally many rows each; or every row's client, (rows,)."""
+
+_OWNERS: ContextVar[Owners] = ContextVar("owners", default=slice(None))
 _ROWS: ContextVar[int | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
-def rows_of(clients: slice, rows: int | None = None) -> Iterator[None]:
-    """Say, for the length of a ``with``, that a batch's rows belong to ``clients``, in order and in equal numbers.
-
-    ``rows``: how many rows the batch has, where it is known.
-    """
-    tokens = _CLIENTS.set(clients), _ROWS.set(rows)
+def rows_of(owners: Owners, rows: int | None = None) -> Iterator[None]:
+    """Say, for the length of a ``with``, whose the rows of a batch are; ``rows``: how many it has, where it is known."""
+    tokens = _OWNERS.set(owners), _ROWS.set(rows)
     try:
         yield
     finally:
-        _CLIENTS.reset(tokens[0])
+        _OWNERS.reset(tokens[0])
         _ROWS.reset(tokens[1])
 
 
-def by_client(x: Tensor, clients: int) -> Tensor:
-    """Return x, (k*b, ..., in), as (k, b * ..., in); a layer that several clients feed with other rows raises WireError."""
-    rows = _ROWS.get()
-    if clients > 1 and (x.shape[0] % clients or (rows is not None and x.shape[0] != rows)):
-        raise WireError(f"a layer sees {x.shape[0]} rows, which are not those of {clients} clients' batch; use cohorts of 1")
-    return x.reshape(clients, -1, x.shape[-1])
-
-
 def present(stack: Tensor) -> Tensor:
-    """Return the part of a (K, ...) stack whose clients take part; all K unless ``rows_of`` says otherwise."""
-    return stack[_CLIENTS.get()]
+    """Return the part of a (K, ...) stack that the batch needs: one for every client, or where these mix one for every row."""
+    owners = _OWNERS.get()
+    return stack[owners] if isinstance(owners, slice) else stack.index_select(0, owners)
+
+
+def by_owner(x: Tensor, parts: int) -> Tensor:
+    """Return x, (parts * b, ..., in), as (parts, b * ..., in), to go with ``parts`` entries of a stack from ``present``.
+
+    A layer that several clients feed with other rows than the batch's raises NotStackable.
+    """
+    rows = _ROWS.get()
+    if parts > 1 and (x.shape[0] % parts or (rows is not None and x.shape[0] != rows)):
+        raise NotStackable(f"a layer sees {x.shape[0]} rows, which are not those of the cohort's batch; use cohorts of 1")
+    return x.reshape(parts, -1, x.shape[-1])

@@ -34,8 +34,11 @@ def write(
     compared = compare(summaries, target, bandwidth, budget)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        written = sheets.save(compared, out) + (figures.save(compared, out) if plots else [])
     except FileExistsError as error:
         raise BadInput(f"{out}: is a file; the report needs a folder") from error
-    written = sheets.save(compared, out) + (figures.save(compared, out) if plots else [])
+    except OSError as error:
+        room = "make room, or choose another folder: fedpeft report --to"
+        raise BadInput(f"{out}: the report cannot be written ({error.strerror}); {room}") from error
     names = ", ".join(path.name for path in written)
     return Group(tables.comparison(compared), Text(), tables.equal_terms(compared), Text(f"{out}: {names}"))

@@ -5,7 +5,6 @@ import io
 import json
 import random
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-with warnings.catch_warnings():  # typer 0.20 on click 8.5; 2025-11-21
-    warnings.filterwarnings("ignore", message="'click.utils", category=DeprecationWarning)
-    from fedpeft import cli
+from fedpeft import cli
 from fedpeft.config import Config, from_tree, merge
 from fedpeft.types import State
 
@@ -177,6 +174,7 @@ class Ground:
             "name": "tiny",
             "model": {"name": str(self.model), "max_length": 16},
             "machine": {"device": "cpu", "precision": "fp32", "attention": "eager", "threads": 1},
+            "engine": {"cohort": 2},
             "data": {"source": "files", "train": str(self.data)},
             "partition": {"kind": "dirichlet", "clients": 5, "alpha": 1.0, "min_examples": 8},
             "federation": {"rounds": 6, "clients_per_round": 2},

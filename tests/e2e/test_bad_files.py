@@ -83,6 +83,7 @@ FILES = {
     "not UTF-8": Broken("x.csv", lambda: b"text,label\nna\xefve,fish\n", ("x.csv:2", "UTF-8")),
     "ragged CSV": Broken("x.csv", lambda: b"text,label\na,fish\nb,c,d\n", ("x.csv:3", "3 fields")),
     "CSV without the column": Broken("x.csv", lambda: b"text,lable\na,fish\n", ("x.csv:2", "'label'", "'lable'")),
+    "one label only": Broken("x.csv", lambda: b"text,label\na,fish\nb,fish\n", ("x.csv", "'fish'", "two or more")),
 }
 
 

@@ -111,8 +111,10 @@ def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
     states = {run: _last_state(run) for run in runs}
     shutil.rmtree(root / "fedara-s1")  # never begun
     (root / "lora-s1" / "checkpoints" / "000002.json").unlink()  # half done
+    (root / "lora-s1" / "checkpoints" / "000001_torn.json").write_text("{")  # later than 000001.json, and damaged
     outcome = cli_call(*arguments, "--resume")
     assert outcome.code == 0, outcome
+    assert "falling back to the one before" in outcome.out
     for run in runs:
         assert_same(_last_state(run), states[run])
         if run.name not in ("fedara-s1", "lora-s1"):

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from fedpeft import runs as playing
 from fedpeft.assembly import Assembly
+from fedpeft.checkpoint import manifest
 from fedpeft.journal import CHECKPOINTS
 from fedpeft.ledger import FILE, Ledger
 
@@ -85,6 +87,19 @@ def test_a_disk_full_at_any_instant_ends_a_run_that_resumes_to_the_same_end(
         outcome = cli_call("run", ground.config, "--runs", runs, *_options(assembly))
     refused(outcome, str(runs / "tiny"), "No space left", "fedpeft resume")
     assert_resumes(runs / "tiny", assembly, undisturbed)
+
+
+def test_a_folder_that_takes_no_ledger_any_more_is_named(assembly: Assembly, undisturbed: Outcome, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed.folder, tmp_path / "run")
+    manifest(folder / CHECKPOINTS, ROUNDS).unlink()
+    with mock.patch.object(Ledger, "cut", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))):
+        refused(cli_call("resume", folder), str(folder), "Read-only file system", "fedpeft resume")
+    assert_resumes(folder, assembly, undisturbed)
+
+
+def test_a_report_that_finds_no_room_is_one_line(undisturbed: Outcome, tmp_path: Path) -> None:
+    with file_limit(50):
+        refused(cli_call("report", undisturbed.folder, "--to", tmp_path / "report"), str(tmp_path / "report"), "--to")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fedpeft.mounting import mounted
 from fedpeft.optimizer import Optimizer, clip
 from fedpeft.seeds import derive
-from fedpeft.training import Share, Training, fit, own_randomness, plan, side_by_side
+from fedpeft.training import Share, Training, fit, own_randomness, parts, plan
 from fedpeft.types import LocalTask, Payload
 from fedpeft.wire import Answer, Kind, Request
 from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, assert_same, base_of, bert, examples, small, worker
@@ -121,13 +122,33 @@ def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
     assert plan(50, training, 1, 0, 0) == plans[0]
 
 
-def test_ragged_batches_are_padded_at_weight_nothing() -> None:
-    first, second = examples(5), examples(9, seed=1)
-    batch, weights = side_by_side([(first, [4, 0, 2]), (second, [8])])
-    torch.testing.assert_close(weights, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]]))
-    assert batch.labels.tolist() == [first.labels[row] for row in (4, 0, 2)] + [second.labels[8]] * 3
-    for found, expected in zip(batch.ids, [first.ids[4], first.ids[0], first.ids[2], *[second.ids[8]] * 3], strict=True):
-        assert torch.equal(found, expected)
+@given(
+    batches=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=9), min_size=1, max_size=5),
+    rows=st.integers(1, 20),
+)
+@settings(max_examples=200, deadline=None)
+def test_parts_deal_out_every_row_once_by_length_and_keep_a_clients_rows_together(batches: list[list[int]], rows: int) -> None:
+    own = [examples(12, seed=k) for k in range(len(batches))]
+    found = list(parts(list(zip(own, batches, strict=True)), rows))
+    dealt = [
+        (k, ids.tolist(), int(label))
+        for part in found
+        for k, ids, label in zip(part.clients.tolist(), part.examples.ids, part.examples.labels, strict=True)
+    ]
+    due = [(k, own[k].ids[row].tolist(), int(own[k].labels[row])) for k, batch in enumerate(batches) for row in batch]
+    assert sorted(dealt) == sorted(due)
+    lengths = [[len(ids) for ids in part.examples.ids] for part in found]
+    assert all(len(part) <= rows for part in lengths)
+    assert all(max(shorter) <= min(longer) for shorter, longer in pairwise(lengths))
+    for part in found:
+        assert part.clients.tolist() == sorted(part.clients.tolist())
+        each = torch.tensor([1 / len(batches[k]) for k in part.clients.tolist()])
+        torch.testing.assert_close(part.weights, each)
+        if isinstance(part.owners, slice):
+            repeated = len(part.clients) // (part.owners.stop - part.owners.start)
+            assert part.clients.tolist() == [k for k in range(part.owners.start, part.owners.stop) for _ in range(repeated)]
+        else:
+            assert torch.equal(part.owners, part.clients)
 
 
 def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> None:

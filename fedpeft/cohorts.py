@@ -1,0 +1,62 @@
+"""How many clients had best train side by side here: found out once per run, by trying, within the memory there is."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from fedpeft.client import Worker
+from fedpeft.methods.lora import LoRA
+from fedpeft.types import Base, Client, NotStackable
+from fedpeft.wire import Answer, Kind, Request
+
+SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+GAIN: Final = 0.95
+"""A larger cohort must take at most this share of a smaller one's time per client."""
+PATIENCE: Final = 2.0
+"""Seconds of one trial after which no larger cohort is tried."""
+SHARE: Final = 0.5
+"""Share of the memory that a cohort may be expected to need."""
+
+
+def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) -> int:
+    """Return how many of the ``count`` clients of a round train fastest side by side, measured on one step of LoRA each.
+
+    LoRA is the yardstick of model and machine; what a method cannot carry, the engine finds out when it tries.
+    """
+    yardstick = LoRA(targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values())))
+    trial = replace(worker, method=yardstick, training=replace(worker.training, steps=1))
+    request = Request(Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared).encode()
+    most = sorted(clients, key=lambda client: client.examples, reverse=True)[:count]  # full batches first
+
+    def seconds(size: int) -> tuple[float, int]:
+        ids = [client.id for client in most[:size]]
+        start = time.perf_counter()
+        answers = trial.handle(ids, [request] * size, [b""] * size)
+        return time.perf_counter() - start, Answer.decode(answers[0][0]).peak_memory
+
+    seconds(1)  # the first pass also loads kernels
+    chosen, best = 1, float("inf")
+    for size in SIZES:
+        if size > len(most):
+            break
+        try:
+            took, peak = seconds(size)
+        except NotStackable:
+            break
+        if took / size < GAIN * best:
+            chosen, best = size, took / size
+        if took > PATIENCE or 2 * peak > SHARE * _memory(worker.hardware.torch_device):
+            break
+    return chosen
+
+
+def _memory(device: torch.device) -> int:
+    """Return the bytes of memory of a GPU, or of this machine; where the system does not tell, 8 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 8 << 30

@@ -1,0 +1,43 @@
+"""The frozen parameters of a model in the number format in which it computes, cast once and not at every use."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+_COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, nn.Parameter]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let copies in ``dtype`` stand in for the frozen parameters of ``model`` for the length of a ``with``.
+
+    They are made at the first call and kept for as long as the model is; what is mounted stays as it is.
+    """
+    copies = _COPIES.setdefault(model, {}).setdefault(dtype, {})
+    frozen = {name: parameter for name, parameter in _own_parameters(model) if not parameter.requires_grad}
+    try:
+        for name, parameter in frozen.items():
+            if name not in copies:
+                with torch.inference_mode(mode=False):  # they serve training, too
+                    copies[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+            _put(model, name, copies[name])
+        yield
+    finally:
+        for name, parameter in frozen.items():
+            _put(model, name, parameter)
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters in float32, tied ones under every name; not the tensors that are mounted in the place of some."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32:
+                yield f"{prefix}.{name}" if prefix else name, parameter
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    home, _, attribute = name.rpartition(".")
+    model.get_submodule(home)._parameters[attribute] = tensor  # type: ignore[assignment]

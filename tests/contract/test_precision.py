@@ -1,0 +1,38 @@
+"""Under bf16 autocast every method trains what it trains in float32, and its messages stay float32."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedpeft.hardware import Hardware
+from fedpeft.methods import METHODS
+from fedpeft.types import NEVER, Client
+from fedpeft.wire import Answer, Kind, Request, decode
+from tests.contract.reference import BEGINS, SINGLE, asked, reference
+from tests.tiny import CONFIG, bert, small, worker
+
+BF16 = Hardware("cpu", "bf16", "eager", 1)
+
+
+@pytest.mark.parametrize("begin", BEGINS)
+@pytest.mark.parametrize("name", METHODS)
+def test_training_in_bf16_is_near_training_in_float32(name: str, begin: int) -> None:
+    """Side by side, too, where a method can."""
+    played = reference(name)
+    state, memories = played.states[begin], played.memories[begin]
+    cohort = [0] if (name, begin) in SINGLE else [0, 1]
+    clients = [Client(k, memory=state.memories.get(k, NEVER)) for k in cohort]
+    blobs = [Request(Kind.TRAIN, begin, CONFIG, small(name).send(state, client), client.memory).encode() for client in clients]
+    playing = replace(worker(small(name), bert()), hardware=BF16)
+    found = playing.handle(cohort, blobs, [memories.get(client.id, client.memory) for client in clients])
+    for client, (blob, kept) in zip(cohort, found, strict=True):
+        answer, exact = Answer.decode(blob), played.playing.answers(begin)[client]
+        assert answer.loss == pytest.approx(exact.loss, rel=0.02)
+        ours = answer.payload or decode(kept)
+        theirs = exact.payload or decode(played.memories[begin + 1].get(client, exact.memory))
+        start = asked(played.playing, begin, client) or decode(memories.get(client, clients[cohort.index(client)].memory))
+        assert {part: tensor.dtype for part, tensor in ours.items()} == {part: t.dtype for part, t in theirs.items()}
+        moved = torch.cat([(theirs[part] - start[part]).flatten() for part in theirs if part in start])
+        off = torch.cat([(ours[part] - theirs[part]).flatten() for part in theirs if part in start])
+        assert float(off.norm()) < 0.1 * float(moved.norm())
