@@ -12,6 +12,7 @@ from typing import final
 import torch
 
 from fedpeft import data, engines
+from fedpeft.activations import Activations, fitting
 from fedpeft.choices import DataChoice
 from fedpeft.client import Holding, Worker
 from fedpeft.cohorts import widest
@@ -22,6 +23,9 @@ from fedpeft.models import Loaded, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import Classification, Encoded
 from fedpeft.types import BadInput, Client, Method, State
+
+WORTH = 2.0
+"""Visits of a text over a run from which it pays to keep its hidden states."""
 
 
 @final
@@ -112,7 +116,8 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
         for number, (mine, own) in enumerate(zip(partition.train, partition.test, strict=True))
     }
     method, digest = config.build_method(), agreement(config, dataset, loaded)
-    worker = Worker(method, loaded.model, task, holdings, config.training, chosen, loaded.base.head, config.seed, digest)
+    kept = _kept(config, holdings, loaded, chosen)
+    worker = Worker(method, loaded.model, task, holdings, config.training, chosen, loaded.base.head, config.seed, digest, kept)
     whole = Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
     settled = hardware or (like and _cohort_settings(like.config) == _cohort_settings(config))
     return whole if settled else _with_cohort(whole)
@@ -131,6 +136,20 @@ def _with_cohort(whole: Assembly) -> Assembly:
     size = widest(whole.worker, whole.loaded.base, whole.clients, count) if engine.cohort == "auto" else engine.cohort
     hardware = replace(whole.hardware, cohort=size)
     return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
+
+
+def _kept(config: Config, holdings: Mapping[int, Holding], loaded: Loaded, hardware: Hardware) -> Activations:
+    """Return what keeps the hidden states of frozen blocks; of no client where that would not pay or not be exact."""
+    federation, training = config.federation, config.training
+    texts = {client: holding.train for client, holding in holdings.items()}
+    total = sum(len(own) for own in texts.values())
+    own_texts = training.steps * training.batch_size if training.steps else training.epochs * total / len(texts)
+    visits = federation.rounds * federation.clients_per_round * own_texts / total
+    if config.model.dropout > 0 or visits < WORTH:
+        return Activations()
+    width: int = loaded.model.config.hidden_size  # type: ignore[union-attr, assignment]  # every transformers model has it
+    size = width * (2 if hardware.precision == "bf16" else 4)
+    return Activations(fitting(texts, size, 10**6 * config.machine.cache), hardware.rows)
 
 
 def read_data(choice: DataChoice) -> data.Dataset:

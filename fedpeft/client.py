@@ -1,12 +1,13 @@
 """A machine that can play clients: bytes in, bytes out, no I/O."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from fedpeft.activations import Activations
 from fedpeft.evaluation import score
 from fedpeft.hardware import Hardware
 from fedpeft.ledger import measured
@@ -31,7 +32,7 @@ class Worker:
     """Plays the clients in ``holdings`` with one method on one frozen model.
 
     ``head``: names of the parameters absent from the checkpoint. ``config``: digest of what server and client must agree
-    on; a request for anything else raises WireError.
+    on; a request for anything else raises WireError. ``activations``: what is kept of frozen blocks between rounds.
     """
 
     method: Method
@@ -43,6 +44,7 @@ class Worker:
     head: frozenset[str]
     seed: int
     config: bytes
+    activations: Activations = field(default_factory=Activations)
 
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
@@ -67,6 +69,7 @@ class Worker:
         number = asked[0].round
         shares = [self._share(client, number) for client in clients]
         order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
+        self.activations.learn(self.model, self._forward, shares[0].examples.take([0]))
         context = Context([clients[k] for k in order], number, self.seed)
         down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
         with measured(self.hardware.torch_device) as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
@@ -75,10 +78,11 @@ class Worker:
                     self.model,
                     local,
                     self.task,
-                    [shares[k] for k in order],
+                    [self._with_states(clients[k], shares[k]) for k in order],
                     self.training,
                     self.head,
                     self.hardware,
+                    self.activations,
                 )
                 up, stays = local.reply()
                 trained = sum(parameter[0].numel() for parameter in local.trainable.values())
@@ -124,6 +128,13 @@ class Worker:
     def _share(self, client: int, number: int) -> Share:
         examples = self.holdings[client].train
         return Share(examples, plan(len(examples), self.training, self.seed, client, number))
+
+    def _with_states(self, client: int, share: Share) -> Share:
+        return replace(share, states=self.activations.of(client, self.model, self._forward, share.examples))
+
+    def _forward(self, texts: Encoded) -> None:
+        with self.hardware.computing(self.model), self.hardware.autocast():
+            self.task.logits(self.model, self.task.collate(texts, self.hardware.torch_device))
 
     def _stack(self, payloads: Sequence[Payload]) -> dict[str, Tensor]:
         """Return K payloads as one with a client axis, on the worker's device; unequal names or shapes raise WireError."""

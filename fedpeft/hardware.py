@@ -27,13 +27,15 @@ SHORT = 128
 class Machine:
     """What the user asked of the hardware; ``auto`` is resolved once, by ``resolve``, and written to the run folder.
 
-    ``threads`` = 0 leaves torch's own choice.
+    ``threads`` = 0 leaves torch's own choice. ``cache``: megabytes (10^6 bytes) of hidden states of frozen blocks that are
+    kept between rounds, where the base has no dropout and texts come again often enough; 0 keeps none.
     """
 
     device: str = "auto"
     precision: Precision = "auto"
     attention: Attention = "auto"
     threads: Annotated[int, Ge(0)] = 0
+    cache: Annotated[int, Ge(0)] = 512
 
 
 @dataclass(frozen=True)

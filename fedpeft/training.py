@@ -11,6 +11,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from fedpeft.activations import Activations
 from fedpeft.hardware import Hardware
 from fedpeft.mounting import rows_of
 from fedpeft.optimizer import Kind, Optimizer, clip
@@ -43,10 +44,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Share:
-    """One client's examples and the rows of each of its steps."""
+    """One client's examples, the rows of each of its steps, and what is known of every example (see ``Activations``)."""
 
     examples: Encoded
     steps: Sequence[Sequence[int]]
+    states: Sequence[Tensor] | None = None
 
 
 def plan(examples: int, training: Training, seed: int, client: int, number: int) -> list[list[int]]:
@@ -67,6 +69,7 @@ def fit(
     training: Training,
     head: frozenset[str],
     hardware: Hardware,
+    activations: Activations,
 ) -> Tensor:
     """Train ``local`` on K clients' shares, longest first, and return each one's mean loss over its steps, (K,) float64."""
     rates = {name: local.rate * _rate(training, name in head) for name in local.trainable}
@@ -81,8 +84,8 @@ def fit(
             active = slice(0, sum(step < len(share.steps) for share in shares))
             for parameter in local.trainable.values():
                 parameter.grad = None
-            for part in parts([(share.examples, share.steps[step]) for share in shares[active]], hardware.rows):
-                with rows_of(part.owners, len(part.examples)), hardware.autocast():
+            for part in parts([(share, share.steps[step]) for share in shares[active]], hardware.rows):
+                with activations.begun(part.states), rows_of(part.owners, len(part.examples)), hardware.autocast():
                     each = task.losses(model, task.collate(part.examples, device))
                 weighted = each * part.weights.to(device)
                 torch.autograd.backward(weighted.sum())
@@ -100,32 +103,35 @@ class Part:
     """Some rows of one step of a cohort, which go through the model together.
 
     ``clients``: whose each row is, (n,); ``owners``: the same for ``rows_of``; ``weights``: of each row in its client's
-    mean loss, (n,).
+    mean loss, (n,). ``states``: what is known of each row, or None where it is not known of all.
     """
 
     examples: Encoded
+    states: Sequence[Tensor] | None
     clients: Tensor
     owners: slice | Tensor
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Encoded, Sequence[int]]], rows: int) -> Iterator[Part]:
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], rows: int) -> Iterator[Part]:
     """Yield the batches of k clients in parts of at most ``rows`` rows, formed by length, whoever's they are.
 
     Gradients are per client whatever the grouping, and rows of like length need little padding. Within a part the rows
     of a client stay together.
     """
-    everything = [(len(examples.ids[row]), k, row) for k, (examples, own) in enumerate(batches) for row in own]
+    everything = [(len(share.examples.ids[row]), k, row) for k, (share, own) in enumerate(batches) for row in own]
     everything.sort(key=itemgetter(0))
     count = -(-len(everything) // rows)
     bounds = [len(everything) * number // count for number in range(count + 1)]
+    known = all(share.states is not None for share, _ in batches)
     for start, stop in itertools.pairwise(bounds):
-        mine = sorted(everything[start:stop], key=itemgetter(1))
-        ids = [batches[k][0].ids[row] for _, k, row in mine]
-        labels = torch.stack([batches[k][0].labels[row] for _, k, row in mine])
+        mine = [(batches[k][0], k, row) for _, k, row in sorted(everything[start:stop], key=itemgetter(1))]
+        ids = [share.examples.ids[row] for share, _, row in mine]
+        labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
         clients = torch.tensor([k for _, k, _ in mine])
         weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
-        yield Part(Encoded(ids, labels), clients, _owners(clients), weights)
+        states = [share.states[row] for share, _, row in mine if share.states] if known else None
+        yield Part(Encoded(ids, labels), states, clients, _owners(clients), weights)
 
 
 def _owners(clients: Tensor) -> slice | Tensor:

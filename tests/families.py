@@ -1,7 +1,7 @@
 """Tiny models of every family that is promised to work, made from their configurations."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from fedpeft.client import Holding, Worker
 from fedpeft.seeds import generator
-from tests.tiny import shaken
+from fedpeft.tasks import Encoded
+from fedpeft.training import Training
+from fedpeft.types import Method
+from tests.tiny import CONFIG, CPU, SEED, TASK, shaken
 
 BERT: dict[str, Any] = {
     "vocab_size": 60,
@@ -122,6 +126,19 @@ def says(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = call(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits
+
+
+def played(name: str, method: Method, sizes: Mapping[int, int], training: Training, **changes: Any) -> Worker:
+    """Return a worker on a tiny model of a family whose clients hold ``sizes`` random texts of 3 to 10 tokens."""
+    held = {}
+    for client, size in sizes.items():
+        draw = generator(3, "played", client)
+        lengths = torch.randint(3, 11, (size,), generator=draw).tolist()
+        ids = [torch.randint(1, 60, (length,), generator=draw) for length in lengths]
+        own = Encoded(ids, torch.randint(0, 3, (size,), generator=draw))
+        held[client] = Holding(own, own)
+    whole = Worker(method, family(name), TASK, held, training, CPU, FAMILIES[name].head, SEED, CONFIG)
+    return replace(whole, **changes)
 
 
 def texts(count: int, length: int = 7) -> Tensor:

@@ -14,7 +14,7 @@ LAYERS: tuple[str, ...] = (
     "wire averaging lowrank sparse importance memory optimizer ledger",
     "mounting report",
     "methods tasks data hardware models",
-    "training evaluation client cohorts federation checkpoint",
+    "activations training evaluation client cohorts federation checkpoint",
     "engines export",
     "choices config assembly scoring journal runs trained compare holdings progress api cli",
 )

@@ -2,7 +2,7 @@
 
 from fedpeft.mounting.casts import cast_once
 from fedpeft.mounting.layers import dense_layer, describe, oriented, select
-from fedpeft.mounting.mount import forms, mounted, replaced, trainable, values
+from fedpeft.mounting.mount import forms, mounted, replaced, touched, trainable, values
 from fedpeft.mounting.rows import rows_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "replaced",
     "rows_of",
     "select",
+    "touched",
     "trainable",
     "values",
 ]

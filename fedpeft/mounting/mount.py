@@ -99,6 +99,17 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
+def touched(model: nn.Module) -> set[nn.Module]:
+    """Return the modules inside ``model`` on which something is mounted: a branch, a forward, a tensor for a parameter."""
+    return {
+        module
+        for module in model.modules()
+        if module._forward_hooks
+        or "forward" in module.__dict__
+        or any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in module._parameters.values())
+    }
+
+
 def _first(stack: Tensor, parameter: Tensor) -> Tensor:
     """Return the only client's tensor, in the place of ``parameter``."""
     del parameter

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedpeft.activations import Activations
 from fedpeft.mounting import mounted
 from fedpeft.optimizer import Optimizer, clip
 from fedpeft.seeds import derive
@@ -129,7 +130,7 @@ def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
 @settings(max_examples=200, deadline=None)
 def test_parts_deal_out_every_row_once_by_length_and_keep_a_clients_rows_together(batches: list[list[int]], rows: int) -> None:
     own = [examples(12, seed=k) for k in range(len(batches))]
-    found = list(parts(list(zip(own, batches, strict=True)), rows))
+    found = list(parts([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], rows))
     dealt = [
         (k, ids.tolist(), int(label))
         for part in found
@@ -157,7 +158,7 @@ def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> No
     share = Share(examples(7), [[0, 1, 2], [3], [4, 5, 6]])
     local = LocalTask(own, lambda: ({}, {}))
     with mounted(model, own):
-        found = fit(model, local, TASK, [share], Training(lr=1e-12), HEAD, CPU)
+        found = fit(model, local, TASK, [share], Training(lr=1e-12), HEAD, CPU, Activations())
     losses = []
     with torch.no_grad():
         for rows in share.steps:
@@ -181,6 +182,7 @@ def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str
             training,
             HEAD,
             CPU,
+            Activations(),
         )
     far = {part: float((trained[part] - down[part]).detach().norm()) for part in trained}
     return {"head": far["classifier.weight"], "adapter": sum(far[part] for part in far if ":" in part)}
@@ -217,7 +219,7 @@ def test_the_hook_after_backward_sees_gradients_before_they_are_clipped_and_who_
     shares = [Share(examples(4), [[0, 1], [2, 3]]), Share(examples(4, seed=1), [[0, 1]])]
     with mounted(model, own):
         local = LocalTask(own, lambda: ({}, {}), after_backward=look)
-        fit(model, local, TASK, shares, Training(optimizer="sgd", lr=0.1, clip=1e-6), HEAD, CPU)
+        fit(model, local, TASK, shares, Training(optimizer="sgd", lr=0.1, clip=1e-6), HEAD, CPU, Activations())
     assert [active for active, _ in seen] == [slice(0, 2), slice(0, 1)]
     assert all(norm > 1e-3 for _, norm in seen)
     assert torch.equal(own["classifier.weight"].detach(), torch.stack([weight, weight])), "what the hook did is what is stepped"

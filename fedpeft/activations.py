@@ -1,0 +1,176 @@
+"""What is frozen is not computed twice: the hidden states below the lowest mounted block, kept per client."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fedpeft.mounting import touched
+from fedpeft.tasks import Encoded
+
+Forward = Callable[[Encoded], object]
+"""Runs the model over some texts."""
+
+
+@final
+@dataclass(frozen=True)
+class Chain:
+    """A model's blocks, each of which hands its output to the next, and all modules in the order in which they are called."""
+
+    blocks: tuple[nn.Module, ...] = ()
+    order: tuple[nn.Module, ...] = ()
+
+    def lowest(self, mounted: Collection[nn.Module]) -> int:
+        """Return the number of the last block that begins no later than the first of ``mounted``; 0 where none does."""
+        number = 0
+        for module in self.order:
+            if module in self.blocks:
+                number = self.blocks.index(module)
+            if module in mounted:
+                break
+        return number
+
+
+@final
+class Activations:
+    """Keeps, for some clients, what enters the lowest block on which anything is mounted, and lets passes begin there.
+
+    Exact where the frozen part is deterministic, that is without dropout. A client's states are computed from its texts
+    alone, in batches of their own, so they do not depend on what ran before and a resumed run sees the same bits.
+    ``clients``: whose states are kept. ``rows``: texts of a batch. A model whose blocks form no chain (ALBERT uses one
+    many times) is left alone.
+    """
+
+    def __init__(self, clients: Collection[int] = (), rows: int = 32) -> None:
+        self._clients, self._rows = frozenset(clients), rows
+        self._chain: Chain | None = None
+        self._lowest = 0
+        self._kept: dict[int, Sequence[Tensor]] = {}
+
+    def learn(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
+        """Find out, once, how ``model`` is built; nothing is mounted on it yet."""
+        if self._clients and self._chain is None:
+            with _recorded(model) as calls, torch.no_grad():
+                forward(text)
+            self._chain = _chain(model, calls)
+
+    def of(self, client: int, model: nn.Module, forward: Forward, texts: Encoded) -> Sequence[Tensor] | None:
+        """Return what enters the lowest block for each of the client's ``texts``, (length, width); None where not kept."""
+        if self._chain is None or client not in self._clients:
+            return None
+        lowest = self._chain.lowest(touched(model))
+        if lowest != self._lowest:
+            self._kept.clear()
+            self._lowest = lowest
+        if lowest == 0:
+            return None
+        if client not in self._kept:
+            self._kept[client] = _states(self._chain.blocks[lowest], forward, texts, self._rows)
+        return self._kept[client]
+
+    @contextmanager
+    def begun(self, states: Sequence[Tensor] | None) -> Iterator[None]:
+        """Let the pass in the ``with`` begin at the lowest block with ``states``; at the bottom where these are None."""
+        with ExitStack() as undo:
+            if states is not None and self._chain is not None:
+                entering = pad_sequence(list(states), batch_first=True)
+                for block in self._chain.blocks[: self._lowest]:
+                    undo.callback(block.__dict__.pop, "forward")
+                    block.forward = _unchanged
+                undo.callback(_change_input(self._chain.blocks[self._lowest], lambda _: entering))
+            yield
+
+
+def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> list[int]:
+    """Return the clients, in order, whose states for all their ``texts`` fit into ``limit`` bytes together."""
+    left, found = limit, list[int]()
+    for client, own in sorted(texts.items()):
+        size = bytes_per_token * sum(len(text) for text in own.ids)
+        if size <= left:
+            found.append(client)
+            left -= size
+    return found
+
+
+class _Enough(Exception):
+    """Ends a pass that has told what was to be known."""
+
+
+def _states(block: nn.Module, forward: Forward, texts: Encoded, rows: int) -> Sequence[Tensor]:
+    """Return what enters ``block`` for each of ``texts``; what is above is not computed."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts.ids[row]))
+    found: dict[int, Tensor] = {}
+
+    def take(hidden: Tensor) -> Tensor:
+        for row, states in zip(batch, hidden, strict=True):
+            found[row] = states[: len(texts.ids[row])].clone()
+        raise _Enough
+
+    with ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        undo.callback(_change_input(block, take))
+        for start in range(0, len(order), rows):
+            batch = order[start : start + rows]
+            with suppress(_Enough):
+                forward(texts.take(batch))
+    return [found[row] for row in range(len(texts))]
+
+
+def _unchanged(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden_states
+
+
+def _change_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Let ``change`` make the first argument of ``block`` from the one given; return what undoes that."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return block.register_forward_pre_hook(before, with_kwargs=True).remove
+
+
+@dataclass
+class _Call:
+    """One call of a module: its first input and its output."""
+
+    module: nn.Module
+    given: object
+    output: object = None
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
+    """Yield a list that fills with the calls of all modules inside ``model``, in the order in which they begin."""
+    calls: list[_Call] = []
+    open_calls: list[_Call] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_Call(module, args[0] if args else kwargs.get("hidden_states")))
+        open_calls.append(calls[-1])
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
+        open_calls.pop().output = output
+
+    with ExitStack() as undo:
+        for module in list(model.modules())[1:]:
+            undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(after).remove)
+        yield calls
+
+
+def _chain(model: nn.Module, calls: Sequence[_Call]) -> Chain:
+    """Return the longest list of blocks that were called once each, every one with the output of the one before."""
+    chains = [Chain()]
+    for blocks in (tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList)):
+        passed = [call for call in calls if call.module in blocks]
+        joined = all(isinstance(a.output, Tensor) and a.output is b.given for a, b in pairwise(passed))
+        if tuple(call.module for call in passed) == blocks and joined:
+            chains.append(Chain(blocks, tuple(call.module for call in calls)))
+    return max(chains, key=lambda chain: len(chain.blocks))
