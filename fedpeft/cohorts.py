@@ -13,7 +13,6 @@ from fedpeft.methods.lora import LoRA
 from fedpeft.types import Base, Client, NotStackable
 from fedpeft.wire import Answer, Kind, Request
 
-SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 GAIN: Final = 0.95
 """A larger cohort must take at most this share of a smaller one's time per client."""
 PATIENCE: Final = 2.0
@@ -40,9 +39,7 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
 
     seconds(1)  # the first pass also loads kernels
     chosen, best = 1, float("inf")
-    for size in SIZES:
-        if size > len(most):
-            break
+    for size in sizes(len(most)):
         try:
             took, peak = seconds(size)
         except NotStackable:
@@ -52,6 +49,12 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
         if took > PATIENCE or 2 * peak > SHARE * _memory(worker.hardware.torch_device):
             break
     return chosen
+
+
+def sizes(count: int) -> list[int]:
+    """Return what deals ``count`` clients evenly into cohorts: 1, about 2, 4, 8 and so on, and all of them."""
+    cohorts = [max(1, count >> power) for power in range(count.bit_length())]
+    return sorted({-(-count // number) for number in cohorts})
 
 
 def _memory(device: torch.device) -> int:

@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fedpeft.mounting.layers import matrix
+
 _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, nn.Parameter]]] = WeakKeyDictionary()
 
 
@@ -31,9 +33,16 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters in float32, tied ones under every name; not the tensors that are mounted in the place of some."""
+    """Yield the parameters in float32, tied ones under every name.
+
+    A module in which a tensor is mounted stays as it is, as its kernel may want one format for all; autocast sees to the
+    dense ones.
+    """
     for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        if matrix(module) is None and not all(isinstance(parameter, nn.Parameter) for parameter in own.values()):
+            continue
+        for name, parameter in own.items():
             if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32:
                 yield f"{prefix}.{name}" if prefix else name, parameter
 

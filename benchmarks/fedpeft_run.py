@@ -1,0 +1,46 @@
+"""One federation by fedpeft, timed round by round; prints one line of JSON. Run by the benchmarks in a process of its own."""
+
+import json
+import sys
+import time
+
+from safetensors.torch import save_file
+
+from benchmarks.setting import Setting
+from fedpeft.engines.local import LocalEngine
+from fedpeft.evaluation import held, score
+from fedpeft.federation import federate
+from fedpeft.ledger import ClientRow
+
+
+def main() -> None:
+    """Play the setting given as JSON and say when each round ended, how long clients trained, and what came out."""
+    setting = Setting(**json.loads(sys.argv[1]))
+    whole = setting.assembly()
+    rows: list[ClientRow] = []
+    engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
+    ends = []
+    state = whole.first_state()
+    for state in federate(
+        whole.method,
+        state,
+        engine,
+        lambda _: whole.clients,
+        range(setting.rounds),
+        config=whole.worker.config,
+        min_replies=1,
+        record=rows.append,
+    ):
+        ends.append(time.time())
+    lost = [row.lost for row in rows if row.lost]
+    if lost:
+        raise SystemExit(f"lost: {lost}")
+    with held(whole.method, state, whole.loaded.model, whole.hardware, 0):
+        accuracy = score(whole.loaded.model, whole.task, whole.scored, whole.hardware).accuracy
+    if setting.out:
+        save_file(dict(state.shared), setting.out)
+    print(json.dumps({"ends": ends, "accuracy": accuracy, "hardware": whole.hardware.describe()}))
+
+
+if __name__ == "__main__":
+    main()
