@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 
 from safetensors.torch import save_file
 
@@ -20,10 +21,10 @@ def main() -> None:
     rows: list[ClientRow] = []
     engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
     ends = []
-    state = whole.first_state()
+    last = whole.first_state()
     for state in federate(
         whole.method,
-        state,
+        last,
         engine,
         lambda _: whole.clients,
         range(setting.rounds),
@@ -32,14 +33,16 @@ def main() -> None:
         record=rows.append,
     ):
         ends.append(time.time())
+        last = state
     lost = [row.lost for row in rows if row.lost]
     if lost:
         raise SystemExit(f"lost: {lost}")
-    with held(whole.method, state, whole.loaded.model, whole.hardware, 0):
+    with held(whole.method, last, whole.loaded.model, whole.hardware, 0):
         accuracy = score(whole.loaded.model, whole.task, whole.scored, whole.hardware).accuracy
     if setting.out:
-        save_file(dict(state.shared), setting.out)
-    print(json.dumps({"ends": ends, "accuracy": accuracy, "hardware": whole.hardware.describe()}))
+        save_file(dict(last.shared), setting.out)
+    found = {"ends": ends, "accuracy": accuracy, "rows": [asdict(row) for row in rows], "hardware": whole.hardware.describe()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
 """The federation that rivals are measured on: the same clients, texts, batches and rates for all of them."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers import AutoModel, AutoTokenizer
 
 from fedpeft.assembly import Assembly, assemble
 from fedpeft.config import from_tree
 from fedpeft.hardware import Hardware
+from fedpeft.methods import METHODS
+from fedpeft.models import locate
 from fedpeft.training import plan
+
+LAYERS = 6
+"""Of MiniLM."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """``clients`` all take part in each of ``rounds``, with ``steps`` of ``batch`` texts of at most ``length`` tokens.
 
-    ``out``: where the final adapters go, as safetensors.
+    ``layers``: MiniLM's lowest. ``out``: where the final adapters go, as safetensors.
     """
 
     clients: int = 8
@@ -26,11 +32,11 @@ class Setting:
     batch: int = 16
     length: int = 64
     rank: int = 8
+    layers: int = LAYERS
     lr: float = 3e-3
     dropout: float = 0.0
     precision: str = "auto"
     attention: str = "auto"
-    threads: int = 0
     cohort: int | str = "auto"
     method: str = "lora"
     targets: str = "query|value"
@@ -38,16 +44,28 @@ class Setting:
 
     def tree(self) -> dict[str, Any]:
         """Return the settings as fedpeft takes them."""
+        own = {field.name for field in fields(METHODS[self.method])}  # type: ignore[arg-type]
+        given = {"targets": self.targets, "rank": self.rank}
         return {
-            "model": {"name": "minilm", "max_length": self.length, "dropout": self.dropout},
-            "machine": {"precision": self.precision, "attention": self.attention, "threads": self.threads},
+            "model": {"name": self.model(), "max_length": self.length, "dropout": self.dropout},
+            "machine": {"precision": self.precision, "attention": self.attention},
             "partition": {"kind": "dirichlet", "alpha": 1.0, "clients": self.clients},
             "federation": {"rounds": self.rounds, "clients_per_round": self.clients},
             "training": {"lr": self.lr, "steps": self.steps, "batch_size": self.batch},
-            "method": {"name": self.method, "targets": self.targets, "rank": self.rank},
+            "method": {"name": self.method, **{name: value for name, value in given.items() if name in own}},
             "engine": {"cohort": self.cohort},
             "evaluation": {"limit": 500},
         }
+
+    def model(self) -> str:
+        """Return MiniLM, or a folder with its lowest layers, made where it is missing."""
+        if self.layers == LAYERS:
+            return "minilm"
+        folder = Path("benchmarks/results") / f"minilm-{self.layers}"
+        if not (folder / "config.json").exists():
+            AutoTokenizer.from_pretrained(locate("minilm")).save_pretrained(folder)
+            AutoModel.from_pretrained(locate("minilm"), num_hidden_layers=self.layers).save_pretrained(folder)
+        return str(folder)
 
     def assembly(self, hardware: Hardware | None = None) -> Assembly:
         """Return the federation, ready to run."""
@@ -61,16 +79,20 @@ class Setting:
             {
                 "texts": [train.texts[row] for row in rows.tolist()],
                 "labels": [labels.index(train.labels[row]) for row in rows.tolist()],
-                "rounds": [plan(len(rows), whole.config.training, 0, client, number) for number in range(self.rounds)],
+                "rounds": [batches(whole, client, number) for number in range(self.rounds)],
             }
             for client, rows in enumerate(whole.partition.train)
         ]
         test = {"ids": [ids.tolist() for ids in whole.scored.ids], "labels": whole.scored.labels.tolist()}
         content = {"labels": list(labels), "clients": clients, "test": test, "setting": asdict(self)}
         (folder / "federation.json").write_text(json.dumps(content))
-        save_file(
-            {name: tensor.contiguous() for name, tensor in whole.first_state().shared.items()}, folder / "first.safetensors"
-        )
+        first = {name: tensor.contiguous() for name, tensor in whole.first_state().shared.items()}
+        save_file(first, folder / "first.safetensors")
+
+
+def batches(whole: Assembly, client: int, number: int = 0) -> list[list[int]]:
+    """Return the rows of every step of one client in one round."""
+    return plan(len(whole.worker.holdings[client].train), whole.config.training, whole.config.seed, client, number)
 
 
 def quick(setting: Setting) -> Setting:

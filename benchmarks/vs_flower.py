@@ -7,6 +7,7 @@ python -m benchmarks.vs_flower --quick    # one small run of everything
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from benchmarks.setting import Setting, quick
 def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:
     """Return seconds per steady round and client step, seconds from the start to the end of round 1, and the accuracy."""
     ends = found["ends"]
-    steady = median([b - a for a, b in zip(ends, ends[1:], strict=False)])
+    steady = median(b - a for a, b in pairwise(ends))
     steps = setting.clients * setting.steps
     return {"round": steady, "step": steady / steps, "start": ends[0] - found["began"], "accuracy": found["accuracy"]}
 

@@ -52,6 +52,10 @@ class Activations:
         self._lowest = 0
         self._kept: dict[int, Sequence[Tensor]] = {}
 
+    def keeps(self, client: int) -> bool:
+        """Return whether the states of ``client`` are kept."""
+        return client in self._clients
+
     def learn(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
         """Find out, once, how ``model`` is built; nothing is mounted on it yet."""
         if self._clients and self._chain is None:

@@ -15,7 +15,7 @@ from fedpeft import data, engines
 from fedpeft.activations import Activations, fitting
 from fedpeft.choices import DataChoice
 from fedpeft.client import Holding, Worker
-from fedpeft.cohorts import widest
+from fedpeft.cohorts import apart, widest
 from fedpeft.config import Config
 from fedpeft.hardware import Hardware, resolve, use
 from fedpeft.ledger import RunRow
@@ -67,7 +67,6 @@ class Assembly:
     def run_row(self) -> RunRow:
         """Return the first row of the ledger."""
         config = self.config
-        split = self.dataset.test if config.evaluation.split == "test" else self.dataset.validation
         return RunRow(
             name=config.name,
             method=config.label or str(config.method["name"]),
@@ -79,7 +78,9 @@ class Assembly:
             clients_per_round=min(config.federation.clients_per_round, len(self.partition.train)),
             rounds=config.federation.rounds,
             reference=config.reference,
-            majority=self.dataset.majority(split),
+            majority=self.dataset.majority([self.task.labels[i] for i in self.scored.labels.tolist()]),
+            model_digest=self.loaded.digest,
+            partition_digest=self.partition.digest(),
             settings=json.loads(config.to_json()),
             resolved={**self.hardware.describe(), "processor": platform.processor() or platform.machine()},
             versions={name: version(name) for name in ("fedpeft", "torch", "transformers")},
@@ -129,11 +130,16 @@ def _cohort_settings(config: Config) -> tuple[object, ...]:
 
 
 def _with_cohort(whole: Assembly) -> Assembly:
-    """Return ``whole`` with the number of clients that train side by side."""
-    engine, count = whole.config.engine, whole.config.federation.clients_per_round
-    if engine.kind != "local":
-        return whole
-    size = widest(whole.worker, whole.loaded.base, whole.clients, count) if engine.cohort == "auto" else engine.cohort
+    """Return ``whole`` with the number of clients that train side by side.
+
+    One, where the base has dropout, as every client has a random stream of its own, or mixes the rows of a batch.
+    """
+    config, base = whole.config, whole.loaded.base
+    size = 1 if config.engine.cohort == "auto" else config.engine.cohort
+    if config.engine.kind != "local" or config.model.dropout > 0 or not apart(whole.worker, base):
+        size = 1
+    elif config.engine.cohort == "auto":
+        size = widest(whole.worker, base, whole.clients, config.federation.clients_per_round)
     hardware = replace(whole.hardware, cohort=size)
     return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
 
@@ -145,9 +151,9 @@ def _kept(config: Config, holdings: Mapping[int, Holding], loaded: Loaded, hardw
     total = sum(len(own) for own in texts.values())
     own_texts = training.steps * training.batch_size if training.steps else training.epochs * total / len(texts)
     visits = federation.rounds * federation.clients_per_round * own_texts / total
-    if config.model.dropout > 0 or visits < WORTH:
+    width = getattr(loaded.model.config, "hidden_size", None)
+    if config.model.dropout > 0 or visits < WORTH or width is None:
         return Activations()
-    width: int = loaded.model.config.hidden_size  # type: ignore[union-attr, assignment]  # every transformers model has it
     size = width * (2 if hardware.precision == "bf16" else 4)
     return Activations(fitting(texts, size, 10**6 * config.machine.cache), hardware.rows)
 

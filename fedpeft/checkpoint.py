@@ -70,7 +70,7 @@ def save(folder: Path, state: State, memories: Memories, ledger: int, config: st
         name = f"client-{client}-{version:06d}.memory"
         memory = memories.get(client, version)
         files[name] = digest(memory).hex()
-        if not (folder / name).exists():
+        if version >= state.round - 1 or not (folder / name).exists():  # what a crash left of this round is not trusted
             write(folder / name, memory)
     content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
@@ -129,13 +129,13 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make the names in ``folder`` durable, where the system lets a folder be opened."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

@@ -68,8 +68,9 @@ class EvaluationChoice:
 class EngineChoice:
     """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation.
 
-    ``cohort``: how many clients train side by side in this process where the method can; ``auto`` finds out once, by
-    trying. Equality to the bit holds between runs with the same cohort.
+    ``cohort``: how many clients train side by side in this process where method and model can; ``auto`` finds out once,
+    by trying. With dropout in the base it is 1, as every client has a random stream of its own. Equality to the bit holds
+    between runs with the same cohort.
     """
 
     kind: Literal["local", "flower"] = "local"

@@ -88,7 +88,7 @@ def compare(
     from fedpeft.report import check
 
     check(target, bandwidth)
-    extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
+    extra = [f"compare.methods={_names(methods)!r}"] if methods else []
     extra += [f"compare.seeds=[{seeds}]"] if seeds else []
     planned = plan(_tree(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
@@ -117,7 +117,7 @@ def sweep(
     """Try values of fields, scored on the validation split."""
     from fedpeft.compare import grid, play
 
-    extra = [f"compare.methods={methods.split(',')!r}"] if methods else []
+    extra = [f"compare.methods={_names(methods)!r}"] if methods else []
     planned = grid(_tree(config, [*extra, *settings]), _values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     with progress_bars(out) as watch:
@@ -196,6 +196,10 @@ def _tree(path: Path, settings: Sequence[str]) -> dict[str, Any]:
     from fedpeft.config import merge, parse_set, read
 
     return merge(read(path), *(parse_set(assignment) for assignment in settings))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _values(assignments: Sequence[str]) -> dict[str, list[Any]]:

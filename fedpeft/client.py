@@ -78,7 +78,7 @@ class Worker:
                     self.model,
                     local,
                     self.task,
-                    [self._with_states(clients[k], shares[k]) for k in order],
+                    self._with_states([clients[k] for k in order], [shares[k] for k in order]),
                     self.training,
                     self.head,
                     self.hardware,
@@ -95,7 +95,7 @@ class Worker:
                 steps=len(shares[k].steps),
                 trained=trained,
                 loss=float(losses[row]),
-                seconds=meter.seconds,
+                seconds=meter.seconds * len(shares[k].steps) / sum(len(share.steps) for share in shares),
                 peak_memory=meter.peak_memory,
                 shared_by=len(clients),
                 memory=number if stays else asked[k].memory,
@@ -129,8 +129,15 @@ class Worker:
         examples = self.holdings[client].train
         return Share(examples, plan(len(examples), self.training, self.seed, client, number))
 
-    def _with_states(self, client: int, share: Share) -> Share:
-        return replace(share, states=self.activations.of(client, self.model, self._forward, share.examples))
+    def _with_states(self, clients: Sequence[int], shares: Sequence[Share]) -> list[Share]:
+        """Return the shares with what is known of their examples, if it is of all: a part begins at one block."""
+        if not all(self.activations.keeps(client) for client in clients):
+            return list(shares)
+        states = (
+            self.activations.of(client, self.model, self._forward, share.examples)
+            for client, share in zip(clients, shares, strict=True)
+        )
+        return [replace(share, states=own) for share, own in zip(shares, states, strict=True)]
 
     def _forward(self, texts: Encoded) -> None:
         with self.hardware.computing(self.model), self.hardware.autocast():
@@ -138,13 +145,12 @@ class Worker:
 
     def _stack(self, payloads: Sequence[Payload]) -> dict[str, Tensor]:
         """Return K payloads as one with a client axis, on the worker's device; unequal names or shapes raise WireError."""
+        names = sorted(set().union(*payloads))
         try:
-            return {
-                name: _stacked([payload[name] for payload in payloads]).to(self.hardware.torch_device)
-                for name in sorted(set().union(*payloads))
-            }
+            stacks = {name: _stacked([payload[name] for payload in payloads]) for name in names}
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the messages of one cohort differ in names or shapes: {error}") from error
+        return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -8,8 +8,10 @@ from typing import Final
 
 import torch
 
-from fedpeft.client import Worker
+from fedpeft.activations import Activations
+from fedpeft.client import Holding, Worker
 from fedpeft.methods.lora import LoRA
+from fedpeft.tasks import Encoded
 from fedpeft.types import Base, Client, NotStackable
 from fedpeft.wire import Answer, Kind, Request
 
@@ -26,9 +28,7 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
 
     LoRA is the yardstick of model and machine; what a method cannot carry, the engine finds out when it tries.
     """
-    yardstick = LoRA(targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values())))
-    trial = replace(worker, method=yardstick, training=replace(worker.training, steps=1))
-    request = Request(Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared).encode()
+    trial, request = _trial(worker, base)
     most = sorted(clients, key=lambda client: client.examples, reverse=True)[:count]  # full batches first
 
     def seconds(size: int) -> tuple[float, int]:
@@ -49,6 +49,31 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
         if took > PATIENCE or 2 * peak > SHARE * _memory(worker.hardware.torch_device):
             break
     return chosen
+
+
+def apart(worker: Worker, base: Base) -> bool:
+    """Return whether the model keeps the rows of a batch apart in every dense layer, as side by side they must be.
+
+    Told from the number of rows that the layers see, for a batch whose texts have another length than it has rows: a
+    model may turn (rows, length) round inside, or feed a layer with rows of its own.
+    """
+    trial, request = _trial(worker, base)
+    tokens = next(ids for holding in worker.holdings.values() for ids in holding.train.ids)
+    own = Encoded([tokens.repeat(5)[:5]] * 3, torch.zeros(3, dtype=torch.int64))
+    first = next(iter(worker.holdings))
+    trial = replace(trial, holdings={first: Holding(own, own)})
+    try:
+        trial.handle([first] * 2, [request] * 2, [b""] * 2)
+    except NotStackable:
+        return False
+    return True
+
+
+def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
+    """Return a worker that takes one step with LoRA on every dense layer, and its request."""
+    yardstick = LoRA(targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values())))
+    request = Request(Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared).encode()
+    return replace(worker, method=yardstick, training=replace(worker.training, steps=1), activations=Activations()), request
 
 
 def sizes(count: int) -> list[int]:

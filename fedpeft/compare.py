@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -31,7 +31,7 @@ class Planned:
 def plan(tree: Tree) -> list[Planned]:
     """Return the runs of a comparison: methods, then references, for every seed; all settings are checked here."""
     return [
-        Planned(label, from_tree(merge(settings, {"label": label, "seed": seed})))
+        Planned(label, _alone(merge(settings, {"label": label, "seed": seed})))
         for seed in from_tree(tree).compare.seeds
         for label, settings in _rows(tree)
     ]
@@ -49,8 +49,13 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
             name = " ".join([*filter(None, [label]), *(f"{key}={value}" for key, value in pairs.items())])
             overrides = [nested(key, value) for key, value in pairs.items()]
             scored = {"label": name, "evaluation": {"split": "validation"}}
-            planned.append(Planned(name, from_tree(merge(settings, *overrides, scored))))
+            planned.append(Planned(name, _alone(merge(settings, *overrides, scored))))
     return planned
+
+
+def _alone(tree: Tree) -> Config:
+    """Return the settings of one run, which do not depend on what it is compared with."""
+    return replace(from_tree(tree), compare=CompareChoice())
 
 
 def play(
@@ -67,24 +72,11 @@ def play(
     ``go_on`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
     anything starts. ``say`` is told of a damaged checkpoint that is passed over.
     """
-    if not go_on:
-        for run in runs:
-            refuse_existing(run.folder(root), overwrite)
-    assembly: Assembly | None = None
-    fitting: set[str] = set()
-    for run in runs:
-        if not (go_on and (run.folder(root) / CONFIG).exists()):
-            assembly = assemble(run.config, like=assembly)
-            if run.label not in fitting:
-                assembly.first_state()  # a method that does not fit the model is found out before any is trained
-                fitting.add(run.label)
+    assembly = _at_the_door(runs, root, overwrite=overwrite, go_on=go_on)
     for run in runs:
         folder = run.folder(root)
         if go_on and (folder / CONFIG).exists():
-            found, _, _ = read_settings(folder)
-            if found != run.config:
-                raise BadInput(f"{folder}: was made with other settings; give --overwrite, or another name")
-            if not finished(folder, found):
+            if not finished(folder, run.config):
                 resume(folder, like=assembly, watch=watch(run), say=say)
         else:
             assembly = assemble(run.config, like=assembly)
@@ -92,9 +84,33 @@ def play(
     return [run.folder(root) for run in runs]
 
 
+def _at_the_door(runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on: bool) -> Assembly | None:
+    """Raise BadInput for what would stop any of ``runs`` after others have trained; return the last that was assembled."""
+    assembly: Assembly | None = None
+    fitting: set[str] = set()
+    for run in runs:
+        folder = run.folder(root)
+        if go_on and (folder / CONFIG).exists():
+            if read_settings(folder)[0] != run.config:
+                raise BadInput(f"{folder}: was made with other settings; remove it, or choose another name")
+            continue
+        refuse_existing(folder, overwrite or go_on)
+    for run in runs:
+        if go_on and (run.folder(root) / CONFIG).exists():
+            continue
+        assembly = assemble(run.config, like=assembly)
+        if run.label not in fitting:
+            assembly.first_state()  # fails where the method does not fit the model
+            fitting.add(run.label)
+    return assembly
+
+
 def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     """Return the rows of a comparison, methods then references, with the settings of each."""
     choice = from_tree(tree).compare
+    for what, given in (("methods", choice.methods), ("references", choice.references), ("seeds", choice.seeds)):
+        if len(set(given)) < len(given) or not (given or what == "references"):
+            raise BadInput(f"compare.{what} = {list(given)}: name at least one, and each once")
     rows = [(name, _playing(tree, choice, name)) for name in choice.methods]
     rows += [(reference, _reference(tree, choice, reference)) for reference in choice.references]
     labels = [label for label, _ in rows]

@@ -87,16 +87,16 @@ class _Talk:
     rows: list[ClientRow] = field(default_factory=list)
     memories: dict[int, int] = field(default_factory=dict)
     count: int = 0
-    _sent: dict[int, int] = field(default_factory=dict)
-    _expected: dict[int, Payload] = field(default_factory=dict)
+    _sent: dict[int, tuple[int, Payload]] = field(default_factory=dict)  # of those under way: bytes down, what is due
     _encoded: tuple[Payload, int, bytes] | None = None
 
     def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
         """Yield the usable replies of ``asked``, in their order, and take down every client's row."""
         for outcome in in_order(asked, self.engine.exchange(asked, self._request)):
-            client, down = outcome.client, self._sent.get(outcome.client.id, 0)
+            client = outcome.client
+            down, expected = self._sent.pop(client.id, (0, {}))
             try:
-                answer = self._usable(outcome)
+                answer = self._usable(outcome, expected)
             except WireError as error:
                 self.rows.append(ClientRow(self.number, client.id, down, len(outcome.blob), lost=str(error)))
                 continue
@@ -120,13 +120,13 @@ class _Talk:
                 self.memories[client.id] = answer.memory
             yield Update(client, answer.examples, answer.payload)
 
-    def _usable(self, outcome: Reply | Lost) -> Answer:
+    def _usable(self, outcome: Reply | Lost, expected: Payload) -> Answer:
         match outcome:
             case Lost(_, reason):
                 raise WireError(reason)
-            case Reply(client, blob):
+            case Reply(_, blob):
                 answer = Answer.decode(blob)
-                check(answer, self.number, self._expected[client.id])
+                check(answer, self.number, expected)
                 return answer
 
     def _request(self, client: Client) -> bytes:
@@ -134,8 +134,7 @@ class _Talk:
         if self._encoded is None or self._encoded[0] is not down or self._encoded[1] != client.memory:
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
             self._encoded = (down, client.memory, blob)  # many clients get the very same
-        self._sent[client.id] = len(self._encoded[2])
-        self._expected[client.id] = self.method.expects(self.state, down)
+        self._sent[client.id] = len(self._encoded[2]), self.method.expects(self.state, down)
         return self._encoded[2]
 
 

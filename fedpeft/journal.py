@@ -68,6 +68,7 @@ class Journal:
             undo.push(self)
             self.record(assembly.run_row())
             self.save(begin.state)
+            checkpoint.sync(folder)
             undo.pop_all()
 
     def record(self, row: Row) -> None:

@@ -106,8 +106,11 @@ def _check_padding(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> Non
         tokenizer.pad_token = tokenizer.eos_token
     config: Any = model.config
     config.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(config, "max_position_embeddings", None)
-    longest = min(longest or tokenizer.model_max_length, tokenizer.model_max_length)
+    longest = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            longest -= module.padding_idx + 1  # RoBERTa counts positions from there
+    longest = min(longest, tokenizer.model_max_length)
     if choice.max_length > longest:
         raise BadInput(f"model.max_length = {choice.max_length}: {choice.name} takes at most {longest} tokens")
 

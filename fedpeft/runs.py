@@ -13,6 +13,7 @@ from fedpeft.checkpoint import Checkpoint
 from fedpeft.client import Worker
 from fedpeft.config import Config, from_json
 from fedpeft.engines import Site, launch
+from fedpeft.evaluation import WHOLE
 from fedpeft.federation import federate, sample
 from fedpeft.hardware import Hardware
 from fedpeft.journal import CHECKPOINTS, Journal, Watch, settings_digest
@@ -63,7 +64,13 @@ def resume(
     config, hardware, _ = read_settings(folder)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say)
     assembly = assemble(config, hardware, like)
-    _check_data(folder, assembly)
+    _check_same(folder, assembly)
+    method = assembly.method
+    if found and config.engine.kind != "local" and not method.expects(found.state, method.send(found.state, WHOLE)):
+        raise BadInput(
+            f"{folder}: what method {config.method['name']!r} trains is kept by the clients of engine "
+            f"{config.engine.kind!r} alone, and they are gone; start again with --overwrite"
+        )
     return _play(assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), watch)
 
 
@@ -83,16 +90,25 @@ def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
     return content(CONFIG, from_json), hardware, content(LABELS, lambda text: tuple(json.loads(text)))
 
 
-def _check_data(folder: Path, assembly: Assembly) -> None:
-    """Raise BadInput where the texts are not those that the run was started on."""
+def _check_same(folder: Path, assembly: Assembly) -> None:
+    """Raise BadInput where texts, weights or partition are not those that the run was started on."""
+    first = begun(folder)
+    for what, given, now in (
+        ("the texts", first and first.data_digest, assembly.dataset.digest()),
+        ("the weights of the model", first and first.model_digest, assembly.loaded.digest),
+        ("the partition", first and first.partition_digest, assembly.partition.digest()),
+    ):
+        if given and given != now:
+            raise BadInput(
+                f"{folder}: {what} had digest {given} when the run was started, and now {now}; "
+                "bring back what it was started on, or start again with --overwrite"
+            )
+
+
+def begun(folder: Path) -> RunRow | None:
+    """Return the first row of a run's ledger; None where the run ended before it was written."""
     rows = read(folder / FILE) if (folder / FILE).exists() else []
-    for row in rows[:1]:
-        match row:
-            case RunRow(data_digest=digest) if digest != assembly.dataset.digest():
-                raise BadInput(
-                    f"{folder}: was started on data {digest}, which is now {assembly.dataset.digest()}; "
-                    "bring back the data, or start again with --overwrite"
-                )
+    return rows[0] if rows and isinstance(rows[0], RunRow) else None
 
 
 def finished(folder: Path, config: Config) -> bool:

@@ -14,7 +14,7 @@ from fedpeft.evaluation import WHOLE, held
 from fedpeft.hardware import Hardware, use
 from fedpeft.journal import CHECKPOINTS, settings_digest
 from fedpeft.models import Loaded, load
-from fedpeft.runs import read_settings
+from fedpeft.runs import begun, read_settings
 from fedpeft.tasks import Classification
 from fedpeft.types import BadInput, LocalTask, Method, State
 
@@ -73,5 +73,11 @@ def open_run(folder: Path | str, say: Callable[[str], None] = lambda _: None) ->
         )
     use(hardware)
     loaded = load(config.model, labels, hardware, config.seed)
+    first = begun(folder)
+    if first and first.model_digest != loaded.digest:
+        raise BadInput(
+            f"{folder}: the weights of {config.model.name} had digest {first.model_digest} when the run was started, and now "
+            f"{loaded.digest}; bring back those it was trained on"
+        )
     task = Classification(labels, loaded.tokenizer, config.model.max_length)
     return Trained(config, hardware, loaded, task, method, found.state)

@@ -85,7 +85,8 @@ def fit(
             for parameter in local.trainable.values():
                 parameter.grad = None
             for part in parts([(share, share.steps[step]) for share in shares[active]], hardware.rows):
-                with activations.begun(part.states), rows_of(part.owners, len(part.examples)), hardware.autocast():
+                owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
+                with activations.begun(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
                     each = task.losses(model, task.collate(part.examples, device))
                 weighted = each * part.weights.to(device)
                 torch.autograd.backward(weighted.sum())

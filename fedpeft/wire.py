@@ -1,15 +1,13 @@
 """Messages as bytes: a 16-byte content digest, then a safetensors file without metadata, so equal shapes give equal lengths."""
 
-import json
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import sha256
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
+from fedpeft import codec
 from fedpeft.types import NEVER, Payload, WireError
 
 DIGEST = 16
@@ -29,37 +27,28 @@ class Kind(IntEnum):
     EVALUATE = 1
 
 
-def digest(content: bytes) -> bytes:
+def digest(content: bytes | memoryview) -> bytes:
     """Return the first 16 bytes of the SHA-256 of ``content``."""
     return sha256(content).digest()[:DIGEST]
 
 
 def encode(payload: Payload) -> bytes:
     """Return ``payload`` as bytes; equal names, shapes and dtypes give equal lengths."""
-    body = save({name: tensor.detach().cpu().contiguous() for name, tensor in _apart(payload).items()})
-    return digest(body) + body
-
-
-def _apart(payload: Payload) -> Payload:
-    """Return ``payload`` with a copy of every tensor whose storage an earlier one has, which safetensors would refuse."""
-    storages: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in payload.items():
-        storage = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    return apart
+    body = codec.buffers(payload)
+    whole = sha256()
+    for part in body:
+        whole.update(part)
+    return b"".join([whole.digest()[:DIGEST], *body])
 
 
 def decode(blob: bytes) -> dict[str, Tensor]:
-    """Return the payload that ``encode`` turned into ``blob``; anything else raises WireError."""
-    body = blob[DIGEST:]
-    if digest(body) != blob[:DIGEST]:
+    """Return the payload that ``encode`` turned into ``blob``, in order of names; anything else raises WireError.
+
+    The tensors share one copy of the message.
+    """
+    if digest(memoryview(blob)[DIGEST:]) != blob[:DIGEST]:
         raise WireError(f"damaged message: {len(blob)} bytes do not match their digest")
-    try:
-        return dict(sorted(load(body).items()))  # safetensors gives no order, and sums over tensors depend on it
-    except SafetensorError as error:
-        raise WireError(f"not a safetensors message: {error}") from error
+    return codec.tensors(bytearray(blob), DIGEST)
 
 
 def form(blob: bytes) -> Form:
@@ -68,20 +57,15 @@ def form(blob: bytes) -> Form:
     Whole numbers are the 0-d int64 tensors of the payload, such as a seed; of an empty ``blob`` the form is empty. A
     message without a header raises WireError.
     """
-    if not blob:
-        return ()
-    try:
-        begin = DIGEST + 8
-        end = begin + int.from_bytes(blob[DIGEST:begin], "little")
-        header = json.loads(blob[begin:end])
-        parts = []
-        for name, about in header.items():
-            first, last = about["data_offsets"]
-            whole = about["dtype"] == "I64" and not about["shape"] and not name.startswith("@")
-            parts.append((name, about["dtype"], tuple(about["shape"]), blob[end + first : end + last] if whole else b""))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise WireError(f"not a safetensors message: {error}") from error
-    return tuple(sorted(parts))
+    body = memoryview(blob)[DIGEST:]
+    return tuple(
+        (name, place.format, place.shape, bytes(body[place.start : place.stop]) if _is_whole(name, place) else b"")
+        for name, place in sorted(codec.places(body).items() if blob else ())
+    )
+
+
+def _is_whole(name: str, place: codec.Place) -> bool:
+    return (place.format, place.shape) == ("I64", ()) and not name.startswith("@")
 
 
 @dataclass(frozen=True)
@@ -130,7 +114,8 @@ class Answer:
     """What a client says back: the payload and, measured where it trained, the figures for the ledger.
 
     ``examples``, ``steps``, ``trained`` (parameters), ``loss`` (mean over the steps), ``seconds`` of wall time,
-    ``peak_memory`` in bytes; ``shared_by``: how many clients trained side by side and so share seconds and memory;
+    ``peak_memory`` in bytes; ``shared_by``: how many clients trained side by side: ``seconds`` is the client's share of
+    what they took, by steps, and ``peak_memory`` that of all at once;
     ``memory``: the version of the memory that the client holds now.
     """
 

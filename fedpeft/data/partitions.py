@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,13 @@ class Partition:
     train: tuple[Indices, ...]
     test: tuple[Indices, ...]
     names: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Return 16 hex digits of the SHA-256 of who holds what: equal digests mean equal partitions, under any names."""
+        whole = sha256()
+        for rows in (*self.train, *self.test):
+            whole.update(len(rows).to_bytes(8, "little") + np.ascontiguousarray(rows, dtype="<i8").tobytes())
+        return whole.hexdigest()[:16]
 
 
 def iid(dataset: Dataset, clients: int, seed: int) -> Partition:

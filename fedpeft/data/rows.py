@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -49,10 +49,10 @@ class Dataset:
         splits = [[split.texts, split.labels, split.keys] for split in (self.train, self.validation, self.test)]
         return sha256(json.dumps(splits).encode()).hexdigest()[:16]
 
-    def majority(self, split: Rows) -> float:
-        """Return the accuracy on a non-empty ``split`` of always saying train's commonest label (first of equals)."""
+    def majority(self, labels: Sequence[str]) -> float:
+        """Return the accuracy on one or more texts with ``labels`` of always saying train's commonest (first of equals)."""
         counts = Counter(self.train.labels)
-        return split.labels.count(max(self.labels, key=counts.__getitem__)) / len(split)
+        return labels.count(max(self.labels, key=counts.__getitem__)) / len(labels)
 
 
 def stratified(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

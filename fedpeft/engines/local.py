@@ -29,21 +29,23 @@ class Asked:
 class LocalEngine:
     """Lets ``worker`` play every client; ``memories`` is what the clients keep.
 
-    ``cohort``: how many clients train side by side, if their requests and memories have the same form.
+    ``cohort``: how many clients train side by side, if their requests and memories have the same form. ``single``: forms
+    of which it was found out that they cannot.
     """
 
     worker: Worker
     memories: Memories = field(default_factory=Memories)
     cohort: int = 1
+    single: set[Forms] = field(default_factory=set)
 
     def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
         """Ask the clients, cohort by cohort; a request that a client refuses makes it lost.
 
-        At most ``cohort`` requests of every form are held back until there are enough for a cohort.
+        Requests are held back until there are enough of one form for a cohort, but not past twice as many clients.
         """
         waiting: dict[Forms, list[Asked]] = {}
-        single: set[Forms] = set()
-        for client in clients:
+        since: dict[Forms, int] = {}
+        for number, client in enumerate(clients):
             blob = request(client)
             try:
                 asked = Asked(client, blob, self.memories.get(client.id, client.memory))
@@ -51,15 +53,17 @@ class LocalEngine:
             except WireError as error:
                 yield Lost(client, str(error))
                 continue
-            group = waiting.setdefault(kind, [])
-            group.append(asked)
-            if len(group) >= (1 if kind in single else self.cohort):
-                yield from self._play(waiting.pop(kind), kind, single)
+            waiting.setdefault(kind, []).append(asked)
+            since.setdefault(kind, number)
+            full = {kind} if len(waiting[kind]) >= (1 if kind in self.single else self.cohort) else set[Forms]()
+            for due in full | {old for old, first in since.items() if number - first >= 2 * self.cohort}:
+                del since[due]
+                yield from self._play(waiting.pop(due), due)
         for kind, group in waiting.items():
-            yield from self._play(group, kind, single)
+            yield from self._play(group, kind)
 
-    def _play(self, group: Sequence[Asked], kind: Forms, single: set[Forms]) -> Iterator[Reply | Lost]:
-        """Let ``group`` train side by side; one by one where that cannot be, and then add ``kind`` to ``single``."""
+    def _play(self, group: Sequence[Asked], kind: Forms) -> Iterator[Reply | Lost]:
+        """Let ``group`` train side by side; one by one where that cannot be, and where it never can be, remember that."""
         try:
             found = self.worker.handle(
                 [asked.client.id for asked in group], [asked.request for asked in group], [asked.memory for asked in group]
@@ -69,9 +73,9 @@ class LocalEngine:
                 yield Lost(group[0].client, str(error))
                 return
             if isinstance(error, NotStackable):
-                single.add(kind)
+                self.single.add(kind)
             for asked in group:
-                yield from self._play([asked], kind, single)
+                yield from self._play([asked], kind)
             return
         for asked, (answer, kept) in zip(group, found, strict=True):
             if kept:

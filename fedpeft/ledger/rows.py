@@ -10,7 +10,8 @@ from typing import ClassVar
 class RunRow:
     """The first row of a ledger: what was run on what.
 
-    ``majority``: accuracy of always saying the commonest label. ``reference``: a yardstick (all data in one place, no
+    The digests are those of the texts, of the pre-trained weights and of who holds what. ``majority``: accuracy of always
+    saying the commonest label, on the texts that are scored. ``reference``: a yardstick (all data in one place, no
     exchange) whose bytes are no real traffic.
     """
 
@@ -21,6 +22,8 @@ class RunRow:
     model: str
     data: str
     data_digest: str
+    model_digest: str
+    partition_digest: str
     clients: int
     clients_per_round: int
     rounds: int
@@ -35,8 +38,9 @@ class RunRow:
 class ClientRow:
     """One client in one round, measured. ``down`` and ``up`` are bytes, ``seconds`` its training time, ``peak_memory`` bytes.
 
-    ``shared_by``: how many clients trained side by side, so how many share ``seconds`` and ``peak_memory``.
-    ``lost``: why its reply was not used; the measured fields are then 0.
+    ``shared_by``: how many clients trained side by side; ``seconds`` is then the client's share, by steps, of the time
+    that all took, and ``peak_memory`` that of all at once. ``lost``: why its reply was not used; of a reply that came and
+    could not be read all measured fields are 0.
     """
 
     kind: ClassVar[str] = "client"

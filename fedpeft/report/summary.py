@@ -64,7 +64,7 @@ class Summary:
 
     ``curve``: the evaluations on ``split``, the split of the last evaluation. ``cost``: of the whole run; ``down`` and
     ``up`` are its bytes. ``rounds``: rounds done. ``steps``: local steps of all clients. ``seconds``: mean per client
-    and round, a cohort's time divided by its size. ``peak_memory``: bytes, the largest of any reply; ``side_by_side``:
+    and round. ``peak_memory``: bytes, the largest of any reply; ``side_by_side``:
     the largest cohort that shared one. ``trained_first``, ``trained_last``: parameters trained by the largest client of
     the first and of the last round that got replies. ``lost``: how many replies for which reason.
     """
@@ -130,17 +130,13 @@ def summarise(folder: Path) -> Summary:
         up=sum(row.up for row in asked),
         rounds=max(len({row.round for row in asked}), evaluations[-1].round if evaluations else 0),
         steps=sum(row.steps for row in replies),
-        seconds=fmean(_seconds(row) for row in replies) if replies else None,
+        seconds=fmean(row.seconds for row in replies) if replies else None,
         peak_memory=max((row.peak_memory for row in replies), default=None),
         side_by_side=max((row.shared_by for row in replies), default=1),
         trained_first=trained[0] if trained else None,
         trained_last=trained[-1] if trained else None,
         lost=Counter(row.lost for row in asked if row.lost is not None),
     )
-
-
-def _seconds(row: ClientRow) -> float:
-    return row.seconds / row.shared_by
 
 
 def _trained(replies: Sequence[ClientRow]) -> list[int]:
@@ -156,7 +152,7 @@ def _cost(asked: Sequence[ClientRow]) -> Cost:
     slowest_seconds: dict[int, float] = {}
     for row in asked:
         slowest_bytes[row.round] = max(slowest_bytes.get(row.round, 0), row.down + row.up)
-        slowest_seconds[row.round] = max(slowest_seconds.get(row.round, 0.0), _seconds(row))
+        slowest_seconds[row.round] = max(slowest_seconds.get(row.round, 0.0), row.seconds)
     total = sum(row.down + row.up for row in asked)
     return Cost(total, sum(slowest_bytes.values()), sum(slowest_seconds.values()))
 

@@ -62,7 +62,7 @@ def cohorts(runs: Sequence[Summary]) -> str:
     most = max(run.side_by_side for run in runs)
     if most == 1:
         return ""
-    return f"up to {most} clients trained side by side: seconds are shared out among them, peak MB is that of all at once"
+    return f"up to {most} clients trained side by side: seconds are shared out by steps, peak MB is that of all at once"
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -213,6 +213,6 @@ def test_digest_tells_data_apart_and_ignores_the_name() -> None:
 
 def test_majority_is_what_always_saying_trains_commonest_label_scores() -> None:
     train, test = balanced(["b", "c"], 3), Rows(("", "", "", ""), ("b", "b", "c", "b"))
-    assert Dataset("", train, train, test).majority(test) == 0.75  # of equals, the first
+    assert Dataset("", train, train, test).majority(test.labels) == 0.75  # of equals, the first
     more = train.take([0, 3, 4, 5])
-    assert Dataset("", more, more, test).majority(test) == 0.25
+    assert Dataset("", more, more, test).majority(test.labels) == 0.25

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow, measured, meter, read
 from fedpeft.types import BadInput
 
-RUN = RunRow("a", "lora", 3, "minilm", "pydocs", "d1", 20, 4, 10, 0.25, False, {"partition": {"alpha": 0.1}}, {}, {})
+RUN = RunRow(
+    "a", "lora", 3, "minilm", "pydocs", "d1", "w1", "p1", 20, 4, 10, 0.25, False, {"partition": {"alpha": 0.1}}, {}, {}
+)
 TRAINED = ClientRow(round=0, client=7, down=10, up=20, examples=5, steps=2, trained=9, loss=0.1 + 0.2, seconds=1.5)
 LOST = ClientRow(round=0, client=8, down=10, up=0, lost="timed out\nafter 3 s · “x”")
 SCORED = EvaluationRow(round=1, split="test", examples=4, loss=1e-320, accuracy=0.5, macro_f1=1 / 3)
@@ -41,7 +43,7 @@ def test_every_row_comes_back_to_the_bit_and_every_line_is_legal_json(
     path.unlink(missing_ok=True)
     nest = {text: [nested, {"deep": nested, "nan": "nan"}], "$float": "nan", "none": None}
     rows: list[Row] = [
-        RunRow(text, "lora", 0, "m", "d", "x", 1, 1, 1, 0.5, False, nest, {}, {}),
+        RunRow(text, "lora", 0, "m", "d", "x", "w", "p", 1, 1, 1, 0.5, False, nest, {}, {}),
         ClientRow(round=0, client=0, down=1, up=1, loss=loss, lost=text),
         EvaluationRow(round=1, split="test", examples=1, loss=-loss, accuracy=0.0, macro_f1=0.0),
     ]

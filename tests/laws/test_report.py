@@ -33,6 +33,8 @@ def opening(method: str, seed: int = 0, rounds: int = 2, digest: str = "d1") -> 
         "minilm",
         "pydocs",
         digest,
+        "weights",
+        "partition",
         20,
         2,
         rounds,
@@ -86,7 +88,7 @@ ROUNDS: list[Row] = [
     opening("lora"),
     scored(0, 0.1),
     ClientRow(0, 3, down=1 * MB, up=1 * MB, steps=4, trained=100, seconds=2.0, peak_memory=500),
-    ClientRow(0, 5, down=1 * MB, up=3 * MB, steps=6, trained=120, seconds=6.0, peak_memory=700, shared_by=2),
+    ClientRow(0, 5, down=1 * MB, up=3 * MB, steps=6, trained=120, seconds=3.0, peak_memory=700, shared_by=2),
     EvaluationRow(1, "validation", 50, 1.0, 0.9, 0.9),
     scored(1, 0.5),
     ClientRow(1, 5, down=2 * MB, up=1 * MB, steps=4, trained=60, seconds=5.0, peak_memory=600),
@@ -291,7 +293,7 @@ def test_the_cells_of_a_table(tmp_path: Path) -> None:
         "pydocs · minilm · 20 clients, 2 a round · partition alpha 0.1",
         "data digest d1 · 2 rounds · seeds 0 · scored on test",
         "target: accuracy 45.0 % (as asked)",
-        "up to 2 clients trained side by side: seconds are shared out among them, peak MB is that of all at once",
+        "up to 2 clients trained side by side: seconds are shared out by steps, peak MB is that of all at once",
         "lost replies: 1 x timeout",
     } <= set(printed(table))
 

@@ -1,18 +1,20 @@
 """What is decoded is what was encoded, to the bit; what was touched on the way is refused."""
 
+import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedpeft.types import NEVER, WireError
-from fedpeft.wire import DIGEST, Answer, Kind, Request, decode, digest, encode
+from fedpeft.wire import DIGEST, Answer, Kind, Request, decode, digest, encode, form
 from tests.strategies import PAYLOADS, bits
 
 CONFIG = digest(b"a configuration")
@@ -64,6 +66,71 @@ def test_bytes_with_a_true_digest_that_are_no_tensors_are_refused() -> None:
             decode(digest(body) + body)
     with pytest.raises(WireError):
         decode(b"short")
+
+
+@settings(deadline=None)
+@given(PAYLOADS)
+def test_a_message_is_a_safetensors_file_after_its_digest(payload: dict[str, Tensor]) -> None:
+    """Read by the library, and the library's own is read here."""
+    assert known(load(encode(payload)[DIGEST:])) == known(payload)
+    theirs = save({name: tensor.contiguous() for name, tensor in payload.items()})
+    assert known(decode(digest(theirs) + theirs)) == known(payload)
+
+
+def _file(about: object, data: bytes = b"\0" * 16) -> bytes:
+    header = json.dumps(about).encode()
+    body = len(header).to_bytes(8, "little") + header + data
+    return digest(body) + body
+
+
+def _tensor(shape: object = (4,), offsets: object = (0, 16), dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+FORGED: dict[str, object] = {
+    "no tensors for the bytes": {},
+    "a gap": {"a": _tensor((3,), (4, 16))},
+    "bytes left over": {"a": _tensor((3,), (0, 12))},
+    "past the end": {"a": _tensor((8,), (0, 32))},
+    "an overlap": {"a": _tensor(), "b": _tensor((1,), (8, 12))},
+    "a place of another size": {"a": _tensor((3,))},
+    "a negative size": {"a": _tensor((-4,), (0, 16))},
+    "two negative sizes": {"a": _tensor((-2, -2), (0, 16))},
+    "half a size": {"a": _tensor((4.0,), (0, 16))},
+    "an unknown dtype": {"a": _tensor(dtype="F4")},
+    "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
+    "a list for a tensor": {"a": [1]},
+    "metadata": {"__metadata__": {"a": "b"}, "a": _tensor()},
+}
+
+
+@pytest.mark.parametrize("about", FORGED.values(), ids=FORGED)
+def test_a_header_that_does_not_describe_the_bytes_is_refused(about: object) -> None:
+    assert torch.equal(decode(_file({"a": _tensor()}))["a"], torch.zeros(4))
+    with pytest.raises(WireError, match="safetensors"):
+        decode(_file(about))
+    with pytest.raises(WireError, match="safetensors"):
+        form(_file(about))
+
+
+def test_forms_tell_names_dtypes_shapes_and_whole_numbers_apart_but_no_other_values() -> None:
+    payload = {"a": torch.zeros(2, 3), "seed": torch.tensor(5)}
+    same = form(Request(Kind.TRAIN, 3, CONFIG, {"a": torch.ones(2, 3), "seed": torch.tensor(5)}, memory=2).encode())
+    assert form(Request(Kind.TRAIN, 3, CONFIG, payload).encode()) == same
+    changed: list[Mapping[str, Tensor]] = [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.float64)},
+        {"seed": torch.tensor(6)},
+    ]
+    for change in changed:
+        assert form(Request(Kind.TRAIN, 3, CONFIG, {**payload, **change}).encode()) != same
+    assert form(b"") == ()
+
+
+def test_what_the_format_lacks_is_refused_by_name() -> None:
+    with pytest.raises(WireError, match="'a' is torch.complex64"):
+        encode({"a": torch.zeros(1, dtype=torch.complex64)})
 
 
 def test_names_come_in_one_order_every_time() -> None:

@@ -1,0 +1,100 @@
+"""How close a step is to the hardware: FLOPs of real tokens over its time, as a share of the matrix-product peak.
+
+    python -m benchmarks.roofline            # about 3 minutes on 2 cores
+    python -m benchmarks.roofline --quick
+
+A step of LoRA goes through every frozen matrix twice, forward and back, at 2 FLOPs per entry and token; gradients of frozen
+weights are not computed, attention, adapters and head are not counted. The peak is the best matrix product of the model's
+own sizes, timed in the same process and number format. Padding counts for nothing.
+"""
+
+import time
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from benchmarks.common import Figure, report
+from benchmarks.setting import Setting, batches
+from fedpeft.assembly import Assembly
+from fedpeft.engines.local import LocalEngine
+from fedpeft.types import Client, Reply
+from fedpeft.wire import Kind, Request
+
+
+def peak(dtype: torch.dtype, device: torch.device, rows: int = 1024) -> float:
+    """Return the FLOP/s of the best of some matrix products of MiniLM's and larger sizes."""
+    best = 0.0
+    for inner, outer in ((384, 384), (384, 1536), (1536, 384), (1024, 1024)):
+        x, w = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(outer, inner, dtype=dtype, device=device)
+        count = max(1, int(2e9 if device.type == "cpu" else 2e12) // (2 * rows * inner * outer))
+        for _ in range(5):
+            _wait(device)
+            began = time.perf_counter()
+            for _ in range(count):
+                nn.functional.linear(x, w)
+            _wait(device)
+            best = max(best, count * 2 * rows * inner * outer / (time.perf_counter() - began))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(whole: Assembly, count: int) -> float:
+    """Return the wall time of a client step when ``count`` clients are asked at once, messages included."""
+    request = Request(Kind.TRAIN, 0, whole.worker.config, whole.first_state().shared).encode()
+    clients = [Client(number) for number in range(count)]
+    engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
+    began = time.perf_counter()
+    replies = list(engine.exchange(clients, lambda _: request))
+    took = time.perf_counter() - began
+    if not all(isinstance(reply, Reply) for reply in replies):
+        raise SystemExit(f"lost: {replies}")
+    return took / count / (whole.config.training.steps or 1)
+
+
+def flops(whole: Assembly, count: int) -> float:
+    """Return the FLOPs of a client step, the mean over the clients' real tokens."""
+    base = whole.loaded.base
+    frozen = {
+        name: weight for name, weight in base.layers.items() if f"{name}.weight" not in base.head and "pooler" not in name
+    }
+    entries = sum(weight.numel() for weight in frozen.values())
+    steps = [
+        sum(len(whole.worker.holdings[client].train.ids[row]) for row in rows)
+        for client in range(count)
+        for rows in batches(whole, client)
+    ]
+    return 4 * entries * sum(steps) / len(steps)
+
+
+def main(
+    look: Annotated[bool, typer.Option("--quick", help="One repetition.")] = False,
+    repeats: Annotated[int, typer.Option(help="Repetitions.")] = 5,
+) -> None:
+    """Print the share of the peak for one client at a time and for whole cohorts, in every number format there is."""
+    repeats = 1 if look else repeats
+    rows: list[tuple[Any, ...]] = []
+    formats = ("fp32", "bf16")
+    for precision in formats:
+        whole = replace(Setting(), precision=precision).assembly()
+        device, dtype = whole.hardware.torch_device, torch.bfloat16 if precision == "bf16" else torch.float32
+        best = peak(dtype, device)
+        for cohort in sorted({1, 4, 8, whole.hardware.cohort}):
+            hardware = replace(whole.hardware, cohort=cohort)
+            chosen = replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
+            seconds(chosen, 8)
+            took = Figure(tuple(seconds(chosen, 8) for _ in range(repeats)))
+            share = Figure(tuple(flops(chosen, 8) / value / best for value in took.values))
+            rows.append((precision, cohort, took, f"{flops(chosen, 8) / 1e9:.1f}", f"{best / 1e9:.0f}", share))
+    columns = ("format", "cohort", "s per client step", "GFLOP of real tokens", "peak, GFLOP/s", "share of the peak")
+    report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
+
+
+if __name__ == "__main__":
+    typer.run(main)
