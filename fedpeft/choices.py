@@ -77,6 +77,10 @@ class EngineChoice:
     cohort: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
 
 
+Reference = Literal["centralised", "local-only"]
+"""A yardstick: all data in one place, or no exchange at all."""
+
+
 @dataclass(frozen=True)
 class CompareChoice:
     """What ``fedpeft compare`` runs.
@@ -91,6 +95,6 @@ class CompareChoice:
     recipe: Literal["equal", "paper"] = "equal"
     targets: str = "query|value"
     rank: Annotated[int, Ge(1)] = 8
-    references: tuple[Literal["centralised", "local-only"], ...] = ()
+    references: tuple[Reference, ...] = ()
     reference_method: str = "lora"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, final, get_args
 
 from fedpeft.assembly import Assembly, assemble
-from fedpeft.choices import CompareChoice
+from fedpeft.choices import CompareChoice, Reference
 from fedpeft.config import Config, Tree, from_tree, merge, nearest, nested
 from fedpeft.journal import Watch
 from fedpeft.methods import constructors
@@ -114,7 +114,7 @@ def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     rows = [(name, _playing(tree, choice, name)) for name in choice.methods]
     rows += [(reference, _reference(tree, choice, reference)) for reference in choice.references]
     labels = [label for label, _ in rows]
-    for name in choice.settings.keys() - set(labels) - constructors().keys():
+    for name in choice.settings.keys() - set(labels) - constructors().keys() - set(get_args(Reference)):
         raise BadInput(f"unknown key 'compare.settings.{name}'; choose from: {', '.join(labels)}")
     return [(label, merge(settings, choice.settings.get(label, {}))) for label, settings in rows]
 

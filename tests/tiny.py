@@ -6,7 +6,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from fedpeft.client import Holding, Worker
 from fedpeft.engines.local import LocalEngine
@@ -80,6 +80,28 @@ def bert(seed: int = SEED, **changes: Any) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return shaken(BertForSequenceClassification(BertConfig(**{**settings, **changes})), seed)
+
+
+def deberta() -> nn.Module:
+    """Return a frozen DeBERTa classifier for 3 labels, which sends its relative positions through query and key, too."""
+    settings = {
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 24,
+        "num_labels": 3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": "eager",
+        "share_att_key": True,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        return shaken(DebertaV2ForSequenceClassification(DebertaV2Config(**settings)))
 
 
 def base_of(model: nn.Module) -> Base:

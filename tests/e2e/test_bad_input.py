@@ -150,6 +150,9 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "targets that match nothing": (
         ("--methods", "lora", "--set", "compare.targets=qury"), ("targets = 'qury'", "did you mean 'query'")
     ),
+    "no seeds": (("--set", "compare.seeds=[]"), ("compare.seeds = []", "at least one")),
+    "no methods": (("--set", "compare.methods=[]"), ("compare.methods = []", "at least one")),
+    "a method twice": (("--methods", "lora,lora"), ("compare.methods", "each once")),
     "target that is no accuracy": (("--target", "60"), ("target", "60", "0.6")),
     "no bandwidth": (("--bandwidth", "0"), ("bandwidth", "0")),
 }  # fmt: skip

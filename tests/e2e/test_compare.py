@@ -122,6 +122,28 @@ def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
     refused(cli_call(*arguments), "exists", "--overwrite")
 
 
+def test_compare_resume_takes_more_seeds_and_refuses_other_settings_before_anything_is_trained(
+    ground: Ground, runs: Path
+) -> None:
+    arguments = ("compare", ground.config, "--runs", runs, "--methods", "bitfit, lora", *SHORT)
+    assert cli_call(*arguments, "--seeds", "0").code == 0
+    before = (runs / "tiny-compare" / "lora-s0" / "ledger.jsonl").read_bytes()
+    assert cli_call(*arguments, "--seeds", "0,1", "--resume").code == 0
+    assert (runs / "tiny-compare" / "lora-s0" / "ledger.jsonl").read_bytes() == before
+    assert (runs / "tiny-compare" / "bitfit-s1" / "ledger.jsonl").exists()
+    shutil.rmtree(runs / "tiny-compare" / "bitfit-s0")
+    other = ("--set", "training.lr=0.02", "--resume")
+    refused(cli_call(*arguments, "--seeds", "0", *other), "lora-s0", "other settings")
+    assert not (runs / "tiny-compare" / "bitfit-s0").exists()
+
+
+def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> None:
+    whole = assemble(ground.chosen({"evaluation": {"limit": 10}}))
+    commonest = whole.task.labels.index("birds")
+    assert whole.run_row().majority == pytest.approx(float((whole.scored.labels == commonest).float().mean()))
+    assert len(whole.scored) == 10
+
+
 def test_sweep_tries_every_value_with_every_method_on_validation(ground: Ground, runs: Path) -> None:
     outcome = cli_call("sweep", ground.config, "training.lr=0.001,0.02", "--methods", "lora,bitfit", "--runs", runs, *SHORT)
     assert outcome.code == 0, outcome

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedpeft import runs as playing
 from fedpeft.assembly import Assembly, assemble
@@ -123,3 +124,23 @@ def test_data_that_changed_under_a_run_is_refused(ground: Ground, runs: Path, tm
     lines = data.read_text().splitlines(keepends=True)
     data.write_text("".join(lines[:20] + lines[21:]))
     refused(cli_call("resume", runs / "tiny"), str(runs / "tiny"), "data")
+
+
+def test_a_run_does_not_go_on_with_another_partition_or_other_weights(ground: Ground, tmp_path: Path) -> None:
+    who, model = tmp_path / "who.json", tmp_path / "model"
+    who.write_text(json.dumps({"anna": [*range(40)], "ben": [*range(40, 80)]}))
+    shutil.copytree(ground.model, model)
+    config = ground.chosen(
+        {"model": {"name": str(model)}, "partition": {"kind": "file", "file": str(who)}},
+        {"federation": {"rounds": 1}, "training": {"steps": 1}, "evaluation": {"limit": 8}},
+    )
+    folder = tmp_path / "run"
+    playing.start(assemble(config), folder)
+    assert cli_call("resume", folder).code == 0
+    who.write_text(json.dumps({"anna": [0, 1, 2], "ben": [*range(40, 80)]}))
+    refused(cli_call("resume", folder), str(folder), "the partition had digest")
+    who.write_text(json.dumps({"anna": [*range(40)], "ben": [*range(40, 80)]}))
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor + 0.5 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    refused(cli_call("resume", folder), str(folder), "the weights of the model had digest")
+    refused(cli_call("predict", folder, "a text"), str(folder), "the weights of")

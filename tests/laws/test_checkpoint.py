@@ -111,6 +111,16 @@ def test_a_damaged_checkpoint_is_passed_over_said_so_and_played_again(tmp_path: 
     assert again.memories.get(1, 2) == remembered(3).get(1, 2)
 
 
+def test_what_a_crash_left_of_a_round_is_written_anew(tmp_path: Path) -> None:
+    """The round is played again, and perhaps not to the bit: on a GPU, or with other threads."""
+    saved(tmp_path, 4)
+    (tmp_path / "client-1-000004.memory").write_bytes(encode({"m": torch.tensor(99)}))
+    saved(tmp_path, 5)
+    found = loaded(tmp_path)
+    assert found.state.round == 5
+    assert found.memories.get(1, 4) == remembered(5).get(1, 4)
+
+
 def test_where_all_are_damaged_nothing_is_loaded_in_silence(tmp_path: Path) -> None:
     saved(tmp_path, 2, 3)
     for path in tmp_path.glob("*.state"):

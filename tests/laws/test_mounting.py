@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.mounting import dense_layer, describe, mounted, oriented, replaced, rows_of, select, trainable, values
 from fedpeft.seeds import generator
 from fedpeft.types import BadInput, Base, WireError
 from fedpeft.wire import Answer, Kind, Request
-from tests.families import BERT, COMMON, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, family, says, texts
-from tests.tiny import CONFIG, HEAD, SEED, base_of, bert, shaken, small, worker
+from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family, says, texts
+from tests.tiny import CONFIG, HEAD, SEED, base_of, bert, deberta, shaken, small, worker
 
 K = 3
 SCALE = 0.5
@@ -193,12 +193,7 @@ def test_a_parameter_that_cannot_carry_several_clients_is_refused(model: nn.Modu
 
 def test_a_layer_whose_rows_are_not_the_batchs_refuses_several_clients() -> None:
     """DeBERTa sends its relative positions, a batch of their own, through query and key: whose rows would these be?"""
-    config = DebertaV2Config(
-        **{**BERT, **COMMON, **NO_DROPOUT, "vocab_size": 100, "share_att_key": True},
-        relative_attention=True,
-        pos_att_type=["c2p", "p2c"],
-    )
-    model, ids = shaken(DebertaV2ForSequenceClassification(config)), texts(4)
+    model, ids = deberta(), texts(4)
     tensors = factors(model, HEAD, triplet=False)
     expected = says(merged(model, tensors, 0), ids)
     with mounted(model, {part: tensor[:1] for part, tensor in tensors.items()}, SCALE):

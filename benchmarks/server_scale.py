@@ -1,0 +1,119 @@
+"""The server alone: time and peak memory of one round with 10 to 10,000 clients.
+
+    python -m benchmarks.server_scale            # about 10 minutes on 2 cores
+    python -m benchmarks.server_scale --quick    # up to 100 clients
+
+Clients answer at once with what they were sent, a little moved, so all the time is the server's: building requests,
+reading, checking and merging replies, writing the ledger. Every size runs in a process of its own.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.common import Figure, in_process, interleaved, report
+from benchmarks.setting import Setting
+from fedpeft.federation import federate
+from fedpeft.ledger import ClientRow, measured
+from fedpeft.types import Client, Payload, Reply, State
+from fedpeft.wire import Answer
+
+COUNTS = (10, 100, 1_000, 10_000)
+METHODS = ("lora", "fedara", "full")
+
+
+@dataclass
+class Echo:
+    """An engine whose clients answer at once, with values of their own."""
+
+    answer: Callable[[Client], bytes]
+
+    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply]:
+        """Build every client's request and yield its answer."""
+        for client in clients:
+            request(client)
+            yield Reply(client, self.answer(client))
+
+
+def play(method: str, count: int) -> dict[str, Any]:
+    """Return seconds and peak memory of one round with ``count`` clients."""
+    whole = replace(Setting(), method=method, precision="fp32", cohort=1).assembly()
+    state = whole.first_state()
+    due = whole.method.expects(state, whole.method.send(state, Client(0)))
+    answers = [_answer(due, state, number) for number in range(2)]
+    rows: list[ClientRow] = []
+    clients = [Client(number, examples=1) for number in range(count)]
+    began = time.perf_counter()
+    with measured() as meter:
+        for _ in federate(
+            whole.method,
+            state,
+            Echo(lambda client: answers[client.id % 2]),
+            lambda _: clients,
+            range(1),
+            config=whole.worker.config,
+            min_replies=1,
+            record=rows.append,
+        ):
+            pass
+    took = time.perf_counter() - began
+    lost = [row.lost for row in rows if row.lost]
+    if lost or len(rows) != count:
+        raise SystemExit(f"{len(rows)} rows, lost: {lost[:1]}")
+    return {"seconds": took, "peak": meter.peak_memory / 1e6, "message": len(answers[0]) / 1e6}
+
+
+def _answer(due: Payload, state: State, number: int) -> bytes:
+    """Return a valid answer: what is shared, moved by ``number`` / 100, and ones elsewhere."""
+    payload = {}
+    for name, form in due.items():
+        start = state.shared.get(name)
+        same = start is not None and start.shape == form.shape
+        payload[name] = start + number / 100 if same and start is not None else torch.ones(form.shape, dtype=form.dtype)
+    return Answer(0, payload, examples=1 + number).encode()
+
+
+def main(
+    look: Annotated[bool, typer.Option("--quick", help="Up to 100 clients, once.")] = False,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs.")] = 5,
+    most_full: Annotated[int, typer.Option(help="Clients of full fine-tuning at most: 91 MB each way.")] = 1_000,
+) -> None:
+    """Print seconds and peak memory of a round over the number of clients."""
+    repeats, counts = (1, COUNTS[:2]) if look else (repeats, COUNTS)
+    points = {
+        f"{method} {count}": {"method": method, "count": count}
+        for method in METHODS
+        for count in counts
+        if method != "full" or count <= most_full
+    }
+    found = interleaved(repeats, **{name: _measure(point) for name, point in points.items()})
+    rows = []
+    for name, one in found.items():
+        method, _, count = name.partition(" ")
+        first = found[f"{method} {counts[0]}"]
+        more = one["peak"].median / first["peak"].median
+        each = Figure(tuple(1000 * value / int(count) for value in one["seconds"].values))
+        rows.append((method, count, one["seconds"], each, f"{one['peak'].median:.0f}", f"{more:.2f}"))
+    columns = ("method", "clients", "s", "ms per client", "peak MB of the process", f"over {counts[0]} clients")
+    report("server_scale", columns, rows, setting=asdict(Setting()), repeats=repeats)
+
+
+def _measure(point: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    def measure() -> dict[str, float]:
+        found = in_process("benchmarks.server_scale", point)
+        return {"seconds": found["seconds"], "peak": found["peak"]}
+
+    return measure
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
+        print(json.dumps(play(**json.loads(sys.argv[1]))))
+    else:
+        typer.run(main)

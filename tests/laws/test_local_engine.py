@@ -1,0 +1,125 @@
+"""Clients in this process: who trains side by side, who alone, and that nothing depends on it but the last digits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from fedpeft.client import Worker
+from fedpeft.cohorts import apart, sizes, widest
+from fedpeft.engines.local import LocalEngine
+from fedpeft.memory import Memories
+from fedpeft.mounting import describe
+from fedpeft.training import Training
+from fedpeft.types import NEVER, Client, Lost, NotStackable, Reply, WireError
+from fedpeft.wire import Answer, Kind, Request
+from tests.families import FAMILIES, played
+from tests.tiny import CONFIG, SEED, base_of, bert, close, deberta, small, worker
+
+TEN = dict.fromkeys(range(10), 8)
+
+
+@dataclass
+class Listening:
+    """A worker that says whom it was asked to play together."""
+
+    worker: Worker
+    cohorts: list[list[int]] = field(default_factory=list)
+    refuses: type[WireError] | None = None
+
+    def handle(
+        self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
+    ) -> Sequence[tuple[bytes, bytes]]:
+        self.cohorts.append(list(clients))
+        if self.refuses and len(clients) > 1:
+            raise self.refuses("no")
+        return self.worker.handle(clients, requests, memories)
+
+
+def listening(refuses: type[WireError] | None = None) -> Listening:
+    return Listening(worker(small("lora"), bert(), Training(steps=1, batch_size=4), TEN), refuses=refuses)
+
+
+def engine(playing: Listening, cohort: int) -> LocalEngine:
+    return LocalEngine(playing, Memories(), cohort)  # type: ignore[arg-type]
+
+
+def request(rank: int = 3) -> bytes:
+    state = small("lora", rank=rank).init(base_of(bert()), SEED)
+    return Request(Kind.TRAIN, 0, CONFIG, state.shared, NEVER).encode()
+
+
+def test_cohorts_are_as_large_as_asked_for_and_the_last_one_smaller() -> None:
+    playing = listening()
+    blob = request()
+    found = list(engine(playing, 4).exchange([Client(k) for k in range(10)], lambda _: blob))
+    assert playing.cohorts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert sorted(reply.client.id for reply in found) == list(range(10))
+
+
+def test_only_requests_of_one_form_meet_in_a_cohort_and_the_answers_are_those_of_each_alone() -> None:
+    playing = listening()
+    blobs = {k: request(rank=3 if k % 3 else 2) for k in range(10)}
+    found = {reply.client.id: reply for reply in engine(playing, 3).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])}
+    assert sorted(sorted(cohort) for cohort in playing.cohorts) == [[0, 3, 6], [1, 2, 4], [5, 7, 8], [9]]
+    for client in (0, 1, 9):
+        [(alone, _)] = playing.worker.handle([client], [blobs[client]], [b""])
+        reply = found[client]
+        assert isinstance(reply, Reply)
+        close(Answer.decode(reply.blob).payload, Answer.decode(alone).payload, 2e-5)
+
+
+def test_no_client_waits_for_its_like_past_two_cohorts() -> None:
+    """However rare its form is: the server would have to hold back the answers of all that come after it."""
+    playing = listening()
+    blobs = {k: request(rank=3 if k else 2) for k in range(10)}
+    found = [reply.client.id for reply in engine(playing, 2).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])]
+    assert found.index(0) <= 4
+
+
+def test_what_cannot_be_kept_apart_is_tried_once_and_then_played_one_by_one() -> None:
+    playing = listening(NotStackable)
+    blob, clients = request(), [Client(k) for k in range(10)]
+    whole = engine(playing, 4)
+    for _ in range(2):
+        assert all(isinstance(reply, Reply) for reply in whole.exchange(clients, lambda _: blob))
+    assert [cohort for cohort in playing.cohorts if len(cohort) > 1] == [[0, 1, 2, 3]]
+    assert [cohort for cohort in playing.cohorts if len(cohort) == 1] == [[k] for k in range(10)] * 2
+
+
+def test_a_refused_request_costs_its_own_client_alone() -> None:
+    playing = listening()
+    good = request()
+    blobs = dict.fromkeys(range(4), good) | {2: Request(Kind.TRAIN, 0, b"x" * 16, {}, NEVER).encode()}
+    found = {reply.client.id: reply for reply in engine(playing, 4).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])}
+    assert [k for k, reply in found.items() if isinstance(reply, Lost)] == [2]
+    damaged = {**blobs, 2: good[:-1] + bytes([good[-1] ^ 1])}
+    again = {r.client.id: r for r in engine(playing, 4).exchange([Client(k) for k in damaged], lambda c: damaged[c.id])}
+    assert [k for k, reply in again.items() if isinstance(reply, Lost)] == [2]
+
+
+def test_seconds_are_shared_out_by_steps() -> None:
+    playing = worker(small("lora"), bert(), Training(epochs=1, batch_size=2), {0: 2, 1: 8})
+    blob = request()
+    few, many = (Answer.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""]))
+    assert (few.steps, many.steps) == (1, 4)
+    assert many.seconds == pytest.approx(4 * few.seconds)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_keep_rows_apart_are_known(family: str) -> None:
+    playing = played(family, small("lora"), {3: 5, 4: 6}, Training(steps=1))
+    assert apart(playing, describe(playing.model, FAMILIES[family].head))
+
+
+def test_a_model_with_rows_of_its_own_is_known() -> None:
+    model = deberta()
+    assert not apart(worker(small("lora"), model), base_of(model))
+
+
+def test_the_size_is_one_of_those_that_deal_the_clients_evenly() -> None:
+    assert [sizes(count) for count in (1, 2, 5, 8, 20)] == [[1], [1, 2], [1, 3, 5], [1, 2, 4, 8], [1, 2, 4, 10, 20]]
+    playing = listening().worker
+    clients = [Client(k, examples=8) for k in TEN]
+    assert widest(playing, base_of(playing.model), clients, 5) in sizes(5)
+    assert widest(replace(playing), base_of(playing.model), clients[:1], 5) == 1
