@@ -30,10 +30,9 @@ class Planned:
 
 def plan(tree: Tree) -> list[Planned]:
     """Return the runs of a comparison: methods, then references, for every seed; all settings are checked here."""
+    rows, seeds = _rows(tree), from_tree(tree).compare.seeds
     return [
-        Planned(label, _alone(merge(settings, {"label": label, "seed": seed})))
-        for seed in from_tree(tree).compare.seeds
-        for label, settings in _rows(tree)
+        Planned(label, _alone(merge(settings, {"label": label, "seed": seed}))) for seed in seeds for label, settings in rows
     ]
 
 

@@ -84,7 +84,7 @@ def bert(seed: int = SEED, **changes: Any) -> nn.Module:
 
 def deberta() -> nn.Module:
     """Return a frozen DeBERTa classifier for 3 labels, which sends its relative positions through query and key, too."""
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": 100,
         "hidden_size": 16,
         "num_hidden_layers": 2,
