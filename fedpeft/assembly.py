@@ -155,7 +155,7 @@ def _kept(config: Config, holdings: Mapping[int, Holding], loaded: Loaded, hardw
     if config.model.dropout > 0 or visits < WORTH or width is None:
         return Activations()
     size = width * (2 if hardware.precision == "bf16" else 4)
-    return Activations(fitting(texts, size, 10**6 * config.machine.cache), hardware.rows)
+    return Activations(fitting(texts, size, 10**6 * config.machine.cache))
 
 
 def read_data(choice: DataChoice) -> data.Dataset:

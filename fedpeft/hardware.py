@@ -15,9 +15,9 @@ from fedpeft.types import BadInput
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 
-ROWS = 32
-"""Texts that go through the model together on CPU, where matrix products are efficient long before that."""
-EVERYTHING = 1 << 20
+TOKENS = 1024
+"""Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
+EVERYTHING = 1 << 40
 """On a GPU the whole cohort goes through at once."""
 SHORT = 128
 """Tokens up to which eager attention beats torch's SDPA kernel on CPU in bf16."""
@@ -42,7 +42,7 @@ class Machine:
 class Hardware:
     """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``.
 
-    ``rows``: texts that go through the model together; a step of a larger cohort is cut into parts by length.
+    ``tokens``: how many go through the model together, padding included; a step of a cohort is cut into parts by length.
     ``cohort``: clients that train side by side where the method can.
     """
 
@@ -50,7 +50,7 @@ class Hardware:
     precision: Literal["fp32", "bf16"]
     attention: Literal["eager", "sdpa"]
     threads: int
-    rows: int = ROWS
+    tokens: int = TOKENS
     cohort: int = 1
 
     @property
@@ -89,8 +89,8 @@ def resolve(machine: Machine, max_length: int) -> Hardware:
     if attention == "auto":
         short = torch.device(device).type == "cpu" and precision == "bf16" and max_length <= SHORT
         attention = "eager" if short else "sdpa"
-    rows = ROWS if torch.device(device).type == "cpu" else EVERYTHING
-    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), rows)
+    tokens = TOKENS if torch.device(device).type == "cpu" else EVERYTHING
+    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens)
 
 
 def use(hardware: Hardware) -> None:

@@ -1,6 +1,5 @@
 """The local loop: K clients side by side on one frozen base, each with batches, clipping and optimizer state of its own."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def fit(
             active = slice(0, sum(step < len(share.steps) for share in shares))
             for parameter in local.trainable.values():
                 parameter.grad = None
-            for part in parts([(share, share.steps[step]) for share in shares[active]], hardware.rows):
+            for part in parts([(share, share.steps[step]) for share in shares[active]], hardware.tokens):
                 owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
                 with activations.begun(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
                     each = task.losses(model, task.collate(part.examples, device))
@@ -96,6 +95,10 @@ def fit(
                 clip(local.trainable, active, training.clip)
             optimizer.step(active, min(1.0, (step + 1) / (training.warmup + 1)))
     return losses.cpu() / torch.tensor([len(share.steps) for share in shares])
+
+
+Row = tuple[int, int, int]
+"""The length of a text, whose it is, and its number there."""
 
 
 @final
@@ -114,25 +117,32 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], rows: int) -> Iterator[Part]:
-    """Yield the batches of k clients in parts of at most ``rows`` rows, formed by length, whoever's they are.
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int) -> Iterator[Part]:
+    """Yield the batches of k clients in parts of at most ``tokens`` padded tokens, formed by length, whoever's they are.
 
     Gradients are per client whatever the grouping, and rows of like length need little padding. Within a part the rows
     of a client stay together.
     """
     everything = [(len(share.examples.ids[row]), k, row) for k, (share, own) in enumerate(batches) for row in own]
     everything.sort(key=itemgetter(0))
-    count = -(-len(everything) // rows)
-    bounds = [len(everything) * number // count for number in range(count + 1)]
     known = all(share.states is not None for share, _ in batches)
-    for start, stop in itertools.pairwise(bounds):
-        mine = [(batches[k][0], k, row) for _, k, row in sorted(everything[start:stop], key=itemgetter(1))]
+    for together in _cut(everything, tokens):
+        mine = [(batches[k][0], k, row) for _, k, row in sorted(together, key=itemgetter(1))]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
         clients = torch.tensor([k for _, k, _ in mine])
         weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
         states = [share.states[row] for share, _, row in mine if share.states] if known else None
         yield Part(Encoded(ids, labels), states, clients, _owners(clients), weights)
+
+
+def _cut(rows: Sequence[Row], tokens: int) -> Iterator[Sequence[Row]]:
+    """Cut ascending ``rows`` into runs that take at most ``tokens`` once padded; a row that is longer stands alone."""
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or (stop + 1 - start) * rows[stop][0] > tokens:
+            yield rows[start:stop]
+            start = stop
 
 
 def _owners(clients: Tensor) -> slice | Tensor:

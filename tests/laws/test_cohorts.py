@@ -45,14 +45,14 @@ def answers(playing: Worker, cohort: list[int], blob: bytes) -> dict[int, Answer
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name: str) -> None:
-    """Unequal steps, ragged batches, and parts of 5 rows in which clients mix unevenly."""
+    """Unequal steps, ragged batches, and parts of 40 tokens in which clients mix unevenly."""
     method: Method = METHODS[name](**SETTINGS[name])
     playing = played(family, method, SIZES, SGD)
     blob, state = requests(method, describe(playing.model, FAMILIES[family].head))
     alone = {client: answers(playing, [client], blob)[client] for client in SIZES}
     assert max(_moved(state, answer.payload) for answer in alone.values()) > 0.01
-    for rows in (32, 5):
-        together = answers(replace(playing, hardware=replace(CPU, rows=rows)), [0, 1, 2], blob)
+    for tokens in (1024, 40):
+        together = answers(replace(playing, hardware=replace(CPU, tokens=tokens)), [0, 1, 2], blob)
         for client in SIZES:
             close(together[client].payload, alone[client].payload, 2e-5)
             assert together[client].loss == pytest.approx(alone[client].loss, rel=1e-5)
@@ -67,8 +67,8 @@ def test_a_client_that_diverges_takes_nobody_along() -> None:
     spoilt = {name: torch.full_like(tensor, torch.inf) for name, tensor in state.shared.items()}
     bad = Request(Kind.TRAIN, 0, CONFIG, spoilt, NEVER).encode()
     alone = {client: answers(playing, [client], blob)[client] for client in (0, 2)}
-    for rows in (32, 5):
-        mixed = replace(playing, hardware=replace(CPU, rows=rows))
+    for tokens in (1024, 40):
+        mixed = replace(playing, hardware=replace(CPU, tokens=tokens))
         found = mixed.handle([0, 1, 2], [blob, bad, blob], [b""] * 3)
         assert not _finite(Answer.decode(found[1][0]).payload)
         for client in (0, 2):
