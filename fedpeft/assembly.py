@@ -13,7 +13,7 @@ import torch
 
 from fedpeft import data, engines
 from fedpeft.activations import Activations, fitting
-from fedpeft.choices import DataChoice
+from fedpeft.choices import CLIENTS, DataChoice
 from fedpeft.client import Holding, Worker
 from fedpeft.cohorts import apart, widest
 from fedpeft.config import Config
@@ -177,13 +177,14 @@ def read_data(choice: DataChoice) -> data.Dataset:
 def divide(config: Config, dataset: data.Dataset) -> data.Partition:
     """Return who holds what."""
     choice, seed = config.partition, config.seed
+    clients = choice.clients or CLIENTS
     match choice.kind:
         case "iid":
-            return data.iid(dataset, choice.clients, seed)
+            return data.iid(dataset, clients, seed)
         case "dirichlet":
-            return data.dirichlet(dataset, choice.clients, seed, alpha=choice.alpha, min_examples=choice.min_examples)
+            return data.dirichlet(dataset, clients, seed, alpha=choice.alpha, min_examples=choice.min_examples)
         case "shards":
-            return data.shards(dataset, choice.clients, seed, shards_per_client=choice.shards_per_client)
+            return data.shards(dataset, clients, seed, shards_per_client=choice.shards_per_client)
         case "by_key":
             return data.by_key(dataset, choice.clients)
         case "file":

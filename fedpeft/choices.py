@@ -26,16 +26,21 @@ class DataChoice:
     test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2
 
 
+CLIENTS = 20
+"""How many clients there are where nothing says otherwise."""
+
+
 @dataclass(frozen=True)
 class PartitionChoice:
     """Who holds what: ``kind`` with its own numbers.
 
     ``iid``; ``dirichlet`` of ``alpha`` per class, redrawn until every client has ``min_examples``; ``shards`` sorted by
     label, ``shards_per_client`` each; ``by_key``, the data's natural clients; ``file``, a JSON object of client -> rows.
+    ``clients``: 20 where it is not given; of natural clients the largest so many, and otherwise all.
     """
 
     kind: Literal["iid", "dirichlet", "shards", "by_key", "file"] = "dirichlet"
-    clients: Annotated[int, Ge(1)] = 20
+    clients: Annotated[int, Ge(1)] | None = None
     alpha: Annotated[float, Gt(0)] = 0.1
     min_examples: Annotated[int, Ge(1)] = 8
     shards_per_client: Annotated[int, Ge(1)] = 2

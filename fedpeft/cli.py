@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -48,17 +48,19 @@ def main() -> None:
 @app.command()
 def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
     """Train one federation with one method."""
+    from fedpeft import arguments
     from fedpeft.assembly import assemble
     from fedpeft.config import from_tree
     from fedpeft.runs import refuse_existing, start
 
-    chosen = from_tree(_tree(config, settings))
+    chosen = from_tree(arguments.tree(config, settings))
     folder = runs / chosen.name
     refuse_existing(folder, overwrite)
     assembly = assemble(chosen)
     with progress_bars(out) as watch:
         start(assembly, folder, overwrite=overwrite, watch=watch(chosen.name))
     _report([folder], folder / "report", None, 1e6)
+    _check_learnt(folder)
 
 
 @app.command()
@@ -69,6 +71,7 @@ def resume(run: Folder) -> None:
     with progress_bars(out) as watch:
         runs.resume(run, watch=watch(run.name), say=typer.echo)
     _report([run], run / "report", None, 1e6)
+    _check_learnt(run)
 
 
 @app.command()
@@ -84,13 +87,14 @@ def compare(
     bandwidth: Bandwidth = 1e6,
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
+    from fedpeft import arguments
     from fedpeft.compare import plan, play
     from fedpeft.report import check
 
     check(target, bandwidth)
-    extra = [f"compare.methods={_names(methods)!r}"] if methods else []
-    extra += [f"compare.seeds=[{seeds}]"] if seeds else []
-    planned = plan(_tree(config, [*extra, *settings]))
+    extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
+    extra += [f"compare.seeds={arguments.seeds(seeds)}"] if seeds else []
+    planned = plan(arguments.tree(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
     with progress_bars(out) as watch:
         folders = play(
@@ -102,6 +106,8 @@ def compare(
             say=typer.echo,
         )
     _report(folders, root / "report", target, bandwidth)
+    if others := len(_with_ledger(root)) - len(folders):
+        typer.echo(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
 
 
 @app.command()
@@ -115,10 +121,11 @@ def sweep(
     resume: Resume = False,
 ) -> None:
     """Try values of fields, scored on the validation split."""
+    from fedpeft import arguments
     from fedpeft.compare import grid, play
 
-    extra = [f"compare.methods={_names(methods)!r}"] if methods else []
-    planned = grid(_tree(config, [*extra, *settings]), _values(values), methods=bool(methods))
+    extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
+    planned = grid(arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     with progress_bars(out) as watch:
         folders = play(planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label), say=typer.echo)
@@ -143,11 +150,11 @@ def partition(
     png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("partition.png"),
 ) -> None:
     """Show who holds what, as a table and a PNG."""
-    from fedpeft import holdings
+    from fedpeft import arguments, holdings
     from fedpeft.assembly import divide, read_data
     from fedpeft.config import from_tree
 
-    chosen = from_tree(_tree(config, settings))
+    chosen = from_tree(arguments.tree(config, settings))
     dataset = read_data(chosen.data)
     divided = divide(chosen, dataset)
     holdings.picture(dataset, divided, png)
@@ -192,25 +199,13 @@ def report(
     _report(found, to, target, bandwidth)
 
 
-def _tree(path: Path, settings: Sequence[str]) -> dict[str, Any]:
-    from fedpeft.config import merge, parse_set, read
+def _check_learnt(run: Path) -> None:
+    """Raise BadInput, and so end with another exit code, where no reply of a run was of any use."""
+    from fedpeft.ledger import FILE, ClientRow, read
 
-    return merge(read(path), *(parse_set(assignment) for assignment in settings))
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _values(assignments: Sequence[str]) -> dict[str, list[Any]]:
-    """Return ``{"training.lr": [0.001, 0.003]}`` for ``["training.lr=1e-3,3e-3"]``."""
-    from fedpeft.config import value
-
-    pairs = [assignment.partition("=") for assignment in assignments]
-    for key, _, values in pairs:
-        if not key or not values:
-            raise BadInput(f"{key!r}: write what to try as section.field=value,value, such as training.lr=0.001,0.003")
-    return {key: [value(part) for part in values.split(",")] for key, _, values in pairs}
+    lost = [row.lost for row in read(run / FILE) if isinstance(row, ClientRow)]
+    if lost and None not in lost:
+        raise BadInput(f"{run}: nothing was learnt, as none of {len(lost)} replies could be used; the last one: {lost[-1]}")
 
 
 def _with_ledger(folder: Path) -> list[Path]:

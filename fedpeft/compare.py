@@ -1,14 +1,15 @@
 """Many runs from one configuration: every method with every seed, or every value of a sweep; each in a folder of its own."""
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, final, get_args
 
 from fedpeft.assembly import Assembly, assemble
-from fedpeft.choices import CompareChoice, Reference
-from fedpeft.config import Config, Tree, from_tree, merge, nearest, nested
+from fedpeft.choices import CLIENTS, CompareChoice, Reference
+from fedpeft.config import Config, Tree, differences, from_tree, merge, nearest, nested
 from fedpeft.journal import Watch
 from fedpeft.methods import constructors
 from fedpeft.runs import CONFIG, Say, finished, read_settings, refuse_existing, resume, start
@@ -41,6 +42,9 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
 
     With ``methods`` it is made for each method of the comparison, on that method's settings.
     """
+    for key, tried in values.items():
+        if any(value in tried[:number] for number, value in enumerate(tried)):
+            raise BadInput(f"{key} = {', '.join(map(str, tried))}: name each value once")
     planned = []
     for label, settings in _rows(tree) if methods else [("", tree)]:
         for chosen in itertools.product(*values.values()):
@@ -90,8 +94,11 @@ def _at_the_door(runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on:
     for run in runs:
         folder = run.folder(root)
         if go_on and (folder / CONFIG).exists():
-            if read_settings(folder)[0] != run.config:
-                raise BadInput(f"{folder}: was made with other settings; remove it, or choose another name")
+            found = json.loads(read_settings(folder)[0].to_json())
+            now = json.loads(run.config.to_json())
+            if found != now:
+                apart = next(differences(found, now))
+                raise BadInput(f"{folder}: was made with other settings ({apart}); remove it, or choose another name")
             continue
         refuse_existing(folder, overwrite or go_on)
     for run in runs:
@@ -119,14 +126,22 @@ def _rows(tree: Tree) -> list[tuple[str, Tree]]:
 
 
 def _playing(tree: Tree, choice: CompareChoice, name: str) -> Tree:
-    """Return ``tree`` with method ``name``; at an equal recipe with the common targets and starting rank."""
+    """Return ``tree`` with method ``name``; at an equal recipe with the common targets and starting rank.
+
+    Where ``compare`` does not name these, those of the section ``method`` are common; its other fields stay its method's.
+    """
     known = constructors()
     if name not in known:
         raise BadInput(f"compare.methods: {name!r} is not a method; {nearest(name, list(known))}")
-    common = {"targets": choice.targets, "rank": choice.rank} if choice.recipe == "equal" else {}
+    written, section = tree.get("method", {}), tree.get("compare", {})
     own = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
-    method = {"name": name, **{key: value for key, value in common.items() if key in own}}
-    return merge({key: value for key, value in tree.items() if key != "method"}, {"method": method})
+    mine = {key: value for key, value in written.items() if written.get("name") == name}
+    if choice.recipe == "equal":
+        default = {"targets": choice.targets, "rank": choice.rank}
+        common = {key: section.get(key, written.get(key, value)) for key, value in default.items()}
+        mine |= {key: value for key, value in common.items() if key in own}
+    rest = {key: value for key, value in tree.items() if key != "method"}
+    return merge(rest, {"method": {**mine, "name": name}})
 
 
 def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
@@ -147,4 +162,6 @@ def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
     }
     if steps is not None:
         return merge(settings, together, nested("training.steps", steps * count))
-    return merge(settings, together, nested("federation.rounds", max(1, round(rounds * count / config.partition.clients))))
+    return merge(
+        settings, together, nested("federation.rounds", max(1, round(rounds * count / (config.partition.clients or CLIENTS))))
+    )

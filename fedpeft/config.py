@@ -5,7 +5,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -83,6 +83,8 @@ def read(path: Path) -> Tree:
     except FileNotFoundError as error:
         others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise BadInput(f"{path}: no such file; {nearest(str(path), others)}") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{path}: is a folder, not a TOML file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"{path}: not a TOML file: {error}") from error
     for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
@@ -203,11 +205,25 @@ def _check_keys(kind: type[Any], tree: Tree, prefix: str) -> None:
         if key not in fields:
             raise BadInput(f"unknown key {where!r}; {nearest(key, list(fields))}")
         section = fields[key].type
-        if isinstance(section, type) and dataclasses.is_dataclass(section) and isinstance(value, Mapping):
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            if not isinstance(value, Mapping):
+                raise BadInput(f"{where} = {value!r}: is a section; write {where}.field=value")
             _check_keys(section, value, where)
+        elif isinstance(value, bool) and section is not bool:  # pydantic would take it for 1
+            raise BadInput(f"{where} = {str(value).lower()}: true and false are no value of this field")
+
+
+def differences(one: Tree, other: Tree, prefix: str = "") -> Iterator[str]:
+    """Yield every field in which two trees of settings differ, as ``a.b: 3 there, 4 now``."""
+    for key in {**one, **other}:
+        there, now = one.get(key), other.get(key)
+        if isinstance(there, Mapping) and isinstance(now, Mapping):
+            yield from differences(there, now, f"{prefix}{key}.")
+        elif there != now:
+            yield f"{prefix}{key}: {there} there, {now} now"
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:
     """Return a hint at the choice nearest to ``name``, or at all of them."""
     near = get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices)}"
+    return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices) or 'none'}"

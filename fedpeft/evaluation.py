@@ -14,17 +14,21 @@ WHOLE = Client(NEVER)
 """A client of full capacity that remembers nothing: what it is sent is the whole model."""
 
 
-def score(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware, batch_size: int = 64) -> Scores:
-    """Count what ``model``, as it is mounted now, says about ``examples``; batches are formed by length."""
+def score(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware) -> Scores:
+    """Count what ``model``, as it is mounted now, says about ``examples``."""
+    return task.score(says(model, task, examples, hardware), examples.labels)
+
+
+def says(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware, batch_size: int = 64) -> Tensor:
+    """Return the (n, C) logits of ``model``, as it is mounted now, for ``examples``; batches are formed by length."""
     order = sorted(range(len(examples)), key=lambda row: len(examples.ids[row]))
-    total = Scores(torch.zeros(3, len(task.labels), dtype=torch.int64), 0.0)
+    found = torch.zeros(len(examples), len(task.labels))
     model.eval()
     with hardware.computing(model), torch.inference_mode(), hardware.autocast():
         for start in range(0, len(order), batch_size):
-            batch = task.collate(examples.take(order[start : start + batch_size]), hardware.torch_device)
-            part = task.score(model, batch)
-            total = Scores(total.counts + part.counts, total.loss_sum + part.loss_sum)
-    return total
+            rows = order[start : start + batch_size]
+            found[rows] = task.logits(model, task.collate(examples.take(rows), hardware.torch_device)).cpu()
+    return found
 
 
 @contextmanager

@@ -47,6 +47,8 @@ def federate(
             rows = [row if row.lost else replace(row, lost=why) for row in rows]
         for row in rows:
             record(row)
+        if merged.round != number + 1:
+            raise ValueError(f"{type(method).__name__}.receive gave a state of round {merged.round} after round {number}")
         state = replace(merged, memories={**state.memories, **memories})
         yield state
 

@@ -1,5 +1,6 @@
 """What the machine is good at, found out once per run: device, number format, attention kernel, threads."""
 
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -75,6 +76,8 @@ class Hardware:
 
 def resolve(machine: Machine, max_length: int) -> Hardware:
     """Return the choice for this machine and texts of up to ``max_length`` tokens."""
+    if machine.threads > (most := 4 * (os.cpu_count() or 1)):
+        raise BadInput(f"machine.threads = {machine.threads}: this machine has {os.cpu_count()} cores; choose at most {most}")
     device = machine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

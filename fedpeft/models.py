@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,11 @@ def locate(name: str) -> str:
         if spec is None or not spec.submodule_search_locations:
             raise BadInput(f"model.name = {name!r}: package {package!r} is not installed; get it with: {remedy}")
         return str(Path(spec.submodule_search_locations[0]) / folder)
-    if Path(name).is_dir() or not re.match(r"^[./~]", name):
+    if Path(name).is_dir():
+        return name
+    if near := get_close_matches(name, PACKAGED, n=1, cutoff=0.8):
+        raise BadInput(f"model.name = {name!r}: no such folder; did you mean {near[0]!r}?")
+    if not re.match(r"^[./~]", name):
         return name
     raise BadInput(f"model.name = {name!r}: no such folder; give a folder, a hub id or one of {', '.join(PACKAGED)}")
 
@@ -111,8 +116,14 @@ def _check_padding(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> Non
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             longest -= module.padding_idx + 1  # RoBERTa counts positions from there
     longest = min(longest, tokenizer.model_max_length)
+    marks = tokenizer.num_special_tokens_to_add()
     if choice.max_length > longest:
         raise BadInput(f"model.max_length = {choice.max_length}: {choice.name} takes at most {longest} tokens")
+    if choice.max_length <= marks:
+        raise BadInput(
+            f"model.max_length = {choice.max_length}: {choice.name} adds {marks} marks of its own; choose {marks + 1} or more"
+        )
+    tokenizer.model_max_length = choice.max_length  # an exported tokenizer cuts where training did
 
 
 def _digest(base: Base) -> str:

@@ -77,8 +77,9 @@ def resume(
 def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
     """Return a run's settings, its hardware choices and its label names; a folder that holds no run raises BadInput."""
     if not (folder / CONFIG).exists():
-        near = ", ".join(sorted(str(path.parent) for path in folder.parent.glob(f"*/{CONFIG}"))) or "none"
-        raise BadInput(f"{folder}: holds no run; runs beside it: {near}")
+        inside, beside = (sorted(str(path.parent) for path in place.glob(f"*/{HARDWARE}")) for place in (folder, folder.parent))
+        near = f"runs in it: {', '.join(inside)}" if inside else f"runs beside it: {', '.join(beside) or 'none'}"
+        raise BadInput(f"{folder}: holds no run; {near}")
 
     def content(name: str, read: Callable[[str], T]) -> T:
         try:

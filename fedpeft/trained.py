@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import torch
-
 from fedpeft import checkpoint, export
 from fedpeft.config import Config
-from fedpeft.evaluation import WHOLE, held
+from fedpeft.evaluation import WHOLE, held, says
 from fedpeft.hardware import Hardware, use
 from fedpeft.journal import CHECKPOINTS, settings_digest
 from fedpeft.models import Loaded, load
@@ -38,12 +36,12 @@ class Trained:
             yield local
 
     def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
-        """Return the likeliest label of every text and its probability."""
+        """Return the likeliest label of every text and its probability; a lone string raises TypeError."""
+        if isinstance(texts, str):
+            raise TypeError(f"predict takes a list of texts, not the text {texts!r}")
         examples = self.task.encode(texts, [self.task.labels[0]] * len(texts))
-        self.loaded.model.eval()
-        with self.mounted(), self.hardware.computing(self.loaded.model), torch.inference_mode(), self.hardware.autocast():
-            logits = self.task.logits(self.loaded.model, self.task.collate(examples, self.hardware.torch_device))
-        best = logits.softmax(dim=1).max(dim=1)
+        with self.mounted():
+            best = says(self.loaded.model, self.task, examples, self.hardware).softmax(dim=1).max(dim=1)
         return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:

@@ -1,7 +1,7 @@
 """The federated methods, one file each; third parties add theirs through the entry-point group ``fedpeft.methods``."""
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from fedpeft.methods.bitfit import BitFit
 from fedpeft.methods.fedara import FedARA
@@ -12,7 +12,7 @@ from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.types import Method
+from fedpeft.types import BadInput, Method
 
 METHODS: Mapping[str, type[Method]] = {
     "full": Full,
@@ -31,5 +31,19 @@ GROUP = "fedpeft.methods"
 
 
 def constructors() -> dict[str, type[Method]]:
-    """Return every method by name: ours, then what installed packages add."""
-    return {**{point.name: point.load() for point in entry_points(group=GROUP)}, **METHODS}
+    """Return every method by name: ours, then what installed packages add; one that cannot be loaded raises BadInput."""
+    return {**{point.name: _loaded(point) for point in entry_points(group=GROUP)}, **METHODS}
+
+
+def _loaded(point: EntryPoint) -> type[Method]:
+    try:
+        method: type[Method] = point.load()
+    except Exception as error:
+        raise BadInput(
+            f"method {point.name!r} ({point.value}) cannot be loaded ({type(error).__name__}: {error}); mend or uninstall it"
+        ) from error
+    if not isinstance(getattr(method, "paper", None), str):
+        raise BadInput(
+            f"method {point.name!r} ({point.value}) has no class variable 'paper', such as paper: ClassVar[str] = '...'"
+        )
+    return method

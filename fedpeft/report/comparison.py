@@ -1,9 +1,11 @@
 """Many runs side by side: grouped over seeds, on the same terms, every number computed once."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 
+from fedpeft.ledger import RunRow
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import FEDADAPTER_LINK, SLORA_LINK, Terms, agree
 from fedpeft.types import BadInput
@@ -106,7 +108,7 @@ def _check_comparable(runs: Sequence[Summary]) -> None:
 
 
 def _by_method(runs: Sequence[Summary]) -> list[tuple[str, list[Summary]]]:
-    """Group runs by method. Runs of one method that repeat a seed differ in more: each stands alone, under its name."""
+    """Group runs by method; where those of one repeat a seed, by their other settings too, named after the run as well."""
     methods: dict[str, list[Summary]] = {}
     for run in runs:
         methods.setdefault(run.run.method, []).append(run)
@@ -114,9 +116,22 @@ def _by_method(runs: Sequence[Summary]) -> list[tuple[str, list[Summary]]]:
     for method, group in methods.items():
         if len({run.run.seed for run in group}) == len(group):
             groups.append((method, group))
-        else:
-            groups.extend((run.run.name, [run]) for run in group)
+            continue
+        alike: dict[str, list[Summary]] = {}
+        for run in group:
+            alike.setdefault(_apart_from_seed(run.run), []).append(run)
+        for some in alike.values():
+            for runs_of_one in [some] if len({run.run.seed for run in some}) == len(some) else [[run] for run in some]:
+                name = f"{method} ({runs_of_one[0].run.name})"
+                again = sum(label.startswith(name) for label, _ in groups)
+                groups.append((f"{name} {again + 1}" if again else name, runs_of_one))
     return groups
+
+
+def _apart_from_seed(run: RunRow) -> str:
+    """Return what runs have in common that differ in nothing but the seed."""
+    settings = {name: value for name, value in run.settings.items() if name != "seed"}
+    return json.dumps([run.name, settings], sort_keys=True, default=str)
 
 
 def _line(label: str, runs: Sequence[Summary], terms: Terms) -> Line:

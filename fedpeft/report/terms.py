@@ -47,8 +47,9 @@ def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth:
     """Return the terms for ``methods``, each a sequence of its runs over seeds.
 
     ``target`` defaults to ``SHARE_OF_MEDIAN`` of the median method's mean final accuracy (of two middle ones the
-    lower), ``budget`` to the least total traffic of any run; ``rounds`` is the last round after which every run was
-    evaluated. References, which move no bytes, have no say in these, nor have runs without an evaluation. A bandwidth
+    lower), ``budget`` to the total traffic of the cheapest method, of its seeds the most; ``rounds`` is the last round
+    after which every run was evaluated. References, which move no bytes, have no say in these, nor have runs without an
+    evaluation. A bandwidth
     that is not positive and a target that is no share of 1 raise BadInput.
     """
     if bandwidth <= 0:
@@ -68,5 +69,5 @@ def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth:
         given=given,
         bandwidth=bandwidth,
         rounds=max(common, default=None),
-        budget=min(run.cost.bytes for run in runs) if budget is None else budget,
+        budget=min(max(run.cost.bytes for run in method) for method in voting) if budget is None else budget,
     )

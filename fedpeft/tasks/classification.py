@@ -95,10 +95,9 @@ class Classification:
         """Return the loss of every example, (n,)."""
         return functional.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
 
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Count what the model says about a batch."""
-        logits = self.logits(model, batch)
-        said, there, size = logits.argmax(dim=1), batch["labels"], len(self.labels)
+    def score(self, logits: Tensor, there: Tensor) -> Scores:
+        """Count what (n, C) ``logits`` say about texts with labels ``there``, (n,)."""
+        said, size = logits.argmax(dim=1), len(self.labels)
         rows = (there[said == there], said, there)
-        counts = torch.stack([torch.bincount(row, minlength=size) for row in rows]).cpu()
+        counts = torch.stack([torch.bincount(row, minlength=size) for row in rows])
         return Scores(counts, float(functional.cross_entropy(logits, there, reduction="sum")))

@@ -18,7 +18,7 @@ from fedpeft.config import Config
 from fedpeft.evaluation import held, score
 from fedpeft.methods import METHODS
 from fedpeft.mounting import mounted, trainable, values
-from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
 from fedpeft.wire import decode
 from tests.contract.reference import unmeasured
 from tests.tiny import CPU, SEED, TASK, assert_same_state, examples, federation, logits
@@ -76,3 +76,27 @@ def test_an_installed_package_adds_its_method_by_an_entry_point(monkeypatch: pyt
     assert next(iter(methods.constructors())) == "head_only"
     built = Config(method={"name": "head_only", "share": 0.5}).build_method()
     assert vars(built) == {"share": 0.5}
+
+
+@pytest.mark.parametrize(("value", "says"), [("nonesuch:Toy", "No module named"), ("json:JSONEncoder", "'paper'")])
+def test_an_installed_method_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, value: str, says: str) -> None:
+    point = EntryPoint("toy", value, methods.GROUP)
+    monkeypatch.setattr(methods, "entry_points", lambda group: EntryPoints([point]))
+    with pytest.raises(BadInput, match=f"'toy' .*{says}"):
+        Config().build_method()
+
+
+def test_a_method_that_forgets_to_go_on_to_the_next_round_is_told() -> None:
+    class Stuck:
+        def __init__(self) -> None:
+            self.inner = HeadOnly()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def receive(self, state: State, updates: Iterable[Update]) -> State:
+            list(updates)
+            return state
+
+    with pytest.raises(ValueError, match="Stuck.receive gave a state of round 0 after round 0"):
+        federation(Stuck()).play(1)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from fedpeft import api
 
 trained = api.train({
     "model": {"name": MODEL, "max_length": 16},
+    "machine": {"precision": "fp32"},
     "data": {"source": "files", "train": DATA, "text": "text", "label": "label"},
     "partition": {"clients": 5},
     "federation": {"rounds": 8, "clients_per_round": 3},
@@ -80,3 +81,14 @@ def test_help_does_not_wait_for_torch() -> None:
 @pytest.fixture
 def runs_folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
+
+
+def test_predict_takes_any_number_of_texts_but_no_lone_string(ground: Ground, runs_folder: Path) -> None:
+    short = {"federation": {"rounds": 1, "clients_per_round": 2}, "training": {"steps": 1}}
+    trained = api.train({**ground.tree(), **short}, runs_folder)
+    texts = [f"fish{number % 2} word{number % 50}" for number in range(150)]
+    one_by_one = [label for text in texts[:70] for label, _ in trained.predict([text])]
+    assert [label for label, _ in trained.predict(texts)][:70] == one_by_one
+    assert trained.predict([]) == []
+    with pytest.raises(TypeError, match="a list of texts"):
+        trained.predict("fish0")

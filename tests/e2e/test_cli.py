@@ -248,3 +248,11 @@ def test_help_names_every_command() -> None:
     assert outcome.code == 0
     for command in ("run", "resume", "compare", "sweep", "methods", "partition", "export", "predict", "report"):
         assert any(line.strip("│ ").startswith(f"{command} ") for line in outcome.out.splitlines()), command
+
+
+def test_a_run_that_learnt_nothing_says_so_and_ends_with_another_code(ground: Ground, runs: Path) -> None:
+    options = ("--set", "training.lr=1e30", "--set", "federation.rounds=1", "--set", "training.optimizer=sgd")
+    outcome = cli_call("run", ground.config, "--runs", runs, *options)
+    assert outcome.code == 2
+    assert "nothing was learnt" in outcome.err
+    assert "not finite" in outcome.err

@@ -144,6 +144,29 @@ def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> No
     assert len(whole.scored) == 10
 
 
+def test_compare_takes_targets_rank_and_fields_from_the_method_of_the_file(ground: Ground) -> None:
+    """What ``run`` would play; ``compare.targets`` and ``compare.rank`` go before it."""
+    written = {
+        "method": {"name": "slora", "targets": "value", "rank": 3, "density": 0.3},
+        "compare": {"methods": ["lora", "slora"]},
+    }
+    tree = {**ground.tree(), **written}
+    methods = {one.label: one.config.method for one in plan(tree)}
+    assert methods["slora"] == written["method"]
+    assert methods["lora"] == {"name": "lora", "targets": "value", "rank": 3}
+    chosen = merge(tree, {"compare": {"targets": "query", "rank": 2}})
+    methods = {one.label: one.config.method for one in plan(chosen)}
+    assert methods["slora"] == {"name": "slora", "targets": "query", "rank": 2, "density": 0.3}
+    paper = {one.label: one.config.method for one in plan(merge(tree, {"compare": {"recipe": "paper"}}))}
+    assert paper == {"slora": written["method"], "lora": {"name": "lora"}}
+
+
+def test_sweep_refuses_a_value_or_a_field_that_is_named_twice(ground: Ground, runs: Path) -> None:
+    refused(cli_call("sweep", ground.config, "training.lr=1e-3,1e-3", "--runs", runs), "training.lr", "once")
+    refused(cli_call("sweep", ground.config, "training.lr=1e-3", "training.lr=1e-2", "--runs", runs), "training.lr", "twice")
+    assert not runs.exists()
+
+
 def test_sweep_tries_every_value_with_every_method_on_validation(ground: Ground, runs: Path) -> None:
     outcome = cli_call("sweep", ground.config, "training.lr=0.001,0.02", "--methods", "lora,bitfit", "--runs", runs, *SHORT)
     assert outcome.code == 0, outcome

@@ -218,7 +218,25 @@ def test_runs_of_one_method_and_seed_stand_alone_under_their_names(tmp_path: Pat
     first = simple(tmp_path / "1", "lora", [0.3], 1)
     second = simple(tmp_path / "2", "lora", [0.5], 1)
     second = replace(second, run=replace(second.run, name="lora-fast"))
-    assert [line.label for line in compare([first, second]).lines] == ["lora-fast", "lora-0"]
+    assert [line.label for line in compare([first, second]).lines] == ["lora (lora-fast)", "lora (lora-0)"]
+
+
+def test_seeds_stay_together_where_a_method_was_run_with_two_settings(tmp_path: Path) -> None:
+    """As when the reports of two comparisons become one."""
+    runs = [
+        replace(found, run=replace(found.run, name=name, seed=seed, settings={"rank": rank, "seed": seed}))
+        for name, rank, seed in (("a", 4, 0), ("a", 4, 1), ("a", 8, 0), ("a", 8, 1))
+        for found in [simple(tmp_path / f"{rank}{seed}", "lora", [0.3], 1)]
+    ]
+    assert sorted((line.label, len(line.runs)) for line in compare(runs).lines) == [("lora (a)", 2), ("lora (a) 2", 2)]
+
+
+def test_the_budget_is_one_that_the_cheapest_method_keeps_with_every_seed(tmp_path: Path) -> None:
+    cheap = [simple(tmp_path / str(seed), "lora", [0.3], megabytes) for seed, megabytes in enumerate((3, 4))]
+    cheap = [replace(one, run=replace(one.run, seed=seed)) for seed, one in enumerate(cheap)]
+    compared = compare([*cheap, simple(tmp_path / "full", "full", [0.5], 9)])
+    assert compared.terms.budget == 4 * MB
+    assert {line.label: line.mean.equal_bytes_accuracy for line in compared.lines} == {"lora": 0.3, "full": None}
 
 
 @pytest.mark.parametrize(
