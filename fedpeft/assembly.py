@@ -105,8 +105,7 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
         raise BadInput(f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}")
     if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
         raise BadInput("evaluation.per_client = true: no client holds test texts, as a partition of kind 'file' deals none")
-    same_model = like and (like.config.model, like.config.seed, like.hardware) == (config.model, config.seed, chosen)
-    if like and same_model and like.dataset is dataset:
+    if like and like.dataset is dataset and _model_settings(like.config, like.hardware) == _model_settings(config, chosen):
         loaded, task, train, test = like.loaded, like.task, like.train, like.test
     else:
         loaded = load(config.model, dataset.labels, chosen, config.seed)
@@ -122,6 +121,11 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
     whole = Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
     settled = hardware or (like and _cohort_settings(like.config) == _cohort_settings(config))
     return whole if settled else _with_cohort(whole)
+
+
+def _model_settings(config: Config, hardware: Hardware) -> tuple[object, ...]:
+    """Return the settings on which the loaded model depends, beside the labels."""
+    return config.model, config.seed, hardware.device, hardware.attention
 
 
 def _cohort_settings(config: Config) -> tuple[object, ...]:

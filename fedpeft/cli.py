@@ -31,6 +31,7 @@ Set = Annotated[list[str], typer.Option("--set", help="Override a field: --set t
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are kept.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace run folders that exist.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with run folders that exist.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Runs at once, each on its share of the cores; 0: as many as there are cores.")]
 Target = Annotated[float | None, typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's.")]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
@@ -83,6 +84,7 @@ def compare(
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     resume: Resume = False,
+    jobs: Jobs = 0,
     target: Target = None,
     bandwidth: Bandwidth = 1e6,
 ) -> None:
@@ -104,6 +106,7 @@ def compare(
             go_on=resume,
             watch=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
             say=typer.echo,
+            jobs=jobs,
         )
     _report(folders, root / "report", target, bandwidth)
     if others := len(_with_ledger(root)) - len(folders):
@@ -119,6 +122,7 @@ def sweep(
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     resume: Resume = False,
+    jobs: Jobs = 0,
 ) -> None:
     """Try values of fields, scored on the validation split."""
     from fedpeft import arguments
@@ -128,7 +132,9 @@ def sweep(
     planned = grid(arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     with progress_bars(out) as watch:
-        folders = play(planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label), say=typer.echo)
+        folders = play(
+            planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label), say=typer.echo, jobs=jobs
+        )
     _report(folders, root / "report", None, 1e6)
 
 

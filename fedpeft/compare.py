@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, final, get_args
 
+from fedpeft import parallel
 from fedpeft.assembly import Assembly, assemble
 from fedpeft.choices import CLIENTS, CompareChoice, Reference
 from fedpeft.config import Config, Tree, differences, from_tree, merge, nearest, nested
+from fedpeft.hardware import Hardware
 from fedpeft.journal import Watch
 from fedpeft.methods import constructors
+from fedpeft.parallel import Job, processes
 from fedpeft.runs import CONFIG, Say, finished, read_settings, refuse_existing, resume, start
 from fedpeft.types import BadInput
 
@@ -69,28 +72,41 @@ def play(
     go_on: bool = False,
     watch: Callable[[Planned], Watch] = lambda _: lambda _: None,
     say: Say = lambda _: None,
+    jobs: int = 1,
 ) -> list[Path]:
     """Play every run in its folder under ``root`` and return the folders.
 
     ``go_on`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
-    anything starts. ``say`` is told of a damaged checkpoint that is passed over.
+    anything starts. ``say`` is told of a damaged checkpoint that is passed over. ``jobs``: how many run at once, each on
+    its share of the cores; 0 for as many as the machine has cores.
     """
-    assembly = _at_the_door(runs, root, overwrite=overwrite, go_on=go_on)
-    for run in runs:
-        folder = run.folder(root)
-        if go_on and (folder / CONFIG).exists():
-            if not finished(folder, run.config):
-                resume(folder, like=assembly, watch=watch(run), say=say)
-        else:
-            assembly = assemble(run.config, like=assembly)
-            start(assembly, folder, overwrite=True, watch=watch(run))
+    last, hardware = _at_the_door(runs, root, overwrite=overwrite, go_on=go_on)
+    left = [run for run in runs if run.folder(root).name in hardware or not finished(run.folder(root), run.config)]
+    planned = [Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root).name)) for run in left]
+    count = processes(planned, jobs, last and last.hardware, any(run.config.machine.threads for run in left))
+    if count > 1:
+        shares = [replace(job, hardware=job.hardware and job.hardware.shared_by(count)) for job in planned]
+        watches = [watch(run) for run in left]
+        parallel.play(shares, count, lambda number, progress: watches[number](progress), say)
+    else:
+        for run, job in zip(left, planned, strict=True):
+            if job.hardware is None:
+                resume(job.folder, like=last, watch=watch(run), say=say)
+            else:
+                last = assemble(run.config, job.hardware, last)
+                start(last, job.folder, overwrite=True, watch=watch(run))
     return [run.folder(root) for run in runs]
 
 
-def _at_the_door(runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on: bool) -> Assembly | None:
-    """Raise BadInput for what would stop any of ``runs`` after others have trained; return the last that was assembled."""
+def _at_the_door(
+    runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on: bool
+) -> tuple[Assembly | None, dict[str, Hardware]]:
+    """Raise BadInput for what would stop any of ``runs`` after others have trained.
+
+    Returns the last that was assembled, and the choices for this machine by folder of all that begin anew.
+    """
     assembly: Assembly | None = None
-    fitting: set[str] = set()
+    hardware: dict[str, Hardware] = {}
     for run in runs:
         folder = run.folder(root)
         if go_on and (folder / CONFIG).exists():
@@ -101,14 +117,16 @@ def _at_the_door(runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on:
                 raise BadInput(f"{folder}: was made with other settings ({apart}); remove it, or choose another name")
             continue
         refuse_existing(folder, overwrite or go_on)
+    fitting: set[str] = set()
     for run in runs:
         if go_on and (run.folder(root) / CONFIG).exists():
             continue
         assembly = assemble(run.config, like=assembly)
+        hardware[run.folder(root).name] = assembly.hardware
         if run.label not in fitting:
             assembly.first_state()  # fails where the method does not fit the model
             fitting.add(run.label)
-    return assembly
+    return assembly, hardware
 
 
 def _rows(tree: Tree) -> list[tuple[str, Tree]]:

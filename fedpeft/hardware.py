@@ -3,7 +3,7 @@
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -64,6 +64,10 @@ class Hardware:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
+
+    def shared_by(self, processes: int) -> "Hardware":
+        """Return the choice for one of several processes that run at once, with its share of the threads."""
+        return replace(self, threads=max(1, self.threads // processes))
 
     def computing(self, model: nn.Module) -> AbstractContextManager[object]:
         """Return the context in which ``model`` computes many batches: what is frozen of it is cast once."""

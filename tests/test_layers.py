@@ -16,7 +16,7 @@ LAYERS: tuple[str, ...] = (
     "methods tasks data hardware models",
     "activations training evaluation client cohorts federation checkpoint",
     "engines export",
-    "choices config assembly scoring journal runs trained compare holdings arguments progress api cli",
+    "choices config assembly scoring journal runs trained parallel compare holdings arguments progress api cli",
 )
 """From the bottom up; a module imports from its own layer and from those below. The package itself is above all."""
 

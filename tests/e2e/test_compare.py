@@ -144,6 +144,32 @@ def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> No
     assert len(whole.scored) == 10
 
 
+def test_runs_side_by_side_end_in_the_same_bits_and_are_resumed_side_by_side(ground: Ground, runs: Path) -> None:
+    arguments = ("compare", ground.config, "--methods", "lora,bitfit", "--seeds", "0,1", *SHORT)
+    assert cli_call(*arguments, "--runs", runs / "one").code == 0
+    side_by_side = (*arguments, "--runs", runs / "other", "--jobs", "2")
+    assert cli_call(*side_by_side).code == 0
+    shutil.rmtree(runs / "other" / "tiny-compare" / "lora-s1")  # never begun
+    (runs / "other" / "tiny-compare" / "bitfit-s0" / "checkpoints" / "000002.json").unlink()  # half done
+    outcome = cli_call(*side_by_side, "--resume")
+    assert outcome.code == 0, outcome
+    for name in ("lora-s0", "lora-s1", "bitfit-s0", "bitfit-s1"):
+        one, other = (runs / place / "tiny-compare" / name for place in ("one", "other"))
+        assert_same(_last_state(one), _last_state(other))
+        assert json.loads((other / "hardware.json").read_text())["threads"] == 1
+
+
+def test_what_fails_in_one_of_several_processes_is_told_in_one_line(ground: Ground, runs: Path) -> None:
+    arguments = ("compare", ground.config, "--methods", "lora,bitfit", "--runs", runs, "--jobs", "2", *SHORT)
+    assert cli_call(*arguments).code == 0
+    last = runs / "tiny-compare" / "lora-s0" / "checkpoints"
+    for path in last.glob("*.state"):
+        path.write_bytes(b"")
+    (last / "000002.json").unlink()
+    (runs / "tiny-compare" / "bitfit-s0" / "checkpoints" / "000002.json").unlink()
+    refused(cli_call(*arguments, "--resume"), "lora-s0", "every checkpoint is damaged")
+
+
 def test_compare_takes_targets_rank_and_fields_from_the_method_of_the_file(ground: Ground) -> None:
     """What ``run`` would play; ``compare.targets`` and ``compare.rank`` go before it."""
     written = {

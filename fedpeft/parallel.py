@@ -1,0 +1,97 @@
+"""Several runs at once, each in a process with its share of the cores, so that none waits for another's odd jobs."""
+
+import multiprocessing
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing.connection import wait as ended
+from pathlib import Path
+from typing import Any, Final, final
+
+from fedpeft.assembly import Assembly, assemble
+from fedpeft.config import from_json
+from fedpeft.hardware import Hardware
+from fedpeft.journal import Progress
+from fedpeft.runs import Say, resume, start
+
+MOST: Final = 4
+"""Processes at most, as each holds a model of its own."""
+
+
+@final
+@dataclass(frozen=True)
+class Job:
+    """A run to be: its settings as JSON, its folder, and the choices for this machine; None goes on with what is there."""
+
+    settings: str
+    folder: Path
+    hardware: Hardware | None
+
+
+def processes(jobs: Sequence[Job], asked: int, hardware: Hardware | None, fixed: bool) -> int:
+    """Return how many processes play ``jobs``: as many as ``asked``, or where that is 0 as many as there are cores.
+
+    One on a GPU, which they would share, and where the number of threads was ``fixed`` by the user.
+    """
+    alone = hardware is None or hardware.device != "cpu" or fixed
+    return max(1, min(asked or (1 if alone else min(MOST, os.cpu_count() or 1)), len(jobs)))
+
+
+def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None], say: Say) -> None:
+    """Play ``jobs`` in ``count`` processes; ``watch`` is told of a job's number and progress. What fails is raised."""
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    with ProcessPoolExecutor(count, context, _begin, (told,)) as pool:
+        under_way: set[Future[None]] = {pool.submit(_play, number, job) for number, job in enumerate(jobs)}
+        try:
+            while under_way:
+                done, under_way = wait(under_way, timeout=0.1)
+                _pass_on(told, watch, say)
+                for future in done:
+                    future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        _pass_on(told, watch, say)
+
+
+def _pass_on(told: Any, watch: Callable[[int, Progress], None], say: Say) -> None:
+    while True:
+        try:
+            number, news = told.get_nowait()
+        except queue.Empty:
+            return
+        say(news) if isinstance(news, str) else watch(number, news)
+
+
+class _Here:
+    """What a process keeps between its runs."""
+
+    told: Any = None
+    last: Assembly | None = None
+
+
+def _begin(told: Any) -> None:
+    """Remember where to tell of progress, and end with the parent: a run that is resumed must have one writer."""
+    _Here.told = told
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        ended([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _play(number: int, job: Job) -> None:
+    def watch(progress: Progress) -> None:
+        _Here.told.put((number, progress))
+
+    if job.hardware is None:
+        resume(job.folder, like=_Here.last, watch=watch, say=lambda line: _Here.told.put((number, line)))
+    else:
+        _Here.last = assemble(from_json(job.settings), job.hardware, _Here.last)
+        start(_Here.last, job.folder, overwrite=True, watch=watch)
