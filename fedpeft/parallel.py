@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait as ended
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedpeft.config import from_json
 from fedpeft.hardware import Hardware
 from fedpeft.journal import Progress
 from fedpeft.runs import Say, resume, start
+from fedpeft.types import BadInput
 
 MOST: Final = 4
 """Processes at most, as each holds a model of its own."""
@@ -52,6 +54,10 @@ def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None]
                 _pass_on(told, watch, say)
                 for future in done:
                     future.result()
+        except BrokenProcessPool as error:
+            raise BadInput(
+                f"--jobs {count}: a process was ended from outside, perhaps for memory; go on with --resume"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         _pass_on(told, watch, say)
