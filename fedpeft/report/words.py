@@ -9,8 +9,11 @@ from fedpeft.report.terms import SHARE_OF_MEDIAN, Terms
 
 
 def setting(runs: Sequence[Summary]) -> str:
-    """Return data and model (of a path its last part), federation and, if the settings have it, the partition's alpha."""
-    rows = [run.run for run in runs]
+    """Return data and model (of a path its last part), federation and, if the settings have it, the partition's alpha.
+
+    Of references, which have a federation of their own, only where there is nothing else.
+    """
+    rows = [run.run for run in runs if run.federated] or [run.run for run in runs]
     parts = [
         _listed(PurePath(row.data).name for row in rows),
         _listed(PurePath(row.model).name for row in rows),
