@@ -21,7 +21,7 @@ TOKENS = 1024
 EVERYTHING = 1 << 40
 """On a GPU the whole cohort goes through at once."""
 SHORT = 128
-"""Tokens up to which eager attention beats torch's SDPA kernel on CPU in bf16."""
+"""Tokens up to which eager attention beats torch's SDPA kernel on CPU."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def resolve(machine: Machine, max_length: int) -> Hardware:
     if precision == "auto":
         precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
     if attention == "auto":
-        short = torch.device(device).type == "cpu" and precision == "bf16" and max_length <= SHORT
+        short = torch.device(device).type == "cpu" and max_length <= SHORT
         attention = "eager" if short else "sdpa"
     tokens = TOKENS if torch.device(device).type == "cpu" else EVERYTHING
     return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens)
