@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, final
 
@@ -78,16 +80,39 @@ class Activations:
         return self._kept[client]
 
     @contextmanager
-    def begun(self, states: Sequence[Tensor] | None) -> Iterator[None]:
-        """Let the pass in the ``with`` begin at the lowest block with ``states``; at the bottom where these are None."""
+    def begun(self) -> Iterator[None]:
+        """Let passes in the ``with`` begin at the lowest block if they are given what enters it (see ``entering``)."""
         with ExitStack() as undo:
-            if states is not None and self._chain is not None:
-                entering = pad_sequence(list(states), batch_first=True)
+            if self._chain is not None and self._lowest > 0:
                 for block in self._chain.blocks[: self._lowest]:
                     undo.callback(block.__dict__.pop, "forward")
-                    block.forward = _unchanged
-                undo.callback(_change_input(self._chain.blocks[self._lowest], lambda _: entering))
+                    block.forward = partial(_unless_known, block.forward)
+                undo.callback(_change_input(self._chain.blocks[self._lowest], _known_or))
             yield
+
+
+_ENTERING: ContextVar[Sequence[Tensor] | None] = ContextVar("entering", default=None)
+
+
+@contextmanager
+def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
+    """Say, for a pass in the ``with``, what enters the lowest block for each of its texts, (length, width), if known."""
+    token = _ENTERING.set(states)
+    try:
+        yield
+    finally:
+        _ENTERING.reset(token)
+
+
+def _unless_known(forward: Callable[..., object], hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+    """Compute a block below the lowest, unless the pass begins above it."""
+    return forward(hidden_states, *args, **kwargs) if _ENTERING.get() is None else hidden_states
+
+
+def _known_or(hidden: Tensor) -> Tensor:
+    """Return what enters the lowest block: what is known, (n, L, width), or what was computed."""
+    states = _ENTERING.get()
+    return hidden if states is None else pad_sequence(list(states), batch_first=True)
 
 
 def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> list[int]:
@@ -123,10 +148,6 @@ def _states(block: nn.Module, forward: Forward, texts: Encoded, rows: int) -> Se
             with suppress(_Enough):
                 forward(texts.take(batch))
     return [found[row] for row in range(len(texts))]
-
-
-def _unchanged(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-    return hidden_states
 
 
 def _change_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:

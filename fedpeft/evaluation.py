@@ -1,15 +1,18 @@
 """Score a state: mount what the server sends without training it, and count what the model says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.hardware import Hardware
+from fedpeft.lanes import by_length, lanes
 from fedpeft.tasks import Classification, Encoded, Scores
 from fedpeft.types import NEVER, Client, Context, LocalTask, Method, Payload, State
 
+EVALUATED = 1 << 15
+"""Tokens that are scored together at most."""
 WHOLE = Client(NEVER)
 """A client of full capacity that remembers nothing: what it is sent is the whole model."""
 
@@ -19,15 +22,21 @@ def score(model: nn.Module, task: Classification, examples: Encoded, hardware: H
     return task.score(says(model, task, examples, hardware), examples.labels)
 
 
-def says(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware, batch_size: int = 64) -> Tensor:
+def says(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware) -> Tensor:
     """Return the (n, C) logits of ``model``, as it is mounted now, for ``examples``; batches are formed by length."""
-    order = sorted(range(len(examples)), key=lambda row: len(examples.ids[row]))
+    lengths = [len(ids) for ids in examples.ids]
+    count = hardware.lanes(sum(lengths))
+
+    def play(rows: Sequence[int]) -> Tensor:
+        with torch.inference_mode(), hardware.autocast():
+            return task.logits(model, task.collate(examples.take(rows), hardware.torch_device)).cpu()
+
     found = torch.zeros(len(examples), len(task.labels))
+    batches = by_length(lengths, min(hardware.tokens, EVALUATED), count)
     model.eval()
-    with hardware.computing(model), torch.inference_mode(), hardware.autocast():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            found[rows] = task.logits(model, task.collate(examples.take(rows), hardware.torch_device)).cpu()
+    with hardware.computing(model), lanes(count) as at_once:
+        for rows, logits in zip(batches, at_once(play, batches), strict=True):
+            found[rows] = logits
     return found
 
 

@@ -10,8 +10,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.activations import Activations
+from fedpeft.activations import Activations, entering
 from fedpeft.hardware import Hardware
+from fedpeft.lanes import by_length, lanes
 from fedpeft.mounting import rows_of
 from fedpeft.optimizer import Kind, Optimizer, clip
 from fedpeft.seeds import derive, generator
@@ -71,34 +72,35 @@ def fit(
     activations: Activations,
 ) -> Tensor:
     """Train ``local`` on K clients' shares, longest first, and return each one's mean loss over its steps, (K,) float64."""
-    rates = {name: local.rate * _rate(training, name in head) for name in local.trainable}
-    optimizer = Optimizer(
-        training.optimizer, local.trainable, rates, weight_decay=training.weight_decay, momentum=training.momentum
-    )
-    device = hardware.torch_device
+    optimizer = _optimizer(local, training, head)
+    device, trained = hardware.torch_device, list(local.trainable.values())
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
+    # Side by side, every client has tensors of its own. A client alone may have whole weights that stand in for the
+    # model's, of which there is one set at a time, so its parts go one after another.
+    count = hardware.lanes(sum(_tokens(share, share.steps[0]) for share in shares)) if len(shares) > 1 else 1
+
+    def play(part: Part) -> tuple[Part, Tensor, Sequence[Tensor | None]]:
+        owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
+        with entering(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
+            each = task.losses(model, task.collate(part.examples, device))
+        weighted = each * part.weights.to(device)
+        return part, weighted.detach(), torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
+
     model.train()
-    with hardware.computing(model):
+    with hardware.computing(model), activations.begun(), lanes(count) as at_once:
         for step in range(len(shares[0].steps)):
             active = slice(0, sum(step < len(share.steps) for share in shares))
-            for parameter in local.trainable.values():
+            for parameter in trained:
                 parameter.grad = None
-            for part in parts([(share, share.steps[step]) for share in shares[active]], hardware.tokens):
-                owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
-                with activations.begun(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
-                    each = task.losses(model, task.collate(part.examples, device))
-                weighted = each * part.weights.to(device)
-                torch.autograd.backward(weighted.sum())
-                losses.index_add_(0, part.clients.to(device), weighted.detach().to(losses.dtype))
+            dealt = parts([(share, share.steps[step]) for share in shares[active]], hardware.tokens, count)
+            for part, weighted, gradients in at_once(play, dealt):
+                losses.index_add_(0, part.clients.to(device), weighted.to(losses.dtype))
+                _add(trained, gradients)
             local.after_backward(active)
             if training.clip is not None:
                 clip(local.trainable, active, training.clip)
             optimizer.step(active, min(1.0, (step + 1) / (training.warmup + 1)))
     return losses.cpu() / torch.tensor([len(share.steps) for share in shares])
-
-
-Row = tuple[int, int, int]
-"""The length of a text, whose it is, and its number there."""
 
 
 @final
@@ -117,17 +119,16 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int) -> Iterator[Part]:
-    """Yield the batches of k clients in parts of at most ``tokens`` padded tokens, formed by length, whoever's they are.
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, count: int = 1) -> Iterator[Part]:
+    """Yield the batches of k clients in parts of about ``tokens``, formed by length, whoever's they are, for ``count`` lanes.
 
     Gradients are per client whatever the grouping, and rows of like length need little padding. Within a part the rows
     of a client stay together.
     """
-    everything = [(len(share.examples.ids[row]), k, row) for k, (share, own) in enumerate(batches) for row in own]
-    everything.sort(key=itemgetter(0))
+    everything = [(k, row) for k, (_, own) in enumerate(batches) for row in own]
     known = all(share.states is not None for share, _ in batches)
-    for together in _cut(everything, tokens):
-        mine = [(batches[k][0], k, row) for _, k, row in sorted(together, key=itemgetter(1))]
+    for together in by_length([len(batches[k][0].examples.ids[row]) for k, row in everything], tokens, count):
+        mine = [(batches[k][0], k, row) for k, row in sorted((everything[i] for i in together), key=itemgetter(0))]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
         clients = torch.tensor([k for _, k, _ in mine])
@@ -136,13 +137,15 @@ def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int) -> Iterat
         yield Part(Encoded(ids, labels), states, clients, _owners(clients), weights)
 
 
-def _cut(rows: Sequence[Row], tokens: int) -> Iterator[Sequence[Row]]:
-    """Cut ascending ``rows`` into runs that take at most ``tokens`` once padded; a row that is longer stands alone."""
-    start = 0
-    for stop in range(1, len(rows) + 1):
-        if stop == len(rows) or (stop + 1 - start) * rows[stop][0] > tokens:
-            yield rows[start:stop]
-            start = stop
+def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Add to ``.grad`` of each parameter the gradient of one part, None where the part did not use it."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _tokens(share: Share, rows: Sequence[int]) -> int:
+    return sum(len(share.examples.ids[row]) for row in rows)
 
 
 def _owners(clients: Tensor) -> slice | Tensor:
@@ -161,5 +164,8 @@ def own_randomness(seed: int, client: int, number: int) -> Iterator[None]:
         yield
 
 
-def _rate(training: Training, in_head: bool) -> float:
-    return training.head_lr if in_head and training.head_lr is not None else training.lr
+def _optimizer(local: LocalTask, training: Training, head: frozenset[str]) -> Optimizer:
+    """Return what steps ``local`` at its own rates."""
+    head_lr = training.lr if training.head_lr is None else training.head_lr
+    rates = {name: local.rate * (head_lr if name in head else training.lr) for name in local.trainable}
+    return Optimizer(training.optimizer, local.trainable, rates, weight_decay=training.weight_decay, momentum=training.momentum)

@@ -14,7 +14,7 @@ LAYERS: tuple[str, ...] = (
     "wire codec averaging lowrank sparse importance memory optimizer ledger",
     "mounting report",
     "methods tasks data hardware models",
-    "activations training evaluation client cohorts federation checkpoint",
+    "activations lanes training evaluation client cohorts federation checkpoint",
     "engines export",
     "choices config assembly scoring journal runs trained parallel compare holdings arguments progress api cli",
 )

@@ -45,14 +45,14 @@ def answers(playing: Worker, cohort: list[int], blob: bytes) -> dict[int, Answer
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name: str) -> None:
-    """Unequal steps, ragged batches, and parts of 40 tokens in which clients mix unevenly."""
+    """Unequal steps, ragged batches, and parts of 40 tokens in which clients mix unevenly, one or two at once."""
     method: Method = METHODS[name](**SETTINGS[name])
     playing = played(family, method, SIZES, SGD)
     blob, state = requests(method, describe(playing.model, FAMILIES[family].head))
     alone = {client: answers(playing, [client], blob)[client] for client in SIZES}
     assert max(_moved(state, answer.payload) for answer in alone.values()) > 0.01
-    for tokens in (1024, 40):
-        together = answers(replace(playing, hardware=replace(CPU, tokens=tokens)), [0, 1, 2], blob)
+    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=40, threads=2)):
+        together = answers(replace(playing, hardware=hardware), [0, 1, 2], blob)
         for client in SIZES:
             close(together[client].payload, alone[client].payload, 2e-5)
             assert together[client].loss == pytest.approx(alone[client].loss, rel=1e-5)
