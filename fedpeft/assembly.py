@@ -138,12 +138,12 @@ def _with_cohort(whole: Assembly) -> Assembly:
 
     One, where the base has dropout, as every client has a random stream of its own, or mixes the rows of a batch.
     """
-    config, base = whole.config, whole.loaded.base
-    size = 1 if config.engine.cohort == "auto" else config.engine.cohort
-    if config.engine.kind != "local" or config.model.dropout > 0 or not apart(whole.worker, base):
+    config, base, count = whole.config, whole.loaded.base, whole.config.federation.clients_per_round
+    size = count if config.engine.cohort == "auto" else config.engine.cohort
+    if config.engine.kind != "local" or config.model.dropout > 0 or (size > 1 and not apart(whole.worker, base)):
         size = 1
     elif config.engine.cohort == "auto":
-        size = widest(whole.worker, base, whole.clients, config.federation.clients_per_round)
+        size = widest(whole.worker, base, whole.clients, count)
     hardware = replace(whole.hardware, cohort=size)
     return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
 

@@ -10,23 +10,25 @@ import torch
 
 from fedpeft.activations import Activations
 from fedpeft.client import Holding, Worker
+from fedpeft.ledger import measured
 from fedpeft.methods.lora import LoRA
 from fedpeft.tasks import Encoded
 from fedpeft.types import Base, Client, NotStackable
 from fedpeft.wire import Answer, Kind, Request
 
 GAIN: Final = 0.95
-"""A larger cohort must take at most this share of a smaller one's time per client."""
-PATIENCE: Final = 2.0
-"""Seconds of one trial after which no larger cohort is tried."""
+"""A cohort must take at most this share of a lone client's time, per client."""
+PATIENCE: Final = 4.0
+"""Seconds that a trial may be expected to take, as many lone clients would."""
 SHARE: Final = 0.5
-"""Share of the memory that a cohort may be expected to need."""
+"""Share of the memory that a cohort may be expected to need, as many lone clients would."""
 
 
 def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) -> int:
-    """Return how many of the ``count`` clients of a round train fastest side by side, measured on one step of LoRA each.
+    """Return how many of the ``count`` clients of a round train side by side: the most that gain by it.
 
-    LoRA is the yardstick of model and machine; what a method cannot carry, the engine finds out when it tries.
+    Measured on one step of LoRA each, the yardstick of model and machine; what a method cannot carry, the engine finds out
+    when it tries.
     """
     trial, request = _trial(worker, base)
     most = sorted(clients, key=lambda client: client.examples, reverse=True)[:count]  # full batches first
@@ -37,17 +39,20 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
         answers = trial.handle(ids, [request] * size, [b""] * size)
         return time.perf_counter() - start, Answer.decode(answers[0][0]).peak_memory
 
-    chosen, best = 1, float("inf")
-    for size in sizes(len(most)):
+    once(1)  # makes the kernels for these shapes
+    with measured(worker.hardware.torch_device) as before:
+        pass
+    alone, peak = once(1)
+    memory = SHARE * _memory(worker.hardware.torch_device) - before.peak_memory
+    for size in sorted(sizes(len(most)), reverse=True)[:-1]:
+        if size * alone > PATIENCE or size * (peak - before.peak_memory) > memory:
+            continue
         try:
-            (_, _), (took, peak) = once(size), once(size)  # the first pass makes the kernels for these shapes
+            if any(once(size)[0] / size < GAIN * alone for _ in range(2)):
+                return size
         except NotStackable:
             break
-        if took / size < GAIN * best:
-            chosen, best = size, took / size
-        if took > PATIENCE or 2 * peak > SHARE * _memory(worker.hardware.torch_device):
-            break
-    return chosen
+    return 1
 
 
 def apart(worker: Worker, base: Base) -> bool:

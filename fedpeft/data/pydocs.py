@@ -1,9 +1,14 @@
 """Data that every Python brings along: the standard library's docstrings, labelled by chapter of its manual."""
 
 import ast
+import json
+import os
+import sys
 import sysconfig
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from hashlib import blake2b
 from importlib import resources
 from pathlib import Path
 
@@ -33,23 +38,44 @@ def pydocs(seed: int = 0) -> Dataset:
 def _collect(library: Path) -> Rows:
     """Return every different docstring once, under the first module (in alphabetical order) that has it.
 
-    The code is parsed, never run.
+    The code is parsed, never run; what was found is kept in the user's cache for as long as the sources stay as they are.
     """
-    found: dict[str, tuple[str, str]] = {}
-    for module, chapter in sorted(_chapters().items()):
-        for source in _sources(library, module):
-            for text in _docstrings(ast.parse(source.read_bytes())):
-                found.setdefault(text, (chapter, module))
-    if not found:
+    sources = [(str(source), chapter, module) for module, chapter in _chapters() for source in _sources(library, module)]
+    if not sources:
         raise BadInput(f"data.source = 'pydocs': {library} holds no Python source; give files of your own instead")
+    kept = _cache() / f"pydocs-{_stamp(sources)}.json"
+    with suppress(OSError, ValueError, TypeError):
+        texts, labels, keys = json.loads(kept.read_bytes())
+        return Rows(tuple(texts), tuple(labels), tuple(keys))
+    found: dict[str, tuple[str, str]] = {}
+    for source, chapter, module in sources:
+        for text in _docstrings(ast.parse(Path(source).read_bytes())):
+            found.setdefault(text, (chapter, module))
     labels, keys = zip(*found.values(), strict=True)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        own = kept.with_suffix(f".{os.getpid()}")  # several processes may get here at once
+        own.write_text(json.dumps([list(found), labels, keys]), encoding="utf-8")
+        own.replace(kept)
     return Rows(tuple(found), labels, keys)
 
 
-def _chapters() -> dict[str, str]:
-    """Return top-level module -> chapter."""
+def _cache() -> Path:
+    """Return the folder where the user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fedpeft"
+
+
+def _stamp(sources: Sequence[tuple[str, str, str]]) -> str:
+    """Return a digest of the sources, as far as their sizes and times of change tell, of this Python and of this file."""
+    stats = [os.stat(source) for source, _, _ in sources]
+    about = repr((sys.version, sources, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
+    return blake2b(about.encode() + Path(__file__).read_bytes(), digest_size=16).hexdigest()
+
+
+def _chapters() -> list[tuple[str, str]]:
+    """Return every top-level module with its chapter, in alphabetical order."""
     text = resources.files("fedpeft.data").joinpath("chapters.toml").read_text(encoding="utf-8")
-    return {module: chapter for chapter, modules in tomllib.loads(text).items() for module in modules}
+    return sorted((module, chapter) for chapter, modules in tomllib.loads(text).items() for module in modules)
 
 
 def _sources(library: Path, module: str) -> Iterator[Path]:

@@ -23,9 +23,10 @@ def data() -> Dataset:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that stands for the standard library."""
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    return tmp_path
+    """An empty folder that stands for the standard library; what is found there is kept beside it."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "library"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "library"
 
 
 def write(path: Path, *docstrings: str) -> None:
@@ -90,6 +91,28 @@ def test_another_process_builds_the_same(library: Path) -> None:
     assert done.stdout.strip() == pydocs().digest()
 
 
+def test_sources_are_parsed_once_for_as_long_as_they_stay_as_they_are(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(library / "json" / "decoder.py", *sentences("JSON", 50))
+    first = pydocs()
+    with monkeypatch.context() as parsing:
+        parsing.setattr("ast.parse", lambda _: pytest.fail("parsed again"))
+        assert pydocs() == first
+        assert pydocs(1) != first
+    (kept,) = (library.parent / "cache" / "fedpeft").iterdir()
+    for damaged in (b"", b"[1, 2]", b"[1, 2, 3]", b'{"a": 1}', b"\xff"):
+        kept.write_bytes(damaged)
+        assert pydocs() == first
+    write(library / "json" / "decoder.py", *sentences("XML!", 50))
+    assert set(texts(pydocs())) == set(sentences("XML!", 50))
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(library / "json" / "decoder.py", *sentences("JSON", 50))
+    (library.parent / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(library.parent / "file"))
+    assert len(texts(pydocs())) == 50
+
+
 def test_a_seed_moves_rows_between_splits_and_changes_no_text(library: Path) -> None:
     write(library / "json" / "decoder.py", *sentences("JSON", 50))
     first, again, other = pydocs(0), pydocs(0), pydocs(1)
@@ -116,7 +139,7 @@ def test_tests_short_docstrings_and_unmapped_modules_are_left_out(library: Path)
 
 
 def test_docstrings_of_modules_classes_and_methods_are_cleaned(library: Path) -> None:
-    (library / "json").mkdir()
+    (library / "json").mkdir(parents=True)
     (library / "json" / "decoder.py").write_text(
         '"""The module says something here.\n\n    More of it.\n    """\n'
         'class A:\n    """The class says something here."""\n'
