@@ -32,7 +32,7 @@ def says(model: nn.Module, task: Classification, examples: Encoded, hardware: Ha
             return task.logits(model, task.collate(examples.take(rows), hardware.torch_device)).cpu()
 
     found = torch.zeros(len(examples), len(task.labels))
-    batches = by_length(lengths, min(hardware.tokens, EVALUATED), count)
+    batches = by_length(lengths, min(hardware.tokens, EVALUATED), hardware.overhead)
     model.eval()
     with hardware.computing(model), lanes(count) as at_once:
         for rows, logits in zip(batches, at_once(play, batches), strict=True):

@@ -16,7 +16,7 @@ from fedpeft.types import BadInput
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 
-TOKENS = 640
+TOKENS = 1024
 """Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
 EVERYTHING = 1 << 40
 """On a GPU the whole cohort goes through at once."""
@@ -43,7 +43,7 @@ class Machine:
 class Hardware:
     """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``.
 
-    ``tokens``: about how many go through the model together; a step of a cohort is cut into parts by length.
+    ``tokens``: how many go through the model together, padding included; a step of a cohort is cut into parts by length.
     ``cohort``: clients that train side by side where the method can.
     """
 
@@ -65,9 +65,14 @@ class Hardware:
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
 
+    @property
+    def overhead(self) -> int:
+        """Return the tokens that would take as long as what a pass costs beside its tokens, roughly."""
+        return self.tokens // 10
+
     def lanes(self, tokens: int) -> int:
         """Return how many passes over ``tokens`` in all, cut into parts, are made at once."""
-        return min(self.threads, max(1, round(tokens / self.tokens)))
+        return min(self.threads, max(1, 2 * tokens // self.tokens))
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return the choice for one of several processes that run at once, with its share of the threads."""

@@ -1,43 +1,53 @@
 """Passes computed at once in one process, a thread each: they use the cores better than the threads within one pass."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 @contextmanager
-def lanes(count: int) -> Iterator[Map]:
+def lanes(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
     """Yield a ``map`` that computes ``count`` items at once, on torch threads shared evenly, and gives results in order.
 
     One lane is Python's own ``map``, in the calling thread. A lane has the thread's own defaults: modes such as autocast or
-    inference, and context variables, are for the mapped function to set.
+    inference, and context variables, are for the mapped function to set. ``leaves``: all that lanes differentiate by.
     """
     if count == 1:
         yield map
         return
     threads = torch.get_num_threads()
+    # What gathers a leaf's gradient is made when a graph first needs it, under a lock of the leaf, by a thread that then
+    # waits for the interpreter; another that has the interpreter may wait for the leaf. A view makes it, and keeps it.
+    views = [leaf.view_as(leaf) for leaf in leaves]
     with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, max(1, threads // count))) as pool:
         yield pool.map
+    del views
     torch.set_num_threads(threads)  # a lane changes what threads to come begin with
 
 
-def by_length(lengths: Sequence[int], tokens: int, count: int) -> list[list[int]]:
-    """Return the rows with ``lengths``, shortest first, in runs of about ``tokens`` for ``count`` lanes.
+def by_length(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
+    """Return the rows with ``lengths`` in runs of like length that cost least together, the dearest first.
 
-    All runs have about equally many tokens, and are a multiple of ``count``, so that no lane waits for long; fewer where
-    rows are few.
+    A run costs its tokens once padded, which are at most ``most`` unless a row is longer, and ``overhead`` tokens more.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    ends = list(accumulate(lengths[row] for row in order))
-    total = ends[-1] if ends else 0
-    number = count * max(1, round(total / tokens / count))
-    cuts = [bisect_right(ends, total * cut // number) for cut in range(number + 1)]
-    return [order[start:stop] for start, stop in pairwise(cuts) if stop > start]
+    least, starts = np.zeros(len(order) + 1), [0]
+    for stop, row in enumerate(order, start=1):
+        first = max(0, min(stop - 1, stop - most // lengths[row]))
+        costs = least[first:stop] + (stop - np.arange(first, stop)) * float(lengths[row]) + overhead
+        starts.append(first + int(costs.argmin()))
+        least[stop] = costs.min()
+    runs = []
+    stop = len(order)
+    while stop:
+        runs.append(order[starts[stop] : stop])
+        stop = starts[stop]
+    return sorted(runs, key=lambda run: len(run) * lengths[run[-1]], reverse=True)

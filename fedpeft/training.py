@@ -75,9 +75,7 @@ def fit(
     optimizer = _optimizer(local, training, head)
     device, trained = hardware.torch_device, list(local.trainable.values())
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
-    # Side by side, every client has tensors of its own. A client alone may have whole weights that stand in for the
-    # model's, of which there is one set at a time, so its parts go one after another.
-    count = hardware.lanes(sum(_tokens(share, share.steps[0]) for share in shares)) if len(shares) > 1 else 1
+    count, overhead = _passes(shares, hardware)
 
     def play(part: Part) -> tuple[Part, Tensor, Sequence[Tensor | None]]:
         owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
@@ -87,12 +85,12 @@ def fit(
         return part, weighted.detach(), torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
 
     model.train()
-    with hardware.computing(model), activations.begun(), lanes(count) as at_once:
+    with hardware.computing(model), activations.begun(), lanes(count, trained) as at_once:
         for step in range(len(shares[0].steps)):
             active = slice(0, sum(step < len(share.steps) for share in shares))
             for parameter in trained:
                 parameter.grad = None
-            dealt = parts([(share, share.steps[step]) for share in shares[active]], hardware.tokens, count)
+            dealt = parts([(share, share.steps[step]) for share in shares[active]], hardware.tokens, overhead)
             for part, weighted, gradients in at_once(play, dealt):
                 losses.index_add_(0, part.clients.to(device), weighted.to(losses.dtype))
                 _add(trained, gradients)
@@ -119,15 +117,15 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, count: int = 1) -> Iterator[Part]:
-    """Yield the batches of k clients in parts of about ``tokens``, formed by length, whoever's they are, for ``count`` lanes.
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, overhead: int) -> Iterator[Part]:
+    """Yield the batches of k clients in parts of at most ``tokens``, formed by length, whoever's they are.
 
-    Gradients are per client whatever the grouping, and rows of like length need little padding. Within a part the rows
-    of a client stay together.
+    ``overhead``: what a part costs beside its tokens, in tokens. Gradients are per client whatever the grouping, and rows of
+    like length need little padding. Within a part the rows of a client stay together.
     """
     everything = [(k, row) for k, (_, own) in enumerate(batches) for row in own]
     known = all(share.states is not None for share, _ in batches)
-    for together in by_length([len(batches[k][0].examples.ids[row]) for k, row in everything], tokens, count):
+    for together in by_length([len(batches[k][0].examples.ids[row]) for k, row in everything], tokens, overhead):
         mine = [(batches[k][0], k, row) for k, row in sorted((everything[i] for i in together), key=itemgetter(0))]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
@@ -144,8 +142,15 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _tokens(share: Share, rows: Sequence[int]) -> int:
-    return sum(len(share.examples.ids[row]) for row in rows)
+def _passes(shares: Sequence[Share], hardware: Hardware) -> tuple[int, int]:
+    """Return how many parts are computed at once, and what one costs beside its tokens, in tokens.
+
+    Side by side, every client has tensors of its own. A client alone may have whole weights, whose gradients are dear to add
+    up, and which stand in for the model's, of which there is one set: its parts are few, one after another.
+    """
+    if len(shares) == 1:
+        return 1, hardware.tokens
+    return hardware.lanes(sum(len(share.examples.ids[row]) for share in shares for row in share.steps[0])), hardware.overhead
 
 
 def _owners(clients: Tensor) -> slice | Tensor:

@@ -1,10 +1,13 @@
 """Several passes at once: the same results in the same order, every row once, no lane left waiting for long."""
 
+import itertools
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.lanes import by_length, lanes
@@ -56,14 +59,49 @@ def test_an_error_in_a_lane_is_raised() -> None:
         list(at_once(lambda number: 1 // number, [1, 0, 1]))
 
 
-@given(lengths=st.lists(st.integers(1, 50), max_size=60), tokens=st.integers(1, 200), count=st.integers(1, 4))
-def test_rows_are_dealt_once_in_even_runs_by_length(lengths: list[int], tokens: int, count: int) -> None:
-    runs = by_length(lengths, tokens, count)
-    dealt = [row for run in runs for row in run]
-    assert sorted(dealt) == list(range(len(lengths)))
-    assert [lengths[row] for row in dealt] == sorted(lengths)
-    due = count * max(1, round(sum(lengths) / tokens / count))
-    assert len(runs) <= due
-    for run in runs:
-        own = [lengths[row] for row in run]
-        assert sum(own) <= sum(lengths) / due + 2 * max(own)
+PASSES = """
+import torch
+from fedpeft.lanes import lanes
+
+leaves = [torch.nn.Parameter(torch.ones(4, 8)) for _ in range(50)]
+rows = torch.tensor([0, 1, 2])
+
+
+def play(number):
+    return torch.autograd.grad(sum((leaf[:2] if number % 2 else leaf.index_select(0, rows)).sum() for leaf in leaves), leaves)
+
+
+with lanes(2, leaves) as at_once:
+    assert all(float(gradients[0].sum()) == (24, 16)[number % 2] for number, gradients in enumerate(at_once(play, range(2000))))
+"""
+
+
+def test_lanes_that_differentiate_by_the_same_leaves_never_wait_for_one_another_for_good() -> None:
+    subprocess.run([sys.executable, "-c", PASSES], check=True, timeout=120)
+
+
+def _cost(runs: list[list[int]], overhead: int) -> int:
+    return sum(len(run) * max(run) + overhead for run in runs)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=9),
+    most=st.integers(1, 200),
+    overhead=st.integers(0, 100),
+)
+@settings(deadline=None)
+def test_rows_are_dealt_once_in_the_cheapest_runs_by_length(lengths: list[int], most: int, overhead: int) -> None:
+    runs = by_length(lengths, most, overhead)
+    assert sorted(row for run in runs for row in run) == list(range(len(lengths)))
+    found = [[lengths[row] for row in run] for run in runs]
+    sizes = [len(run) * max(run) for run in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size <= most or len(run) == 1 for size, run in zip(sizes, found, strict=True))
+    order = sorted(lengths)
+    every = []
+    for cuts in itertools.product([False, True], repeat=max(0, len(order) - 1)):
+        edges = [0, *(number for number, cut in enumerate(cuts, start=1) if cut), len(order)]
+        own = [order[a:b] for a, b in itertools.pairwise(edges) if b > a]
+        if all(len(run) * max(run) <= most or len(run) == 1 for run in own):
+            every.append(_cost(own, overhead))
+    assert _cost(found, overhead) == min(every)
