@@ -1,8 +1,8 @@
 """The same federation in pfl-research's simulator as its expert would tune it. Knows nothing of fedpeft.
 
 Run by ``vs_pfl.py`` in an environment of its own, on the federation that it prepared; prints one line of JSON. One resident
-model, texts tokenised once, batches padded to their longest text, bf16 with eager attention, no dropout, a fused optimizer
-over the trained parameters alone, no evaluation in the rounds that are measured.
+model, texts tokenised once, batches padded to their longest text, frozen weights cast to bf16 once, eager attention, no
+dropout, a fused optimizer over the trained parameters alone, no evaluation in the rounds that are measured.
 """
 
 import json
@@ -22,7 +22,7 @@ from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.data.sampling import get_user_sampler
-from pfl.hyperparam.base import NNTrainHyperParams
+from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from safetensors.torch import load_file
@@ -32,6 +32,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 SETTINGS: dict[str, Any] = json.loads(sys.argv[1])
 FEDERATION: dict[str, Any] = json.loads((Path(SETTINGS["folder"]) / "federation.json").read_text())
 SETTING: dict[str, Any] = FEDERATION["setting"]
+EVALUATED = 64
+AMP = torch.bfloat16 if SETTINGS["precision"] == "bf16" else None
 
 
 def folder() -> Path:
@@ -58,12 +60,17 @@ class Classifier(torch.nn.Module):
             folder(), num_labels=len(FEDERATION["labels"]), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         base = AutoModelForSequenceClassification.from_pretrained(
-            folder(), config=config, attn_implementation=SETTINGS["attention"], dtype=torch.float32
+            folder(), config=config, attn_implementation=SETTINGS["attention"], dtype=AMP or torch.float32
         )
         rank = SETTING["rank"]
         targets, heads = ["query", "value"], ["classifier"]
         lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=heads)
         self.net = get_peft_model(base, lora)
+        for module in self.net.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast casts
+        for parameter in self.trained().values():
+            parameter.data = parameter.data.float()
         first = load_file(Path(SETTINGS["folder"]) / "first.safetensors")
         with torch.no_grad():
             for name, parameter in self.trained().items():
@@ -103,10 +110,10 @@ class Planned(Dataset):  # type: ignore[misc]
         self.rounds = iter(own["rounds"])
         super().__init__((self.targets,), user_id=str(client))
 
-    def iter(self, batch_size: int | None) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches of the client's next round."""
-        del batch_size
-        for rows in next(self.rounds):
+    def iter(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches of the client's next round, or one batch to pfl's evaluation, which the first round always has."""
+        batches = next(self.rounds) if batch_size == SETTING["batch"] else [list(range(len(self.ids)))[:batch_size]]
+        for rows in batches:
             yield {**collate([self.ids[row] for row in rows]), "labels": self.targets[rows]}
 
 
@@ -136,7 +143,7 @@ def main() -> None:
         net,
         lambda _, lr: torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True),
         torch.optim.SGD(trained, lr=1.0),
-        amp_dtype=torch.bfloat16 if SETTINGS["precision"] == "bf16" else None,
+        amp_dtype=AMP,
     )
     clock = Clock()
     FederatedAveraging().run(
@@ -149,15 +156,17 @@ def main() -> None:
             local_learning_rate=SETTING["lr"],
             local_max_grad_norm=1.0,
         ),
+        NNEvalHyperParams(local_batch_size=EVALUATED),
         callbacks=[clock],
         send_metrics_to_platform=False,
     )
     test, right = FEDERATION["test"], 0
     order = sorted(range(len(test["ids"])), key=lambda row: len(test["ids"][row]))
-    for start in range(0, len(order), 64):
-        rows = order[start : start + 64]
+    for start in range(0, len(order), EVALUATED):
+        rows = order[start : start + EVALUATED]
         batch = {**collate([test["ids"][row] for row in rows]), "labels": torch.tensor([test["labels"][row] for row in rows])}
-        right += net.metrics(**batch)["accuracy"].weighted_value
+        with torch.autocast("cpu", AMP, enabled=AMP is not None):
+            right += net.metrics(**batch)["accuracy"].weighted_value
     print(json.dumps({"ends": clock.ends, "accuracy": float(right) / len(order)}))
 
 
