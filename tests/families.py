@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fedpeft.client import Holding, Worker
+from fedpeft.models import spare_last_block
 from fedpeft.seeds import generator
 from fedpeft.tasks import Encoded
 from fedpeft.training import Training
@@ -137,7 +138,9 @@ def played(name: str, method: Method, sizes: Mapping[int, int], training: Traini
         ids = [torch.randint(1, 60, (length,), generator=draw) for length in lengths]
         own = Encoded(ids, torch.randint(0, 3, (size,), generator=draw))
         held[client] = Holding(own, own)
-    whole = Worker(method, family(name), TASK, held, training, CPU, FAMILIES[name].head, SEED, CONFIG)
+    model = family(name)
+    spare_last_block(model)
+    whole = Worker(method, model, TASK, held, training, CPU, FAMILIES[name].head, SEED, CONFIG)
     return replace(whole, **changes)
 
 
