@@ -7,6 +7,7 @@ parameters in every message of full fine-tuning make that the larger part of a r
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +31,10 @@ FORMATS: Final[Mapping[str, torch.dtype]] = {
 }
 _NAMES: Final = {dtype: name for name, dtype in FORMATS.items()}
 _LENGTH: Final = 8
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b" ", dtype=torch.uint8)  # torch warns, once in a process, that the memory is for reading only
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,10 @@ def _check_cover(found: Sequence[Place], data: int, end: int) -> None:
         raise ValueError(f"{end - data} bytes belong to no tensor")
 
 
-def tensors(file: bytearray, offset: int) -> dict[str, Tensor]:
+def tensors(file: bytes, offset: int) -> dict[str, Tensor]:
     """Return the tensors of the file that begins at ``offset`` in ``file``, by name in order, as views of its memory.
 
-    WireError as in ``places``.
+    They are for reading: nobody may write to what was received. WireError as in ``places``.
     """
     found = places(memoryview(file)[offset:])
     return {

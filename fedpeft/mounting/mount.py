@@ -1,6 +1,6 @@
 """Mount tensors on a model for the length of a ``with``; names and shapes decide what goes where, and no trace is left."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import cast
@@ -55,7 +55,7 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     Tied parameters are replaced wherever they are used. On leaving, the very same parameter objects are back.
     """
     everywhere = dict(model.named_parameters(remove_duplicate=False))
-    places = {name: _places(model, name) for name in makers}
+    places = _places(everywhere, makers)
 
     def put(name: str, tensor: Tensor) -> None:
         for place in places[name]:
@@ -80,10 +80,10 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
 def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     """Give modules whose parameters are in ``plain``, (K, ...), a forward that keeps the K clients apart."""
     own: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in plain.items():
-        for place in _places(model, name):
+    for name, places in _places(dict(model.named_parameters(remove_duplicate=False)), plain).items():
+        for place in places:
             home, _, attribute = place.rpartition(".")
-            own.setdefault(home, {})[attribute] = tensor
+            own.setdefault(home, {})[attribute] = plain[name]
     changed = {name: model.get_submodule(name) for name in own}
     for name, module in changed.items():
         if not stackable(module):
@@ -116,9 +116,12 @@ def _first(stack: Tensor, parameter: Tensor) -> Tensor:
     return stack.squeeze(0)  # a view; indexing would copy the whole gradient
 
 
-def _places(model: nn.Module, name: str) -> list[str]:
-    """Return every name under which the model uses parameter ``name``: its own, and those it is tied to."""
-    everywhere = dict(model.named_parameters(remove_duplicate=False))
-    if name not in everywhere:
-        raise WireError(f"the message holds parameter {name!r}, which this model lacks")
-    return [twin for twin, other in everywhere.items() if other is everywhere[name]]
+def _places(everywhere: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return for each of ``names`` every name under which the model uses the parameter: its own, and those it is tied to."""
+    twins: dict[Tensor, list[str]] = {}
+    for name, parameter in everywhere.items():
+        twins.setdefault(parameter, []).append(name)
+    for name in names:
+        if name not in everywhere:
+            raise WireError(f"the message holds parameter {name!r}, which this model lacks")
+    return {name: twins[everywhere[name]] for name in names}
