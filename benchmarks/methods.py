@@ -23,7 +23,7 @@ def costs(setting: Setting) -> dict[str, float]:
     found = in_process("benchmarks.fedpeft_run", asdict(setting))
     rows = [row for row in found["rows"] if row["round"] > 0]
     return {
-        "seconds": median(row["seconds"] / row["shared_by"] for row in rows),
+        "seconds": median(row["seconds"] for row in rows),
         **{name: float(median(row[name] for row in rows)) for name in COSTS[1:]},
     }
 

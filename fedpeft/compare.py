@@ -172,14 +172,15 @@ def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
     name = choice.reference_method
     settings = merge(_playing(tree, choice, name), choice.settings.get(name, {}))
     config = from_tree(settings)
-    count, steps, rounds = config.federation.clients_per_round, config.training.steps, config.federation.rounds
+    federation, steps = config.federation, config.training.steps
     together = {
         "reference": True,
         "partition": {"kind": "iid", "clients": 1},
         "federation": {"clients_per_round": 1, "min_replies": 1},
     }
-    if steps is not None:
-        return merge(settings, together, nested("training.steps", steps * count))
-    return merge(
-        settings, together, nested("federation.rounds", max(1, round(rounds * count / (config.partition.clients or CLIENTS))))
-    )
+    if steps is None:
+        share = federation.clients_per_round / (config.partition.clients or CLIENTS)
+        longer = nested("federation.rounds", max(1, round(federation.rounds * share)))
+    else:
+        longer = nested("training.steps", steps * federation.clients_per_round)
+    return merge(settings, together, longer)

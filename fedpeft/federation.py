@@ -90,7 +90,7 @@ class _Talk:
     memories: dict[int, int] = field(default_factory=dict)
     count: int = 0
     _sent: dict[int, tuple[int, Payload]] = field(default_factory=dict)  # of those under way: bytes down, what is due
-    _encoded: tuple[Payload, int, bytes] | None = None
+    _last: tuple[Payload, int, bytes, Payload] | None = None  # sent last: payload, memory, as bytes, what is due
 
     def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
         """Yield the usable replies of ``asked``, in their order, and take down every client's row."""
@@ -133,11 +133,12 @@ class _Talk:
 
     def _request(self, client: Client) -> bytes:
         down = self.method.send(self.state, client)
-        if self._encoded is None or self._encoded[0] is not down or self._encoded[1] != client.memory:
+        if self._last is None or self._last[0] is not down or self._last[1] != client.memory:  # many get the very same
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
-            self._encoded = (down, client.memory, blob)  # many clients get the very same
-        self._sent[client.id] = len(self._encoded[2]), self.method.expects(self.state, down)
-        return self._encoded[2]
+            self._last = (down, client.memory, blob, self.method.expects(self.state, down))
+        _, _, blob, expected = self._last
+        self._sent[client.id] = len(blob), expected
+        return blob
 
 
 def in_order(asked: Sequence[Client], outcomes: Iterable[Reply | Lost]) -> Iterator[Reply | Lost]:

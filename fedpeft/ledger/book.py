@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, final
@@ -66,17 +66,22 @@ class Ledger:
         self.close()
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of the ledger at ``path`` in the order they were written.
+def rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of the ledger at ``path`` in the order they were written.
 
     A last line without its newline is what a crash leaves: it is no row yet and is ignored. Raises BadInput when the
     file cannot be read, and with file and line number when any other line is not a row.
     """
     try:
         with path.open("rb") as lines:
-            return [_row(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+            yield from (_row(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n"))
     except OSError as error:
         raise BadInput(f"{path}: no ledger to read here ({error.strerror})") from error
+
+
+def read(path: Path) -> list[Row]:
+    """Return what ``rows`` yields."""
+    return list(rows(path))
 
 
 def _row(path: Path, number: int, line: bytes) -> Row:

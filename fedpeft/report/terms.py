@@ -49,13 +49,9 @@ def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth:
     ``target`` defaults to ``SHARE_OF_MEDIAN`` of the median method's mean final accuracy (of two middle ones the
     lower), ``budget`` to the total traffic of the cheapest method, of its seeds the most; ``rounds`` is the last round
     after which every run was evaluated. References, which move no bytes, have no say in these, nor have runs without an
-    evaluation. A bandwidth
-    that is not positive and a target that is no share of 1 raise BadInput.
+    evaluation. BadInput as in ``check``.
     """
-    if bandwidth <= 0:
-        raise BadInput(f"bandwidth: {bandwidth:g} bytes per second; give a positive one, such as {FEDADAPTER_LINK:g}")
-    if target is not None and not 0 < target <= 1:
-        raise BadInput(f"target: {target:g} is no accuracy; give a share of 1, such as 0.6 for 60 %")
+    check(target, bandwidth)
     evaluated = [[run for run in method if run.final] for method in methods]
     voting = [method for method in evaluated if any(run.federated for run in method)] or list(filter(None, evaluated))
     given = target is not None

@@ -41,4 +41,5 @@ def write(
         room = "make room, or choose another folder: fedpeft report --to"
         raise BadInput(f"{out}: the report cannot be written ({error.strerror}); {room}") from error
     names = ", ".join(path.name for path in written)
-    return Group(tables.comparison(compared), Text(), tables.equal_terms(compared), Text(f"{out}: {names}"))
+    more = Group(Text(), tables.equal_terms(compared)) if len(compared.lines) > 1 else Group()
+    return Group(tables.comparison(compared), more, Text(f"{out}: {names}"))

@@ -20,7 +20,7 @@ from tests.tiny import CONFIG, SEED, close, examples
 SIZES = {0: 6, 1: 11, 2: 9}
 SGD = Training(optimizer="sgd", lr=0.2, batch_size=4, epochs=2)
 CHAINED = sorted(FAMILIES.keys() - {"albert"})
-TOP = r"(layer|h|layers|layer_groups)\.1\."
+TOP = r"(layer|h|layers)\.1\."
 """The upper of two blocks."""
 
 

@@ -268,9 +268,9 @@ def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path, monkeypa
     good, out = run(tmp_path, ROUNDS), tmp_path / "out"
     with pytest.raises(BadInput, match="no runs given"):
         write([], out)
-    with pytest.raises(BadInput, match="bandwidth: 0 bytes"):
+    with pytest.raises(BadInput, match="bandwidth = 0: "):
         write([good], out, bandwidth=0.0)
-    with pytest.raises(BadInput, match=r"target: 60 is no accuracy; .* 0\.6 for 60 %"):
+    with pytest.raises(BadInput, match=r"target = 60: .* did you mean 0\.6"):
         write([good], out, target=60)
     with pytest.raises(BadInput, match="is a file"):
         write([good], good / FILE)
