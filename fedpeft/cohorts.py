@@ -30,8 +30,12 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
     Measured on one step of LoRA each, the yardstick of model and machine; what a method cannot carry, the engine finds out
     when it tries.
     """
-    trial, request = _trial(worker, base)
     most = sorted(clients, key=lambda client: client.examples, reverse=True)[:count]  # full batches first
+    if len(most) == 1:
+        return 1
+    trial, request = _trial(worker, base)
+    with measured(worker.hardware.torch_device) as before:
+        pass
 
     def once(size: int) -> tuple[float, int]:
         ids = [client.id for client in most[:size]]
@@ -40,12 +44,11 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
         return time.perf_counter() - start, Answer.decode(answers[0][0]).peak_memory
 
     once(1)  # makes the kernels for these shapes
-    with measured(worker.hardware.torch_device) as before:
-        pass
-    alone, peak = once(1)
+    alone, peak = min(once(1), once(1))
+    each = (peak - before.peak_memory) or peak  # some systems tell the peak since the process began alone
     memory = SHARE * _memory(worker.hardware.torch_device) - before.peak_memory
     for size in sorted(sizes(len(most)), reverse=True)[:-1]:
-        if size * alone > PATIENCE or size * (peak - before.peak_memory) > memory:
+        if size * alone > PATIENCE or size * each > memory:
             continue
         try:
             if any(once(size)[0] / size < GAIN * alone for _ in range(2)):

@@ -25,16 +25,15 @@ def score(model: nn.Module, task: Classification, examples: Encoded, hardware: H
 def says(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware) -> Tensor:
     """Return the (n, C) logits of ``model``, as it is mounted now, for ``examples``; batches are formed by length."""
     lengths = [len(ids) for ids in examples.ids]
-    count = hardware.lanes(sum(lengths))
+    batches = by_length(lengths, min(hardware.tokens, EVALUATED), hardware.overhead)
 
     def play(rows: Sequence[int]) -> Tensor:
         with torch.inference_mode(), hardware.autocast():
             return task.logits(model, task.collate(examples.take(rows), hardware.torch_device)).cpu()
 
     found = torch.zeros(len(examples), len(task.labels))
-    batches = by_length(lengths, min(hardware.tokens, EVALUATED), hardware.overhead)
     model.eval()
-    with hardware.computing(model), lanes(count) as at_once:
+    with hardware.computing(model), lanes(min(hardware.threads, len(batches))) as at_once:
         for rows, logits in zip(batches, at_once(play, batches), strict=True):
             found[rows] = logits
     return found

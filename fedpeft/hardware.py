@@ -67,12 +67,8 @@ class Hardware:
 
     @property
     def overhead(self) -> int:
-        """Return the tokens that would take as long as what a pass costs beside its tokens, roughly."""
+        """Return the tokens that would take as long as what a pass costs beside its tokens, roughly; a GPU never cuts."""
         return self.tokens // 10
-
-    def lanes(self, tokens: int) -> int:
-        """Return how many passes over ``tokens`` in all, cut into parts, are made at once."""
-        return min(self.threads, max(1, 2 * tokens // self.tokens))
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return the choice for one of several processes that run at once, with its share of the threads."""

@@ -20,17 +20,19 @@ def lanes(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
     One lane is Python's own ``map``, in the calling thread. A lane has the thread's own defaults: modes such as autocast or
     inference, and context variables, are for the mapped function to set. ``leaves``: all that lanes differentiate by.
     """
-    if count == 1:
+    if count <= 1:
         yield map
         return
     threads = torch.get_num_threads()
-    # What gathers a leaf's gradient is made when a graph first needs it, under a lock of the leaf, by a thread that then
-    # waits for the interpreter; another that has the interpreter may wait for the leaf. A view makes it, and keeps it.
+    # A leaf's AccumulateGrad node is made when a graph first needs it, under the leaf's mutex, and making it takes the GIL: a
+    # lane with the mutex and one with the GIL would wait for each other for good. A view makes the node here, and keeps it.
     views = [leaf.view_as(leaf) for leaf in leaves]
-    with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, max(1, threads // count))) as pool:
-        yield pool.map
-    del views
-    torch.set_num_threads(threads)  # a lane changes what threads to come begin with
+    try:
+        with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, max(1, threads // count))) as pool:
+            yield pool.map
+    finally:
+        del views
+        torch.set_num_threads(threads)  # a lane changes what threads to come begin with
 
 
 def by_length(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
@@ -39,6 +41,8 @@ def by_length(lengths: Sequence[int], most: int, overhead: int) -> list[list[int
     A run costs its tokens once padded, which are at most ``most`` unless a row is longer, and ``overhead`` tokens more.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    if len(order) * max(lengths, default=0) <= min(most, overhead):
+        return [order] if order else []  # a second run costs more than it can save
     least, starts = np.zeros(len(order) + 1), [0]
     for stop, row in enumerate(order, start=1):
         first = max(0, min(stop - 1, stop - most // lengths[row]))

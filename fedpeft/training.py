@@ -75,7 +75,10 @@ def fit(
     optimizer = _optimizer(local, training, head)
     device, trained = hardware.torch_device, list(local.trainable.values())
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
-    count, overhead = _passes(shares, hardware)
+    # A client alone may have whole weights, whose gradients are dear to add up and which stand in for the model's, of which
+    # there is one set: its parts are few, one after another.
+    overhead = hardware.overhead if len(shares) > 1 else hardware.tokens
+    count = _at_once(shares, hardware, overhead) if len(shares) > 1 else 1
 
     def play(part: Part) -> tuple[Part, Tensor, Sequence[Tensor | None]]:
         owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
@@ -136,21 +139,19 @@ def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, overhead:
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    """Add to ``.grad`` of each parameter the gradient of one part, None where the part did not use it."""
+    """Add to ``.grad`` of each parameter the gradient of one part, None where the part did not use it.
+
+    Contiguous, as fused optimizers take for granted: the gradient of what is used transposed comes transposed.
+    """
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _passes(shares: Sequence[Share], hardware: Hardware) -> tuple[int, int]:
-    """Return how many parts are computed at once, and what one costs beside its tokens, in tokens.
-
-    Side by side, every client has tensors of its own. A client alone may have whole weights, whose gradients are dear to add
-    up, and which stand in for the model's, of which there is one set: its parts are few, one after another.
-    """
-    if len(shares) == 1:
-        return 1, hardware.tokens
-    return hardware.lanes(sum(len(share.examples.ids[row]) for share in shares for row in share.steps[0])), hardware.overhead
+def _at_once(shares: Sequence[Share], hardware: Hardware, overhead: int) -> int:
+    """Return how many parts of a step are computed at once: all, as far as there are threads."""
+    lengths = [len(share.examples.ids[row]) for share in shares for row in share.steps[0]]
+    return min(hardware.threads, len(by_length(lengths, hardware.tokens, overhead)))
 
 
 def _owners(clients: Tensor) -> slice | Tensor:

@@ -136,7 +136,11 @@ class Method(Protocol):
         ...
 
     def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> AbstractContextManager[LocalTask]:
-        """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``."""
+        """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``.
+
+        Both are for reading: they may be views of a message that other clients get, too. What is mounted may be called
+        by several threads at once.
+        """
         ...
 
     def expects(self, state: State, down: Payload) -> Payload:
@@ -144,7 +148,7 @@ class Method(Protocol):
         ...
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
-        """Return the next state; ``updates`` is streamed in client order and can be read once."""
+        """Return the next state; ``updates`` is streamed in client order and can be read once; its payloads are for reading."""
         ...
 
 

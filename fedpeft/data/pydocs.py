@@ -46,23 +46,30 @@ def _collect(library: Path) -> Rows:
     kept = _cache() / f"pydocs-{_stamp(sources)}.json"
     with suppress(OSError, ValueError, TypeError):
         texts, labels, keys = json.loads(kept.read_bytes())
-        return Rows(tuple(texts), tuple(labels), tuple(keys))
+        if 0 < len(texts) == len(labels) == len(keys):
+            return Rows(tuple(texts), tuple(labels), tuple(keys))
     found: dict[str, tuple[str, str]] = {}
     for source, chapter, module in sources:
         for text in _docstrings(ast.parse(Path(source).read_bytes())):
             found.setdefault(text, (chapter, module))
     labels, keys = zip(*found.values(), strict=True)
-    with suppress(OSError):
+    own = kept.with_suffix(f".{os.getpid()}")  # several processes may get here at once
+    try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        own = kept.with_suffix(f".{os.getpid()}")  # several processes may get here at once
         own.write_text(json.dumps([list(found), labels, keys]), encoding="utf-8")
         own.replace(kept)
+    except OSError:
+        with suppress(OSError):
+            own.unlink()
     return Rows(tuple(found), labels, keys)
 
 
 def _cache() -> Path:
-    """Return the folder where the user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fedpeft"
+    """Return the folder where the user's programs keep what they can make again; of a user without a home, nowhere."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeft"
+    except RuntimeError:
+        return Path(os.devnull) / "fedpeft"
 
 
 def _stamp(sources: Sequence[tuple[str, str, str]]) -> str:

@@ -1,19 +1,22 @@
 """K clients side by side give what they give one by one; what cannot carry K refuses."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedpeft.activations import Activations
 from fedpeft.client import Worker
+from fedpeft.hardware import Hardware
 from fedpeft.memory import Memories
 from fedpeft.methods import METHODS
 from fedpeft.training import Training
 from fedpeft.types import NEVER, Client, Payload, State, WireError
 from fedpeft.wire import Answer, Kind, Request, decode
 from tests.contract.reference import BEGINS, SINGLE, reference
-from tests.tiny import CONFIG, SOFTMAX_BLIND, bert, close, small, worker
+from tests.tiny import CONFIG, SOFTMAX_BLIND, assert_same, bert, close, small, worker
 
 SIZES = {0: 6, 1: 11, 2: 9}
 """With batches of 4: 2, 3 and 3 steps, the last of which have 2, 3 and 1 rows."""
@@ -67,6 +70,37 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
         assert all(getattr(side_by_side, part) == getattr(alone, part) for part in same)
     if training.steps is None:
         assert [Answer.decode(together[k][0]).steps for k in (0, 1, 2)] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "begin"), [(n, b) for n in METHODS for b in BEGINS])
+def test_lanes_change_no_bit(name: str, begin: int, precision: Literal["fp32", "bf16"]) -> None:
+    """Of what is trained side by side, with hidden states kept or not, and of what is scored."""
+    played = reference(name)
+    one = Hardware("cpu", precision, "eager", 1, tokens=12)
+    asked = requests(name, played.states[begin], played.memories[begin])
+    cohorts = [[0, 1, 2]] if (name, begin) not in SINGLE else [[0], [1], [2]]
+    scoring = {k: (_to_score(blob), memory) for k, (blob, memory) in asked.items()}
+    for kept in (Activations(), Activations(SIZES)):
+        playing = replace(worker(small(name), bert(), SGD, SIZES), activations=kept)
+        alone, lanes = (replace(playing, hardware=replace(one, threads=threads)) for threads in (1, 3))
+        for cohort in cohorts:
+            expected, found = handled(alone, asked, cohort), handled(lanes, asked, cohort)
+            for client in cohort:
+                for blob, due in zip(found[client], expected[client], strict=True):
+                    assert_same(_bits(blob), _bits(due))
+            counted, due_counts = handled(alone, scoring, cohort), handled(lanes, scoring, cohort)
+            for client in cohort:
+                assert_same(_bits(counted[client][0]), _bits(due_counts[client][0]))
+
+
+def _to_score(blob: bytes) -> bytes:
+    return replace(Request.decode(blob, CONFIG), kind=Kind.EVALUATE).encode()
+
+
+def _bits(blob: bytes) -> Payload:
+    """Return what a message says, the measures of time and memory apart."""
+    return {name: tensor for name, tensor in decode(blob).items() if name not in {"@measures", "@counts"}} if blob else {}
 
 
 @pytest.mark.parametrize("name", ["lora", "fedara"])

@@ -17,6 +17,15 @@ def _threads(_: int) -> int:
     return torch.get_num_threads()
 
 
+def in_a_new_thread() -> int:
+    """Return with how many threads torch computes in a thread that begins now."""
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def test_results_come_in_order_however_long_each_takes() -> None:
     first = threading.Event()
 
@@ -45,18 +54,20 @@ def test_lanes_share_torchs_threads_and_leave_them_as_they_were() -> None:
         assert torch.get_num_threads() == 4
         with lanes(8) as at_once:
             assert set(at_once(_threads, range(8))) == {1}
-        later: list[int] = []
-        thread = threading.Thread(target=lambda: later.append(_threads(0)))
-        thread.start()
-        thread.join()
-        assert later == [4]
+        assert in_a_new_thread() == 4
     finally:
         torch.set_num_threads(before)
 
 
-def test_an_error_in_a_lane_is_raised() -> None:
-    with pytest.raises(ZeroDivisionError), lanes(2) as at_once:
-        list(at_once(lambda number: 1 // number, [1, 0, 1]))
+def test_an_error_in_a_lane_is_raised_and_torchs_threads_are_as_they_were() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with pytest.raises(ZeroDivisionError), lanes(2) as at_once:
+            list(at_once(lambda number: 1 // number, [1, 0, 1]))
+        assert in_a_new_thread() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 PASSES = """

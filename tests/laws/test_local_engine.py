@@ -1,20 +1,24 @@
 """Clients in this process: who trains side by side, who alone, and that nothing depends on it but the last digits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import pytest
 
+from fedpeft import cohorts
 from fedpeft.client import Worker
 from fedpeft.cohorts import apart, sizes, widest
 from fedpeft.engines.local import LocalEngine
+from fedpeft.hardware import Hardware
+from fedpeft.ledger import Measurement
 from fedpeft.memory import Memories
 from fedpeft.mounting import describe
 from fedpeft.training import Training
 from fedpeft.types import NEVER, Client, Lost, NotStackable, Reply, WireError
 from fedpeft.wire import Answer, Kind, Request
 from tests.families import FAMILIES, played
-from tests.tiny import CONFIG, SEED, base_of, bert, close, deberta, small, worker
+from tests.tiny import CONFIG, CPU, SEED, base_of, bert, close, deberta, small, worker
 
 TEN = dict.fromkeys(range(10), 8)
 
@@ -119,7 +123,49 @@ def test_a_model_with_rows_of_its_own_is_known() -> None:
 
 def test_the_size_is_one_of_those_that_deal_the_clients_evenly() -> None:
     assert [sizes(count) for count in (1, 2, 5, 8, 20)] == [[1], [1, 2], [1, 3, 5], [1, 2, 4, 8], [1, 2, 4, 10, 20]]
+
+
+@dataclass
+class Timed:
+    """A worker whose steps take what is written down for each size of a cohort, on a clock of its own."""
+
+    hardware: Hardware
+    seconds: dict[int, float]
+    memory: int = 0
+    now: float = 0.0
+    tried: list[int] = field(default_factory=list)
+
+    def handle(self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+        if len(clients) not in self.seconds:
+            raise NotStackable("no")
+        self.tried.append(len(clients))
+        self.now += self.seconds[len(clients)]
+        return [(Answer(0, {}, examples=1, peak_memory=self.memory).encode(), b"")] * len(clients)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "memory", "due"),
+    [
+        ({1: 0.1, 2: 0.15, 4: 0.25, 8: 0.4}, 0, 8),
+        ({1: 0.1, 2: 0.15, 4: 0.25, 8: 0.79}, 0, 4),
+        ({1: 0.1, 2: 0.2, 4: 0.4, 8: 0.8}, 0, 1),
+        ({1: 1.0, 2: 1.2, 4: 1.5, 8: 2.0}, 0, 4),
+        ({1: 0.1, 2: 0.15, 4: 0.25, 8: 0.4}, 300, 2),
+        ({1: 0.1}, 0, 1),
+    ],
+    ids=["all", "half gains", "none gains", "all would try one's patience", "all would fill the memory", "cannot"],
+)
+def test_the_largest_cohort_that_gains_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], memory: int, due: int
+) -> None:
+    trial = Timed(CPU, seconds, memory)
+    monkeypatch.setattr(cohorts, "_trial", lambda *_: (trial, b""))
+    monkeypatch.setattr(cohorts, "_memory", lambda _: 2 * 3 * 300)
+    monkeypatch.setattr(cohorts, "measured", lambda _: nullcontext(Measurement()))
+    monkeypatch.setattr("time.perf_counter", lambda: trial.now)
     playing = listening().worker
     clients = [Client(k, examples=8) for k in TEN]
-    assert widest(playing, base_of(playing.model), clients, 5) in sizes(5)
-    assert widest(replace(playing), base_of(playing.model), clients[:1], 5) == 1
+    assert widest(playing, base_of(playing.model), clients, 8) == due
+    trial.tried.clear()
+    assert widest(playing, base_of(playing.model), clients[:1], 8) == 1
+    assert trial.tried == []

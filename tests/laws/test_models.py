@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
 
 from fedpeft.models import READS_FIRST, spare_last_block
-from tests.families import FAMILIES, family, texts
+from tests.families import BERT, COMMON, FAMILIES, family, texts
 
 MASK = (torch.arange(7) < torch.tensor([[7], [3], [5], [7], [1], [6]])).long()
 
@@ -49,10 +50,15 @@ def test_the_last_block_computes_one_token_after_its_attention(name: str) -> Non
     plain = family(name)
     spared = deepcopy(plain)
     spare_last_block(spared)
-    per_block = 6
     before, after = positions(plain), positions(spared)
-    last = slice(per_block, 2 * per_block)
-    assert before[: 2 * per_block] == [7] * 2 * per_block
-    assert after[:per_block] == [7] * per_block
-    assert after[last] in ([7, 7, 7, 1, 1, 1], [7, 7, 7, 7, 1, 1])
-    assert before[last.stop :] == after[last.stop :]
+    blocks, first_of_last = slice(0, 12), 9 if name != "distilbert" else 10
+    assert before[blocks] == [7] * 12
+    assert after[blocks] == [7] * first_of_last + [1] * (12 - first_of_last)
+    assert before[12:] == after[12:]
+
+
+def test_a_feed_forward_in_chunks_is_left_alone() -> None:
+    model = BertForSequenceClassification(BertConfig(**BERT, **COMMON, chunk_size_feed_forward=7))
+    spare_last_block(model)
+    assert set(positions(model)) == {7, 1}
+    outcome(model)

@@ -99,7 +99,7 @@ def test_sources_are_parsed_once_for_as_long_as_they_stay_as_they_are(library: P
         assert pydocs() == first
         assert pydocs(1) != first
     (kept,) = (library.parent / "cache" / "fedpeft").iterdir()
-    for damaged in (b"", b"[1, 2]", b"[1, 2, 3]", b'{"a": 1}', b"\xff"):
+    for damaged in (b"", b"[1, 2]", b"[1, 2, 3]", b'{"a": 1}', b"[[], [], []]", b"\xff"):
         kept.write_bytes(damaged)
         assert pydocs() == first
     write(library / "json" / "decoder.py", *sentences("XML!", 50))
@@ -164,3 +164,14 @@ def test_of_equal_texts_the_first_module_keeps_it(library: Path) -> None:
 def test_a_library_without_source_is_refused() -> None:
     with pytest.raises(BadInput, match="holds no Python source"):
         pydocs()
+
+
+def test_a_user_without_a_home_has_nothing_kept(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    write(library / "os.py", *sentences("files", 40))
+    write(library / "abc.py", *sentences("classes", 40))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", staticmethod(nowhere))
+    assert len(texts(pydocs())) == 80

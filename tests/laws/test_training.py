@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedpeft.activations import Activations
-from fedpeft.mounting import mounted
+from fedpeft.mounting import mounted, replaced
 from fedpeft.optimizer import Optimizer, clip
 from fedpeft.seeds import derive
 from fedpeft.training import Share, Training, fit, own_randomness, parts, plan
@@ -168,6 +168,29 @@ def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> No
             batch = TASK.collate(share.examples.take(rows), CPU.torch_device)
             losses.append(float(nn.functional.cross_entropy(TASK.logits(model, batch), batch["labels"])))
     assert found.tolist() == pytest.approx([sum(losses) / 3], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_tensor_that_is_used_transposed_moves_as_one_that_is_not(optimizer: Literal["adamw", "sgd"]) -> None:
+    """Its gradient comes transposed, and torch's fused optimizers read gradients as if they were contiguous."""
+    weight, share = bert().get_parameter("classifier.weight").detach(), Share(examples(6), [[0, 1, 2], [3, 4, 5]])
+    ended = []
+    for turn in (lambda tensor: tensor, lambda tensor: tensor.t().contiguous()):
+        own, model = nn.Parameter(turn(weight).clone().unsqueeze(0)), bert()
+        with replaced(model, {"classifier.weight": lambda _, own=own, turn=turn: turn(own.squeeze(0))}):  # type: ignore[misc]
+            fit(
+                model,
+                LocalTask({"own": own}, lambda: ({}, {})),
+                TASK,
+                [share],
+                Training(optimizer, lr=0.1),
+                HEAD,
+                CPU,
+                Activations(),
+            )
+        ended.append(turn(own.detach().squeeze(0)))
+    assert (ended[0] - weight).abs().max() > 0.05
+    torch.testing.assert_close(ended[0], ended[1])
 
 
 def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str, float]:
