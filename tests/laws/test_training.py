@@ -1,8 +1,9 @@
 """The local loop: torch's optimizers for every client by itself, clipping by itself, batches of its own, streams of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -170,24 +171,24 @@ def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> No
     assert found.tolist() == pytest.approx([sum(losses) / 3], rel=1e-5)
 
 
+TURNS: tuple[Callable[[Tensor], Tensor], ...] = (lambda tensor: tensor, lambda tensor: tensor.t().contiguous())
+
+
+def _turned(turn: Callable[[Tensor], Tensor], own: Tensor, parameter: Tensor) -> Tensor:
+    del parameter
+    return turn(own.squeeze(0))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_tensor_that_is_used_transposed_moves_as_one_that_is_not(optimizer: Literal["adamw", "sgd"]) -> None:
     """Its gradient comes transposed, and torch's fused optimizers read gradients as if they were contiguous."""
     weight, share = bert().get_parameter("classifier.weight").detach(), Share(examples(6), [[0, 1, 2], [3, 4, 5]])
     ended = []
-    for turn in (lambda tensor: tensor, lambda tensor: tensor.t().contiguous()):
+    for turn in TURNS:
         own, model = nn.Parameter(turn(weight).clone().unsqueeze(0)), bert()
-        with replaced(model, {"classifier.weight": lambda _, own=own, turn=turn: turn(own.squeeze(0))}):  # type: ignore[misc]
-            fit(
-                model,
-                LocalTask({"own": own}, lambda: ({}, {})),
-                TASK,
-                [share],
-                Training(optimizer, lr=0.1),
-                HEAD,
-                CPU,
-                Activations(),
-            )
+        with replaced(model, {"classifier.weight": partial(_turned, turn, own)}):
+            local = LocalTask({"own": own}, lambda: ({}, {}))
+            fit(model, local, TASK, [share], Training(optimizer, lr=0.1), HEAD, CPU, Activations())
         ended.append(turn(own.detach().squeeze(0)))
     assert (ended[0] - weight).abs().max() > 0.05
     torch.testing.assert_close(ended[0], ended[1])
