@@ -16,7 +16,7 @@ from fedpeft.types import BadInput
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
 
-TOKENS = 1024
+TOKENS = 1280
 """Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
 EVERYTHING = 1 << 40
 """On a GPU the whole cohort goes through at once."""
@@ -68,7 +68,7 @@ class Hardware:
     @property
     def overhead(self) -> int:
         """Return the tokens that would take as long as what a pass costs beside its tokens, roughly; a GPU never cuts."""
-        return self.tokens // 10
+        return self.tokens // 12
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return the choice for one of several processes that run at once, with its share of the threads."""

@@ -55,3 +55,16 @@ def by_length(lengths: Sequence[int], most: int, overhead: int) -> list[list[int
         runs.append(order[starts[stop] : stop])
         stop = starts[stop]
     return sorted(runs, key=lambda run: len(run) * lengths[run[-1]], reverse=True)
+
+
+def dealt(lengths: Sequence[int], most: int, overhead: int, count: int) -> list[list[int]]:
+    """Return the rows in runs as ``by_length`` does, of ``most`` tokens or somewhat fewer: what ``count`` lanes end first."""
+
+    def longest(runs: list[list[int]]) -> int:
+        lanes = [0] * count
+        for run in runs:
+            lanes[lanes.index(min(lanes))] += len(run) * lengths[run[-1]] + overhead
+        return max(lanes)
+
+    eighths = (8, 7, 6, 5) if count > 1 else (8,)
+    return min((by_length(lengths, most * share // 8, overhead) for share in eighths), key=longest)

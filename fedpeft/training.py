@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft.activations import Activations, entering
 from fedpeft.hardware import Hardware
-from fedpeft.lanes import by_length, lanes
+from fedpeft.lanes import by_length, dealt, lanes
 from fedpeft.mounting import rows_of
 from fedpeft.optimizer import Kind, Optimizer, clip
 from fedpeft.seeds import derive, generator
@@ -93,8 +93,8 @@ def fit(
             active = slice(0, sum(step < len(share.steps) for share in shares))
             for parameter in trained:
                 parameter.grad = None
-            dealt = parts([(share, share.steps[step]) for share in shares[active]], hardware.tokens, overhead)
-            for part, weighted, gradients in at_once(play, dealt):
+            batches = [(share, share.steps[step]) for share in shares[active]]
+            for part, weighted, gradients in at_once(play, parts(batches, hardware.tokens, overhead, count)):
                 losses.index_add_(0, part.clients.to(device), weighted.to(losses.dtype))
                 _add(trained, gradients)
             local.after_backward(active)
@@ -120,15 +120,16 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, overhead: int) -> Iterator[Part]:
-    """Yield the batches of k clients in parts of at most ``tokens``, formed by length, whoever's they are.
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, overhead: int, count: int) -> Iterator[Part]:
+    """Yield the batches of k clients in parts of at most ``tokens``, formed by length, whoever's they are, for ``count`` lanes.
 
     ``overhead``: what a part costs beside its tokens, in tokens. Gradients are per client whatever the grouping, and rows of
     like length need little padding. Within a part the rows of a client stay together.
     """
     everything = [(k, row) for k, (_, own) in enumerate(batches) for row in own]
     known = all(share.states is not None for share, _ in batches)
-    for together in by_length([len(batches[k][0].examples.ids[row]) for k, row in everything], tokens, overhead):
+    lengths = [len(batches[k][0].examples.ids[row]) for k, row in everything]
+    for together in dealt(lengths, tokens, overhead, count):
         mine = [(batches[k][0], k, row) for k, row in sorted((everything[i] for i in together), key=itemgetter(0))]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])

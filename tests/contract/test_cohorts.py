@@ -74,22 +74,22 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "begin"), [(n, b) for n in METHODS for b in BEGINS])
-def test_lanes_change_no_bit(name: str, begin: int, precision: Literal["fp32", "bf16"]) -> None:
+def test_which_lane_is_faster_changes_no_bit(name: str, begin: int, precision: Literal["fp32", "bf16"]) -> None:
     """Of what is trained side by side, with hidden states kept or not, and of what is scored."""
     played = reference(name)
-    one = Hardware("cpu", precision, "eager", 1, tokens=12)
+    hardware = Hardware("cpu", precision, "eager", 3, tokens=24)
     asked = requests(name, played.states[begin], played.memories[begin])
     cohorts = [[0, 1, 2]] if (name, begin) not in SINGLE else [[0], [1], [2]]
     scoring = {k: (_to_score(blob), memory) for k, (blob, memory) in asked.items()}
     for kept in (Activations(), Activations(SIZES)):
-        playing = replace(worker(small(name), bert(), SGD, SIZES), activations=kept)
-        alone, lanes = (replace(playing, hardware=replace(one, threads=threads)) for threads in (1, 3))
+        lanes = replace(worker(small(name), bert(), SGD, SIZES), activations=kept, hardware=hardware)
+        alone = replace(lanes, hardware=replace(hardware, threads=1))
         for cohort in cohorts:
-            expected, found = handled(alone, asked, cohort), handled(lanes, asked, cohort)
+            first, again = (handled(lanes, asked, cohort) for _ in range(2))
             for client in cohort:
-                for blob, due in zip(found[client], expected[client], strict=True):
+                for blob, due in zip(first[client], again[client], strict=True):
                     assert_same(_bits(blob), _bits(due))
-            counted, due_counts = handled(alone, scoring, cohort), handled(lanes, scoring, cohort)
+            counted, due_counts = handled(lanes, scoring, cohort), handled(alone, scoring, cohort)
             for client in cohort:
                 assert_same(_bits(counted[client][0]), _bits(due_counts[client][0]))
 

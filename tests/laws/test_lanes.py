@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.lanes import by_length, lanes
+from fedpeft.lanes import by_length, dealt, lanes
 
 
 def _threads(_: int) -> int:
@@ -116,3 +116,34 @@ def test_rows_are_dealt_once_in_the_cheapest_runs_by_length(lengths: list[int], 
         if all(len(run) * max(run) <= most or len(run) == 1 for run in own):
             every.append(_cost(own, overhead))
     assert _cost(found, overhead) == min(every)
+
+
+def _longest(lengths: list[int], runs: list[list[int]], overhead: int, count: int) -> int:
+    """Return when the last of ``count`` lanes is done with ``runs``, each begun by the lane that is free first."""
+    lanes = [0] * count
+    for run in runs:
+        lanes.sort()
+        lanes[0] += len(run) * max(lengths[row] for row in run) + overhead
+    return max(lanes)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    most=st.integers(1, 400),
+    overhead=st.integers(0, 100),
+    count=st.integers(1, 4),
+)
+@settings(deadline=None)
+def test_lanes_are_done_no_later_than_with_the_cheapest_runs(lengths: list[int], most: int, overhead: int, count: int) -> None:
+    runs, cheapest = dealt(lengths, most, overhead, count), by_length(lengths, most, overhead)
+    assert sorted(row for run in runs for row in run) == list(range(len(lengths)))
+    assert all(len(run) * max(lengths[row] for row in run) <= most or len(run) == 1 for run in runs)
+    assert _longest(lengths, runs, overhead, count) <= _longest(lengths, cheapest, overhead, count)
+    if count == 1:
+        assert runs == cheapest
+
+
+def test_lanes_are_done_sooner_where_smaller_runs_are_dealt_more_evenly() -> None:
+    lengths = [10] * 24
+    assert len(by_length(lengths, 80, 1)) == 3
+    assert [len(run) for run in dealt(lengths, 80, 1, 2)] == [6, 6, 6, 6]

@@ -128,13 +128,14 @@ def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
     batches=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=9), min_size=1, max_size=5),
     tokens=st.integers(1, 100),
     overhead=st.integers(0, 100),
+    count=st.integers(1, 3),
 )
 @settings(max_examples=200, deadline=None)
 def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
-    batches: list[list[int]], tokens: int, overhead: int
+    batches: list[list[int]], tokens: int, overhead: int, count: int
 ) -> None:
     own = [examples(12, seed=k) for k in range(len(batches))]
-    found = list(parts([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], tokens, overhead))
+    found = list(parts([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], tokens, overhead, count))
     dealt = [
         (k, ids.tolist(), int(label))
         for part in found
