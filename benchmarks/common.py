@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 RESULTS = Path("benchmarks/results")
 PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "ray", "pfl")
@@ -55,11 +56,15 @@ def interleaved(repeats: int, **contenders: Callable[[], Mapping[str, float]]) -
 
 
 def in_process(module: str, settings: Mapping[str, Any], python: str = sys.executable, **environment: str) -> dict[str, Any]:
-    """Run ``python -m module SETTINGS`` and return the JSON object of its last line, with ``began``: when it was started."""
+    """Run ``python -m module SETTINGS`` and return the JSON object of its last line, with ``began``: when it was started.
+
+    How OpenMP's threads wait is left to the module, fedpeft's choice or the library's own, which is faster for rivals.
+    """
     began = time.time()
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [python, "-m", module, json.dumps(settings)],
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", **environment},
+        env={**inherited, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -68,6 +73,15 @@ def in_process(module: str, settings: Mapping[str, Any], python: str = sys.execu
         raise SystemExit(f"{module} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {**found, "began": began}
+
+
+def apart_by(folder: Path, rival: str) -> float:
+    """Return how far final adapters in ``folder``, a rival's and fedpeft's, are apart, relative to the largest value."""
+    theirs, mine = (load_file(folder / f"{name}.safetensors") for name in (rival, "fedpeft"))
+    if theirs.keys() != mine.keys():
+        raise SystemExit(f"{rival} and fedpeft trained different tensors: {theirs.keys() ^ mine.keys()}")
+    largest = max(float(tensor.abs().max()) for tensor in mine.values())
+    return max(float((theirs[name] - mine[name]).abs().max()) for name in mine) / largest
 
 
 def machine() -> dict[str, str]:

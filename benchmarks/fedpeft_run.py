@@ -1,9 +1,12 @@
 """One federation by fedpeft, timed round by round; prints one line of JSON. Run by the benchmarks in a process of its own."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads, as the command line does
 
 from safetensors.torch import save_file
 

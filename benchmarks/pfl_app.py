@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pfl.aggregate.simulate import SimulatedBackend
+from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
 from pfl.callback.base import TrainingProcessCallback
@@ -23,7 +24,7 @@ from pfl.data.sampling import get_user_sampler
 from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import rival
@@ -112,7 +113,7 @@ def main() -> None:
     clock = Clock()
     FederatedAveraging().run(
         NNAlgorithmParams(rounds, evaluation_frequency=10**9, train_cohort_size=clients, val_cohort_size=0),
-        SimulatedBackend(data, data),
+        SimulatedBackend(data, data, postprocessors=[WeightByDatapoints()]),
         model,
         NNTrainHyperParams(
             local_batch_size=SETTING["batch"],
@@ -124,6 +125,8 @@ def main() -> None:
         callbacks=[clock],
         send_metrics_to_platform=False,
     )
+    if SETTINGS["out"]:
+        save_file({name: tensor.detach() for name, tensor in rival.trained(net.net).items()}, SETTINGS["out"])
     print(json.dumps({"ends": clock.ends, "accuracy": rival.accuracy(net.net, FEDERATION["test"], AMP is not None)}))
 
 

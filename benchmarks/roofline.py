@@ -5,9 +5,9 @@
 
 A step of LoRA goes through every frozen matrix twice, forward and back, at 2 FLOPs per entry and token; gradients of frozen
 weights are not computed, attention, adapters and head are not counted. The peak is the best matrix product of the model's
-own sizes, timed in the same process and number format. Padding counts for nothing. fedpeft leaves out what the head does not
-read (``models.spare_last_block``): the first share counts these FLOPs, as the step is as good as one that does them, the
-second only those that are done.
+own sizes, timed in the same process and number format. Padding counts for nothing. Only what is done counts:
+no gradients go below the first block, and what the head does not read is left out (``models.spare_last_block``). The last
+column counts these FLOPs, too, as if the step had the plain model's work to do.
 """
 
 import re
@@ -29,6 +29,7 @@ from fedpeft.wire import Kind, Request
 
 HEAD = re.compile("pooler|classifier")
 SPARED = re.compile(rf"layer\.{LAYERS - 1}\.(attention\.output|intermediate|output)\.")
+BELOW = re.compile(r"layer\.0\.attention\.self\.")
 
 
 def peak(dtype: torch.dtype, device: torch.device, rows: int = 1024) -> float:
@@ -66,7 +67,7 @@ def seconds(whole: Assembly, count: int) -> float:
 
 
 def flops(whole: Assembly, count: int) -> tuple[float, float]:
-    """Return the FLOPs of a client step, the mean over the clients' real tokens: all that it is worth, and those done."""
+    """Return the FLOPs of a client step, the mean over the clients' real tokens: those done, and the plain model's."""
     sizes = {name: layer.numel() for name, layer in whole.loaded.base.layers.items() if not HEAD.search(name)}
     lengths = [
         [len(whole.worker.holdings[client].train.ids[row]) for row in rows]
@@ -74,8 +75,9 @@ def flops(whole: Assembly, count: int) -> tuple[float, float]:
         for rows in batches(whole, client)
     ]
     tokens, texts = mean(map(sum, lengths)), mean(map(len, lengths))
-    worth = 4 * sum(sizes.values()) * tokens
-    return worth, worth - 4 * sum(size for name, size in sizes.items() if SPARED.search(name)) * (tokens - texts)
+    spared, below = (sum(size for name, size in sizes.items() if part.search(name)) for part in (SPARED, BELOW))
+    plain = 4 * sum(sizes.values()) * tokens
+    return plain - 4 * spared * (tokens - texts) - 2 * below * tokens, plain
 
 
 def main(
@@ -95,9 +97,9 @@ def main(
             chosen = replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
             seconds(chosen, 8)
             took = Figure(tuple(seconds(chosen, 8) for _ in range(repeats)))
-            worth, done = (Figure(tuple(amount / value / best for value in took.values)) for amount in flops(chosen, 8))
-            rows.append((precision, cohort, took, f"{best / 1e9:.0f}", worth, done))
-    columns = ("format", "cohort", "s per client step", "peak, GFLOP/s", "share of the peak", "FLOPs done alone")
+            done, plain = (Figure(tuple(amount / value / best for value in took.values)) for amount in flops(chosen, 8))
+            rows.append((precision, cohort, took, f"{best / 1e9:.0f}", done, plain))
+    columns = ("format", "cohort", "s per client step", "peak, GFLOP/s", "share of the peak", "with the plain model's FLOPs")
     report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
 
 

@@ -3,15 +3,16 @@
     python -m benchmarks.server_scale            # about 10 minutes on 2 cores
     python -m benchmarks.server_scale --quick    # up to 100 clients
 
-Clients answer at once with what they were sent, a little moved, so all the time is the server's: building requests,
+Clients answer at once with what they were sent, a little moved, so all the time is the server's: building the request,
 reading, checking and merging replies, writing the ledger. Every size runs in a process of its own.
 """
 
 import json
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +21,7 @@ import typer
 from benchmarks.common import Figure, in_process, interleaved, report
 from benchmarks.setting import Setting
 from fedpeft.federation import federate
-from fedpeft.ledger import ClientRow, measured
+from fedpeft.ledger import FILE, ClientRow, Ledger, measured, rows
 from fedpeft.types import Client, Payload, Reply, State
 from fedpeft.wire import Answer
 
@@ -47,26 +48,24 @@ def play(method: str, count: int) -> dict[str, Any]:
     state = whole.first_state()
     due = whole.method.expects(state, whole.method.send(state, Client(0)))
     answers = [_answer(due, state, number) for number in range(2)]
-    rows: list[ClientRow] = []
     clients = [Client(number, examples=1) for number in range(count)]
-    began = time.perf_counter()
-    with measured() as meter:
-        for _ in federate(
-            whole.method,
-            state,
-            Echo(lambda client: answers[client.id % 2]),
-            lambda _: clients,
-            range(1),
-            config=whole.worker.config,
-            min_replies=1,
-            record=rows.append,
-        ):
-            pass
-    took = time.perf_counter() - began
-    lost = [row.lost for row in rows if row.lost]
-    if lost or len(rows) != count:
-        raise SystemExit(f"{len(rows)} rows, lost: {lost[:1]}")
-    return {"seconds": took, "peak": meter.peak_memory / 1e6, "message": len(answers[0]) / 1e6}
+    with tempfile.TemporaryDirectory() as folder:
+        with Ledger(Path(folder) / FILE) as ledger, measured() as meter:
+            for _ in federate(
+                whole.method,
+                state,
+                Echo(lambda client: answers[client.id % 2]),
+                lambda _: clients,
+                range(1),
+                config=whole.worker.config,
+                min_replies=1,
+                record=ledger.append,
+            ):
+                ledger.sync()
+        told = sum(isinstance(row, ClientRow) and not row.lost for row in rows(Path(folder) / FILE))
+    if told != count:
+        raise SystemExit(f"{count - told} of {count} clients were lost")
+    return {"seconds": meter.seconds, "peak": meter.peak_memory / 1e6, "message": len(answers[0]) / 1e6}
 
 
 def _answer(due: Payload, state: State, number: int) -> bytes:

@@ -33,7 +33,7 @@ class Setting:
     length: int = 64
     rank: int = 8
     layers: int = LAYERS
-    lr: float = 3e-3
+    lr: float = 1e-2
     dropout: float = 0.0
     precision: str = "auto"
     attention: str = "auto"
