@@ -2,6 +2,7 @@
 
     python -m benchmarks.roofline            # about 3 minutes on 2 cores
     python -m benchmarks.roofline --quick
+    python -m benchmarks.roofline --profile  # where a step goes, instead
 
 A step of LoRA goes through every frozen matrix twice, forward and back, at 2 FLOPs per entry and token; gradients of frozen
 weights are not computed, attention, adapters and head are not counted. The peak is the best matrix product of the model's
@@ -12,6 +13,7 @@ column counts these FLOPs, too, as if the step had the plain model's work to do.
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from statistics import mean
 from typing import Annotated, Any
@@ -80,25 +82,48 @@ def flops(whole: Assembly, count: int) -> tuple[float, float]:
     return plain - 4 * spared * (tokens - texts) - 2 * below * tokens, plain
 
 
+def profile(whole: Assembly) -> list[tuple[str, str]]:
+    """Return the dearest operations of a cohort's steps in one lane, with their share of the time spent in operations."""
+    chosen = _with(whole, cohort=8, threads=1)
+    torch.set_num_threads(1)
+    for _ in range(3):
+        seconds(chosen, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        seconds(chosen, 8)
+    found = sorted(seen.key_averages(), key=lambda one: one.self_cpu_time_total, reverse=True)
+    total = sum(one.self_cpu_time_total for one in found)
+    return [(one.key.removeprefix("aten::"), f"{one.self_cpu_time_total / total:.1%}") for one in found[:16]]
+
+
+def _with(whole: Assembly, **changes: Any) -> Assembly:
+    hardware = replace(whole.hardware, **changes)
+    return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
+
+
+def shares(whole: Assembly, repeats: int) -> Iterator[tuple[Any, ...]]:
+    """Yield a row for one client at a time and for cohorts of several sizes."""
+    precision, device = whole.hardware.precision, whole.hardware.torch_device
+    best = peak(torch.bfloat16 if precision == "bf16" else torch.float32, device)
+    for cohort in sorted({1, 4, 8, whole.hardware.cohort}):
+        chosen = _with(whole, cohort=cohort)
+        seconds(chosen, 8)
+        took = Figure(tuple(seconds(chosen, 8) for _ in range(repeats)))
+        done, plain = (Figure(tuple(amount / value / best for value in took.values)) for amount in flops(chosen, 8))
+        yield precision, cohort, took, f"{best / 1e9:.0f}", done, plain
+
+
 def main(
     look: Annotated[bool, typer.Option("--quick", help="One repetition.")] = False,
     repeats: Annotated[int, typer.Option(help="Repetitions.")] = 5,
+    where: Annotated[bool, typer.Option("--profile", help="Print where a step of a cohort of 8 goes, in one lane.")] = False,
 ) -> None:
     """Print the share of the peak for one client at a time and for whole cohorts, in every number format there is."""
-    repeats = 1 if look else repeats
-    rows: list[tuple[Any, ...]] = []
-    formats = ("fp32", "bf16")
-    for precision in formats:
-        whole = replace(Setting(), precision=precision).assembly()
-        device, dtype = whole.hardware.torch_device, torch.bfloat16 if precision == "bf16" else torch.float32
-        best = peak(dtype, device)
-        for cohort in sorted({1, 4, 8, whole.hardware.cohort}):
-            hardware = replace(whole.hardware, cohort=cohort)
-            chosen = replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
-            seconds(chosen, 8)
-            took = Figure(tuple(seconds(chosen, 8) for _ in range(repeats)))
-            done, plain = (Figure(tuple(amount / value / best for value in took.values)) for amount in flops(chosen, 8))
-            rows.append((precision, cohort, took, f"{best / 1e9:.0f}", done, plain))
+    formats = {precision: replace(Setting(), precision=precision).assembly() for precision in ("fp32", "bf16")}
+    if where:
+        for precision, whole in formats.items():
+            report(f"profile_{precision}", ("operation", "share of the time"), profile(whole), setting=asdict(Setting()))
+        return
+    rows = [row for whole in formats.values() for row in shares(whole, 1 if look else repeats)]
     columns = ("format", "cohort", "s per client step", "peak, GFLOP/s", "share of the peak", "with the plain model's FLOPs")
     report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
 

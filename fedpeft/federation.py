@@ -77,6 +77,17 @@ def poll(
 
 
 @final
+@dataclass(frozen=True)
+class _Sent:
+    """A request: what goes ``down``, the version of the ``memory`` it assumes, both as bytes, and what is ``due`` in return."""
+
+    down: Payload
+    memory: int
+    blob: bytes
+    due: Payload
+
+
+@final
 @dataclass
 class _Talk:
     """One round's exchange: what was sent to whom, what came back, and what the ledger is to say of it."""
@@ -89,14 +100,14 @@ class _Talk:
     rows: list[ClientRow] = field(default_factory=list)
     memories: dict[int, int] = field(default_factory=dict)
     count: int = 0
-    _sent: dict[int, tuple[int, Payload]] = field(default_factory=dict)  # of those under way: bytes down, what is due
-    _last: tuple[Payload, int, bytes, Payload] | None = None  # sent last: payload, memory, as bytes, what is due
+    _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)  # bytes down, what is due
+    _last: _Sent | None = None
 
     def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
         """Yield the usable replies of ``asked``, in their order, and take down every client's row."""
         for outcome in in_order(asked, self.engine.exchange(asked, self._request)):
             client = outcome.client
-            down, expected = self._sent.pop(client.id, (0, {}))
+            down, expected = self._under_way.pop(client.id, (0, {}))
             try:
                 answer = self._usable(outcome, expected)
             except WireError as error:
@@ -133,12 +144,12 @@ class _Talk:
 
     def _request(self, client: Client) -> bytes:
         down = self.method.send(self.state, client)
-        if self._last is None or self._last[0] is not down or self._last[1] != client.memory:  # many get the very same
+        last = self._last
+        if last is None or last.down is not down or last.memory != client.memory:  # many get the very same
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
-            self._last = (down, client.memory, blob, self.method.expects(self.state, down))
-        _, _, blob, expected = self._last
-        self._sent[client.id] = len(blob), expected
-        return blob
+            self._last = last = _Sent(down, client.memory, blob, self.method.expects(self.state, down))
+        self._under_way[client.id] = len(last.blob), last.due
+        return last.blob
 
 
 def in_order(asked: Sequence[Client], outcomes: Iterable[Reply | Lost]) -> Iterator[Reply | Lost]:

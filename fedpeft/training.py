@@ -135,7 +135,7 @@ def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, overhead:
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
         clients = torch.tensor([k for _, k, _ in mine])
         weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
-        states = [share.states[row] for share, _, row in mine if share.states] if known else None
+        states = [share.states[row] for share, _, row in mine if share.states is not None] if known else None
         yield Part(Encoded(ids, labels), states, clients, _owners(clients), weights)
 
 
