@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (about 3 minutes on 2 cores)
+demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (about 90 seconds on 2 cores)
 	$(BIN)/fedpeft compare --overwrite
 
 compare: $(BIN)/.demo ## the longer form of the demo, two seeds; stop it and start it again as you like
