@@ -55,7 +55,7 @@ def interleaved(repeats: int, **contenders: Callable[[], Mapping[str, float]]) -
     return {name: {key: Figure(tuple(one[key] for one in measured)) for key in measured[0]} for name, measured in found.items()}
 
 
-def in_process(module: str, settings: Mapping[str, Any], python: str = sys.executable, **environment: str) -> dict[str, Any]:
+def in_process(module: str, settings: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
     """Run ``python -m module SETTINGS`` and return the JSON object of its last line, with ``began``: when it was started.
 
     How OpenMP's threads wait is left to the module, fedpeft's choice or the library's own, which is faster for rivals.
@@ -64,7 +64,7 @@ def in_process(module: str, settings: Mapping[str, Any], python: str = sys.execu
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [python, "-m", module, json.dumps(settings)],
-        env={**inherited, "HF_HUB_OFFLINE": "1", **environment},
+        env={**inherited, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -78,7 +78,7 @@ def train(message: Message, context: Context) -> Message:
     net.train()
     own = federation()["clients"][client]
     ids, labels = tokenised(client), torch.tensor(own["labels"])
-    parameters = list(rival.trained(model()).values())
+    parameters = list(rival.trained(net).values())
     optimizer = torch.optim.AdamW(parameters, lr=setting["lr"], weight_decay=0.0, fused=True)
     number = int(str(message.content["config"]["server-round"])) - 1
     for rows in own["rounds"][number]:
@@ -89,7 +89,7 @@ def train(message: Message, context: Context) -> Message:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    arrays = ArrayRecord({name: parameter.detach() for name, parameter in rival.trained(model()).items()})
+    arrays = ArrayRecord({name: parameter.detach() for name, parameter in rival.trained(net).items()})
     metrics = MetricRecord({"num-examples": len(ids)})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

@@ -1,6 +1,6 @@
 """What every method costs: seconds, peak memory and bytes of a client and round.
 
-python -m benchmarks.methods            # about 5 minutes on 2 cores
+python -m benchmarks.methods            # about 10 minutes on 2 cores
 python -m benchmarks.methods --quick
 """
 

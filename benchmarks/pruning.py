@@ -1,6 +1,6 @@
 """What FedARA's pruning saves in time: a step once modules are dead, over a step of its first round.
 
-    python -m benchmarks.pruning            # about 10 minutes on 2 cores
+    python -m benchmarks.pruning            # about 2 minutes on 2 cores
     python -m benchmarks.pruning --quick
 
 Twice: with the lower half of the modules dead, and with the mask that a run of its own learned (a quarter of the ranks

@@ -1,6 +1,6 @@
 """How close a step is to the hardware: FLOPs of real tokens over its time, as a share of the matrix-product peak.
 
-    python -m benchmarks.roofline            # about 3 minutes on 2 cores
+    python -m benchmarks.roofline            # about 2 minutes on 2 cores
     python -m benchmarks.roofline --quick
     python -m benchmarks.roofline --profile  # where a step goes, instead
 

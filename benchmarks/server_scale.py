@@ -21,7 +21,7 @@ import typer
 from benchmarks.common import Figure, in_process, interleaved, report
 from benchmarks.setting import Setting
 from fedpeft.federation import federate
-from fedpeft.ledger import FILE, ClientRow, Ledger, measured, rows
+from fedpeft.ledger import FILE, ClientRow, Ledger, measured, stream
 from fedpeft.types import Client, Payload, Reply, State
 from fedpeft.wire import Answer
 
@@ -62,7 +62,7 @@ def play(method: str, count: int) -> dict[str, Any]:
                 record=ledger.append,
             ):
                 ledger.sync()
-        told = sum(isinstance(row, ClientRow) and not row.lost for row in rows(Path(folder) / FILE))
+        told = sum(isinstance(row, ClientRow) and not row.lost for row in stream(Path(folder) / FILE))
     if told != count:
         raise SystemExit(f"{count - told} of {count} clients were lost")
     return {"seconds": meter.seconds, "peak": meter.peak_memory / 1e6, "message": len(answers[0]) / 1e6}

@@ -1,8 +1,11 @@
 """The federation that rivals are measured on: the same clients, texts, batches and rates for all of them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from safetensors.torch import save_file
@@ -93,6 +96,14 @@ class Setting:
 def batches(whole: Assembly, client: int, number: int = 0) -> list[list[int]]:
     """Return the rows of every step of one client in one round."""
     return plan(len(whole.worker.holdings[client].train), whole.config.training, whole.config.seed, client, number)
+
+
+def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:
+    """Return seconds per steady round and client step, seconds from the start to the end of round 1, and the accuracy."""
+    ends = found["ends"]
+    steady = median(b - a for a, b in pairwise(ends))
+    steps = setting.clients * setting.steps
+    return {"round": steady, "step": steady / steps, "start": ends[0] - found["began"], "accuracy": found["accuracy"]}
 
 
 def quick(setting: Setting) -> Setting:

@@ -7,24 +7,14 @@ python -m benchmarks.vs_flower --quick    # one small run of everything
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from benchmarks.common import Figure, apart_by, in_process, interleaved, ratio, report
-from benchmarks.setting import Setting, quick
-
-
-def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:
-    """Return seconds per steady round and client step, seconds from the start to the end of round 1, and the accuracy."""
-    ends = found["ends"]
-    steady = median(b - a for a, b in pairwise(ends))
-    steps = setting.clients * setting.steps
-    return {"round": steady, "step": steady / steps, "start": ends[0] - found["began"], "accuracy": found["accuracy"]}
+from benchmarks.setting import Setting, figures, quick
 
 
 def flower(setting: Setting, folder: Path, **choice: Any) -> Callable[[], dict[str, float]]:

@@ -1,25 +1,23 @@
 """fedpeft against pfl-research 0.6, tuned by an expert, on the same federation; pfl gets an environment of its own.
 
-python -m benchmarks.vs_pfl            # sets up .venv-pfl, then 5 interleaved runs, about 10 minutes on 2 cores
+python -m benchmarks.vs_pfl            # sets up .venv-pfl, then 5 interleaved runs, about 14 minutes on 2 cores
 python -m benchmarks.vs_pfl --quick    # one small run of each
 """
 
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from benchmarks.common import Figure, apart_by, in_process, interleaved, ratio, report
-from benchmarks.setting import Setting, quick
+from benchmarks.setting import Setting, figures, quick
 
 ENVIRONMENT = Path(".venv-pfl")
 TORCH = "torch==2.13.0"
@@ -37,12 +35,6 @@ def environment() -> str:
         subprocess.run([*pip, TORCH, "pfl[pytorch]==0.6.0", *(f"{name}=={version(name)}" for name in SAME)], check=True)
         (ENVIRONMENT / ".ready").touch()
     return str(python.absolute())
-
-
-def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:
-    """Return seconds per steady round and client step, and the accuracy."""
-    steady = median(b - a for a, b in pairwise(found["ends"]))
-    return {"step": steady / setting.clients / setting.steps, "accuracy": found["accuracy"]}
 
 
 def main(

@@ -17,7 +17,7 @@ from fedpeft.evaluation import WHOLE
 from fedpeft.federation import federate, sample
 from fedpeft.hardware import Hardware
 from fedpeft.journal import CHECKPOINTS, Journal, Watch, settings_digest
-from fedpeft.ledger import FILE, RunRow, rows
+from fedpeft.ledger import FILE, RunRow, stream
 from fedpeft.memory import Memories
 from fedpeft.scoring import evaluation_row
 from fedpeft.types import BadInput, Engine, State
@@ -108,7 +108,7 @@ def _check_same(folder: Path, assembly: Assembly) -> None:
 
 def begun(folder: Path) -> RunRow | None:
     """Return the first row of a run's ledger; None where the run ended before it was written."""
-    first = next(rows(folder / FILE), None) if (folder / FILE).exists() else None
+    first = next(stream(folder / FILE), None) if (folder / FILE).exists() else None
     return first if isinstance(first, RunRow) else None
 
 

@@ -1,6 +1,6 @@
 """What a run writes down about itself: its rows, the file that holds them, and the meter that fills them in."""
 
-from fedpeft.ledger.book import FILE, Ledger, read, rows
+from fedpeft.ledger.book import FILE, Ledger, read, stream
 from fedpeft.ledger.meter import Measurement, measured
 from fedpeft.ledger.rows import MEASURED, ClientRow, EvaluationRow, Row, RunRow
 
@@ -15,5 +15,5 @@ __all__ = [
     "RunRow",
     "measured",
     "read",
-    "rows",
+    "stream",
 ]

@@ -66,7 +66,7 @@ class Ledger:
         self.close()
 
 
-def rows(path: Path) -> Iterator[Row]:
+def stream(path: Path) -> Iterator[Row]:
     """Yield the rows of the ledger at ``path`` in the order they were written.
 
     A last line without its newline is what a crash leaves: it is no row yet and is ignored. Raises BadInput when the
@@ -80,8 +80,8 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """Return what ``rows`` yields."""
-    return list(rows(path))
+    """Return what ``stream`` yields."""
+    return list(stream(path))
 
 
 def _row(path: Path, number: int, line: bytes) -> Row:
