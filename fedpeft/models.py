@@ -107,13 +107,18 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
 
 
 def spare_last_block(model: nn.Module) -> None:
-    """Let the last block compute, once its attention is done, the first token alone where the head reads no other."""
+    """Let the last block compute, once its attention is done, the first token alone where the head reads no other.
+
+    Contiguous, as a dense layer takes a view with gaps for a batch of products of one row each.
+    """
     config: Any = model.config
     chunked = getattr(config, "chunk_size_feed_forward", 0) > 1  # wants a multiple of its size, not one token
     if config.model_type in READS_FIRST and not chunked:
         blocks, leaving = READS_FIRST[config.model_type]
         last: Any = model.base_model.get_submodule(blocks)[-1]  # type: ignore[union-attr,index]
-        last.get_submodule(leaving).register_forward_pre_hook(lambda _, given: tuple(hidden[:, :1] for hidden in given))
+        last.get_submodule(leaving).register_forward_pre_hook(
+            lambda _, given: tuple(hidden[:, :1].contiguous() for hidden in given)
+        )
 
 
 def _set_dropout(config: Any, probability: float) -> None:
