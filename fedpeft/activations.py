@@ -10,6 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft.mounting import touched
@@ -110,9 +111,11 @@ def _unless_known(forward: Callable[..., object], hidden_states: Tensor, *args: 
 
 
 def _known_or(hidden: Tensor) -> Tensor:
-    """Return what enters the lowest block: what is known, (n, L, width), or what was computed."""
-    states = _ENTERING.get()
-    return hidden if states is None else pad_sequence(list(states), batch_first=True)
+    """Return what enters the lowest block: what is known, padded as ``hidden``, (n, L, width), or what was computed."""
+    if (states := _ENTERING.get()) is None:
+        return hidden
+    known = pad_sequence(list(states), batch_first=True)
+    return functional.pad(known, (0, 0, 0, hidden.shape[1] - known.shape[1]))
 
 
 def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> list[int]:

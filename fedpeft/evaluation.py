@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.hardware import Hardware
-from fedpeft.lanes import by_length, lanes
+from fedpeft.lanes import lanes
 from fedpeft.tasks import Classification, Encoded, Scores
 from fedpeft.types import NEVER, Client, Context, LocalTask, Method, Payload, State
 
@@ -25,11 +26,12 @@ def score(model: nn.Module, task: Classification, examples: Encoded, hardware: H
 def says(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware) -> Tensor:
     """Return the (n, C) logits of ``model``, as it is mounted now, for ``examples``; batches are formed by length."""
     lengths = [len(ids) for ids in examples.ids]
-    batches = by_length(lengths, min(hardware.tokens, EVALUATED), hardware.overhead)
+    buckets = replace(hardware.buckets, most=min(hardware.tokens, EVALUATED))
+    batches = buckets.cheapest(lengths)
 
     def play(rows: Sequence[int]) -> Tensor:
         with torch.inference_mode(), hardware.autocast():
-            return task.logits(model, task.collate(examples.take(rows), hardware.torch_device)).cpu()
+            return task.logits(model, task.collate(examples.take(rows), hardware.torch_device, buckets.grain)).cpu()
 
     found = torch.zeros(len(examples), len(task.labels))
     model.eval()

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import nn
 
+from fedpeft.buckets import Buckets
 from fedpeft.mounting import cast_once
 from fedpeft.types import BadInput
 
@@ -18,6 +19,8 @@ Attention = Literal["auto", "eager", "sdpa"]
 
 TOKENS = 1280
 """Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
+GRAIN = 4
+"""For bf16 on CPU, where torch makes its kernels anew for every shape: a tenth of a step, unless shapes come again."""
 EVERYTHING = 1 << 40
 """On a GPU the whole cohort goes through at once."""
 SHORT = 128
@@ -44,6 +47,7 @@ class Hardware:
     """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``.
 
     ``tokens``: how many go through the model together, padding included; a step of a cohort is cut into parts by length.
+    ``grain``: lengths and numbers of rows of the parts are multiples of it, as far as they can be (see ``Buckets``).
     ``cohort``: clients that train side by side where the method can.
     """
 
@@ -52,6 +56,7 @@ class Hardware:
     attention: Literal["eager", "sdpa"]
     threads: int
     tokens: int = TOKENS
+    grain: int = 1
     cohort: int = 1
 
     @property
@@ -66,9 +71,9 @@ class Hardware:
         return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
 
     @property
-    def overhead(self) -> int:
-        """Return the tokens that would take as long as what a pass costs beside its tokens, roughly; a GPU never cuts."""
-        return self.tokens // 12
+    def buckets(self) -> Buckets:
+        """Return how examples are grouped; what a pass costs beside its tokens is a rough guess, and a GPU never splits."""
+        return Buckets(self.tokens, self.tokens // 12, self.grain)
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return the choice for one of several processes that run at once, with its share of the threads."""
@@ -95,14 +100,14 @@ def resolve(machine: Machine, max_length: int) -> Hardware:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
         raise BadInput(f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'") from error
+    cpu = torch.device(device).type == "cpu"
     precision, attention = machine.precision, machine.attention
     if precision == "auto":
         precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
     if attention == "auto":
-        short = torch.device(device).type == "cpu" and max_length <= SHORT
-        attention = "eager" if short else "sdpa"
-    tokens = TOKENS if torch.device(device).type == "cpu" else EVERYTHING
-    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens)
+        attention = "eager" if cpu and max_length <= SHORT else "sdpa"
+    tokens, grain = TOKENS if cpu else EVERYTHING, GRAIN if cpu and precision == "bf16" else 1
+    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens, grain)
 
 
 def use(hardware: Hardware) -> None:

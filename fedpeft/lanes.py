@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,38 +32,3 @@ def lanes(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
     finally:
         del views
         torch.set_num_threads(threads)  # a lane changes what threads to come begin with
-
-
-def by_length(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:
-    """Return the rows with ``lengths`` in runs of like length that cost least together, the dearest first.
-
-    A run costs its tokens once padded, which are at most ``most`` unless a row is longer, and ``overhead`` tokens more.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    if len(order) * max(lengths, default=0) <= min(most, overhead):
-        return [order] if order else []  # a second run costs more than it can save
-    least, starts = np.zeros(len(order) + 1), [0]
-    for stop, row in enumerate(order, start=1):
-        first = max(0, min(stop - 1, stop - most // lengths[row]))
-        costs = least[first:stop] + (stop - np.arange(first, stop)) * float(lengths[row]) + overhead
-        starts.append(first + int(costs.argmin()))
-        least[stop] = costs.min()
-    runs = []
-    stop = len(order)
-    while stop:
-        runs.append(order[starts[stop] : stop])
-        stop = starts[stop]
-    return sorted(runs, key=lambda run: len(run) * lengths[run[-1]], reverse=True)
-
-
-def dealt(lengths: Sequence[int], most: int, overhead: int, count: int) -> list[list[int]]:
-    """Return the rows in runs as ``by_length`` does, of ``most`` tokens or somewhat fewer: what ``count`` lanes end first."""
-
-    def longest(runs: list[list[int]]) -> int:
-        lanes = [0] * count
-        for run in runs:
-            lanes[lanes.index(min(lanes))] += len(run) * lengths[run[-1]] + overhead
-        return max(lanes)
-
-    eighths = (8, 7, 6, 5) if count > 1 else (8,)
-    return min((by_length(lengths, most * share // 8, overhead) for share in eighths), key=longest)

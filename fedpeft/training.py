@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Annotated, final
 
@@ -11,8 +11,9 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.activations import Activations, entering
+from fedpeft.buckets import Buckets
 from fedpeft.hardware import Hardware
-from fedpeft.lanes import by_length, dealt, lanes
+from fedpeft.lanes import lanes
 from fedpeft.mounting import rows_of
 from fedpeft.optimizer import Kind, Optimizer, clip
 from fedpeft.seeds import derive, generator
@@ -77,13 +78,13 @@ def fit(
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
     # A client alone may have whole weights, whose gradients are dear to add up and which stand in for the model's, of which
     # there is one set: its parts are few, one after another.
-    overhead = hardware.overhead if len(shares) > 1 else hardware.tokens
-    count = _at_once(shares, hardware, overhead) if len(shares) > 1 else 1
+    buckets = hardware.buckets if len(shares) > 1 else replace(hardware.buckets, overhead=hardware.tokens)
+    count = _at_once(shares, hardware, buckets) if len(shares) > 1 else 1
 
     def play(part: Part) -> tuple[Part, Tensor, Sequence[Tensor | None]]:
         owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
         with entering(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
-            each = task.losses(model, task.collate(part.examples, device))
+            each = task.losses(model, task.collate(part.examples, device, buckets.grain))
         weighted = each * part.weights.to(device)
         return part, weighted.detach(), torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
 
@@ -94,7 +95,7 @@ def fit(
             for parameter in trained:
                 parameter.grad = None
             batches = [(share, share.steps[step]) for share in shares[active]]
-            for part, weighted, gradients in at_once(play, parts(batches, hardware.tokens, overhead, count)):
+            for part, weighted, gradients in at_once(play, parts(batches, buckets, count)):
                 losses.index_add_(0, part.clients.to(device), weighted.to(losses.dtype))
                 _add(trained, gradients)
             local.after_backward(active)
@@ -120,16 +121,15 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], tokens: int, overhead: int, count: int) -> Iterator[Part]:
-    """Yield the batches of k clients in parts of at most ``tokens``, formed by length, whoever's they are, for ``count`` lanes.
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, lanes: int) -> Iterator[Part]:
+    """Yield the batches of k clients in parts, formed by length, whoever's they are, for so many ``lanes``.
 
-    ``overhead``: what a part costs beside its tokens, in tokens. Gradients are per client whatever the grouping, and rows of
-    like length need little padding. Within a part the rows of a client stay together.
+    Gradients are per client whatever the grouping. Within a part the rows of a client stay together.
     """
     everything = [(k, row) for k, (_, own) in enumerate(batches) for row in own]
     known = all(share.states is not None for share, _ in batches)
     lengths = [len(batches[k][0].examples.ids[row]) for k, row in everything]
-    for together in dealt(lengths, tokens, overhead, count):
+    for together in buckets.dealt(lengths, lanes):
         mine = [(batches[k][0], k, row) for k, row in sorted((everything[i] for i in together), key=itemgetter(0))]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
@@ -149,10 +149,10 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
             parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _at_once(shares: Sequence[Share], hardware: Hardware, overhead: int) -> int:
+def _at_once(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:
     """Return how many parts of a step are computed at once: all, as far as there are threads."""
     lengths = [len(share.examples.ids[row]) for share in shares for row in share.steps[0]]
-    return min(hardware.threads, len(by_length(lengths, hardware.tokens, overhead)))
+    return min(hardware.threads, len(buckets.cheapest(lengths)))
 
 
 def _owners(clients: Tensor) -> slice | Tensor:

@@ -21,12 +21,12 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        down, up = present(A), present(B)
-        inner = torch.bmm(by_owner(args[0], len(down)), down.transpose(1, 2))
+        down, up = present(A.transpose(1, 2)), present(B.transpose(1, 2))  # so gradients come as they are to be added up
+        inner = torch.bmm(by_owner(args[0], len(down)), down)
         if e is not None:
             inner = inner * present(e).unsqueeze(1)
         flat = output.reshape(len(down), -1, output.shape[-1])
-        return torch.baddbmm(flat, inner, up.transpose(1, 2), alpha=scale).view(output.shape)
+        return torch.baddbmm(flat, inner, up, alpha=scale).view(output.shape)
 
     return add
 

@@ -15,7 +15,7 @@ from fedpeft.training import Training
 from fedpeft.types import Client, Method
 from fedpeft.wire import Answer, Kind, Request
 from tests.families import FAMILIES, played
-from tests.tiny import CONFIG, SEED, close, examples
+from tests.tiny import CONFIG, CPU, SEED, close, examples
 
 SIZES = {0: 6, 1: 11, 2: 9}
 SGD = Training(optimizer="sgd", lr=0.2, batch_size=4, epochs=2)
@@ -56,10 +56,11 @@ def lowest_part(model: nn.Module) -> nn.Module:
     return next(module for module in blocks[0].modules() if not list(module.children()))
 
 
+@pytest.mark.parametrize("grain", [1, 8])
 @pytest.mark.parametrize("family", CHAINED)
-def test_a_run_with_kept_states_equals_the_run_without(family: str) -> None:
+def test_a_run_with_kept_states_equals_the_run_without(family: str, grain: int) -> None:
     method = upper(family)
-    plain = played(family, method, SIZES, SGD)
+    plain = replace(played(family, method, SIZES, SGD), hardware=replace(CPU, grain=grain))
     kept = replace(plain, activations=Activations(SIZES, rows=4))
     blob = request(plain, method, family)
     expected = trained(plain, blob)

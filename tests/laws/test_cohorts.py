@@ -51,7 +51,7 @@ def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name:
     blob, state = requests(method, describe(playing.model, FAMILIES[family].head))
     alone = {client: answers(playing, [client], blob)[client] for client in SIZES}
     assert max(_moved(state, answer.payload) for answer in alone.values()) > 0.01
-    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=40, threads=2)):
+    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=40, threads=2, grain=4)):
         together = answers(replace(playing, hardware=hardware), [0, 1, 2], blob)
         for client in SIZES:
             close(together[client].payload, alone[client].payload, 2e-5)

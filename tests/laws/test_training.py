@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedpeft.activations import Activations
+from fedpeft.buckets import Buckets
 from fedpeft.mounting import mounted, replaced
 from fedpeft.optimizer import Optimizer, clip
 from fedpeft.seeds import derive
+from fedpeft.tasks import Encoded
 from fedpeft.training import Share, Training, fit, own_randomness, parts, plan
 from fedpeft.types import LocalTask, Payload
 from fedpeft.wire import Answer, Kind, Request
@@ -126,16 +128,15 @@ def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
 
 @given(
     batches=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=9), min_size=1, max_size=5),
-    tokens=st.integers(1, 100),
-    overhead=st.integers(0, 100),
-    count=st.integers(1, 3),
+    buckets=st.builds(Buckets, most=st.integers(1, 100), overhead=st.integers(0, 100), grain=st.sampled_from((1, 4))),
+    lanes=st.integers(1, 3),
 )
 @settings(max_examples=200, deadline=None)
 def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
-    batches: list[list[int]], tokens: int, overhead: int, count: int
+    batches: list[list[int]], buckets: Buckets, lanes: int
 ) -> None:
     own = [examples(12, seed=k) for k in range(len(batches))]
-    found = list(parts([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], tokens, overhead, count))
+    found = list(parts([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], buckets, lanes))
     dealt = [
         (k, ids.tolist(), int(label))
         for part in found
@@ -144,7 +145,7 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
     due = [(k, own[k].ids[row].tolist(), int(own[k].labels[row])) for k, batch in enumerate(batches) for row in batch]
     assert sorted(dealt) == sorted(due)
     lengths = [[len(ids) for ids in part.examples.ids] for part in found]
-    assert all(len(part) * max(part) <= tokens or len(part) == 1 for part in lengths)
+    assert all(len(part) * buckets.padded(max(part)) <= buckets.most or len(part) == 1 for part in lengths)
     assert all(max(a) <= min(b) for a, b in pairwise(sorted(lengths, key=lambda part: (min(part), max(part)))))
     for part in found:
         assert part.clients.tolist() == sorted(part.clients.tolist())
@@ -155,6 +156,16 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
             assert part.clients.tolist() == [k for k in range(part.owners.start, part.owners.stop) for _ in range(repeated)]
         else:
             assert torch.equal(part.owners, part.clients)
+
+
+@pytest.mark.parametrize(("grain", "length"), [(1, 5), (4, 8), (5, 5), (64, 16)])
+def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(grain: int, length: int) -> None:
+    ids = [torch.arange(1, 4), torch.arange(1, 6)]
+    batch = TASK.collate(Encoded(ids, torch.tensor([0, 1])), CPU.torch_device, grain)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
+    for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], ids, strict=True):
+        assert row.tolist() == own.tolist() + [TASK.tokenizer.pad_token_id] * (length - len(own))
+        assert mask.tolist() == [1] * len(own) + [0] * (length - len(own))
 
 
 def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> None:

@@ -1,0 +1,64 @@
+"""Rows of like length in buckets, which go through the model one by one: little padding, few shapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import numpy as np
+
+
+@final
+@dataclass(frozen=True)
+class Buckets:
+    """What a bucket may hold and what it costs.
+
+    ``most``: tokens, padding included, unless one row is longer. ``overhead``: the tokens that would take as long as what a
+    bucket costs beside its own. ``grain``: texts are padded to a multiple of it, and so is the number of rows one, in every
+    bucket but that of the shortest, if that many of the longest fit into one: the same shapes come again and again.
+    """
+
+    most: int
+    overhead: int
+    grain: int = 1
+
+    def padded(self, length: int) -> int:
+        """Return ``length`` as a multiple of the grain."""
+        return -(-length // self.grain) * self.grain
+
+    def cost(self, lengths: Sequence[int]) -> int:
+        """Return what a bucket of rows with ``lengths`` costs, in tokens."""
+        return len(lengths) * self.padded(max(lengths)) + self.overhead
+
+    def cheapest(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Return the rows with ``lengths`` in the buckets that cost least together, the dearest first."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        longest = self.padded(max(lengths, default=0))
+        if len(order) * longest <= min(self.most, self.overhead):
+            return [order] if order else []  # a second bucket costs more than it can save
+        step = self.grain if self.grain * longest <= self.most else 1
+        edges = np.array([0, *range(len(order) % step or step, len(order) + 1, step)])  # where a bucket may begin or end
+        least, begins = np.zeros(len(edges)), [0]
+        for number in range(1, len(edges)):
+            length = self.padded(lengths[order[edges[number] - 1]])
+            first = min(int(np.searchsorted(edges, edges[number] - self.most // length)), number - 1)
+            costs = least[first:number] + (edges[number] - edges[first:number]) * float(length) + self.overhead
+            begins.append(first + int(costs.argmin()))
+            least[number] = costs.min()
+        found = []
+        number = len(edges) - 1
+        while number:
+            found.append(order[edges[begins[number]] : edges[number]])
+            number = begins[number]
+        return sorted(found, key=lambda rows: len(rows) * self.padded(lengths[rows[-1]]), reverse=True)
+
+    def dealt(self, lengths: Sequence[int], lanes: int) -> list[list[int]]:
+        """Return the rows in buckets of ``most`` tokens or somewhat fewer: those that ``lanes`` end first."""
+
+        def longest(buckets: list[list[int]]) -> int:
+            busy = [0] * lanes
+            for rows in buckets:
+                busy[busy.index(min(busy))] += self.cost([lengths[row] for row in rows])
+            return max(busy)
+
+        eighths = (8, 7, 6, 5) if lanes > 1 else (8,)
+        return min((replace(self, most=self.most * share // 8).cheapest(lengths) for share in eighths), key=longest)
