@@ -5,10 +5,11 @@
     python -m benchmarks.roofline --profile  # where a step goes, instead
 
 A step of LoRA goes through every frozen matrix twice, forward and back, at 2 FLOPs per entry and token; gradients of frozen
-weights are not computed, attention, adapters and head are not counted. The peak is the best matrix product of the model's
-own sizes, timed in the same process and number format. Padding counts for nothing. Only what is done counts:
+weights are not computed, attention, adapters and head are not counted. Padding counts for nothing. Only what is done counts:
 no gradients go below the first block, and what the head does not read is left out (``models.spare_last_block``). The last
-column counts these FLOPs, too, as if the step had the plain model's work to do.
+column counts these FLOPs, too, as if the step had the plain model's work to do. The peak is the best matrix product of the
+model's own sizes, timed in the same process and number format before every repetition, which is a round with batches of its
+own: kernels are made anew for shapes that are.
 """
 
 import re
@@ -55,9 +56,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(whole: Assembly, count: int) -> float:
-    """Return the wall time of a client step when ``count`` clients are asked at once, messages included."""
-    request = Request(Kind.TRAIN, 0, whole.worker.config, whole.first_state().shared).encode()
+def seconds(whole: Assembly, count: int, number: int = 0) -> float:
+    """Return the wall time of a client step when ``count`` clients are asked at once for a round, messages included."""
+    request = Request(Kind.TRAIN, number, whole.worker.config, whole.first_state().shared).encode()
     clients = [Client(number) for number in range(count)]
     engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
     began = time.perf_counter()
@@ -68,13 +69,13 @@ def seconds(whole: Assembly, count: int) -> float:
     return took / count / (whole.config.training.steps or 1)
 
 
-def flops(whole: Assembly, count: int) -> tuple[float, float]:
-    """Return the FLOPs of a client step, the mean over the clients' real tokens: those done, and the plain model's."""
+def flops(whole: Assembly, count: int, number: int) -> tuple[float, float]:
+    """Return the FLOPs of a client step of a round, the mean over its real tokens: those done, and the plain model's."""
     sizes = {name: layer.numel() for name, layer in whole.loaded.base.layers.items() if not HEAD.search(name)}
     lengths = [
         [len(whole.worker.holdings[client].train.ids[row]) for row in rows]
         for client in range(count)
-        for rows in batches(whole, client)
+        for rows in batches(whole, client, number)
     ]
     tokens, texts = mean(map(sum, lengths)), mean(map(len, lengths))
     spared, below = (sum(size for name, size in sizes.items() if part.search(name)) for part in (SPARED, BELOW))
@@ -103,13 +104,18 @@ def _with(whole: Assembly, **changes: Any) -> Assembly:
 def shares(whole: Assembly, repeats: int) -> Iterator[tuple[Any, ...]]:
     """Yield a row for one client at a time and for cohorts of several sizes."""
     precision, device = whole.hardware.precision, whole.hardware.torch_device
-    best = peak(torch.bfloat16 if precision == "bf16" else torch.float32, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for cohort in sorted({1, 4, 8, whole.hardware.cohort}):
         chosen = _with(whole, cohort=cohort)
         seconds(chosen, 8)
-        took = Figure(tuple(seconds(chosen, 8) for _ in range(repeats)))
-        done, plain = (Figure(tuple(amount / value / best for value in took.values)) for amount in flops(chosen, 8))
-        yield precision, cohort, took, f"{best / 1e9:.0f}", done, plain
+        best, took, done, plain = list[float](), list[float](), list[float](), list[float]()
+        for number in range(1, repeats + 1):
+            best.append(peak(dtype, device))
+            took.append(seconds(chosen, 8, number))
+            for amount, share in zip(flops(chosen, 8, number), (done, plain), strict=True):
+                share.append(amount / took[-1] / best[-1])
+        gigaflops = Figure(tuple(value / 1e9 for value in best))
+        yield precision, cohort, gigaflops, *(Figure(tuple(values)) for values in (took, done, plain))
 
 
 def main(
@@ -124,7 +130,7 @@ def main(
             report(f"profile_{precision}", ("operation", "share of the time"), profile(whole), setting=asdict(Setting()))
         return
     rows = [row for whole in formats.values() for row in shares(whole, 1 if look else repeats)]
-    columns = ("format", "cohort", "s per client step", "peak, GFLOP/s", "share of the peak", "with the plain model's FLOPs")
+    columns = ("format", "cohort", "peak, GFLOP/s", "s per client step", "share of the peak", "with the plain model's FLOPs")
     report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
 
 

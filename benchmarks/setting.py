@@ -30,7 +30,7 @@ class Setting:
     """
 
     clients: int = 8
-    rounds: int = 4
+    rounds: int = 6
     steps: int = 4
     batch: int = 16
     length: int = 64

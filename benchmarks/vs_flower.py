@@ -42,13 +42,13 @@ def main(
         setting.prepare(folder)
         found = interleaved(
             repeats,
-            defaults=flower(setting, folder, **plain, dropout=0.1),
             no_dropout=flower(setting, folder, **plain, dropout=0.0),
             workers=flower(setting, folder, **{**plain, "threads": 1}, dropout=0.0),
             workers_eager=flower(setting, folder, **{**plain, "threads": 1, "attention": "eager"}, dropout=0.0),
-            workers_bf16=flower(setting, folder, threads=1, precision="bf16", attention="eager", dropout=0.0),
             fp32=ours(replace(setting, precision="fp32"), folder),
+            workers_bf16=flower(setting, folder, threads=1, precision="bf16", attention="eager", dropout=0.0),
             auto=ours(setting, folder),
+            defaults=flower(setting, folder, **plain, dropout=0.1),
         )
         apart = apart_by(folder, "flower")
     best = min((found["workers"], found["workers_eager"]), key=lambda one: one["step"].median)

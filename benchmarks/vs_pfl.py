@@ -60,10 +60,10 @@ def main(
         found: dict[str, dict[str, Figure]] = interleaved(
             repeats,
             bf16_eager=theirs("bf16", "eager"),
-            fp32_eager=theirs("fp32", "eager"),
-            fp32_sdpa=theirs("fp32", "sdpa"),
             bf16=ours("bf16"),
+            fp32_eager=theirs("fp32", "eager"),
             fp32=ours("fp32"),
+            fp32_sdpa=theirs("fp32", "sdpa"),
         )
         apart = apart_by(Path(name), "pfl")
     rows = []
