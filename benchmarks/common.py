@@ -61,7 +61,7 @@ def in_process(module: str, settings: Mapping[str, Any], python: str = sys.execu
     How OpenMP's threads wait is left to the module, fedpeft's choice or the library's own, which is faster for rivals.
     """
     began = time.time()
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    inherited = {name: value for name, value in os.environ.items() if name not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}}
     done = subprocess.run(
         [python, "-m", module, json.dumps(settings)],
         env={**inherited, "HF_HUB_OFFLINE": "1"},

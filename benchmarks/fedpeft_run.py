@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads, as the command line does
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # before torch starts, as the command line does
 
 from safetensors.torch import save_file
 

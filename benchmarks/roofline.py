@@ -59,7 +59,7 @@ def _wait(device: torch.device) -> None:
 def seconds(whole: Assembly, count: int, number: int = 0) -> float:
     """Return the wall time of a client step when ``count`` clients are asked at once for a round, messages included."""
     request = Request(Kind.TRAIN, number, whole.worker.config, whole.first_state().shared).encode()
-    clients = [Client(number) for number in range(count)]
+    clients = [Client(client) for client in range(count)]
     engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
     began = time.perf_counter()
     replies = list(engine.exchange(clients, lambda _: request))
@@ -105,11 +105,11 @@ def shares(whole: Assembly, repeats: int) -> Iterator[tuple[Any, ...]]:
     """Yield a row for one client at a time and for cohorts of several sizes."""
     precision, device = whole.hardware.precision, whole.hardware.torch_device
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for cohort in sorted({1, 4, 8, whole.hardware.cohort}):
+    for place, cohort in enumerate(sorted({1, 4, 8, whole.hardware.cohort})):
         chosen = _with(whole, cohort=cohort)
         seconds(chosen, 8)
         best, took, done, plain = list[float](), list[float](), list[float](), list[float]()
-        for number in range(1, repeats + 1):
+        for number in range(1 + place * repeats, 1 + (place + 1) * repeats):
             best.append(peak(dtype, device))
             took.append(seconds(chosen, 8, number))
             for amount, share in zip(flops(chosen, 8, number), (done, plain), strict=True):
@@ -129,7 +129,8 @@ def main(
         for precision, whole in formats.items():
             report(f"profile_{precision}", ("operation", "share of the time"), profile(whole), setting=asdict(Setting()))
         return
-    rows = [row for whole in formats.values() for row in shares(whole, 1 if look else repeats)]
+    repeats = 1 if look else repeats
+    rows = [row for whole in formats.values() for row in shares(whole, repeats)]
     columns = ("format", "cohort", "peak, GFLOP/s", "s per client step", "share of the peak", "with the plain model's FLOPs")
     report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
 

@@ -1,6 +1,6 @@
 """fedpeft against pfl-research 0.6, tuned by an expert, on the same federation; pfl gets an environment of its own.
 
-python -m benchmarks.vs_pfl            # sets up .venv-pfl, then 5 interleaved runs, about 14 minutes on 2 cores
+python -m benchmarks.vs_pfl            # sets up .venv-pfl, then 5 interleaved runs, about 18 minutes on 2 cores
 python -m benchmarks.vs_pfl --quick    # one small run of each
 """
 

@@ -10,8 +10,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft.mounting import touched
 from fedpeft.tasks import Encoded
@@ -114,8 +112,10 @@ def _known_or(hidden: Tensor) -> Tensor:
     """Return what enters the lowest block: what is known, padded as ``hidden``, (n, L, width), or what was computed."""
     if (states := _ENTERING.get()) is None:
         return hidden
-    known = pad_sequence(list(states), batch_first=True)
-    return functional.pad(known, (0, 0, 0, hidden.shape[1] - known.shape[1]))
+    known = states[0].new_zeros(len(states), *hidden.shape[1:])
+    for row, own in zip(known, states, strict=True):
+        row[: len(own)] = own
+    return known
 
 
 def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> list[int]:

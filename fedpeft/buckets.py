@@ -12,9 +12,9 @@ import numpy as np
 class Buckets:
     """What a bucket may hold and what it costs.
 
-    ``most``: tokens, padding included, unless one row is longer. ``overhead``: the tokens that would take as long as what a
-    bucket costs beside its own. ``grain``: texts are padded to a multiple of it, and so is the number of rows one, in every
-    bucket but that of the shortest, if that many of the longest fit into one: the same shapes come again and again.
+    ``most``: tokens, padding included, unless one row is longer. ``overhead``: what a bucket costs by itself, in tokens.
+    ``grain``: texts are padded to a multiple of it, and numbers of rows are multiples, too, but for the bucket of the
+    shortest and for rows so long that ``grain`` of them exceed ``most``. So the same shapes come again and again.
     """
 
     most: int
@@ -32,11 +32,9 @@ class Buckets:
     def cheapest(self, lengths: Sequence[int]) -> list[list[int]]:
         """Return the rows with ``lengths`` in the buckets that cost least together, the dearest first."""
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        longest = self.padded(max(lengths, default=0))
-        if len(order) * longest <= min(self.most, self.overhead):
+        if len(order) * self.padded(max(lengths, default=0)) <= min(self.most, self.overhead):
             return [order] if order else []  # a second bucket costs more than it can save
-        step = self.grain if self.grain * longest <= self.most else 1
-        edges = np.array([0, *range(len(order) % step or step, len(order) + 1, step)])  # where a bucket may begin or end
+        edges = self._edges([lengths[row] for row in order])
         least, begins = np.zeros(len(edges)), [0]
         for number in range(1, len(edges)):
             length = self.padded(lengths[order[edges[number] - 1]])
@@ -49,7 +47,13 @@ class Buckets:
         while number:
             found.append(order[edges[begins[number]] : edges[number]])
             number = begins[number]
-        return sorted(found, key=lambda rows: len(rows) * self.padded(lengths[rows[-1]]), reverse=True)
+        return sorted(found, key=lambda rows: self.cost([lengths[row] for row in rows]), reverse=True)
+
+    def _edges(self, lengths: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return where a bucket of rows with ascending ``lengths`` may begin or end."""
+        short = sum(self.grain * self.padded(length) <= self.most for length in lengths)
+        in_grains = range(short % self.grain or self.grain, short + 1, self.grain)
+        return np.array([0, *in_grains, *range(short + 1, len(lengths) + 1)])
 
     def dealt(self, lengths: Sequence[int], lanes: int) -> list[list[int]]:
         """Return the rows in buckets of ``most`` tokens or somewhat fewer: those that ``lanes`` end first."""

@@ -35,10 +35,14 @@ Jobs = Annotated[int, typer.Option(min=0, help="Runs at once, each on its share 
 Target = Annotated[float | None, typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's.")]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""How torch's threads wait, set before they start: those that spin for long stall each other when cores are shared."""
+
 
 def main() -> None:
     """Run the command line; bad input ends it with one line and exit code 2."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall when cores are shared
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except BadInput as error:

@@ -68,7 +68,8 @@ def apart(worker: Worker, base: Base) -> bool:
     tokens = next(ids for holding in worker.holdings.values() for ids in holding.train.ids)
     own = Encoded([tokens.repeat(5)[:5]] * 3, torch.zeros(3, dtype=torch.int64))
     first = next(iter(worker.holdings))
-    trial = replace(trial, holdings={first: Holding(own, own)}, hardware=replace(worker.hardware, grain=1))
+    unpadded = replace(worker.hardware, grain=1)  # padded, texts might be as long as the batch has rows
+    trial = replace(trial, holdings={first: Holding(own, own)}, hardware=unpadded)
     try:
         trial.handle([first] * 2, [request] * 2, [b""] * 2)
     except NotStackable:

@@ -20,7 +20,7 @@ Attention = Literal["auto", "eager", "sdpa"]
 TOKENS = 1280
 """Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
 GRAIN = 4
-"""For bf16 on CPU, where torch makes its kernels anew for every shape: a tenth of a step, unless shapes come again."""
+"""For bf16 on CPU, where torch makes its kernels anew for every shape: a twelfth of a step, unless shapes come again."""
 EVERYTHING = 1 << 40
 """On a GPU the whole cohort goes through at once."""
 SHORT = 128
@@ -72,7 +72,7 @@ class Hardware:
 
     @property
     def buckets(self) -> Buckets:
-        """Return how examples are grouped; what a pass costs beside its tokens is a rough guess, and a GPU never splits."""
+        """Return how examples are grouped; what a pass costs by itself is a rough guess, and a GPU never splits a step."""
         return Buckets(self.tokens, self.tokens // 12, self.grain)
 
     def shared_by(self, processes: int) -> "Hardware":

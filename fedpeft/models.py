@@ -109,7 +109,7 @@ def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: i
 def spare_last_block(model: nn.Module) -> None:
     """Let the last block compute, once its attention is done, the first token alone where the head reads no other.
 
-    Contiguous, as a dense layer takes a view with gaps for a batch of products of one row each.
+    It is handed on contiguous: of a view with gaps a dense layer makes as many products of one row.
     """
     config: Any = model.config
     chunked = getattr(config, "chunk_size_feed_forward", 0) > 1  # wants a multiple of its size, not one token

@@ -121,15 +121,15 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, lanes: int) -> Iterator[Part]:
-    """Yield the batches of k clients in parts, formed by length, whoever's they are, for so many ``lanes``.
+def parts(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, count: int) -> Iterator[Part]:
+    """Yield the batches of k clients in parts, formed by length, whoever's they are, for ``count`` lanes.
 
     Gradients are per client whatever the grouping. Within a part the rows of a client stay together.
     """
     everything = [(k, row) for k, (_, own) in enumerate(batches) for row in own]
     known = all(share.states is not None for share, _ in batches)
     lengths = [len(batches[k][0].examples.ids[row]) for k, row in everything]
-    for together in buckets.dealt(lengths, lanes):
+    for together in buckets.dealt(lengths, count):
         mine = [(batches[k][0], k, row) for k, row in sorted((everything[i] for i in together), key=itemgetter(0))]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])

@@ -21,7 +21,8 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        down, up = present(A.transpose(1, 2)), present(B.transpose(1, 2))  # so gradients come as they are to be added up
+        # Transposed before rows are gathered: what comes back to be added up per client is contiguous.
+        down, up = present(A.transpose(1, 2)), present(B.transpose(1, 2))
         inner = torch.bmm(by_owner(args[0], len(down)), down)
         if e is not None:
             inner = inner * present(e).unsqueeze(1)

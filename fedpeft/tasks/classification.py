@@ -80,7 +80,7 @@ class Classification:
     def collate(self, examples: Encoded, device: torch.device, grain: int = 1) -> Batch:
         """Return a batch padded to its longest text: input_ids, attention_mask (n, L) and labels (n,).
 
-        ``grain``: L is a multiple of it, or ``max_length``.
+        ``grain``: L is the next multiple of it, but no more than ``max_length``, unless a text is longer.
         """
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(list(examples.ids), batch_first=True, padding_value=padding)

@@ -77,7 +77,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
 def test_which_lane_is_faster_changes_no_bit(name: str, begin: int, precision: Literal["fp32", "bf16"]) -> None:
     """Of what is trained side by side, with hidden states kept or not, and of what is scored."""
     played = reference(name)
-    hardware = Hardware("cpu", precision, "eager", 3, tokens=24)
+    hardware = Hardware("cpu", precision, "eager", 3, tokens=24, grain=2)
     asked = requests(name, played.states[begin], played.memories[begin])
     cohorts = [[0, 1, 2]] if (name, begin) not in SINGLE else [[0], [1], [2]]
     scoring = {k: (_to_score(blob), memory) for k, (blob, memory) in asked.items()}

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedpeft.hardware import Hardware
+from fedpeft.hardware import GRAIN, Hardware
 from fedpeft.methods import METHODS
 from fedpeft.types import NEVER, Client
 from fedpeft.wire import Answer, Kind, Request, decode
 from tests.contract.reference import BEGINS, SINGLE, asked, reference
 from tests.tiny import CONFIG, bert, small, worker
 
-BF16 = Hardware("cpu", "bf16", "eager", 1)
+BF16 = Hardware("cpu", "bf16", "eager", 1, grain=GRAIN)
 
 
 @pytest.mark.parametrize("begin", BEGINS)

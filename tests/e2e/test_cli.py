@@ -89,7 +89,15 @@ def test_set_overrides_any_field_and_the_run_folder_says_so(trained: Finished) -
 def test_the_first_row_holds_all_that_was_resolved(trained: Finished) -> None:
     folder, _ = trained
     resolved = json.loads((folder / "hardware.json").read_text())
-    assert resolved == {"device": "cpu", "precision": "fp32", "attention": "eager", "threads": 1, "tokens": 1280, "cohort": 2}
+    assert resolved == {
+        "device": "cpu",
+        "precision": "fp32",
+        "attention": "eager",
+        "threads": 1,
+        "tokens": 1280,
+        "grain": 1,
+        "cohort": 2,
+    }
     assert resolved.items() <= about(folder).resolved.items()
 
 

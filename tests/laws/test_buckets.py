@@ -35,11 +35,11 @@ def test_rows_go_once_into_the_cheapest_buckets_by_length(lengths: list[int], bu
 
     assert all(map(allowed, found))
     order = sorted(lengths)
-    even = not order or size(order[-1:] * buckets.grain, buckets) <= buckets.most
+    short = sum(size([length] * buckets.grain, buckets) <= buckets.most for length in order)
     every = []
     for cuts in product([False, True], repeat=max(0, len(order) - 1)):
         edges = [0, *(number for number, cut in enumerate(cuts, start=1) if cut), len(order)]
-        if even and any((len(order) - edge) % buckets.grain for edge in edges[1:-1]):
+        if any((short - edge) % buckets.grain for edge in edges[1:] if edge < short):
             continue
         own = [order[a:b] for a, b in pairwise(edges) if b > a]
         if all(map(allowed, own)):
@@ -52,10 +52,13 @@ def test_rows_go_once_into_the_cheapest_buckets_by_length(lengths: list[int], bu
 def test_shapes_come_in_grains(lengths: list[int], buckets: Buckets) -> None:
     assert all(length <= buckets.padded(length) < length + buckets.grain for length in lengths)
     assert all(buckets.padded(length) % buckets.grain == 0 for length in lengths)
-    found = sorted(([lengths[row] for row in bucket] for bucket in buckets.cheapest(lengths)), key=max)
-    if buckets.grain * buckets.padded(max(lengths)) <= buckets.most:
-        assert sum(len(bucket) % buckets.grain != 0 for bucket in found) <= 1
-        assert all(min(b) >= max(a) for a, b in pairwise(found))
+    found = sorted(
+        ([lengths[row] for row in bucket] for bucket in buckets.cheapest(lengths)),
+        key=lambda bucket: (max(bucket), min(bucket), len(bucket) % buckets.grain == 0),
+    )
+    assert all(min(b) >= max(a) for a, b in pairwise(found))
+    fit = [len(bucket) for bucket in found if buckets.grain * buckets.padded(max(bucket)) <= buckets.most]
+    assert all(count % buckets.grain == 0 for count in fit[1:])
 
 
 def longest(lengths: list[int], rows: list[list[int]], buckets: Buckets, lanes: int) -> int:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from fedpeft.client import Worker
+from fedpeft.evaluation import says
 from fedpeft.methods import METHODS
 from fedpeft.mounting import describe
 from fedpeft.training import Training
 from fedpeft.types import NEVER, Base, Client, Method, Payload, State
 from fedpeft.wire import Answer, Kind, Request
 from tests.families import FAMILIES, played
-from tests.tiny import CONFIG, CPU, SEED, close
+from tests.tiny import CONFIG, CPU, SEED, TASK, close
 
 SIZES = {0: 6, 1: 11, 2: 9}
 """With batches of 4: 2, 3 and 3 steps, the last of which have 2, 3 and 1 rows."""
@@ -45,18 +46,28 @@ def answers(playing: Worker, cohort: list[int], blob: bytes) -> dict[int, Answer
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name: str) -> None:
-    """Unequal steps, ragged batches, and parts of 40 tokens in which clients mix unevenly, one or two at once."""
+    """Unequal steps, ragged batches, and parts of a few tokens in which clients mix unevenly, one or two at once."""
     method: Method = METHODS[name](**SETTINGS[name])
     playing = played(family, method, SIZES, SGD)
     blob, state = requests(method, describe(playing.model, FAMILIES[family].head))
     alone = {client: answers(playing, [client], blob)[client] for client in SIZES}
     assert max(_moved(state, answer.payload) for answer in alone.values()) > 0.01
-    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=40, threads=2, grain=4)):
+    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=60, threads=2, grain=4)):
         together = answers(replace(playing, hardware=hardware), [0, 1, 2], blob)
         for client in SIZES:
             close(together[client].payload, alone[client].payload, 2e-5)
             assert together[client].loss == pytest.approx(alone[client].loss, rel=1e-5)
             assert together[client].steps == alone[client].steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_do_not_depend_on_what_is_scored_together(family: str) -> None:
+    """Nor on padding: in parts of a few tokens, two at once, in grains."""
+    playing = played(family, METHODS["bitfit"](), {0: 23}, SGD)
+    texts = playing.holdings[0].test
+    alone = torch.cat([says(playing.model, TASK, texts.take([row]), CPU) for row in range(len(texts))])
+    for hardware in (CPU, replace(CPU, tokens=60, threads=2, grain=4)):
+        torch.testing.assert_close(says(playing.model, TASK, texts, hardware), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_client_that_diverges_takes_nobody_along() -> None:
