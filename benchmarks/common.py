@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from fedpeft.cli import WAITING
+
 RESULTS = Path("benchmarks/results")
 PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "ray", "pfl")
 
@@ -61,7 +63,7 @@ def in_process(module: str, settings: Mapping[str, Any], python: str = sys.execu
     How OpenMP's threads wait is left to the module, fedpeft's choice or the library's own, which is faster for rivals.
     """
     began = time.time()
-    inherited = {name: value for name, value in os.environ.items() if name not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}}
+    inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
     done = subprocess.run(
         [python, "-m", module, json.dumps(settings)],
         env={**inherited, "HF_HUB_OFFLINE": "1"},

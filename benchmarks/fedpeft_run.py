@@ -6,7 +6,9 @@ import sys
 import time
 from dataclasses import asdict
 
-os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # before torch starts, as the command line does
+from fedpeft.cli import WAITING
+
+os.environ |= WAITING  # before torch is loaded, as the command line does
 
 from safetensors.torch import save_file
 

@@ -48,7 +48,7 @@ def halved(state: State) -> State:
     return replace(state, server={**state.server, **dead})
 
 
-def learnt(setting: Setting, rounds: int) -> State:
+def learned(setting: Setting, rounds: int) -> State:
     """Return the state after a run whose clients voted three quarters of the ranks away."""
     whole = replace(setting, rounds=rounds).assembly()
     engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
@@ -69,7 +69,7 @@ def main(
     repeats, rounds = (1, 5) if look else (repeats, 20)
     setting = replace(Setting(), method="fedara")
     whole = setting.assembly()
-    first, pruned = whole.first_state(), learnt(setting, rounds)
+    first, pruned = whole.first_state(), learned(setting, rounds)
     kept = replace(whole, worker=replace(whole.worker, activations=Activations(range(len(whole.clients)))))
     found = interleaved(
         repeats,
@@ -79,14 +79,14 @@ def main(
             f"lower half dead, {KEPT}": seconds(kept, halved(first)),
         },
     )
-    found |= interleaved(repeats, **{"learnt mask": seconds(whole, pruned)})  # apart: what is kept is of one lowest block
+    found |= interleaved(repeats, **{"learned mask": seconds(whole, pruned)})  # apart: what is kept is of one lowest block
     kept = replace(whole, worker=replace(whole.worker, activations=Activations(range(len(whole.clients)))))
-    found |= interleaved(repeats, **{f"learnt mask, {KEPT}": seconds(kept, pruned)})
+    found |= interleaved(repeats, **{f"learned mask, {KEPT}": seconds(kept, pruned)})
     rows = [(name, one["step"], ratio(one["step"], found["first round"]["step"])) for name, one in found.items()]
     ranks = {name.removesuffix(":alive"): int(alive.sum()) for name, alive in pruned.server.items()}
     report("pruning", ("", "s per client step", "over the first round"), rows, setting=asdict(setting), ranks_left=ranks)
     dead = [name for name, left in ranks.items() if left == 0]
-    typer.echo(f"ranks left by the learnt mask: {sum(ranks.values())}; dead modules: {', '.join(dead) or 'none'}")
+    typer.echo(f"ranks left by the learned mask: {sum(ranks.values())}; dead modules: {', '.join(dead) or 'none'}")
 
 
 if __name__ == "__main__":

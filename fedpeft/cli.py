@@ -36,7 +36,7 @@ Target = Annotated[float | None, typer.Option(help="Accuracy to reach, 0 to 1; d
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""How torch's threads wait, set before they start: those that spin for long stall each other when cores are shared."""
+"""How torch's threads wait, read when it is loaded: those that spin for long stall each other when cores are shared."""
 
 
 def main() -> None:
