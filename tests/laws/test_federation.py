@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.evaluation import held, score
-from fedpeft.federation import federate, in_order, poll, sample
+from fedpeft.federation import federate, poll, sample
+from fedpeft.ledger import ClientRow, Measured
+from fedpeft.replies import in_order
 from fedpeft.types import Client, Lost, Reply, State, Update
 from fedpeft.wire import Answer, Request, decode, encode
 from tests.tiny import CONFIG, CPU, SEED, TASK, assert_same_state, examples, federation, small
@@ -67,7 +69,8 @@ class Echo:
             self.asked.append(client.id)
             asked = Request.decode(request(client), CONFIG)
             payload = {name: tensor + client.id for name, tensor in asked.payload.items()}
-            yield Reply(client, Answer(asked.round, payload, 1).encode())
+            figures = Measured(examples=1, loss=0.0)
+            yield Reply(client, Answer(asked.round, payload, figures).encode())
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def test_a_round_streams_one_reply_at_a_time_and_rounds_are_played_when_asked_fo
     """Worked by hand: clients 4, 8 and 15 send x + 4, x + 8, x + 15, so every round adds 9 to x."""
     engine = Echo()
     method = Adding(engine)
-    rows: list[object] = []
+    rows: list[ClientRow] = []
     states = federate(
         method,  # type: ignore[arg-type]
         State(3, {"x": torch.zeros(2)}),

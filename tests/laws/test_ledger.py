@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow, measured, meter, read
+from fedpeft.ledger import (
+    FILE,
+    ClientRow,
+    EvaluationRow,
+    Ledger,
+    Measured,
+    Row,
+    RunRow,
+    measured,
+    meter,
+    read,
+)
 from fedpeft.types import BadInput
 
 RUN = RunRow(
-    "a", "lora", 3, "minilm", "pydocs", "d1", "w1", "p1", 20, 4, 10, 0.25, False, {"partition": {"alpha": 0.1}}, {}, {}
+    name="a",
+    method="lora",
+    seed=3,
+    model="minilm",
+    data="pydocs",
+    data_digest="d1",
+    model_digest="w1",
+    partition_digest="p1",
+    clients=20,
+    clients_per_round=4,
+    rounds=10,
+    majority=0.25,
+    reference=False,
+    settings={"partition": {"alpha": 0.1}},
+    resolved={},
+    versions={},
 )
-TRAINED = ClientRow(round=0, client=7, down=10, up=20, examples=5, steps=2, trained=9, loss=0.1 + 0.2, seconds=1.5)
+FIGURES = Measured(examples=5, steps=2, trained=9, loss=0.1 + 0.2, seconds=1.5, seconds_alone=2.5)
+TRAINED = ClientRow(round=0, client=7, down=10, up=20, measured=FIGURES)
 LOST = ClientRow(round=0, client=8, down=10, up=0, lost="timed out\nafter 3 s · “x”")
 SCORED = EvaluationRow(round=1, split="test", examples=4, loss=1e-320, accuracy=0.5, macro_f1=1 / 3)
 ROWS: list[Row] = [RUN, TRAINED, LOST, SCORED]
@@ -43,8 +71,8 @@ def test_every_row_comes_back_to_the_bit_and_every_line_is_legal_json(
     path.unlink(missing_ok=True)
     nest = {text: [nested, {"deep": nested, "nan": "nan"}], "$float": "nan", "none": None}
     rows: list[Row] = [
-        RunRow(text, "lora", 0, "m", "d", "x", "w", "p", 1, 1, 1, 0.5, False, nest, {}, {}),
-        ClientRow(round=0, client=0, down=1, up=1, loss=loss, lost=text),
+        replace(RUN, name=text, settings=nest),
+        ClientRow(round=0, client=0, down=1, up=1, measured=Measured(loss=loss), lost=text),
         EvaluationRow(round=1, split="test", examples=1, loss=-loss, accuracy=0.0, macro_f1=0.0),
     ]
     for line in written(path, rows).splitlines():

@@ -11,7 +11,7 @@ from fedpeft.client import Worker
 from fedpeft.cohorts import apart, sizes, widest
 from fedpeft.engines.local import LocalEngine
 from fedpeft.hardware import Hardware
-from fedpeft.ledger import Measurement
+from fedpeft.ledger import Measured, Measurement
 from fedpeft.memory import Memories
 from fedpeft.mounting import describe
 from fedpeft.training import Training
@@ -106,8 +106,8 @@ def test_seconds_are_shared_out_by_steps() -> None:
     playing = worker(small("lora"), bert(), Training(epochs=1, batch_size=2), {0: 2, 1: 8})
     blob = request()
     few, many = (Answer.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""]))
-    assert (few.steps, many.steps) == (1, 4)
-    assert many.seconds == pytest.approx(4 * few.seconds)
+    assert (few.measured.steps, many.measured.steps) == (1, 4)
+    assert many.measured.seconds == pytest.approx(4 * few.measured.seconds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,7 +140,8 @@ class Timed:
             raise NotStackable("no")
         self.tried.append(len(clients))
         self.now += self.seconds[len(clients)]
-        return [(Answer(0, {}, examples=1, peak_memory=self.memory).encode(), b"")] * len(clients)
+        figures = Measured(examples=1, peak_memory=self.memory)
+        return [(Answer(0, {}, figures).encode(), b"")] * len(clients)
 
 
 @pytest.mark.parametrize(
