@@ -141,7 +141,7 @@ class Worker:
         """
         if self.step_alone is None:
             return None
-        form = _form_of_one(down) + _form_of_one(memory)
+        form = _form_of_one({**memory, **down})
         if form not in self.step_alone:
             one = replace(context, clients=context.clients[:1])
             first = replace(share, steps=share.steps[:1])
@@ -219,5 +219,6 @@ def _first(stacks: Payload) -> dict[str, Tensor]:
 
 
 def _form_of_one(stacks: Payload) -> Form:
-    """Return the form of one client's part of tensors with a client axis."""
-    return tuple((name, tuple(stack.shape[1:]), stack.dtype) for name, stack in stacks.items())
+    """Return the form of one client's part of tensors with a client axis, in order of names."""
+    named = sorted(stacks.items())
+    return tuple((name, tuple(stack.shape[1:]), stack.dtype) for name, stack in named)

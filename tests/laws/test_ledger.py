@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedpeft.ledger import (
     FILE,
+    MEASURED,
     ClientRow,
     EvaluationRow,
     Ledger,
@@ -23,6 +24,7 @@ from fedpeft.ledger import (
     measured,
     meter,
     read,
+    to_json,
 )
 from fedpeft.types import BadInput
 
@@ -223,3 +225,52 @@ def test_measuring_is_cheap() -> None:
             with measured():
                 pass
     assert cost.seconds / 100 < 0.005
+
+
+OLD = (
+    '{"kind":"client","round":3,"client":7,"down":10,"up":20,"examples":5,"steps":2,"trained":9,'
+    '"loss":0.25,"seconds":1.5,"peak_memory":800,"shared_by":2,"lost":null}\n'
+)
+"""A row as ledgers had it before there was ``seconds_alone``."""
+
+
+def test_a_row_of_an_older_ledger_is_read_and_its_client_counts_as_alone(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    path.write_text(OLD)
+    figures = Measured(
+        examples=5,
+        steps=2,
+        trained=9,
+        loss=0.25,
+        seconds=1.5,
+        seconds_alone=1.5,
+        peak_memory=800,
+        shared_by=2,
+    )
+    assert read(path) == [ClientRow(round=3, client=7, down=10, up=20, measured=figures)]
+
+
+def test_what_a_client_measured_lies_flat_in_the_file_and_no_loss_is_null() -> None:
+    figures = {part.name: getattr(FIGURES, part.name) for part in fields(Measured)}
+    flat = to_json(TRAINED)
+    assert flat == {
+        "kind": "client",
+        "round": 0,
+        "client": 7,
+        "down": 10,
+        "up": 20,
+        "lost": None,
+        **figures,
+    }
+    assert to_json(LOST)["loss"] is None
+    assert flat.keys() >= MEASURED
+
+
+def test_sound_figures_are_kept_and_the_others_are_as_if_not_measured() -> None:
+    said = replace(FIGURES, examples=2**62, loss=None, seconds=float("nan"))
+    assert said.faults().keys() == {"examples", "loss", "seconds"}
+    assert said.sound() == replace(FIGURES, examples=0, loss=None, seconds=0.0)
+    assert FIGURES.faults() == {}
+    assert FIGURES.sound() == FIGURES
+    assert FIGURES.faults(held=4) == {"examples": "examples = 5: the client holds 4"}
+    assert FIGURES.sound(held=4) == replace(FIGURES, examples=0)

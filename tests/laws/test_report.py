@@ -1,6 +1,7 @@
 """A report says what the ledgers say: every expected number here is worked out by hand from the rows beside it."""
 
 import csv
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -427,3 +428,41 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [heights(line) for line in over_megabytes] == [[80, 80], [30, 50], [25, 25]]
     assert np.asarray(over_megabytes[1].get_xdata()).tolist() == [4, 8]
     assert np.asarray(over_time[1].get_xdata()).tolist() == pytest.approx([5 / 60, 10 / 60])
+
+
+def test_methods_whose_clients_train_side_by_side_are_modelled_as_if_alone(tmp_path: Path) -> None:
+    """A share of 1 s of a stack stands for 4 s alone; the other method's clients take 3 s alone."""
+    figures = {
+        "lora": Measured(steps=1, seconds=1.0, seconds_alone=4.0, shared_by=4),
+        "full": Measured(steps=1, seconds=3.0, seconds_alone=3.0),
+    }
+    runs = []
+    for method, own in figures.items():
+        row = ClientRow(round=0, client=0, down=2 * MB, up=0, measured=own)
+        runs.append(summarise(run(tmp_path, [opening(method, rounds=1), row, scored(1, 0.5)])))
+    by_label = {line.label: line.mean for line in compare(runs, target=0.5).lines}
+    assert by_label["lora"].modelled_seconds_to_target == 2 + 4
+    assert by_label["full"].modelled_seconds_to_target == 2 + 3
+    assert by_label["lora"].seconds_to_target == 1
+
+
+def test_an_older_ledger_is_modelled_from_its_measured_seconds(tmp_path: Path) -> None:
+    folder = run(tmp_path, ROUNDS)
+    lines = []
+    for line in (folder / FILE).read_text().splitlines():
+        content = json.loads(line)
+        content.pop("seconds_alone", None)
+        lines.append(json.dumps(content) + "\n")
+    (folder / FILE).write_text("".join(lines))
+    assert [point.cost.slowest_alone for point in summarise(folder).curve] == [0.0, 3.0, 8.0]
+
+
+def test_a_client_that_diverged_has_no_loss_and_its_time_counts(tmp_path: Path) -> None:
+    """Its round waited for it, 6 s, longer than for the other one; its steps were of no use."""
+    measured = Measured(examples=3, steps=4, seconds=6.0, seconds_alone=6.0)
+    diverged = ClientRow(round=1, client=9, down=1, up=1, measured=measured, lost="diverged: ...")
+    rows = [diverged if isinstance(row, ClientRow) and row.lost else row for row in ROUNDS]
+    summary = summarise(run(tmp_path, rows))
+    assert summary.curve[-1].cost.slowest_alone == 4.5 + 6.0
+    assert (summary.steps, summary.lost) == (14, {"diverged: ...": 1})
+    assert "lost replies: 1 x diverged: ..." in printed(tables.comparison(compare([summary])))
