@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
 
 from fedpeft.cli import WAITING
 
@@ -16,7 +15,7 @@ from benchmarks.setting import Setting
 from fedpeft.engines.local import LocalEngine
 from fedpeft.evaluation import held, score
 from fedpeft.federation import federate
-from fedpeft.ledger import ClientRow
+from fedpeft.ledger import ClientRow, to_json
 
 
 def main() -> None:
@@ -46,7 +45,12 @@ def main() -> None:
         accuracy = score(whole.loaded.model, whole.task, whole.scored, whole.hardware).accuracy
     if setting.out:
         save_file(dict(last.shared), setting.out)
-    found = {"ends": ends, "accuracy": accuracy, "rows": [asdict(row) for row in rows], "hardware": whole.hardware.describe()}
+    found = {
+        "ends": ends,
+        "accuracy": accuracy,
+        "rows": [to_json(row) for row in rows],
+        "hardware": whole.hardware.describe(),
+    }
     print(json.dumps(found))
 
 

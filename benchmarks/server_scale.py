@@ -21,7 +21,7 @@ import typer
 from benchmarks.common import Figure, in_process, interleaved, report
 from benchmarks.setting import Setting
 from fedpeft.federation import federate
-from fedpeft.ledger import FILE, ClientRow, Ledger, measured, stream
+from fedpeft.ledger import FILE, ClientRow, Ledger, Measured, measured, stream
 from fedpeft.types import Client, Payload, Reply, State
 from fedpeft.wire import Answer
 
@@ -48,7 +48,7 @@ def play(method: str, count: int) -> dict[str, Any]:
     state = whole.first_state()
     due = whole.method.expects(state, whole.method.send(state, Client(0)))
     answers = [_answer(due, state, number) for number in range(2)]
-    clients = [Client(number, examples=1) for number in range(count)]
+    clients = [Client(number, examples=2) for number in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         with Ledger(Path(folder) / FILE) as ledger, measured() as meter:
             for _ in federate(
@@ -75,7 +75,7 @@ def _answer(due: Payload, state: State, number: int) -> bytes:
         start = state.shared.get(name)
         same = start is not None and start.shape == form.shape
         payload[name] = start + number / 100 if same and start is not None else torch.ones(form.shape, dtype=form.dtype)
-    return Answer(0, payload, examples=1 + number).encode()
+    return Answer(0, payload, Measured(examples=1 + number, loss=0.0)).encode()
 
 
 def main(

@@ -2,8 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
@@ -115,9 +115,20 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
         number: Holding(train.take(mine.tolist()), test.take(own.tolist()))
         for number, (mine, own) in enumerate(zip(partition.train, partition.test, strict=True))
     }
-    method, digest = config.build_method(), agreement(config, dataset, loaded)
-    kept = _kept(config, holdings, loaded, chosen)
-    worker = Worker(method, loaded.model, task, holdings, config.training, chosen, loaded.base.head, config.seed, digest, kept)
+    method = config.build_method()
+    digest = agreement(config, method, dataset.labels, loaded.digest)
+    worker = Worker(
+        method=method,
+        model=loaded.model,
+        task=task,
+        holdings=holdings,
+        training=config.training,
+        hardware=chosen,
+        head=loaded.base.head,
+        seed=config.seed,
+        config=digest,
+        activations=_kept(config, holdings, loaded, chosen),
+    )
     whole = Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
     settled = hardware or (like and _cohort_settings(like.config) == _cohort_settings(config))
     return whole if settled else _with_cohort(whole)
@@ -196,9 +207,22 @@ def divide(config: Config, dataset: data.Dataset) -> data.Partition:
             return data.from_file(dataset, choice.file)
 
 
-def agreement(config: Config, dataset: data.Dataset, loaded: Loaded) -> bytes:
-    """Return the digest of what server and clients must agree on: method, model, labels, training, seed and rounds."""
-    settings: Mapping[str, object] = json.loads(config.to_json())
-    agreed = {name: settings[name] for name in ("method", "model", "training", "federation", "seed")}
-    text = json.dumps({**agreed, "labels": dataset.labels, "weights": loaded.digest}, sort_keys=True)
+def agreement(config: Config, method: Method, labels: Sequence[str], weights: str) -> bytes:
+    """Return the digest of what server and clients must agree on: what changes a client's work.
+
+    ``method`` as built from ``config``, every field of it; ``labels`` in their order; ``weights``:
+    digest of the pre-trained parameters. Paths do not count, so the same model may lie in another
+    folder on every machine. Of the federation only the rounds that a method's schedule knows do.
+    """
+    fields_of_method = asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
+    agreed = {
+        "method": {"name": config.method["name"], **fields_of_method},
+        "dropout": config.model.dropout,
+        "max_length": config.model.max_length,
+        "training": asdict(config.training),
+        "seed": config.seed,
+        "labels": list(labels),
+        "weights": weights,
+    }
+    text = json.dumps(agreed, sort_keys=True, default=repr)
     return blake2b(text.encode(), digest_size=16).digest()

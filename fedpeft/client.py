@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from fedpeft.activations import Activations
 from fedpeft.evaluation import score
 from fedpeft.hardware import Hardware
-from fedpeft.ledger import measured
+from fedpeft.ledger import Measured, measured
 from fedpeft.tasks import Classification, Encoded
 from fedpeft.training import Share, Training, fit, own_randomness, plan
-from fedpeft.types import Context, Method, Payload, WireError
+from fedpeft.types import Context, LocalTask, Method, Payload, WireError
 from fedpeft.wire import Answer, Kind, Request, decode, encode
 
 
@@ -26,13 +26,19 @@ class Holding:
     test: Encoded
 
 
+Form = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+"""(name, shape, dtype) of every tensor that is mounted for one client."""
+
+
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Worker:
     """Plays the clients in ``holdings`` with one method on one frozen model.
 
     ``head``: names of the parameters absent from the checkpoint. ``config``: digest of what server and client must agree
     on; a request for anything else raises WireError. ``activations``: what is kept of frozen blocks between rounds.
+    ``step_alone``: seconds of one step of a client alone, by what is mounted, found out when
+    clients first train side by side with it; None where nobody wants to know.
     """
 
     method: Method
@@ -45,6 +51,7 @@ class Worker:
     seed: int
     config: bytes
     activations: Activations = field(default_factory=Activations)
+    step_alone: dict[Form, float] | None = field(default_factory=dict)
 
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
@@ -53,7 +60,8 @@ class Worker:
 
         ``memories``: what each client holds as of the version its request assumes, empty for none. Returns (answer, new
         memory) for each, the memory empty where it stays as it was. Requests of different kinds or rounds, or for
-        clients that are not held here, raise WireError.
+        clients that are not held here, raise WireError. An error of any kind comes with a note that
+        names clients and round.
         """
         asked = [Request.decode(blob, self.config) for blob in requests]
         if len({(request.kind, request.round) for request in asked}) != 1:
@@ -63,46 +71,88 @@ class Worker:
                 raise WireError(f"client {client} is not held here")
         held = [decode(blob) if blob else {} for blob in memories]
         play = {Kind.TRAIN: self._train, Kind.EVALUATE: self._evaluate}[asked[0].kind]
-        return play(clients, asked, held)
+        try:
+            return play(clients, asked, held)
+        except Exception as error:
+            whose = ", ".join(str(client) for client in clients)
+            error.add_note(f"raised by the work of client {whose} in round {asked[0].round}")
+            raise
 
     def _train(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
         number = asked[0].round
         shares = [self._share(client, number) for client in clients]
+        for client, share in zip(clients, shares, strict=True):
+            if not share.steps:
+                raise WireError(f"client {client} holds no examples to train on")
         order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
         self.activations.learn(self.model, self._forward, shares[0].examples.take([0]))
         context = Context([clients[k] for k in order], number, self.seed)
         down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
         with measured(self.hardware.torch_device) as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
             with self.method.mount(self.model, down, memory, context) as local:
-                losses = fit(
-                    self.model,
-                    local,
-                    self.task,
-                    self._with_states([clients[k] for k in order], [shares[k] for k in order]),
-                    self.training,
-                    self.head,
-                    self.hardware,
-                    self.activations,
-                )
+                ready = self._with_states(context.clients, [shares[k] for k in order])
+                losses = self._fit(local, ready)
                 up, stays = local.reply()
                 trained = sum(parameter[0].numel() for parameter in local.trainable.values())
+        a_step = self._seconds_alone(down, memory, context, ready[0]) if len(clients) > 1 else None
+        all_steps = sum(len(share.steps) for share in shares)
         answers: list[tuple[bytes, bytes]] = [(b"", b"")] * len(clients)
         for row, k in enumerate(order):
-            answer = Answer(
-                number,
-                {name: tensor[row] for name, tensor in up.items()},
+            steps = len(shares[k].steps)
+            seconds = meter.seconds * steps / all_steps
+            own = Measured(
                 examples=len(shares[k].examples),
-                steps=len(shares[k].steps),
+                steps=steps,
                 trained=trained,
                 loss=float(losses[row]),
-                seconds=meter.seconds * len(shares[k].steps) / sum(len(share.steps) for share in shares),
+                seconds=seconds,
+                seconds_alone=seconds if a_step is None else steps * a_step,
                 peak_memory=meter.peak_memory,
                 shared_by=len(clients),
-                memory=number if stays else asked[k].memory,
             )
-            kept = encode({name: tensor[row] for name, tensor in stays.items()}) if stays else b""
-            answers[k] = (answer.encode(), kept)
+            version = number if stays else asked[k].memory
+            answer = Answer(number, _row(up, row), own, memory=version)
+            answers[k] = answer.encode(), encode(_row(stays, row)) if stays else b""
         return answers
+
+    def _fit(self, local: LocalTask, shares: Sequence[Share]) -> Tensor:
+        return fit(
+            self.model,
+            local,
+            self.task,
+            shares,
+            self.training,
+            self.head,
+            self.hardware,
+            self.activations,
+        )
+
+    def _seconds_alone(
+        self,
+        down: Payload,
+        memory: Payload,
+        context: Context,
+        share: Share,
+    ) -> float | None:
+        """Return the seconds that a step takes one client alone; None where nobody wants to know.
+
+        Found out once for what is mounted, (K, ...), by a step of the first client whose outcome is
+        thrown away: nothing that is computed elsewhere depends on it.
+        """
+        if self.step_alone is None:
+            return None
+        form = _form_of_one({**memory, **down})
+        if form not in self.step_alone:
+            one = replace(context, clients=context.clients[:1])
+            first = replace(share, steps=share.steps[:1])
+            with (
+                own_randomness(self.seed, one.clients[0], one.round),
+                self.method.mount(self.model, _first(down), _first(memory), one) as local,
+                measured(self.hardware.torch_device) as meter,
+            ):
+                self._fit(local, [first])
+            self.step_alone[form] = meter.seconds
+        return self.step_alone[form]
 
     def _evaluate(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
         answers = []
@@ -113,15 +163,15 @@ class Worker:
                 self.method.mount(self.model, self._stack([request.payload]), self._stack([own]), context),
             ):
                 found = score(self.model, self.task, self.holdings[client].test, self.hardware)
-            answer = Answer(
-                request.round,
-                {"counts": found.counts},
+            figures = Measured(
                 examples=found.examples,
                 loss=found.loss_sum,
                 seconds=meter.seconds,
+                seconds_alone=meter.seconds,
                 peak_memory=meter.peak_memory,
-                memory=request.memory,
             )
+            payload = {"counts": found.counts}
+            answer = Answer(request.round, payload, figures, memory=request.memory)
             answers.append((answer.encode(), b""))
         return answers
 
@@ -156,3 +206,19 @@ class Worker:
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Return K tensors with a client axis; one alone is not copied."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _row(stacks: Payload, row: int) -> dict[str, Tensor]:
+    """Return one client's part of tensors with a client axis, without it."""
+    return {name: stack[row] for name, stack in stacks.items()}
+
+
+def _first(stacks: Payload) -> dict[str, Tensor]:
+    """Return the first client's part of tensors with a client axis, which it keeps."""
+    return {name: stack[:1] for name, stack in stacks.items()}
+
+
+def _form_of_one(stacks: Payload) -> Form:
+    """Return the form of one client's part of tensors with a client axis, in order of names."""
+    named = sorted(stacks.items())
+    return tuple((name, tuple(stack.shape[1:]), stack.dtype) for name, stack in named)

@@ -41,7 +41,7 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
         ids = [client.id for client in most[:size]]
         start = time.perf_counter()
         answers = trial.handle(ids, [request] * size, [b""] * size)
-        return time.perf_counter() - start, Answer.decode(answers[0][0]).peak_memory
+        return time.perf_counter() - start, Answer.decode(answers[0][0]).measured.peak_memory
 
     once(1)  # makes the kernels for these shapes
     alone, peak = min(once(1), once(1))
@@ -81,7 +81,14 @@ def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
     """Return a worker that takes one step with LoRA on every dense layer, and its request."""
     yardstick = LoRA(targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values())))
     request = Request(Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared).encode()
-    return replace(worker, method=yardstick, training=replace(worker.training, steps=1), activations=Activations()), request
+    trial = replace(
+        worker,
+        method=yardstick,
+        training=replace(worker.training, steps=1),
+        activations=Activations(),
+        step_alone=None,
+    )
+    return trial, request
 
 
 def sizes(count: int) -> list[int]:

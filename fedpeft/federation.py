@@ -1,16 +1,29 @@
 """The server's loop as a generator of states: ask a cohort, check and count what comes back, merge, go on."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 
-from fedpeft.ledger import ClientRow
+from fedpeft.ledger import ClientRow, Measured
+from fedpeft.memory import Forgotten
+from fedpeft.replies import in_order
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
-from fedpeft.types import NEVER, Client, Engine, Lost, Method, Payload, Reply, State, Update, WireError
+from fedpeft.types import (
+    NEVER,
+    Client,
+    Engine,
+    Lost,
+    Method,
+    Payload,
+    Reply,
+    State,
+    Update,
+    WireError,
+)
 from fedpeft.wire import Answer, Kind, Request, check
 
 
@@ -35,11 +48,15 @@ def federate(
 
     ``config``: digest of what server and clients must agree on. A reply that cannot be used is recorded with the reason
     and left out; with fewer than ``min_replies`` usable ones the round is silent. ``record`` gets one row per client.
+    Everyone of a cohort is asked, also where ``receive`` leaves some of their updates unread.
     """
     for number in rounds:
         asked = [replace(client, memory=state.memories.get(client.id, NEVER)) for client in cohort(number)]
         talk = _Talk(method, state, engine, config, number)
-        merged = method.receive(state, talk.updates(asked))
+        updates = talk.updates(asked)
+        merged = method.receive(state, updates)
+        for _ in updates:  # a client is asked when the stream comes to it
+            pass
         rows, memories = talk.rows, talk.memories
         if talk.count < min_replies:
             merged, memories = method.receive(state, ()), {}
@@ -49,8 +66,14 @@ def federate(
             record(row)
         if merged.round != number + 1:
             raise ValueError(f"{type(method).__name__}.receive gave a state of round {merged.round} after round {number}")
-        state = replace(merged, memories={**state.memories, **memories})
+        known = {**state.memories, **memories}
+        state = replace(merged, memories=_without(known, talk.forgetful))
         yield state
+
+
+def _without(memories: Mapping[int, int], forgetful: set[int]) -> dict[int, int]:
+    """Return the known memories but those of clients that have forgotten them."""
+    return {client: version for client, version in memories.items() if client not in forgetful}
 
 
 def poll(
@@ -68,12 +91,23 @@ def poll(
         match outcome:
             case Reply(client, blob):
                 with suppress(WireError):
-                    answer = Answer.decode(blob)
-                    check(answer, state.round, {"counts": torch.empty(3, labels, dtype=torch.int64, device="meta")})
-                    found[client.id] = Scores(answer.payload["counts"], answer.loss)
+                    found[client.id] = _scores(Answer.decode(blob), client, state.round, labels)
             case Lost():
                 pass
     return found
+
+
+def _scores(answer: Answer, client: Client, number: int, labels: int) -> Scores:
+    """Return the scores in an answer after ``number`` rounds; WireError where they cannot be."""
+    due = {"counts": torch.empty(3, labels, dtype=torch.int64, device="meta")}
+    check(answer, number, due, memory=client.memory)
+    counts, examples = answer.payload["counts"], answer.measured.examples
+    right, said, there = counts
+    possible = ((counts >= 0) & (counts <= examples)).all() and (right <= said.minimum(there)).all()
+    if not possible or int(said.sum()) != examples or int(there.sum()) != examples:
+        raise WireError(f"counts = {counts.tolist()}: are no scores of {examples} examples")
+    assert answer.measured.loss is not None  # as checked
+    return Scores(counts, answer.measured.loss)
 
 
 @final
@@ -99,6 +133,7 @@ class _Talk:
     number: int
     rows: list[ClientRow] = field(default_factory=list)
     memories: dict[int, int] = field(default_factory=dict)
+    forgetful: set[int] = field(default_factory=set)  # who lacks what its request assumed
     count: int = 0
     _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)  # bytes down, what is due
     _last: _Sent | None = None
@@ -108,39 +143,37 @@ class _Talk:
         for outcome in in_order(asked, self.engine.exchange(asked, self._request)):
             client = outcome.client
             down, expected = self._under_way.pop(client.id, (0, {}))
+            measured, lost, answer = Measured(), None, None
             try:
-                answer = self._usable(outcome, expected)
+                answer = _answer(outcome)
+                measured = self._believed(answer, client)
+                check(answer, self.number, expected, memory=client.memory, examples=client.examples)
+            except Forgotten as error:
+                self.forgetful.add(client.id)
+                lost = str(error)
             except WireError as error:
-                self.rows.append(ClientRow(self.number, client.id, down, len(outcome.blob), lost=str(error)))
-                continue
-            self.rows.append(
-                ClientRow(
-                    self.number,
-                    client.id,
-                    down,
-                    len(outcome.blob),
-                    answer.examples,
-                    answer.steps,
-                    answer.trained,
-                    answer.loss,
-                    answer.seconds,
-                    answer.peak_memory,
-                    answer.shared_by,
-                )
+                lost = str(error)
+            row = ClientRow(
+                round=self.number,
+                client=client.id,
+                down=down,
+                up=len(outcome.blob),
+                measured=measured,
+                lost=lost,
             )
+            self.rows.append(row)
+            if answer is None or lost is not None:
+                continue
             self.count += 1
             if answer.memory != NEVER:
                 self.memories[client.id] = answer.memory
-            yield Update(client, answer.examples, answer.payload)
+            yield Update(client, measured.examples, answer.payload)
 
-    def _usable(self, outcome: Reply | Lost, expected: Payload) -> Answer:
-        match outcome:
-            case Lost(_, reason):
-                raise WireError(reason)
-            case Reply(_, blob):
-                answer = Answer.decode(blob)
-                check(answer, self.number, expected)
-                return answer
+    def _believed(self, answer: Answer, client: Client) -> Measured:
+        """Return what an answer says of this round as far as it can be true, of another nothing."""
+        if answer.round != self.number:
+            return Measured()
+        return answer.measured.sound(client.examples)
 
     def _request(self, client: Client) -> bytes:
         down = self.method.send(self.state, client)
@@ -152,13 +185,10 @@ class _Talk:
         return last.blob
 
 
-def in_order(asked: Sequence[Client], outcomes: Iterable[Reply | Lost]) -> Iterator[Reply | Lost]:
-    """Yield ``outcomes`` in the order of ``asked``, holding back those that come early; a client that never answers is lost."""
-    early: dict[int, Reply | Lost] = {}
-    waiting = list(asked)
-    for outcome in outcomes:
-        early[outcome.client.id] = outcome
-        while waiting and waiting[0].id in early:
-            yield early.pop(waiting.pop(0).id)
-    for client in waiting:
-        yield early.pop(client.id, Lost(client, "no answer"))
+def _answer(outcome: Reply | Lost) -> Answer:
+    """Return what came back, before any check; of a lost client WireError says why."""
+    match outcome:
+        case Lost(_, reason):
+            raise WireError(reason)
+        case Reply(_, blob):
+            return Answer.decode(blob)

@@ -5,6 +5,10 @@ from typing import final
 from fedpeft.types import NEVER, WireError
 
 
+class Forgotten(WireError):
+    """A client lacks the memory that a request assumes; the next request has to assume none."""
+
+
 @final
 class Memories:
     """The memories of the clients of one process.
@@ -17,12 +21,16 @@ class Memories:
         self._versions: dict[int, dict[int, bytes]] = {}
 
     def get(self, client: int, version: int) -> bytes:
-        """Return the memory of ``client`` as of round ``version``, empty for ``NEVER``; a version it lacks raises WireError."""
+        """Return the memory of ``client`` as of round ``version``, empty for ``NEVER``.
+
+        Forgotten where it is not here.
+        """
         if version == NEVER:
             return b""
         own = self._versions.get(client, {})
         if version not in own:
-            raise WireError(f"client {client} holds no memory of round {version}, only of {sorted(own) or 'none'}")
+            others = f"only of {sorted(own) or 'none'}"
+            raise Forgotten(f"client {client} holds no memory of round {version}, {others}")
         return own[version]
 
     def holds(self, client: int, version: int) -> bool:

@@ -148,7 +148,11 @@ class Method(Protocol):
         ...
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
-        """Return the next state; ``updates`` is streamed in client order and can be read once; its payloads are for reading."""
+        """Return the next state.
+
+        ``updates`` is streamed in client order and can be read once; its payloads are for reading.
+        What is left unread is asked for, checked and recorded all the same, once this has returned.
+        """
         ...
 
 

@@ -1,13 +1,18 @@
 """Messages as bytes: a 16-byte content digest, then a safetensors file without metadata, so equal shapes give equal lengths."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest
 
 from fedpeft import codec
+from fedpeft.ledger import COUNTS, REALS, Measured
+from fedpeft.memory import Forgotten
 from fedpeft.types import NEVER, Payload, WireError
 
 DIGEST = 16
@@ -109,56 +114,116 @@ class Request:
         return Request(kind, int(found["@round"]), theirs, fields, int(found["@memory"]))
 
 
+class Status(IntEnum):
+    """What became of a request."""
+
+    DONE = 0
+    FORGOTTEN = 1
+    """The client holds no memory of the version that the request assumes, and has done nothing."""
+
+
+_ABOUT = ("round", "memory", "status")
+"""The fields of an answer that travel beside its payload and what was measured, in their order."""
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What a client says back: the payload and, measured where it trained, the figures for the ledger.
+    """What a client says back: the payload and, for the ledger, what it ``measured``.
 
-    ``examples``, ``steps``, ``trained`` (parameters), ``loss`` (mean over the steps), ``seconds`` of wall time,
-    ``peak_memory`` in bytes; ``shared_by``: how many clients trained side by side: ``seconds`` is the client's share of
-    what they took, by steps, and ``peak_memory`` that of all at once;
     ``memory``: the version of the memory that the client holds now.
     """
 
     round: int
     payload: Payload
-    examples: int
-    steps: int = 0
-    trained: int = 0
-    loss: float = 0.0
-    seconds: float = 0.0
-    peak_memory: int = 0
-    shared_by: int = 1
+    measured: Measured = field(default_factory=Measured)
     memory: int = NEVER
+    status: Status = Status.DONE
 
     def encode(self) -> bytes:
         """Return the answer as bytes; its length depends on the payload's names and shapes alone."""
-        numbers = (self.round, self.examples, self.steps, self.trained, self.peak_memory, self.shared_by, self.memory)
+        about = [int(getattr(self, name)) for name in _ABOUT]
+        counts = [getattr(self.measured, name) for name in COUNTS]
+        reals = [getattr(self.measured, name) for name in REALS]
         return encode(
             {
                 **self.payload,
-                "@counts": torch.tensor(numbers, dtype=torch.int64),
-                "@measures": torch.tensor((self.loss, self.seconds), dtype=torch.float64),
+                "@about": torch.tensor(about, dtype=torch.int64),
+                "@counts": torch.tensor(counts, dtype=torch.int64),
+                "@measures": torch.tensor([_or_nan(real) for real in reals], dtype=torch.float64),
             }
         )
 
     @staticmethod
     def decode(blob: bytes) -> "Answer":
-        """Read an answer; a message that is none raises WireError."""
+        """Read an answer; a message that is none raises WireError. What it says is not checked."""
         fields = decode(blob)
-        counts, measures = (fields.pop(name, _NOTHING) for name in ("@counts", "@measures"))
-        if (counts.shape, counts.dtype, measures.shape, measures.dtype) != ((7,), torch.int64, (2,), torch.float64):
-            raise WireError("not an answer: its 7 counts or 2 measures are missing or of another form")
-        number, examples, steps, trained, peak, shared, memory = counts.tolist()
-        loss, seconds = measures.tolist()
-        return Answer(number, fields, examples, steps, trained, loss, seconds, peak, shared, memory)
+        about = _numbers(fields, "@about", _ABOUT, torch.int64)
+        counts = _numbers(fields, "@counts", COUNTS, torch.int64)
+        reals = _numbers(fields, "@measures", REALS, torch.float64)
+        loss = None if math.isnan(reals["loss"]) else reals["loss"]
+        try:
+            status = Status(about["status"])
+        except ValueError as error:
+            raise WireError(f"not an answer: {error}") from error
+        measured = Measured(**{**counts, **reals, "loss": loss})
+        return Answer(about["round"], fields, measured, about["memory"], status)
 
 
-def check(answer: Answer, round_number: int, expected: Payload) -> None:
-    """Raise WireError unless ``answer`` is of this round, has the expected names, shapes and dtypes only, and is finite."""
-    if answer.round != round_number:
-        raise WireError(f"stale: the reply is for round {answer.round}, this is round {round_number}")
-    if answer.examples <= 0:
-        raise WireError(f"examples = {answer.examples}: a reply must come from at least one example")
+def _or_nan(real: float | None) -> float:
+    """Return what travels for a number that may be missing."""
+    return math.nan if real is None else real
+
+
+def _numbers(
+    fields: dict[str, Tensor],
+    key: str,
+    names: Sequence[str],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Take the tensor ``key`` out of ``fields`` and return its numbers by name.
+
+    WireError where it is missing or of another form.
+    """
+    tensor = fields.pop(key, _NOTHING)
+    if tuple(tensor.shape) != (len(names),) or tensor.dtype != dtype:
+        raise WireError(f"not an answer: field {key} is missing or of another form")
+    return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def forgotten(request: bytes, config: bytes) -> bytes:
+    """Return what a client answers that holds no memory of the version which ``request`` assumes.
+
+    The server then assumes none in its next request to that client. ``config`` is the client's own;
+    a request that cannot be read, or is for another one, raises WireError.
+    """
+    asked = Request.decode(request, config)
+    return Answer(asked.round, {}, status=Status.FORGOTTEN).encode()
+
+
+def check(
+    answer: Answer,
+    round_number: int,
+    expected: Payload,
+    *,
+    memory: int,
+    examples: int = 0,
+) -> None:
+    """Raise WireError unless ``answer`` can be used, Forgotten where its client lacked the memory.
+
+    It is of this round; what it measured can be true, with no more ``examples`` than the client is
+    known to hold (0: unknown); its memory is of the version that the request assumed, ``memory``,
+    or of this round; it has the expected names, shapes and dtypes only, and is finite.
+    """
+    number = answer.round
+    if number != round_number:
+        raise WireError(f"stale: the reply is for round {number}, this is round {round_number}")
+    if answer.status is Status.FORGOTTEN:
+        raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
+    if faults := answer.measured.faults(examples):
+        raise WireError("; ".join(faults.values()))
+    if answer.memory not in {memory, number}:
+        others = f"the request assumed that of {memory}, this is round {number}"
+        raise WireError(f"the reply claims a memory of round {answer.memory}; {others}")
     for name in expected.keys() - answer.payload.keys():
         raise WireError(f"missing tensor {name!r}")
     for name in answer.payload.keys() - expected.keys():

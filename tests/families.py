@@ -140,7 +140,17 @@ def played(name: str, method: Method, sizes: Mapping[int, int], training: Traini
         held[client] = Holding(own, own)
     model = family(name)
     spare_last_block(model)
-    whole = Worker(method, model, TASK, held, training, CPU, FAMILIES[name].head, SEED, CONFIG)
+    whole = Worker(
+        method=method,
+        model=model,
+        task=TASK,
+        holdings=held,
+        training=training,
+        hardware=CPU,
+        head=FAMILIES[name].head,
+        seed=SEED,
+        config=CONFIG,
+    )
     return replace(whole, **changes)
 
 

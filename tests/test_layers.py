@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fedpeft"
 
 LAYERS: tuple[str, ...] = (
     "errors types seeds",
-    "wire codec averaging lowrank sparse importance memory optimizer buckets ledger",
+    "wire codec averaging lowrank sparse importance memory replies optimizer buckets ledger",
     "mounting report",
     "methods tasks data hardware models",
     "activations lanes training evaluation client cohorts federation checkpoint",

@@ -137,7 +137,17 @@ def logits(model: nn.Module, rows: Encoded | None = None) -> Tensor:
 def worker(method: Method, model: nn.Module, training: Training = SGD, sizes: Mapping[int, int] = SIZES) -> Worker:
     """Return a worker that holds ``sizes`` random examples for every client."""
     held = {client: Holding(examples(size, client), examples(4, client + 100)) for client, size in sizes.items()}
-    return Worker(method, model, TASK, held, training, CPU, HEAD, SEED, CONFIG)
+    return Worker(
+        method=method,
+        model=model,
+        task=TASK,
+        holdings=held,
+        training=training,
+        hardware=CPU,
+        head=HEAD,
+        seed=SEED,
+        config=CONFIG,
+    )
 
 
 def unchanged(_: int, outcome: Reply | Lost) -> Reply | Lost:

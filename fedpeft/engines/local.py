@@ -6,9 +6,9 @@ from typing import TypeVar, final
 
 from fedpeft.client import Worker
 from fedpeft.engines.site import Site
-from fedpeft.memory import Memories
+from fedpeft.memory import Forgotten, Memories
 from fedpeft.types import Client, Engine, Lost, NotStackable, Reply, WireError
-from fedpeft.wire import Answer, Form, form
+from fedpeft.wire import Answer, Form, forgotten, form
 
 T = TypeVar("T")
 Forms = tuple[Form, Form]
@@ -42,6 +42,8 @@ class LocalEngine:
         """Ask the clients, cohort by cohort; a request that a client refuses makes it lost.
 
         Requests are held back until there are enough of one form for a cohort, but not past twice as many clients.
+        A client that lacks the memory which its request assumes says so at once. An error that is
+        no WireError ends the exchange; its note names clients and round.
         """
         waiting: dict[Forms, list[Asked]] = {}
         since: dict[Forms, int] = {}
@@ -52,6 +54,9 @@ class LocalEngine:
                 asked = Asked(client, blob, self.memories.get(client.id, client.memory))
                 last = last if last[0] is blob else (blob, form(blob))  # many get the very same
                 kind = last[1], form(asked.memory)
+            except Forgotten:
+                yield self._forgotten(client, blob)
+                continue
             except WireError as error:
                 yield Lost(client, str(error))
                 continue
@@ -63,6 +68,13 @@ class LocalEngine:
                 yield from self._play(waiting.pop(due), due)
         for kind, group in waiting.items():
             yield from self._play(group, kind)
+
+    def _forgotten(self, client: Client, request: bytes) -> Reply | Lost:
+        """Return what a client says that lacks the memory which ``request`` assumes."""
+        try:
+            return Reply(client, forgotten(request, self.worker.config))
+        except WireError as error:
+            return Lost(client, str(error))
 
     def _play(self, group: Sequence[Asked], kind: Forms) -> Iterator[Reply | Lost]:
         """Let ``group`` train side by side; one by one where that cannot be, and where it never can be, remember that."""

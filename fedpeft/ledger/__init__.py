@@ -2,18 +2,32 @@
 
 from fedpeft.ledger.book import FILE, Ledger, read, stream
 from fedpeft.ledger.meter import Measurement, measured
-from fedpeft.ledger.rows import MEASURED, ClientRow, EvaluationRow, Row, RunRow
+from fedpeft.ledger.rows import (
+    COUNTS,
+    MEASURED,
+    REALS,
+    ClientRow,
+    EvaluationRow,
+    Measured,
+    Row,
+    RunRow,
+    to_json,
+)
 
 __all__ = [
+    "COUNTS",
     "FILE",
     "MEASURED",
+    "REALS",
     "ClientRow",
     "EvaluationRow",
     "Ledger",
+    "Measured",
     "Measurement",
     "Row",
     "RunRow",
     "measured",
     "read",
     "stream",
+    "to_json",
 ]

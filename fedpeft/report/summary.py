@@ -17,17 +17,20 @@ class Cost:
 
     ``bytes``: all traffic, down and up. ``slowest_bytes``: per round the most that any one client moved, down and up,
     summed over rounds. ``slowest_seconds``: per round the longest measured training of a client, summed over rounds.
+    ``slowest_alone``: the same of clients that train alone, as on a machine of their own.
     """
 
-    bytes: int
-    slowest_bytes: int
-    slowest_seconds: float
+    bytes: int = 0
+    slowest_bytes: int = 0
+    slowest_seconds: float = 0.0
+    slowest_alone: float = 0.0
 
     def __add__(self, later: "Cost") -> "Cost":
         return Cost(
-            self.bytes + later.bytes,
-            self.slowest_bytes + later.slowest_bytes,
-            self.slowest_seconds + later.slowest_seconds,
+            bytes=self.bytes + later.bytes,
+            slowest_bytes=self.slowest_bytes + later.slowest_bytes,
+            slowest_seconds=self.slowest_seconds + later.slowest_seconds,
+            slowest_alone=self.slowest_alone + later.slowest_alone,
         )
 
     def network(self, bandwidth: float) -> float:
@@ -43,8 +46,12 @@ class Cost:
         return self.slowest_bytes / bandwidth
 
     def modelled(self, bandwidth: float) -> float:
-        """Return the modelled seconds so far: ``network`` plus the slowest client's measured training, per round."""
-        return self.network(bandwidth) + self.slowest_seconds
+        """Return the modelled seconds so far: ``network`` plus each round's longest training alone.
+
+        A client's share of what several side by side took would make methods whose clients can
+        train so look faster than others, though every client has a machine of its own.
+        """
+        return self.network(bandwidth) + self.slowest_alone
 
 
 @final
@@ -129,10 +136,10 @@ def summarise(folder: Path) -> Summary:
         down=sum(row.down for row in asked),
         up=sum(row.up for row in asked),
         rounds=max(len({row.round for row in asked}), evaluations[-1].round if evaluations else 0),
-        steps=sum(row.steps for row in replies),
-        seconds=fmean(row.seconds for row in replies) if replies else None,
-        peak_memory=max((row.peak_memory for row in replies), default=None),
-        side_by_side=max((row.shared_by for row in replies), default=1),
+        steps=sum(row.measured.steps for row in replies),
+        seconds=fmean(row.measured.seconds for row in replies) if replies else None,
+        peak_memory=max((row.measured.peak_memory for row in replies), default=None),
+        side_by_side=max((row.measured.shared_by for row in replies), default=1),
         trained_first=trained[0] if trained else None,
         trained_last=trained[-1] if trained else None,
         lost=Counter(row.lost for row in asked if row.lost is not None),
@@ -143,23 +150,28 @@ def _trained(replies: Sequence[ClientRow]) -> list[int]:
     """Return the parameters that the largest client of every round trained, by round."""
     most: dict[int, int] = {}
     for row in replies:
-        most[row.round] = max(most.get(row.round, 0), row.trained)
+        most[row.round] = max(most.get(row.round, 0), row.measured.trained)
     return [most[number] for number in sorted(most)]
 
 
 def _cost(asked: Sequence[ClientRow]) -> Cost:
-    slowest_bytes: dict[int, int] = {}
-    slowest_seconds: dict[int, float] = {}
+    by_round: dict[int, list[ClientRow]] = {}
     for row in asked:
-        slowest_bytes[row.round] = max(slowest_bytes.get(row.round, 0), row.down + row.up)
-        slowest_seconds[row.round] = max(slowest_seconds.get(row.round, 0.0), row.seconds)
-    total = sum(row.down + row.up for row in asked)
-    return Cost(total, sum(slowest_bytes.values()), sum(slowest_seconds.values()))
+        by_round.setdefault(row.round, []).append(row)
+    total = Cost()
+    for rows in by_round.values():
+        total += Cost(
+            bytes=sum(row.down + row.up for row in rows),
+            slowest_bytes=max(row.down + row.up for row in rows),
+            slowest_seconds=max(row.measured.seconds for row in rows),
+            slowest_alone=max(row.measured.seconds_alone for row in rows),
+        )
+    return total
 
 
 def _curve(rows: Sequence[Row], split: str | None) -> tuple[Point, ...]:
     """Return the evaluations on ``split``. Rows are written as things happen: what stands above one came before it."""
-    spent = Cost(0, 0, 0.0)
+    spent = Cost()
     since: list[ClientRow] = []  # who was asked since the last evaluation; no round straddles one
     points = []
     for row in rows:

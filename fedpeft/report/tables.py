@@ -78,13 +78,14 @@ def _columns(terms: Terms) -> list[Column]:
 
 def _small_print(compared: Comparison) -> list[str]:
     runs = compared.runs
+    slowest = "modelled min to target: per round the slowest client's bytes / bandwidth"
     return [
         words.setting(runs),
         words.provenance(runs),
         words.target(compared.terms),
         "± sample standard deviation over seeds; a number to target only where every seed reached it",
         "counted: weights (first round → last), MB (10^6 bytes, all clients); measured: s per client round, peak MB",
-        "modelled min to target: per round the slowest client's bytes / bandwidth + its longest measured training",
+        f"{slowest} + its longest training alone",
         words.cohorts(runs),
         words.losses(runs),
         words.unfinished(runs),

@@ -92,4 +92,8 @@ def asked(playing: Federation, exchange: int, client: int) -> dict[str, Tensor]:
 
 def unmeasured(rows: list[ClientRow]) -> list[ClientRow]:
     """Return rows without the fields that differ between two runs of the same thing."""
-    return [replace(row, seconds=0.0, peak_memory=0) for row in rows]
+    found = []
+    for row in rows:
+        same = replace(row.measured, seconds=0.0, seconds_alone=0.0, peak_memory=0)
+        found.append(replace(row, measured=same))
+    return found

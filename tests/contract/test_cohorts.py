@@ -64,12 +64,14 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
         side_by_side, alone = Answer.decode(ours), Answer.decode(theirs)
         close(comparable(side_by_side.payload, training), comparable(alone.payload, training), 2e-5)
         close(decode(kept) if kept else {}, decode(their_kept) if their_kept else {}, 2e-5)
-        assert side_by_side.loss == pytest.approx(alone.loss, rel=1e-5)
-        assert side_by_side.shared_by == 3
-        same = ("round", "examples", "steps", "trained", "memory")
-        assert all(getattr(side_by_side, part) == getattr(alone, part) for part in same)
+        ours_measured, theirs_measured = side_by_side.measured, alone.measured
+        assert ours_measured.loss == pytest.approx(theirs_measured.loss, rel=1e-5)
+        assert ours_measured.shared_by == 3
+        assert (side_by_side.round, side_by_side.memory) == (alone.round, alone.memory)
+        for part in ("examples", "steps", "trained"):
+            assert getattr(ours_measured, part) == getattr(theirs_measured, part)
     if training.steps is None:
-        assert [Answer.decode(together[k][0]).steps for k in (0, 1, 2)] == [2, 3, 3]
+        assert [Answer.decode(together[k][0]).measured.steps for k in (0, 1, 2)] == [2, 3, 3]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -120,7 +122,7 @@ def test_what_cannot_carry_k_clients_refuses_instead_of_broadcasting(name: str, 
     asked = requests(name, played.states[begin], played.memories[begin])
     with pytest.raises(WireError, match="use cohorts of 1"):
         handled(playing, asked, [0, 1, 2])
-    assert Answer.decode(handled(playing, asked, [1])[1][0]).examples == 11
+    assert Answer.decode(handled(playing, asked, [1])[1][0]).measured.examples == 11
 
 
 def test_a_cohort_whose_messages_differ_is_refused() -> None:

@@ -44,7 +44,7 @@ def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) ->
     before, after = played.states[begin : begin + 2]
     answers = list(played.playing.answers(begin).values())
     weights = [weight_of(answer, method.weighting) for answer in answers]  # type: ignore[attr-defined]
-    assert sorted(answer.examples for answer in answers) == [7, 9, 11]
+    assert sorted(answer.measured.examples for answer in answers) == [7, 9, 11]
     payloads = [trained_part(answer.payload) for answer in answers]
     expected = weighted(payloads, weights)
     assert any(part not in HEAD for part in expected)
@@ -59,7 +59,7 @@ def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) ->
 
 def weight_of(answer: Answer, weighting: str) -> float:
     """Return what a reply counts in a mean."""
-    return {"uniform": 1.0, "examples": float(answer.examples)}[weighting]
+    return {"uniform": 1.0, "examples": float(answer.measured.examples)}[weighting]
 
 
 def trained_part(payload: Payload) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def test_training_in_bf16_is_near_training_in_float32(name: str, begin: int, coh
     found = playing.handle(cohort, blobs, [memories.get(client.id, client.memory) for client in clients])
     for client, (blob, kept) in zip(cohort, found, strict=True):
         answer, exact = Answer.decode(blob), played.playing.answers(begin)[client]
-        assert answer.loss == pytest.approx(exact.loss, rel=0.02)
+        assert answer.measured.loss == pytest.approx(exact.measured.loss, rel=0.02)
         ours = answer.payload or decode(kept)
         theirs = exact.payload or decode(played.memories[begin + 1].get(client, exact.memory))
         start = asked(played.playing, begin, client) or decode(memories.get(client, clients[cohort.index(client)].memory))

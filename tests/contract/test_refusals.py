@@ -1,17 +1,20 @@
 """A reply that is not exactly what was asked for is refused, counted with its bytes, and has no effect at all."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedpeft.ledger import COUNTS, Measured
 from fedpeft.methods import METHODS
-from fedpeft.types import Lost, Payload, Reply
+from fedpeft.types import Lost, Payload, Reply, WireError
 from fedpeft.wire import Answer, decode, encode
 from tests.contract.reference import replayed
-from tests.tiny import assert_same_state
+from tests.tiny import SIZES, assert_same_state
 
 BEGIN = 1
 VICTIM = 1
@@ -46,6 +49,16 @@ def recoded(changes: Payload) -> Callable[[bytes], bytes]:
     return lambda blob: encode({**decode(blob), **changes})
 
 
+def measuring(**figures: Any) -> Callable[[bytes], bytes]:
+    """Return a damage: the client says ``figures`` of itself."""
+
+    def damage(blob: bytes) -> bytes:
+        answer = Answer.decode(blob)
+        return replace(answer, measured=replace(answer.measured, **figures)).encode()
+
+    return damage
+
+
 TENSORS: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "missing": (altered(lambda name, tensor: {}), "missing"),
     "renamed": (altered(lambda name, tensor: {f"{name}x": tensor}), "missing"),
@@ -60,16 +73,33 @@ MESSAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "one tensor too many": (recoded({"x": torch.ones(1)}), "unexpected"),
     "stale": (lambda b: replace(Answer.decode(b), round=BEGIN - 1).encode(), "stale"),
     "of the future": (lambda b: replace(Answer.decode(b), round=BEGIN + 1).encode(), "stale"),
-    "from no example": (lambda b: replace(Answer.decode(b), examples=0).encode(), "examples"),
+    "from no example": (measuring(examples=0), "examples = 0"),
+    "from more examples than there are": (measuring(examples=2**62), f"examples = {2**62}"),
+    "of a loss that is no number": (measuring(loss=math.nan), "diverged"),
+    "of less than no time": (measuring(seconds=-1.0), "seconds = -1.0"),
+    "with a memory of another round": (
+        lambda b: replace(Answer.decode(b), memory=BEGIN + 7).encode(),
+        f"memory of round {BEGIN + 7}",
+    ),
     "empty": (lambda _: b"", "damaged"),
     "cut short": (lambda b: b[:-1], "damaged"),
     "one bit off": (lambda b: b[:40] + bytes([b[40] ^ 1]) + b[41:], "damaged"),
     "no answer": (lambda _: encode({"x": torch.ones(1)}), "answer"),
     "with one count": (recoded({"@counts": torch.tensor(1)}), "answer"),
-    "with counts in a table": (recoded({"@counts": torch.full((7, 1), BEGIN)}), "answer"),
-    "with fractions of rounds": (recoded({"@counts": torch.full((7,), BEGIN + 0.0)}), "answer"),
+    "with counts in a table": (recoded({"@counts": torch.full((len(COUNTS), 1), 1)}), "answer"),
+    "with fractions of steps": (recoded({"@counts": torch.full((len(COUNTS),), 1.0)}), "answer"),
+    "with fractions of rounds": (recoded({"@about": torch.full((3,), BEGIN + 0.0)}), "answer"),
     "with measures in words": (recoded({"@measures": torch.ones(2, 2)}), "answer"),
 }
+
+
+def believed(blob: bytes) -> Measured:
+    """Return what a ledger keeps of a refused reply: the figures that can be true."""
+    try:
+        answer = Answer.decode(blob)
+    except WireError:
+        return Measured()
+    return answer.measured.sound(SIZES[VICTIM]) if answer.round == BEGIN else Measured()
 
 
 def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> None:
@@ -85,7 +115,8 @@ def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> N
     assert row.lost is not None
     assert reason in row.lost
     request, reply = playing.engine.talks[0][VICTIM]
-    assert (row.down, row.up, row.examples, row.steps) == (len(request), len(reply), 0, 0)
+    assert (row.down, row.up) == (len(request), len(reply))
+    assert row.measured == believed(reply)
     assert all(row.lost is None for row in playing.rows if row.client != VICTIM)
 
     untroubled, _ = replayed(name, BEGIN)

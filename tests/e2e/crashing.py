@@ -11,7 +11,7 @@ import signal
 import stat
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ from fedpeft import checkpoint, runs
 from fedpeft.assembly import Assembly
 from fedpeft.client import Worker
 from fedpeft.journal import CHECKPOINTS, settings_digest
-from fedpeft.ledger import FILE, MEASURED, Ledger, Row, read
+from fedpeft.ledger import FILE, MEASURED, Ledger, Row, read, to_json
 from fedpeft.types import State
 
 from .builders import assert_same
@@ -142,10 +142,11 @@ def assert_resumes(folder: Path, assembly: Assembly, undisturbed: Outcome, says:
 
 def unmeasured(folder: Path) -> list[dict[str, object]]:
     """Return the rows of a run's ledger without the fields that differ between two runs of the same thing."""
-    return [
-        {field.name: getattr(row, field.name) for field in fields(row) if field.name not in MEASURED}
-        for row in read(folder / FILE)
-    ]
+    found = []
+    for row in read(folder / FILE):
+        content = to_json(row)
+        found.append({name: value for name, value in content.items() if name not in MEASURED})
+    return found
 
 
 def _last_files(assembly: Assembly, folder: Path) -> dict[str, str]:

@@ -74,8 +74,10 @@ def test_compare_trains_every_row_on_its_own_terms(compared: tuple[Path, Outcome
     assert (federated.clients, federated.clients_per_round) == (5, 2)
     assert (centralised.clients, centralised.clients_per_round, centralised.reference) == (1, 1, True)
     assert (alone.clients, alone.reference) == (5, True)
-    steps = [sum(row.steps for row in rows_of(root / f"{label}-s1") if isinstance(row, ClientRow)) for label in
-             ("lora", "centralised")]  # fmt: skip
+    steps = []
+    for label in ("lora", "centralised"):
+        rows = [row for row in rows_of(root / f"{label}-s1") if isinstance(row, ClientRow)]
+        steps.append(sum(row.measured.steps for row in rows))
     assert steps[0] == steps[1]
     ranks = {json.loads((root / f"{label}-s0" / "config.json").read_text())["method"]["rank"] for label in ("lora", "fedara")}
     assert ranks == {4}

@@ -1,7 +1,10 @@
 """Who is asked is drawn by round alone, replies are read in order and one at a time, and polling trains nothing."""
 
+import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import pytest
 import torch
@@ -9,10 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.evaluation import held, score
-from fedpeft.federation import federate, in_order, poll, sample
-from fedpeft.types import Client, Lost, Reply, State, Update
+from fedpeft.federation import federate, poll, sample
+from fedpeft.ledger import ClientRow, Measured
+from fedpeft.replies import in_order
+from fedpeft.types import BadInput, Client, Lost, Reply, State, Update
 from fedpeft.wire import Answer, Request, decode, encode
-from tests.tiny import CONFIG, CPU, SEED, TASK, assert_same_state, examples, federation, small
+from tests.tiny import (
+    CONFIG,
+    CPU,
+    SEED,
+    SGD,
+    SIZES,
+    TASK,
+    assert_same_state,
+    examples,
+    federation,
+    small,
+)
 
 CLIENTS = [Client(number, examples=number) for number in (4, 8, 15, 16, 23, 42)]
 
@@ -67,7 +83,8 @@ class Echo:
             self.asked.append(client.id)
             asked = Request.decode(request(client), CONFIG)
             payload = {name: tensor + client.id for name, tensor in asked.payload.items()}
-            yield Reply(client, Answer(asked.round, payload, 1).encode())
+            figures = Measured(examples=1, loss=0.0)
+            yield Reply(client, Answer(asked.round, payload, figures).encode())
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ def test_a_round_streams_one_reply_at_a_time_and_rounds_are_played_when_asked_fo
     """Worked by hand: clients 4, 8 and 15 send x + 4, x + 8, x + 15, so every round adds 9 to x."""
     engine = Echo()
     method = Adding(engine)
-    rows: list[object] = []
+    rows: list[ClientRow] = []
     states = federate(
         method,  # type: ignore[arg-type]
         State(3, {"x": torch.zeros(2)}),
@@ -149,4 +166,162 @@ def test_polling_goes_on_where_one_client_sends_rubbish(blob: bytes) -> None:
 
     playing = federation(small("lora"), change)
     found = poll(playing.method, playing.start, playing.engine, playing.clients(), config=CONFIG, labels=3)
+    assert found.keys() == {0, 2}
+
+
+@given(st.permutations(range(6)), st.integers(1, 12))
+def test_replies_are_the_same_from_memory_and_from_the_file(order: list[int], most: int) -> None:
+    """Each says its number as often as that is; ``most`` of all the 15 bytes may be in memory."""
+    said = [Reply(CLIENTS[index], bytes([index]) * index) for index in order]
+    found = list(in_order(CLIENTS, iter(said), most))
+    assert found == [Reply(client, bytes([k]) * k) for k, client in enumerate(CLIENTS)]
+
+
+def peak_of_a_thousand_backwards(most: int) -> int:
+    """Return the most memory that 1,000 replies of 4 KB take while the first asked answers last."""
+    asked = [Client(number) for number in range(1000)]
+    outcomes = (Reply(client, bytes([client.id % 256]) * 4096) for client in reversed(asked))
+    tracemalloc.start()
+    try:
+        for client, outcome in zip(asked, in_order(asked, outcomes, most), strict=True):
+            assert (outcome.client, outcome.blob[-1]) == (client, client.id % 256)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_held_back_is_bounded_in_memory_whatever_the_order() -> None:
+    assert peak_of_a_thousand_backwards(most=2**15) < 10**6
+    assert peak_of_a_thousand_backwards(most=2**30) > 4 * 10**6
+
+
+def test_a_second_answer_and_one_that_nobody_asked_for_are_passed_over() -> None:
+    said = [
+        Reply(CLIENTS[1], b"first"),
+        Reply(CLIENTS[1], b"again"),
+        Reply(Client(99), b"unasked"),
+        Reply(CLIENTS[0], b"zero"),
+        Reply(CLIENTS[0], b"again"),
+    ]
+    found = list(in_order(CLIENTS[:2], iter(said)))
+    assert found == [Reply(CLIENTS[0], b"zero"), Reply(CLIENTS[1], b"first")]
+
+
+def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", full)
+    said = [Reply(CLIENTS[1], b"early"), Reply(CLIENTS[0], b"zero")]
+    with pytest.raises(BadInput, match="no room for replies .*No space left.*TMPDIR"):
+        list(in_order(CLIENTS[:2], iter(said)))
+
+
+@dataclass(frozen=True)
+class Reluctant:
+    """A method that merges the first ``reads`` replies and leaves the others unread."""
+
+    reads: int
+
+    def send(self, state: State, client: Client) -> dict[str, torch.Tensor]:
+        return dict(state.shared)
+
+    def expects(self, state: State, down: dict[str, torch.Tensor]) -> object:
+        return small("lora").expects(state, down)
+
+    def receive(self, state: State, updates: Iterator[Update]) -> State:
+        read = [update.payload["x"] for update in islice(updates, self.reads)]
+        shared = {"x": read[-1]} if read else state.shared
+        return replace(state, round=state.round + 1, shared=shared)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 2])
+def test_every_client_is_asked_and_recorded_whatever_the_method_reads(reads: int) -> None:
+    """Worked by hand: client 4 sends x + 4, client 8 sends x + 8; the last that is read stays."""
+    engine = Echo()
+    rows: list[ClientRow] = []
+    states = federate(
+        Reluctant(reads),  # type: ignore[arg-type]
+        State(0, {"x": torch.zeros(2)}),
+        engine,
+        lambda _: CLIENTS[:3],
+        range(2),
+        config=CONFIG,
+        min_replies=3,
+        record=rows.append,
+    )
+    last = list(states)[-1]
+    assert engine.asked == [4, 8, 15] * 2
+    assert [(row.round, row.client, row.lost) for row in rows] == [
+        (number, client, None) for number in (0, 1) for client in (4, 8, 15)
+    ]
+    assert last.shared["x"].tolist() == [2.0 * (0, 4, 8)[reads]] * 2
+
+
+def test_a_client_that_diverges_has_no_loss_and_keeps_what_else_it_measured() -> None:
+    """At such a rate the first step leaves the number format; the row says how long it took."""
+    wild = replace(SGD, lr=1e38, clip=None)
+    playing = federation(small("lora"), training=wild)
+    state = playing.play(1)
+    assert_same_state(state, replace(playing.start, round=1))
+    for row in playing.rows:
+        assert row.lost is not None
+        assert row.lost.startswith("diverged")
+        assert row.measured.loss is None
+        assert row.measured.steps == 2
+        assert row.measured.examples == SIZES[row.client]
+        assert row.measured.seconds > 0
+
+
+@pytest.mark.parametrize("min_replies", [1, 3])
+def test_a_client_that_has_lost_its_memory_is_sent_everything_again(min_replies: int) -> None:
+    """FeDeRA's anchor goes down once; it goes again to the client that lacks it, and to no other.
+
+    With ``min_replies`` = 3 the round in which it says so is silent; it is known all the same.
+    """
+    playing = federation(small("federa"))
+    state = playing.play(2)
+    assert state.memories == {0: 0, 1: 0, 2: 0}
+    playing.memories.put(1, 99, b"of another federation")  # and with it the other versions are gone
+    state = playing.play(1, state, min_replies=min_replies)
+    assert state.memories == {0: 0, 2: 0}
+    [row] = [row for row in playing.rows if (row.round, row.client) == (2, 1)]
+    assert row.lost is not None
+    assert row.up > 0
+    assert "no memory of round 0" in row.lost
+    state = playing.play(1, state)
+    assert state.memories == {0: 0, 1: 3, 2: 0}
+    assert [row.lost for row in playing.rows if row.round == 3] == [None] * 3
+    for client in (0, 1, 2):
+        request, _ = playing.engine.talks[3][client]
+        anchored = any(name.endswith(":A0") for name in decode(request))
+        assert anchored == (client == 1)
+
+
+IMPOSSIBLE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fewer than none": lambda counts: counts - 5,
+    "more than there are": lambda counts: counts + 2**61,
+    "more right than said": lambda counts: counts[[1, 0, 2]] + torch.tensor([[1], [0], [0]]),
+    "other examples than measured": lambda counts: counts * 2,
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_polling_leaves_out_scores_that_cannot_be(kind: str) -> None:
+    def change(_: int, outcome: Reply | Lost) -> Reply | Lost:
+        if outcome.client.id != 1:
+            return outcome
+        answer = Answer.decode(outcome.blob)
+        counts = IMPOSSIBLE[kind](answer.payload["counts"])
+        return Reply(outcome.client, replace(answer, payload={"counts": counts}).encode())
+
+    playing = federation(small("lora"), change)
+    found = poll(
+        playing.method,
+        playing.start,
+        playing.engine,
+        playing.clients(),
+        config=CONFIG,
+        labels=3,
+    )
     assert found.keys() == {0, 2}

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow, measured, meter, read
+from fedpeft.ledger import (
+    FILE,
+    MEASURED,
+    ClientRow,
+    EvaluationRow,
+    Ledger,
+    Measured,
+    Row,
+    RunRow,
+    measured,
+    meter,
+    read,
+    to_json,
+)
 from fedpeft.types import BadInput
 
 RUN = RunRow(
-    "a", "lora", 3, "minilm", "pydocs", "d1", "w1", "p1", 20, 4, 10, 0.25, False, {"partition": {"alpha": 0.1}}, {}, {}
+    name="a",
+    method="lora",
+    seed=3,
+    model="minilm",
+    data="pydocs",
+    data_digest="d1",
+    model_digest="w1",
+    partition_digest="p1",
+    clients=20,
+    clients_per_round=4,
+    rounds=10,
+    majority=0.25,
+    reference=False,
+    settings={"partition": {"alpha": 0.1}},
+    resolved={},
+    versions={},
 )
-TRAINED = ClientRow(round=0, client=7, down=10, up=20, examples=5, steps=2, trained=9, loss=0.1 + 0.2, seconds=1.5)
+FIGURES = Measured(examples=5, steps=2, trained=9, loss=0.1 + 0.2, seconds=1.5, seconds_alone=2.5)
+TRAINED = ClientRow(round=0, client=7, down=10, up=20, measured=FIGURES)
 LOST = ClientRow(round=0, client=8, down=10, up=0, lost="timed out\nafter 3 s · “x”")
 SCORED = EvaluationRow(round=1, split="test", examples=4, loss=1e-320, accuracy=0.5, macro_f1=1 / 3)
 ROWS: list[Row] = [RUN, TRAINED, LOST, SCORED]
@@ -43,8 +73,8 @@ def test_every_row_comes_back_to_the_bit_and_every_line_is_legal_json(
     path.unlink(missing_ok=True)
     nest = {text: [nested, {"deep": nested, "nan": "nan"}], "$float": "nan", "none": None}
     rows: list[Row] = [
-        RunRow(text, "lora", 0, "m", "d", "x", "w", "p", 1, 1, 1, 0.5, False, nest, {}, {}),
-        ClientRow(round=0, client=0, down=1, up=1, loss=loss, lost=text),
+        replace(RUN, name=text, settings=nest),
+        ClientRow(round=0, client=0, down=1, up=1, measured=Measured(loss=loss), lost=text),
         EvaluationRow(round=1, split="test", examples=1, loss=-loss, accuracy=0.0, macro_f1=0.0),
     ]
     for line in written(path, rows).splitlines():
@@ -195,3 +225,52 @@ def test_measuring_is_cheap() -> None:
             with measured():
                 pass
     assert cost.seconds / 100 < 0.005
+
+
+OLD = (
+    '{"kind":"client","round":3,"client":7,"down":10,"up":20,"examples":5,"steps":2,"trained":9,'
+    '"loss":0.25,"seconds":1.5,"peak_memory":800,"shared_by":2,"lost":null}\n'
+)
+"""A row as ledgers had it before there was ``seconds_alone``."""
+
+
+def test_a_row_of_an_older_ledger_is_read_and_its_client_counts_as_alone(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    path.write_text(OLD)
+    figures = Measured(
+        examples=5,
+        steps=2,
+        trained=9,
+        loss=0.25,
+        seconds=1.5,
+        seconds_alone=1.5,
+        peak_memory=800,
+        shared_by=2,
+    )
+    assert read(path) == [ClientRow(round=3, client=7, down=10, up=20, measured=figures)]
+
+
+def test_what_a_client_measured_lies_flat_in_the_file_and_no_loss_is_null() -> None:
+    figures = {part.name: getattr(FIGURES, part.name) for part in fields(Measured)}
+    flat = to_json(TRAINED)
+    assert flat == {
+        "kind": "client",
+        "round": 0,
+        "client": 7,
+        "down": 10,
+        "up": 20,
+        "lost": None,
+        **figures,
+    }
+    assert to_json(LOST)["loss"] is None
+    assert flat.keys() >= MEASURED
+
+
+def test_sound_figures_are_kept_and_the_others_are_as_if_not_measured() -> None:
+    said = replace(FIGURES, examples=2**62, loss=None, seconds=float("nan"))
+    assert said.faults().keys() == {"examples", "loss", "seconds"}
+    assert said.sound() == replace(FIGURES, examples=0, loss=None, seconds=0.0)
+    assert FIGURES.faults() == {}
+    assert FIGURES.sound() == FIGURES
+    assert FIGURES.faults(held=4) == {"examples": "examples = 5: the client holds 4"}
+    assert FIGURES.sound(held=4) == replace(FIGURES, examples=0)

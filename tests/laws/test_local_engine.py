@@ -2,23 +2,43 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from fedpeft import cohorts
-from fedpeft.client import Worker
+from fedpeft.activations import Activations
+from fedpeft.client import Form, Holding, Worker
 from fedpeft.cohorts import apart, sizes, widest
 from fedpeft.engines.local import LocalEngine
 from fedpeft.hardware import Hardware
-from fedpeft.ledger import Measurement
+from fedpeft.ledger import Measured, Measurement
 from fedpeft.memory import Memories
 from fedpeft.mounting import describe
-from fedpeft.training import Training
-from fedpeft.types import NEVER, Client, Lost, NotStackable, Reply, WireError
-from fedpeft.wire import Answer, Kind, Request
+from fedpeft.tasks import Classification, Encoded
+from fedpeft.training import Training, fit
+from fedpeft.types import NEVER, Client, LocalTask, Lost, NotStackable, Reply, WireError
+from fedpeft.wire import Answer, Kind, Request, Status
+from tests.contract.reference import unmeasured
 from tests.families import FAMILIES, played
-from tests.tiny import CONFIG, CPU, SEED, base_of, bert, close, deberta, small, worker
+from tests.tiny import (
+    CONFIG,
+    CPU,
+    SEED,
+    SIZES,
+    Federation,
+    Tapped,
+    assert_same_state,
+    base_of,
+    bert,
+    close,
+    deberta,
+    examples,
+    small,
+    worker,
+)
 
 TEN = dict.fromkeys(range(10), 8)
 
@@ -106,8 +126,8 @@ def test_seconds_are_shared_out_by_steps() -> None:
     playing = worker(small("lora"), bert(), Training(epochs=1, batch_size=2), {0: 2, 1: 8})
     blob = request()
     few, many = (Answer.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""]))
-    assert (few.steps, many.steps) == (1, 4)
-    assert many.seconds == pytest.approx(4 * few.seconds)
+    assert (few.measured.steps, many.measured.steps) == (1, 4)
+    assert many.measured.seconds == pytest.approx(4 * few.measured.seconds)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,7 +160,8 @@ class Timed:
             raise NotStackable("no")
         self.tried.append(len(clients))
         self.now += self.seconds[len(clients)]
-        return [(Answer(0, {}, examples=1, peak_memory=self.memory).encode(), b"")] * len(clients)
+        figures = Measured(examples=1, peak_memory=self.memory)
+        return [(Answer(0, {}, figures).encode(), b"")] * len(clients)
 
 
 @pytest.mark.parametrize(
@@ -169,3 +190,113 @@ def test_the_largest_cohort_that_gains_is_chosen(
     trial.tried.clear()
     assert widest(playing, base_of(playing.model), clients[:1], 8) == 1
     assert trial.tried == []
+
+
+def stacked(name: str, step_alone: dict[Form, float] | None) -> Federation:
+    """Return a federation whose three clients train side by side, hidden states kept."""
+    playing = worker(small(name), bert())
+    playing = replace(playing, activations=Activations(SIZES), step_alone=step_alone)
+    memories = Memories()
+    engine = Tapped(LocalEngine(playing, memories, 3))
+    return Federation(playing.method, playing, memories, engine)
+
+
+@pytest.mark.parametrize("name", ["lora", "bitfit", "federa", "fedara", "local_only", "slora"])
+def test_timing_a_client_alone_changes_no_bit(name: str) -> None:
+    timed, untimed = stacked(name, {}), stacked(name, None)
+    last = timed.play(4)
+    assert timed.worker.step_alone
+    assert_same_state(last, untimed.play(4))
+    for client, version in last.memories.items():
+        assert timed.memories.get(client, version) == untimed.memories.get(client, version)
+    assert unmeasured(timed.rows) == unmeasured(untimed.rows)
+
+
+def test_a_client_alone_is_timed_by_one_step_once_for_what_is_mounted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FeDeRA's anchor is mounted from the message first, from memory later, which is the same."""
+    fits: list[list[int]] = []
+
+    def listening_fit(
+        model: nn.Module,
+        local: LocalTask,
+        task: Classification,
+        *rest: Any,
+    ) -> Tensor:
+        shares, *others = rest
+        fits.append([len(share.steps) for share in shares])
+        return fit(model, local, task, shares, *others)
+
+    monkeypatch.setattr("fedpeft.client.fit", listening_fit)
+    for name in ("lora", "federa"):
+        fits.clear()
+        stacked(name, {}).play(3)
+        assert fits == [[2, 2, 2], [1], [2, 2, 2], [2, 2, 2]], name
+
+
+def test_seconds_alone_are_steps_times_a_step_alone_and_of_a_client_alone_its_own() -> None:
+    training = Training(epochs=1, batch_size=2)
+    playing = worker(small("lora"), bert(), training, {0: 2, 1: 8})
+    blob = request()
+
+    def handled(clients: list[int]) -> list[Measured]:
+        memories = [b""] * len(clients)
+        answers = playing.handle(clients, [blob] * len(clients), memories)
+        return [Answer.decode(answer).measured for answer, _ in answers]
+
+    handled([0, 1])
+    assert playing.step_alone is not None
+    [form] = playing.step_alone
+    playing.step_alone[form] = 2.5
+    assert [own.seconds_alone for own in handled([0, 1])] == [2.5, 4 * 2.5]
+    [own] = handled([1])
+    assert own.seconds_alone == own.seconds
+    assert own.seconds > 0
+
+
+def test_trials_of_the_hardware_time_nobody_alone() -> None:
+    playing = listening().worker
+    apart(playing, base_of(playing.model))
+    assert playing.step_alone == {}
+
+
+def test_an_error_that_is_no_refusal_names_client_and_round_and_keeps_its_traceback() -> None:
+    """Of client 1 the labels are beyond those of the model."""
+    playing = worker(small("lora"), bert())
+    whole = examples(7)
+    broken = Holding(Encoded(whole.ids, whole.labels + 9), whole)
+    playing = replace(playing, holdings={**playing.holdings, 1: broken})
+    blob = request()
+    for cohort, named in ((1, "client 1"), (3, "client 0, 1, 2")):
+        clients = [Client(number) for number in range(3)]
+        with pytest.raises(IndexError) as caught:
+            list(LocalEngine(playing, Memories(), cohort).exchange(clients, lambda _: blob))
+        assert caught.value.__notes__ == [f"raised by the work of {named} in round 0"]
+        assert caught.traceback[-1].name == "cross_entropy"
+
+
+def test_a_client_without_examples_is_lost_and_no_other() -> None:
+    playing = worker(small("lora"), bert())
+    empty = Holding(examples(4).take([]), examples(4))
+    playing = replace(playing, holdings={**playing.holdings, 1: empty})
+    blob, clients = request(), [Client(number) for number in range(3)]
+    for cohort in (1, 3):
+        engine = LocalEngine(playing, Memories(), cohort)
+        found = {outcome.client.id: outcome for outcome in engine.exchange(clients, lambda _: blob)}
+        assert found[1] == Lost(clients[1], "client 1 holds no examples to train on")
+        assert isinstance(found[0], Reply)
+        assert isinstance(found[2], Reply)
+
+
+def test_a_client_that_lacks_the_memory_it_is_asked_for_says_so() -> None:
+    playing = worker(small("federa"), bert())
+    down = small("federa").init(base_of(playing.model), SEED).shared
+    knowing = Client(1, memory=4)
+    blob = Request(Kind.TRAIN, 6, CONFIG, down, memory=4).encode()
+    [outcome] = LocalEngine(playing, Memories(), 3).exchange([knowing], lambda _: blob)
+    assert isinstance(outcome, Reply)
+    assert Answer.decode(outcome.blob) == Answer(6, {}, status=Status.FORGOTTEN)
+    stranger = Request(Kind.TRAIN, 6, b"x" * 16, down, memory=4).encode()
+    [outcome] = LocalEngine(playing, Memories(), 3).exchange([knowing], lambda _: stranger)
+    assert isinstance(outcome, Lost)

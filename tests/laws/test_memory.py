@@ -4,17 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.memory import Memories
-from fedpeft.types import NEVER, WireError
+from fedpeft.memory import Forgotten, Memories
+from fedpeft.types import NEVER
 
 
 def test_no_memory_is_empty_and_a_version_that_is_not_there_is_refused() -> None:
     memories = Memories()
     assert memories.get(3, NEVER) == b""
-    with pytest.raises(WireError, match="client 3 holds no memory of round 0, only of none"):
+    with pytest.raises(Forgotten, match="client 3 holds no memory of round 0, only of none"):
         memories.get(3, 0)
     memories.put(3, 2, b"two")
-    with pytest.raises(WireError, match=r"round 0, only of \[2\]"):
+    with pytest.raises(Forgotten, match=r"round 0, only of \[2\]"):
         memories.get(3, 0)
     assert memories.get(3, NEVER) == b""
     assert memories.holds(3, 2)

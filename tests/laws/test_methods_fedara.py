@@ -197,7 +197,7 @@ def test_the_merge_is_that_of_the_replies_worked_out() -> None:
     before = playing.play(2)
     after = playing.play(1, before)
     answers = list(playing.answers(2).values())
-    weights = [float(answer.examples) for answer in answers]
+    weights = [float(answer.measured.examples) for answer in answers]
     means = weighted([{k: v for k, v in answer.payload.items() if k != "votes"} for answer in answers], weights)
     strength: list[float] = []
     for name in LAYERS:

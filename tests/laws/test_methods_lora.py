@@ -37,7 +37,8 @@ def test_ffas_merge_is_exact_and_loras_is_not(name: str) -> None:
     playing = federation(small(name))
     after = playing.play(2)
     answers = list(playing.answers(1).values())
-    payloads, weights = [answer.payload for answer in answers], [float(answer.examples) for answer in answers]
+    payloads = [answer.payload for answer in answers]
+    weights = [float(answer.measured.examples) for answer in answers]
     with held(playing.method, after, playing.worker.model, CPU, SEED) as local:
         deltas = local.deltas()
     assert sorted(deltas) == LAYERS

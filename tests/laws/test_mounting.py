@@ -201,7 +201,7 @@ def test_a_layer_whose_rows_are_not_the_batchs_refuses_several_clients() -> None
     lora = small("lora", targets="query|key|value")
     playing = worker(lora, model)
     blob = Request(Kind.TRAIN, 0, CONFIG, lora.init(base_of(model), SEED).shared).encode()
-    assert Answer.decode(playing.handle([0], [blob], [b""])[0][0]).steps == 2
+    assert Answer.decode(playing.handle([0], [blob], [b""])[0][0]).measured.steps == 2
     with pytest.raises(WireError, match="cohorts of 1"):
         playing.handle([0, 1], [blob, blob], [b"", b""])
 

@@ -1,11 +1,13 @@
 """A report says what the ledgers say: every expected number here is worked out by hand from the rows beside it."""
 
 import csv
+import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console, RenderableType
 
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow
+from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Measured, Row, RunRow
 from fedpeft.report import figures, tables, write
 from fedpeft.report.comparison import Numbers, compare
 from fedpeft.report.summary import Cost, Summary, summarise
@@ -27,22 +29,22 @@ REFERENCES = {"centralised", "local-only"}
 def opening(method: str, seed: int = 0, rounds: int = 2, digest: str = "d1") -> RunRow:
     settings = {"data": {"partition": {"kind": "dirichlet", "alpha": 0.1}}, "method": {"alpha": 16}}
     return RunRow(
-        f"{method}-{seed}",
-        method,
-        seed,
-        "minilm",
-        "pydocs",
-        digest,
-        "weights",
-        "partition",
-        20,
-        2,
-        rounds,
-        0.25,
-        method in REFERENCES,
-        settings,
-        {},
-        {},
+        name=f"{method}-{seed}",
+        method=method,
+        seed=seed,
+        model="minilm",
+        data="pydocs",
+        data_digest=digest,
+        model_digest="weights",
+        partition_digest="partition",
+        clients=20,
+        clients_per_round=2,
+        rounds=rounds,
+        majority=0.25,
+        reference=method in REFERENCES,
+        settings=settings,
+        resolved={},
+        versions={},
     )
 
 
@@ -51,7 +53,14 @@ def scored(after: int, accuracy: float, split: str = "test") -> EvaluationRow:
 
 
 def asked(number: int, megabytes: int, seconds: float = 1.0) -> ClientRow:
-    return ClientRow(number, 0, megabytes * MB, 0, steps=1, trained=10, seconds=seconds)
+    figures = Measured(steps=1, trained=10, seconds=seconds, seconds_alone=seconds)
+    return ClientRow(round=number, client=0, down=megabytes * MB, up=0, measured=figures)
+
+
+def replied(number: int, client: int, down: int, up: int, **figures: Any) -> ClientRow:
+    """Return the row of a client that trained: its traffic in MB and what it measured."""
+    own = Measured(**figures)
+    return ClientRow(round=number, client=client, down=down * MB, up=up * MB, measured=own)
 
 
 def run(root: Path, rows: Sequence[Row]) -> Path:
@@ -87,12 +96,20 @@ def cells(renderable: RenderableType, method: str) -> list[str]:
 ROUNDS: list[Row] = [
     opening("lora"),
     scored(0, 0.1),
-    ClientRow(0, 3, down=1 * MB, up=1 * MB, steps=4, trained=100, seconds=2.0, peak_memory=500),
-    ClientRow(0, 5, down=1 * MB, up=3 * MB, steps=6, trained=120, seconds=3.0, peak_memory=700, shared_by=2),
+    replied(0, 3, 1, 1, steps=4, trained=100, seconds=2.0, seconds_alone=2.5, peak_memory=500),
+    replied(
+        *(0, 5, 1, 3),
+        steps=6,
+        trained=120,
+        seconds=3.0,
+        seconds_alone=4.5,
+        peak_memory=700,
+        shared_by=2,
+    ),
     EvaluationRow(1, "validation", 50, 1.0, 0.9, 0.9),
     scored(1, 0.5),
-    ClientRow(1, 5, down=2 * MB, up=1 * MB, steps=4, trained=60, seconds=5.0, peak_memory=600),
-    ClientRow(1, 9, down=4 * MB, up=0, lost="timeout"),
+    replied(1, 5, 2, 1, steps=4, trained=60, seconds=5.0, seconds_alone=5.0, peak_memory=600),
+    ClientRow(round=1, client=9, down=4 * MB, up=0, lost="timeout"),
     scored(2, 0.4),
 ]
 
@@ -117,17 +134,18 @@ def test_one_run_in_numbers(tmp_path: Path) -> None:
 def test_what_had_been_spent_at_each_evaluation(tmp_path: Path) -> None:
     """Round 0: 2 + 4 = 6 MB, the slowest link 4 MB, the slowest training 3 s (6 s shared by two).
 
-    Round 1: 3 + 4 = 7 MB, the slowest link 4 MB (down to the client that was lost), the slowest training 5 s. So at
-    1 MB/s round 0 takes 4 + 3 = 7 s, both take 8 + 8 = 16 s. SLoRA's 5 Mbit/s are 5 * 2^20 / 8 = 655360 bytes/s.
+    Round 1: 3 + 4 = 7 MB, the slowest link 4 MB (down to the client that was lost), the slowest
+    training 5 s. Alone the slowest clients train 4.5 and 5 s, so at 1 MB/s round 0 takes
+    4 + 4.5 = 8.5 s, both take 8 + 9.5 = 17.5 s. SLoRA's 5 Mbit/s are 5 * 2^20 / 8 = 655360 bytes/s.
     """
     summary = summarise(run(tmp_path, ROUNDS))
     assert [point.cost for point in summary.curve] == [
-        Cost(0, 0, 0.0),
-        Cost(6 * MB, 4 * MB, 3.0),
-        Cost(13 * MB, 8 * MB, 8.0),
+        Cost(bytes=0, slowest_bytes=0, slowest_seconds=0.0, slowest_alone=0.0),
+        Cost(bytes=6 * MB, slowest_bytes=4 * MB, slowest_seconds=3.0, slowest_alone=4.5),
+        Cost(bytes=13 * MB, slowest_bytes=8 * MB, slowest_seconds=8.0, slowest_alone=9.5),
     ]
     assert summary.cost == summary.curve[-1].cost
-    assert [point.cost.modelled(1e6) for point in summary.curve] == [0.0, 7.0, 16.0]
+    assert [point.cost.modelled(1e6) for point in summary.curve] == [0.0, 8.5, 17.5]
     assert summary.cost.network(SLORA_LINK) == pytest.approx(8 * MB / 655360)
 
 
@@ -137,8 +155,10 @@ def test_sloras_printed_minutes_are_the_model_at_sloras_link() -> None:
     174 Gbit are 174 * 2^30 / 8 bytes, those of the one client that stands for a round.
     """
     size = 174 * 2**30 // 8
-    assert Cost(20 * size, size, 0.0).modelled(SLORA_LINK) == pytest.approx(174 * 1024 / 5)
-    assert Cost(20 * size, size, 186.0).modelled(SLORA_LINK) / 60 == pytest.approx(597, abs=0.1)
+    transfer = Cost(bytes=20 * size, slowest_bytes=size)
+    assert transfer.modelled(SLORA_LINK) == pytest.approx(174 * 1024 / 5)
+    whole = replace(transfer, slowest_alone=186.0)
+    assert whole.modelled(SLORA_LINK) / 60 == pytest.approx(597, abs=0.1)
 
 
 def test_reached_after_and_within(tmp_path: Path) -> None:
@@ -157,14 +177,17 @@ def test_reached_after_and_within(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
-    """Target 0.45 is reached after round 1: 6 MB, 3 s of training, 4 MB of the slowest link; at 2 MB/s 2 + 3 = 5 s."""
+    """Target 0.45 is reached after round 1: 6 MB, 3 s of training, 4 MB of the slowest link.
+
+    Alone the slowest client trains 4.5 s; at 2 MB/s 2 + 4.5 = 6.5 s.
+    """
     compared = compare([summarise(run(tmp_path, ROUNDS))], target=0.45, bandwidth=2e6, budget=7 * MB)
     numbers = compared.lines[0].mean
     assert (numbers.accuracy, numbers.best_accuracy, numbers.macro_f1) == (0.4, 0.5, 0.2)
     assert numbers.over_majority == pytest.approx(0.15)
     assert (numbers.rounds_to_target, numbers.bytes_to_target, numbers.seconds_to_target) == (1, 6 * MB, 3)
-    assert numbers.modelled_seconds_to_target == 5
-    assert numbers.modelled_seconds_to_target_slora == pytest.approx(4 * MB / 655360 + 3)
+    assert numbers.modelled_seconds_to_target == 6.5
+    assert numbers.modelled_seconds_to_target_slora == pytest.approx(4 * MB / 655360 + 4.5)
     assert (numbers.network_seconds, numbers.lost) == (4, 1)
     assert (numbers.equal_rounds_accuracy, numbers.equal_rounds_bytes) == (0.4, 13 * MB)
     assert (numbers.equal_bytes_accuracy, numbers.equal_bytes_rounds) == (0.5, 1)
@@ -285,7 +308,15 @@ def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path, monkeypa
 def test_the_table_fits_120_columns_whole_and_ends_with_the_majority(tmp_path: Path) -> None:
     """Nine methods and references with as many digits as a table has to hold; 0.5 and 0.7 are 60 ± 14.1 %."""
     names = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara", "centralised", "local-only")
-    spent = ClientRow(0, 1, 18_160 * MB, 18_160 * MB, 1, 1, 22_700_000, 1.0, 99.4, 1234 * MB)
+    spent = replied(
+        *(0, 1, 18_160, 18_160),
+        steps=1,
+        trained=22_700_000,
+        loss=1.0,
+        seconds=99.4,
+        seconds_alone=99.4,
+        peak_memory=1234 * MB,
+    )
     runs = [
         summarise(run(tmp_path, [opening(name, seed, 1), spent, scored(1, 0.5 + seed / 5)]))
         for name in names
@@ -301,16 +332,21 @@ def test_the_table_fits_120_columns_whole_and_ends_with_the_majority(tmp_path: P
 
 
 def test_the_cells_of_a_table(tmp_path: Path) -> None:
-    """The run worked out above, target 0.45: after 1 round, 6 MB; 4 + 3 = 7 s = 0.117 min; 4e6 / 655360 + 3 = 9.1 s."""
+    """The run worked out above, target 0.45: after 1 round, 6 MB.
+
+    4 + 4.5 = 8.5 s = 0.142 min; 4e6 / 655360 + 4.5 = 10.6 s = 0.177 min.
+    """
     table = tables.comparison(compare([summarise(run(tmp_path, ROUNDS))], target=0.45))
+    modelled = "modelled min to target: per round the slowest client's bytes / bandwidth"
     assert cells(table, "lora") == [
         *("lora", "40.0", "20.0", "+15.0", "120→60.0", "8.00", "5.00"),
-        *("1", "6.00", "0.117", "0.152", "3.33", "0.000700", "1"),
+        *("1", "6.00", "0.142", "0.177", "3.33", "0.000700", "1"),
     ]
     assert {
         "pydocs · minilm · 20 clients, 2 a round · partition alpha 0.1",
         "data digest d1 · 2 rounds · seeds 0 · scored on test",
         "target: accuracy 45.0 % (as asked)",
+        f"{modelled} + its longest training alone",
         "up to 2 clients trained side by side: seconds are shared out by steps, peak MB is that of all at once",
         "lost replies: 1 x timeout",
     } <= set(printed(table))
@@ -392,3 +428,41 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [heights(line) for line in over_megabytes] == [[80, 80], [30, 50], [25, 25]]
     assert np.asarray(over_megabytes[1].get_xdata()).tolist() == [4, 8]
     assert np.asarray(over_time[1].get_xdata()).tolist() == pytest.approx([5 / 60, 10 / 60])
+
+
+def test_methods_whose_clients_train_side_by_side_are_modelled_as_if_alone(tmp_path: Path) -> None:
+    """A share of 1 s of a stack stands for 4 s alone; the other method's clients take 3 s alone."""
+    figures = {
+        "lora": Measured(steps=1, seconds=1.0, seconds_alone=4.0, shared_by=4),
+        "full": Measured(steps=1, seconds=3.0, seconds_alone=3.0),
+    }
+    runs = []
+    for method, own in figures.items():
+        row = ClientRow(round=0, client=0, down=2 * MB, up=0, measured=own)
+        runs.append(summarise(run(tmp_path, [opening(method, rounds=1), row, scored(1, 0.5)])))
+    by_label = {line.label: line.mean for line in compare(runs, target=0.5).lines}
+    assert by_label["lora"].modelled_seconds_to_target == 2 + 4
+    assert by_label["full"].modelled_seconds_to_target == 2 + 3
+    assert by_label["lora"].seconds_to_target == 1
+
+
+def test_an_older_ledger_is_modelled_from_its_measured_seconds(tmp_path: Path) -> None:
+    folder = run(tmp_path, ROUNDS)
+    lines = []
+    for line in (folder / FILE).read_text().splitlines():
+        content = json.loads(line)
+        content.pop("seconds_alone", None)
+        lines.append(json.dumps(content) + "\n")
+    (folder / FILE).write_text("".join(lines))
+    assert [point.cost.slowest_alone for point in summarise(folder).curve] == [0.0, 3.0, 8.0]
+
+
+def test_a_client_that_diverged_has_no_loss_and_its_time_counts(tmp_path: Path) -> None:
+    """Its round waited for it, 6 s, longer than for the other one; its steps were of no use."""
+    measured = Measured(examples=3, steps=4, seconds=6.0, seconds_alone=6.0)
+    diverged = ClientRow(round=1, client=9, down=1, up=1, measured=measured, lost="diverged: ...")
+    rows = [diverged if isinstance(row, ClientRow) and row.lost else row for row in ROUNDS]
+    summary = summarise(run(tmp_path, rows))
+    assert summary.curve[-1].cost.slowest_alone == 4.5 + 6.0
+    assert (summary.steps, summary.lost) == (14, {"diverged: ...": 1})
+    assert "lost replies: 1 x diverged: ..." in printed(tables.comparison(compare([summary])))

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -13,13 +14,34 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedpeft.ledger import COUNTS, REALS, Measured
+from fedpeft.memory import Forgotten
 from fedpeft.types import NEVER, WireError
-from fedpeft.wire import DIGEST, Answer, Kind, Request, decode, digest, encode, form
+from fedpeft.wire import (
+    DIGEST,
+    Answer,
+    Kind,
+    Request,
+    Status,
+    check,
+    decode,
+    digest,
+    encode,
+    forgotten,
+    form,
+)
 from tests.strategies import PAYLOADS, bits
 
 CONFIG = digest(b"a configuration")
 SIGNED = st.integers(-(2**63), 2**63 - 1)
 NUMBER = st.integers(0, 2**63 - 1)
+FIGURES = st.builds(
+    Measured,
+    loss=st.none() | st.floats(allow_nan=False),
+    **dict.fromkeys(COUNTS, SIGNED),
+    **{name: st.floats() for name in REALS if name != "loss"},
+)
+"""Whatever a client may say of itself; NaN for a loss is no loss."""
 
 
 def known(payload: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
@@ -172,17 +194,16 @@ def test_a_request_comes_back_as_it_was(payload: dict[str, Tensor], kind: Kind, 
 
 
 @settings(deadline=None)
-@given(PAYLOADS, st.lists(SIGNED, min_size=7, max_size=7), st.floats(), st.floats())
-def test_an_answer_comes_back_as_it_was(payload: dict[str, Tensor], whole: list[int], loss: float, seconds: float) -> None:
-    number, examples, steps, trained, peak, shared_by, memory = whole
-    answer = Answer(number, payload, examples, steps, trained, loss, seconds, peak, shared_by, memory)
+@given(PAYLOADS, SIGNED, SIGNED, st.sampled_from(Status), FIGURES)
+def test_an_answer_comes_back_as_it_was(
+    payload: dict[str, Tensor], number: int, memory: int, status: Status, figures: Measured
+) -> None:
+    answer = Answer(number, payload, figures, memory, status)
     found = Answer.decode(answer.encode())
-    names = ("round", "examples", "steps", "trained", "peak_memory", "shared_by", "memory")
-    assert [getattr(found, name) for name in names] == [getattr(answer, name) for name in names]
-    for ours, theirs in ((found.loss, loss), (found.seconds, seconds)):
-        assert ours == theirs or (math.isnan(ours) and math.isnan(theirs))
+    assert repr(found.measured) == repr(figures)  # unlike ==, repr takes NaN for NaN
+    assert (found.round, found.memory, found.status) == (number, memory, status)
     assert known(dict(found.payload)) == known(payload)
-    assert len(answer.encode()) == len(Answer(0, payload, 1).encode())
+    assert len(answer.encode()) == len(Answer(0, payload).encode())
 
 
 def test_a_request_for_another_configuration_is_refused_and_both_are_named() -> None:
@@ -198,12 +219,13 @@ FIELDS = {
     "@round": torch.tensor(0),
     "@memory": torch.tensor(NEVER),
     "@config": torch.tensor(list(CONFIG), dtype=torch.uint8),
-    "@counts": torch.zeros(7, dtype=torch.int64),
-    "@measures": torch.zeros(2, dtype=torch.float64),
+    "@about": torch.zeros(3, dtype=torch.int64),
+    "@counts": torch.zeros(len(COUNTS), dtype=torch.int64),
+    "@measures": torch.zeros(len(REALS), dtype=torch.float64),
 }
 READERS: dict[str, Callable[[bytes], object]] = {
     **dict.fromkeys(["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)),
-    **dict.fromkeys(["@counts", "@measures"], Answer.decode),
+    **dict.fromkeys(["@about", "@counts", "@measures"], Answer.decode),
 }
 WRONG: dict[str, Callable[[Tensor], Any]] = {
     "missing": lambda tensor: None,
@@ -233,3 +255,79 @@ def test_a_request_of_an_unknown_kind_is_refused() -> None:
 def test_a_digest_has_16_bytes_and_is_the_same_in_every_process() -> None:
     assert DIGEST == len(digest(b"")) == 16
     assert digest(b"fedpeft").hex() == "bbb7fa329c6da031c25045a8034dc4e4"
+
+
+SOUND = Measured(
+    examples=40,
+    steps=3,
+    trained=9,
+    loss=0.5,
+    seconds=2.0,
+    seconds_alone=3.0,
+    peak_memory=10**9,
+    shared_by=2,
+)
+UNSOUND: dict[str, list[float | None]] = {
+    "examples": [0, -1, 2**62],
+    "steps": [-1, 2**62],
+    "trained": [-1, 2**62],
+    "loss": [None, math.inf, -1.0],
+    "seconds": [math.nan, math.inf, -1.0, 1e30],
+    "seconds_alone": [math.nan, math.inf, -1.0, 1e30],
+    "peak_memory": [-1, 2**62],
+    "shared_by": [0, -1, 2**62],
+}
+"""Values of every figure that cannot be true."""
+
+
+def judged(answer: Answer, memory: int = NEVER, examples: int = 0) -> None:
+    """Check an answer of round 5 that is due without a payload, as it comes out of the bytes."""
+    check(Answer.decode(answer.encode()), 5, {}, memory=memory, examples=examples)
+
+
+@pytest.mark.parametrize("name", [part.name for part in fields(Measured)])
+def test_an_answer_with_a_figure_that_cannot_be_true_is_refused_by_name(name: str) -> None:
+    judged(Answer(5, {}, SOUND))
+    for value in UNSOUND[name]:
+        wrong: dict[str, Any] = {name: value}
+        with pytest.raises(WireError, match=name):
+            judged(Answer(5, {}, replace(SOUND, **wrong)))
+
+
+def test_a_loss_that_is_no_number_is_refused_as_diverged() -> None:
+    for loss in (None, math.nan, math.inf):
+        with pytest.raises(WireError, match="diverged"):
+            judged(Answer(5, {}, replace(SOUND, loss=loss)))
+
+
+def test_no_client_has_more_examples_than_the_server_knows_it_to_hold() -> None:
+    for held in (0, 40, 41):  # 0: nobody knows
+        judged(Answer(5, {}, SOUND), examples=held)
+    with pytest.raises(WireError, match="examples = 40: the client holds 39"):
+        judged(Answer(5, {}, SOUND), examples=39)
+
+
+@pytest.mark.parametrize("assumed", [NEVER, 2])
+def test_a_memory_is_of_the_version_assumed_or_of_this_round(assumed: int) -> None:
+    for version in (assumed, 5):
+        judged(Answer(5, {}, SOUND, version), assumed)
+    for version in {NEVER, 0, 2, 3, 4, 6, 2**62} - {assumed}:
+        with pytest.raises(WireError, match=f"memory of round {version}"):
+            judged(Answer(5, {}, SOUND, version), assumed)
+
+
+def test_a_client_that_lacks_its_memory_says_so_and_which_round_it_is() -> None:
+    request = Request(Kind.TRAIN, 5, CONFIG, {"a": torch.ones(3)}, memory=2).encode()
+    found = Answer.decode(forgotten(request, CONFIG))
+    assert (found.round, found.status, found.payload) == (5, Status.FORGOTTEN, {})
+    with pytest.raises(Forgotten, match="no memory of round 2"):
+        check(found, 5, {"a": torch.ones(3)}, memory=2)
+    with pytest.raises(WireError, match="stale"):
+        check(found, 6, {"a": torch.ones(3)}, memory=2)
+    with pytest.raises(WireError, match="is for configuration"):
+        forgotten(request, digest(b"another"))
+
+
+def test_an_answer_of_an_unknown_status_is_refused() -> None:
+    with pytest.raises(WireError, match="not an answer"):
+        Answer.decode(encode({**FIELDS, "@about": torch.tensor([5, NEVER, 77])}))

@@ -14,8 +14,7 @@ from fedpeft.engines import Site
 from fedpeft.engines.flower import FlowerEngine, launch
 from fedpeft.engines.local import LocalEngine
 from fedpeft.federation import federate, sample
-from fedpeft.ledger import MEASURED, ClientRow
-from fedpeft.ledger.rows import to_json
+from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
 from fedpeft.types import Engine, State
 from tests.e2e.builders import Ground, write_ground
