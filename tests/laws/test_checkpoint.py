@@ -40,7 +40,7 @@ def saved(folder: Path, *numbers: int) -> None:
 
 
 def loaded(folder: Path, says: list[str] | None = None) -> checkpoint.Checkpoint:
-    found = checkpoint.load(folder, CONFIG, pytest.fail if says is None else says.append)
+    found = checkpoint.load(folder, [CONFIG], pytest.fail if says is None else says.append)
     assert found is not None
     return found
 
@@ -60,7 +60,7 @@ def test_a_state_comes_back_to_the_bit(
 
 
 def test_what_is_saved_is_loaded_with_memories_and_the_ledgers_length(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path / "none", CONFIG, pytest.fail) is None
+    assert checkpoint.load(tmp_path / "none", [CONFIG], pytest.fail) is None
     folder = tmp_path / "made" / "here"
     saved(folder, 0, 1, 2)
     found = loaded(folder)
@@ -126,7 +126,7 @@ def test_where_all_are_damaged_nothing_is_loaded_in_silence(tmp_path: Path) -> N
     for path in tmp_path.glob("*.state"):
         path.write_bytes(b"")
     with pytest.raises(BadInput, match="every checkpoint is damaged"):
-        checkpoint.load(tmp_path, CONFIG, lambda _: None)
+        checkpoint.load(tmp_path, [CONFIG], lambda _: None)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"7", b'{"config": "c0ffee"}', b'{"config": "c0ffee", "files": 3}'])
@@ -139,7 +139,7 @@ def test_a_manifest_that_is_none_counts_as_damaged(tmp_path: Path, content: byte
 def test_a_checkpoint_of_another_configuration_is_refused_and_both_are_named(tmp_path: Path) -> None:
     saved(tmp_path, 2)
     with pytest.raises(BadInput, match=r"belongs to configuration c0ffee, the run folder says 7ea"):
-        checkpoint.load(tmp_path, "7ea", pytest.fail)
+        checkpoint.load(tmp_path, ["7ea"], pytest.fail)
 
 
 def test_bytes_that_are_no_state_are_refused() -> None:
