@@ -35,20 +35,22 @@ _TRIES: Final = 100
 def claimed(folder: Path) -> Iterator[None]:
     """Be the only writer of ``folder`` for the length of a ``with``; it is made where it is not there.
 
-    What had to be made and is still empty in the end is removed again. Raises BadInput at once where another process, or
+    A folder in which there is nothing, and what had to be made for it, is removed in the end. Raises BadInput at once where another process, or
     another part of this one, has the folder, and where it cannot be made or written. Readers need no claim. On a file
     system that knows no locks (some clusters') nothing is guarded.
     """
-    made = _to_be_made(folder)
+    missing = [place for place in folder.parents if not place.exists()]
+    empty = False
     try:
         with _locked(folder, COMMAND):
-            if (folder / PROCESS).exists():
-                with _locked(folder, PROCESS):  # refused while a process of a killed command is still at work
+            empty = never_begun(folder)
+            if (folder / PROCESS).exists():  # left by a killed command: is its process still at work?
+                with _locked(folder, PROCESS):
                     pass
             yield
     finally:
-        for place in made:
-            with suppress(OSError):  # not empty: it has become a run, or another has claimed it
+        for place in [folder, *missing] if empty else missing:
+            with suppress(OSError):  # it is in use: as a run, or by another who has claimed it
                 place.rmdir()
 
 
@@ -61,16 +63,11 @@ def on_behalf(folder: Path) -> Iterator[None]:
 
 def never_begun(folder: Path) -> bool:
     """Return whether all there is in ``folder`` is what a command left that was killed before it wrote anything."""
-    if not folder.is_dir():
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    names = {path.name for path in folder.iterdir()}
     return bool(names) and names <= LOCKS
-
-
-def _to_be_made(folder: Path) -> list[Path]:
-    """Return ``folder`` and those above it that are not there yet, innermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    return [folder] if never_begun(folder) else missing
 
 
 @contextmanager
@@ -86,33 +83,40 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 def _acquire(folder: Path, name: str) -> int:
     """Return the descriptor of the locked file ``name`` in ``folder``; the lock lasts until it is closed."""
     path = folder / name
+    reason = "its lock is removed again and again"
     for _ in range(_TRIES):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # the folder has just been removed by its last owner
+        except (FileNotFoundError, FileExistsError) as error:
+            reason = error.strerror  # of a folder that its last owner has removed meanwhile: try again
+            continue
         except (OSError, ValueError) as error:  # ValueError: a name that this system cannot write
-            raise BadInput(_unwritable(folder, error)) from error
-        try:
-            free = _try_lock(descriptor)
-            if free and _is_at(path, descriptor):
-                _sign(descriptor)
-                return descriptor
-            if not free:
-                raise BadInput(f"{folder}: {_holder(path)} is writing this run; wait for its end, or end it, and try again")
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the file has just been removed by its last owner: what we locked is no longer there
-    raise BadInput(f"{folder}: another process is writing this run; wait for its end, or end it, and try again")
-
-
-def _unwritable(folder: Path, error: OSError | ValueError) -> str:
-    reason = error.strerror if isinstance(error, OSError) else error
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            break
+        if _is_taken(path, descriptor):
+            return descriptor
     if folder.is_dir():
-        return f"{folder}: cannot be written ({reason}); make the folder writable, with room"
-    return f"{folder}: cannot be made ({reason}); choose another place with --runs"
+        raise BadInput(f"{folder}: cannot be written ({reason}); make the folder writable, with room")
+    raise BadInput(f"{folder}: cannot be made ({reason}); choose another place with --runs")
+
+
+def _is_taken(path: Path, descriptor: int) -> bool:
+    """Return whether the open file is locked by us now, or close it; BadInput where another holds it."""
+    try:
+        if not _try_lock(descriptor):
+            raise BadInput(
+                f"{path.parent}: {_holder(descriptor)} is writing this run; "
+                "wait until it has ended, or end it, and try again"
+            )
+        if _is_at(path, descriptor):
+            _sign(descriptor)
+            return True
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)  # its last owner has just removed it: what we have locked is no longer there
+    return False
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -148,12 +152,11 @@ def _sign(descriptor: int) -> None:
         os.write(descriptor, f" {os.getpid()} {socket.gethostname()}".encode())
 
 
-def _holder(path: Path) -> str:
-    """Return who has signed the lock at ``path``, such as ``process 4711``; its machine, too, where that is not this one."""
+def _holder(descriptor: int) -> str:
+    """Return who has signed the lock's file, such as ``process 4711``, and on which machine if not here."""
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(1)
-            number, host = file.read(300).decode().split()
+        os.lseek(descriptor, 1, os.SEEK_SET)
+        number, host = os.read(descriptor, 300).decode().split()
     except (OSError, ValueError):
         return "another process"
     return f"process {number}" if host == socket.gethostname() else f"process {number} on {host}"

@@ -55,7 +55,9 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise BadInput(f"{folder}: exists; resume it, choose another name, or give --overwrite")
     if not folder.is_dir():
         raise BadInput(f"{folder}: is a file; choose another name")
-    foreign = [path for path in _contents(folder) if not _is_ours(path, folder)]
+    foreign: list[Path] = []
+    with suppress(FileNotFoundError):  # removed this very moment, by a start that has failed
+        foreign = [path for path in _contents(folder) if not _is_ours(path, folder)]
     if foreign:
         raise BadInput(
             f"{folder}: holds {str(foreign[0].relative_to(folder))!r}, which no run has put there, "
