@@ -6,8 +6,9 @@ from typing import Any
 
 from fedpeft.assembly import assemble
 from fedpeft.config import from_tree
+from fedpeft.folders import beginning
 from fedpeft.journal import Progress, Watch
-from fedpeft.runs import refuse_existing, resume, start
+from fedpeft.runs import resume, run_from_start
 from fedpeft.trained import Trained, open_run
 
 __all__ = ["Progress", "Trained", "open_run", "resume", "train"]
@@ -19,9 +20,9 @@ def train(
     """Run the federation that ``settings`` describe, nested as in a TOML file, in ``folder``; return what it has learnt.
 
     ``watch`` is called after every round with a ``Progress``. Raises BadInput for settings that do not work, before
-    anything is written, and for a folder that exists, unless ``overwrite``.
+    anything is written, for a folder that exists, unless ``overwrite``, and for one that another process writes.
     """
     config, place = from_tree(settings), Path(folder)
-    refuse_existing(place, overwrite)
-    start(assemble(config), place, overwrite=overwrite, watch=watch)
+    with beginning(place, overwrite=overwrite):
+        run_from_start(assemble(config), place, watch)
     return open_run(place)

@@ -2,9 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import final
 
 import torch
 
@@ -18,11 +21,15 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from: the state, every client's memory, and the ledger's length in bytes."""
+    """What a run goes on from: the state, every client's memory, and the ledger's length in bytes.
+
+    ``files``: name -> digest of what it was read from; none for a run that begins.
+    """
 
     state: State
     memories: Memories
     ledger: int
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def pack(state: State) -> bytes:
@@ -54,42 +61,106 @@ def manifest(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.json"
 
 
-def save(folder: Path, state: State, memories: Memories, ledger: int, config: str) -> None:
+@final
+@dataclass
+class Written:
+    """What a run knows to be in its folder of checkpoints, and so neither writes nor hashes again.
+
+    ``checkpoints``: of the last ones, number of rounds -> name of a file -> its digest. ``tidy``:
+    whether there is nothing else.
+    """
+
+    checkpoints: dict[int, Mapping[str, str]] = field(default_factory=dict)
+    tidy: bool = False
+
+    @property
+    def latest(self) -> Mapping[str, str]:
+        """Return the files of the last checkpoint with their digests."""
+        return self.checkpoints[max(self.checkpoints)] if self.checkpoints else {}
+
+
+def save(
+    folder: Path,
+    state: State,
+    memories: Memories,
+    ledger: int,
+    config: str,
+    written: Written | None = None,
+) -> None:
     """Write a checkpoint into ``folder``; until its manifest is in place, the one before it is the latest.
 
     ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest of the configuration.
-    Of memories that clients keep elsewhere nothing is saved: a resumed run takes these clients for new. OSError as the
-    disk gives it.
+    ``written``: what earlier calls have left there, brought up to date; what it does not name is
+    written anew, as a crash may have left it. Of memories that clients keep elsewhere nothing is
+    saved: a resumed run takes these clients for new. OSError as the disk gives it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = replace(state, memories={c: v for c, v in state.memories.items() if memories.holds(c, v)})
-    blob = pack(state)
-    files = {f"{state.round:06d}.state": digest(blob).hex()}
-    write(folder / f"{state.round:06d}.state", blob)
-    for client, version in state.memories.items():
-        name = f"client-{client}-{version:06d}.memory"
-        memory = memories.get(client, version)
-        files[name] = digest(memory).hex()
-        if version >= state.round - 1 or not (folder / name).exists():  # what a crash left of this round is not trusted
-            write(folder / name, memory)
+    written = Written() if written is None else written
+    held = {c: v for c, v in state.memories.items() if memories.holds(c, v)}
+    state = replace(state, memories=held)
+    name = _state_file(state.round)
+    files = {name: _put(folder / name, pack(state))}
+    for client, version in held.items():
+        name = _memory_file(client, version)
+        known = written.latest.get(name)  # a client's memory of one round never changes
+        files[name] = _put(folder / name, memories.get(client, version)) if known is None else known
     content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
-    _prune(folder)
+    written.checkpoints[state.round] = files
+    if written.tidy:
+        _drop_oldest(folder, written)
+    else:
+        _prune(folder)
+        written.tidy = True
 
 
-def load(folder: Path, config: str, say: Callable[[str], None], *, mend: bool = True) -> Checkpoint | None:
+def _state_file(number: int) -> str:
+    return f"{number:06d}.state"
+
+
+def _memory_file(client: int, version: int) -> str:
+    return f"client-{client}-{version:06d}.memory"
+
+
+def _put(path: Path, content: bytes) -> str:
+    """Write a file and return the digest of its content."""
+    write(path, content)
+    return digest(content).hex()
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a file of this name in a folder of checkpoints is one of ours.
+
+    >>> is_ours("000012.state"), is_ours("client-3-000011.memory.tmp"), is_ours("notes.json")
+    (True, True, False)
+    """
+    return re.fullmatch(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?", name) is not None
+
+
+def manifests(folder: Path) -> list[Path]:
+    """Return the paths of the manifests in ``folder``, by number of rounds."""
+    found = [path for path in folder.glob("*.json") if is_ours(path.name)]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def load(folder: Path, configs: Collection[str], say: Callable[[str], None], *, mend: bool = True) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
-    A damaged one is passed over, and ``say`` told so; ``mend`` deletes it, so that its files are written anew.
-    BadInput when all are damaged or they belong to another ``config``.
+    A damaged one is passed over, and ``say`` told so; ``mend`` deletes it, so that its files are
+    written anew. A run that is at work may overtake who reads: then what has come is read. BadInput
+    when all are damaged or belong to none of ``configs``, digests of the configuration.
     """
+    tried: set[Path] = set()
     damaged: list[Path] = []
-    for path in sorted(folder.glob("*.json"), reverse=True):
+    while left := [path for path in manifests(folder) if path not in tried]:
+        path = left[-1]
+        tried.add(path)
         try:
-            found = _read(path, config)
+            found = _read(path, configs)
         except (WireError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
-            damaged.append(path)
+            if path.exists():  # otherwise the run has got further, and has dropped it
+                say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+                damaged.append(path)
         else:
             if mend and damaged:
                 for other in damaged:
@@ -101,11 +172,11 @@ def load(folder: Path, config: str, say: Callable[[str], None], *, mend: bool = 
     return None
 
 
-def _read(path: Path, config: str) -> Checkpoint:
+def _read(path: Path, configs: Collection[str]) -> Checkpoint:
     content = json.loads(path.read_bytes())
-    if content["config"] != config:
+    if content["config"] not in configs:
         raise BadInput(
-            f"{path} belongs to configuration {content['config']}, the run folder says {config}; "
+            f"{path} belongs to configuration {content['config']}, the run folder says {next(iter(configs))}; "
             "restore the configuration it was made with, or start again with --overwrite"
         )
     blobs: dict[str, bytes] = {}
@@ -113,11 +184,11 @@ def _read(path: Path, config: str) -> Checkpoint:
         blobs[name] = (path.parent / name).read_bytes()
         if digest(blobs[name]).hex() != expected:
             raise WireError(f"{name} does not match its digest")
-    state = unpack(blobs[f"{content['round']:06d}.state"])
+    state = unpack(blobs[_state_file(content["round"])])
     memories = Memories()
     for client, version in state.memories.items():
-        memories.put(client, version, blobs[f"client-{client}-{version:06d}.memory"])
-    return Checkpoint(state, memories, content["ledger"])
+        memories.put(client, version, blobs[_memory_file(client, version)])
+    return Checkpoint(state, memories, content["ledger"], content["files"])
 
 
 def write(path: Path, content: bytes) -> None:
@@ -146,10 +217,28 @@ def sync(folder: Path) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Delete all but the last checkpoints, and every file that none of them names."""
-    manifests = sorted(folder.glob("*.json"))
-    kept = manifests[-KEEP:]
-    named = {name for path in kept for name in json.loads(path.read_bytes())["files"]}
+    """Delete all but the last checkpoints and every file that none of them names; what is not ours stays."""
+    found = manifests(folder)
+    kept = found[-KEEP:]
+    for path in found[:-KEEP]:  # before the files that they name: no reader takes them for damaged
+        path.unlink()
+    named = {path.name for path in kept}
+    for path in kept:
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # damaged: it names nothing
+            named |= json.loads(path.read_bytes())["files"].keys()
     for path in folder.iterdir():
-        if path not in kept and path.name not in named:
+        if is_ours(path.name) and path.name not in named:
             path.unlink()
+
+
+def _drop_oldest(folder: Path, written: Written) -> None:
+    """Delete what ``_prune`` would, without a look at the disk."""
+    checkpoints = written.checkpoints
+    while len(checkpoints) > KEEP:
+        oldest = min(checkpoints)
+        gone = set(checkpoints.pop(oldest))
+        manifest(folder, oldest).unlink(missing_ok=True)
+        for files in checkpoints.values():
+            gone -= files.keys()
+        for name in gone:
+            (folder / name).unlink(missing_ok=True)

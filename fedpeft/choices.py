@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class CompareChoice:
     """
 
     methods: tuple[str, ...] = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara")
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Annotated[int, Ge(0), Le(2**62)], ...] = (0,)
     recipe: Literal["equal", "paper"] = "equal"
     targets: str = "query|value"
     rank: Annotated[int, Ge(1)] = 8

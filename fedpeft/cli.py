@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from fedpeft.console import say, show_nearest
 from fedpeft.errors import BadInput
+from fedpeft.interrupts import INTERRUPTED, Stopped, resume_all, resume_one, stoppable
 from fedpeft.progress import progress_bars
 
 app = typer.Typer(
@@ -22,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
+out = Console(emoji=False)
 DEMO = Path(str(files("fedpeft") / "demo.toml"))
 
 Config = Annotated[Path, typer.Argument(help="A TOML file.", show_default=False)]
@@ -40,14 +42,26 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with one line and exit code 2."""
+    """Run the command line; bad input ends it with a line and exit code 2, Ctrl-C with one and 130."""
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
+    show_nearest(sys.stdout, sys.stderr)
     try:
         app()
     except BadInput as error:
-        Console(stderr=True, soft_wrap=True).print(f"fedpeft: {error}", markup=False, highlight=False)
+        say(f"fedpeft: {error}", Console(stderr=True))
         sys.exit(2)
+    except Stopped as stopped:
+        say(f"fedpeft: {stopped}", Console(stderr=True))
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Ctrl-C where nothing can be gone on with: typer says nothing
+            say("fedpeft: stopped", Console(stderr=True))
+        raise
+
+
+def _say(line: str) -> None:
+    say(line, out)
 
 
 @app.command()
@@ -56,16 +70,16 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
     from fedpeft import arguments
     from fedpeft.assembly import assemble
     from fedpeft.config import from_tree
-    from fedpeft.runs import refuse_existing, start
+    from fedpeft.folders import beginning
+    from fedpeft.runs import check_learnt, run_from_start
 
     chosen = from_tree(arguments.tree(config, settings))
     folder = runs / chosen.name
-    refuse_existing(folder, overwrite)
-    assembly = assemble(chosen)
-    with progress_bars(out) as watch:
-        start(assembly, folder, overwrite=overwrite, watch=watch(chosen.name))
-    _report([folder], folder / "report", None, 1e6)
-    _check_learnt(folder)
+    with stoppable(lambda: resume_one(folder)):
+        with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
+            run_from_start(assemble(chosen), folder, watch(chosen.name))
+        _report([folder], folder / "report", None, 1e6)
+    check_learnt(folder)
 
 
 @app.command()
@@ -73,10 +87,11 @@ def resume(run: Folder) -> None:
     """Go on with a run after a crash, from its last whole checkpoint."""
     from fedpeft import runs
 
-    with progress_bars(out) as watch:
-        runs.resume(run, watch=watch(run.name), say=typer.echo)
-    _report([run], run / "report", None, 1e6)
-    _check_learnt(run)
+    with stoppable(lambda: resume_one(run)):
+        with progress_bars(out) as watch:
+            runs.resume(run, watch=watch(run.name), say=_say)
+        _report([run], run / "report", None, 1e6)
+    runs.check_learnt(run)
 
 
 @app.command()
@@ -94,7 +109,8 @@ def compare(
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
     from fedpeft import arguments
-    from fedpeft.compare import plan, play
+    from fedpeft.compare import plan
+    from fedpeft.folders import runs_in
     from fedpeft.report import check
 
     check(target, bandwidth)
@@ -102,19 +118,10 @@ def compare(
     extra += [f"compare.seeds={arguments.seeds(seeds)}"] if seeds else []
     planned = plan(arguments.tree(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
-    with progress_bars(out) as watch:
-        folders = play(
-            planned,
-            root,
-            overwrite=overwrite,
-            go_on=resume,
-            watch=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
-            say=typer.echo,
-            jobs=jobs,
-        )
+    folders = _play(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
-    if others := len(_with_ledger(root)) - len(folders):
-        typer.echo(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
+    if others := len(runs_in(root)) - len(folders):
+        _say(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
 
 
 @app.command()
@@ -130,16 +137,29 @@ def sweep(
 ) -> None:
     """Try values of fields, scored on the validation split."""
     from fedpeft import arguments
-    from fedpeft.compare import grid, play
+    from fedpeft.compare import grid
 
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
     planned = grid(arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
-    with progress_bars(out) as watch:
-        folders = play(
-            planned, root, overwrite=overwrite, go_on=resume, watch=lambda one: watch(one.label), say=typer.echo, jobs=jobs
-        )
+    folders = _play(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", None, 1e6)
+
+
+def _play(planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int) -> list[Path]:
+    """Play many planned runs, with a bar for each, and return their folders."""
+    from fedpeft.batch import play
+
+    with stoppable(resume_all), progress_bars(out) as watch:
+        return play(
+            planned,
+            root,
+            overwrite=overwrite,
+            go_on=go_on,
+            watch=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
+            say=_say,
+            jobs=jobs,
+        )
 
 
 @app.command()
@@ -182,8 +202,8 @@ def export(
     from fedpeft.trained import open_run
 
     refuse_existing(folder)
-    open_run(run, typer.echo).export(folder, merge=merge)
-    typer.echo(folder)
+    open_run(run, _say).export(folder, merge=merge)
+    _say(str(folder))
 
 
 @app.command()
@@ -192,8 +212,8 @@ def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.
     from fedpeft.trained import open_run
 
     table = Table("label", "probability", "text", box=None)
-    for text, (label, probability) in zip(texts, open_run(run, typer.echo).predict(texts), strict=True):
-        table.add_row(escape(label), f"{probability:.3f}", escape(text))
+    for text, (label, probability) in zip(texts, open_run(run, _say).predict(texts), strict=True):
+        table.add_row(Text(label), f"{probability:.3f}", Text(text))
     out.print(table)
 
 
@@ -205,26 +225,10 @@ def report(
     bandwidth: Bandwidth = 1e6,
 ) -> None:
     """Report on runs: tables here; CSV and PNG files in a folder."""
-    found = [part for folder in folders for part in _with_ledger(folder)]
+    from fedpeft.folders import runs_in
+
+    found = [part for folder in folders for part in runs_in(folder)]
     _report(found, to, target, bandwidth)
-
-
-def _check_learnt(run: Path) -> None:
-    """Raise BadInput, and so end with another exit code, where no reply of a run was of any use."""
-    from fedpeft.ledger import FILE, ClientRow, read
-
-    lost = [row.lost for row in read(run / FILE) if isinstance(row, ClientRow)]
-    if lost and None not in lost:
-        raise BadInput(f"{run}: nothing was learnt, as none of {len(lost)} replies could be used; the last one: {lost[-1]}")
-
-
-def _with_ledger(folder: Path) -> list[Path]:
-    """Return the run folders that ``folder`` is or holds; the folder itself where there is none, for the error to name."""
-    from fedpeft.ledger import FILE
-
-    if (folder / FILE).exists():
-        return [folder]
-    return sorted(path.parent for path in folder.glob(f"*/{FILE}")) or [folder]
 
 
 def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: float) -> None:
@@ -239,4 +243,4 @@ def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: 
 
 def _wide() -> Console:
     """Return a console wide enough for the tables, also where there is no terminal."""
-    return Console(width=max(out.width, 120))
+    return Console(width=max(out.width, 120), emoji=False)

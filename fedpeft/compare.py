@@ -1,22 +1,20 @@
 """Many runs from one configuration: every method with every seed, or every value of a sweep; each in a folder of its own."""
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, final, get_args
+from typing import Any, Final, final, get_args
 
-from fedpeft import parallel
-from fedpeft.assembly import Assembly, assemble
+from fedpeft.checking import Tree, nearest
 from fedpeft.choices import CLIENTS, CompareChoice, Reference
-from fedpeft.config import Config, Tree, differences, from_tree, merge, nearest, nested
-from fedpeft.hardware import Hardware
-from fedpeft.journal import Watch
+from fedpeft.config import METHOD, Config, from_tree, merge, nested
 from fedpeft.methods import constructors
-from fedpeft.parallel import Job, processes
-from fedpeft.runs import CONFIG, Say, finished, read_settings, refuse_existing, resume, start
 from fedpeft.types import BadInput
+
+SETTLED: Final = ("name", "label", "reference", "seed", "compare")
+"""Fields that ``[compare.settings.<label>]`` cannot set, as the comparison itself does."""
 
 
 @final
@@ -28,8 +26,9 @@ class Planned:
     config: Config
 
     def folder(self, root: Path) -> Path:
-        """Return where it goes under ``root``."""
-        return root / f"{self.label.replace(' ', '-')}-s{self.config.seed}"
+        """Return where it goes under ``root``: a folder's name on any system, whatever a sweep's values hold."""
+        name = re.sub(r'[\s\\/:*?"<>|]', "-", self.label)
+        return root / f"{name}-s{self.config.seed}"
 
 
 def plan(tree: Tree) -> list[Planned]:
@@ -56,77 +55,22 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
             overrides = [nested(key, value) for key, value in pairs.items()]
             scored = {"label": name, "evaluation": {"split": "validation"}}
             planned.append(Planned(name, _alone(merge(settings, *overrides, scored))))
+    _check_apart(planned)
     return planned
+
+
+def _check_apart(planned: Sequence[Planned]) -> None:
+    """Raise BadInput where two runs would go into one folder."""
+    labels: dict[Path, str] = {}
+    for run in planned:
+        other = labels.setdefault(run.folder(Path()), run.label)
+        if other != run.label:
+            raise BadInput(f"{run.label!r} and {other!r} would share a folder's name; sweep them one by one")
 
 
 def _alone(tree: Tree) -> Config:
     """Return the settings of one run, which do not depend on what it is compared with."""
     return replace(from_tree(tree), compare=CompareChoice())
-
-
-def play(
-    runs: Sequence[Planned],
-    root: Path,
-    *,
-    overwrite: bool = False,
-    go_on: bool = False,
-    watch: Callable[[Planned], Watch] = lambda _: lambda _: None,
-    say: Say = lambda _: None,
-    jobs: int = 1,
-) -> list[Path]:
-    """Play every run in its folder under ``root`` and return the folders.
-
-    ``go_on`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
-    anything starts. ``say`` is told of a damaged checkpoint that is passed over. ``jobs``: how many run at once, each on
-    its share of the cores; 0 for as many as the machine has cores.
-    """
-    last, hardware = _at_the_door(runs, root, overwrite=overwrite, go_on=go_on)
-    left = [run for run in runs if run.folder(root).name in hardware or not finished(run.folder(root), run.config)]
-    planned = [Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root).name)) for run in left]
-    count = processes(planned, jobs, last and last.hardware, any(run.config.machine.threads for run in left))
-    if count > 1:
-        shares = [replace(job, hardware=job.hardware and job.hardware.shared_by(count)) for job in planned]
-        watches = [watch(run) for run in left]
-        parallel.play(shares, count, lambda number, progress: watches[number](progress), say)
-    else:
-        for run, job in zip(left, planned, strict=True):
-            if job.hardware is None:
-                resume(job.folder, like=last, watch=watch(run), say=say)
-            else:
-                last = assemble(run.config, job.hardware, last)
-                start(last, job.folder, overwrite=True, watch=watch(run))
-    return [run.folder(root) for run in runs]
-
-
-def _at_the_door(
-    runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on: bool
-) -> tuple[Assembly | None, dict[str, Hardware]]:
-    """Raise BadInput for what would stop any of ``runs`` after others have trained.
-
-    Returns the last that was assembled, and the choices for this machine by folder of all that begin anew.
-    """
-    assembly: Assembly | None = None
-    hardware: dict[str, Hardware] = {}
-    for run in runs:
-        folder = run.folder(root)
-        if go_on and (folder / CONFIG).exists():
-            found = json.loads(read_settings(folder)[0].to_json())
-            now = json.loads(run.config.to_json())
-            if found != now:
-                apart = next(differences(found, now))
-                raise BadInput(f"{folder}: was made with other settings ({apart}); remove it, or choose another name")
-            continue
-        refuse_existing(folder, overwrite or go_on)
-    fitting: set[str] = set()
-    for run in runs:
-        if go_on and (run.folder(root) / CONFIG).exists():
-            continue
-        assembly = assemble(run.config, like=assembly)
-        hardware[run.folder(root).name] = assembly.hardware
-        if run.label not in fitting:
-            assembly.first_state()  # fails where the method does not fit the model
-            fitting.add(run.label)
-    return assembly, hardware
 
 
 def _rows(tree: Tree) -> list[tuple[str, Tree]]:
@@ -139,20 +83,43 @@ def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     rows += [(reference, _reference(tree, choice, reference)) for reference in choice.references]
     labels = [label for label, _ in rows]
     for name in choice.settings.keys() - set(labels) - constructors().keys() - set(get_args(Reference)):
-        raise BadInput(f"unknown key 'compare.settings.{name}'; choose from: {', '.join(labels)}")
-    return [(label, merge(settings, choice.settings.get(label, {}))) for label, settings in rows]
+        raise BadInput(f"unknown key 'compare.settings.{name}'; {nearest(name, labels)}")
+    return [(label, _with_own_settings(settings, choice, label)) for label, settings in rows]
 
 
-def _playing(tree: Tree, choice: CompareChoice, name: str) -> Tree:
+def _with_own_settings(tree: Tree, choice: CompareChoice, label: str) -> Tree:
+    """Return a row's settings with those of ``compare.settings.<label>`` laid over them.
+
+    What is wrong in that section raises BadInput with its name.
+    """
+    own = choice.settings.get(label, {})
+    if not own:
+        return tree
+    where = f"compare.settings.{label}"
+    for key in set(own).intersection(SETTLED):
+        raise BadInput(f"{where}.{key}: the comparison itself settles that; take it out")
+    method = from_tree(tree).method["name"]  # raises what is not this section's fault
+    merged = merge(tree, own)
+    try:
+        chosen = from_tree(merged).method["name"]
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
+    if chosen != method:
+        raise BadInput(f"{where}.method.name = {chosen!r}: these are settings of {method!r}; take that out")
+    return merged
+
+
+def _playing(tree: Tree, choice: CompareChoice, name: str, field: str = "methods") -> Tree:
     """Return ``tree`` with method ``name``; at an equal recipe with the common targets and starting rank.
 
     Where ``compare`` does not name these, those of the section ``method`` are common; its other fields stay its method's.
+    ``field``: the one of ``compare`` that names the method.
     """
     known = constructors()
     if name not in known:
-        raise BadInput(f"compare.methods: {name!r} is not a method; {nearest(name, list(known))}")
-    written, section = tree.get("method", {}), tree.get("compare", {})
-    own = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
+        raise BadInput(f"compare.{field}: {name!r} is not a method; {nearest(name, list(known))}")
+    written, section = {"name": METHOD, **tree.get("method", {})}, tree.get("compare", {})
+    own = {part.name for part in fields(known[name])}  # type: ignore[arg-type]
     mine = {key: value for key, value in written.items() if written.get("name") == name}
     if choice.recipe == "equal":
         default = {"targets": choice.targets, "rank": choice.rank}
@@ -170,7 +137,7 @@ def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
     if name == "local-only":
         return merge(_playing(tree, choice, "local_only"), {"reference": True})
     name = choice.reference_method
-    settings = merge(_playing(tree, choice, name), choice.settings.get(name, {}))
+    settings = _with_own_settings(_playing(tree, choice, name, "reference_method"), choice, name)
     config = from_tree(settings)
     federation, steps = config.federation, config.training.steps
     together = {

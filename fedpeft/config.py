@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final
 
 from annotated_types import Ge, Le
-from pydantic import TypeAdapter, ValidationError
 
+from fedpeft.checking import Tree, adapter, check_finite, checked, nearest
 from fedpeft.choices import (
     CompareChoice,
     DataChoice,
@@ -29,10 +26,15 @@ from fedpeft.models import ModelChoice
 from fedpeft.training import Training
 from fedpeft.types import BadInput, Method
 
-T = TypeVar("T")
+METHOD: Final = "lora"
+"""The method where a configuration names none."""
 
-Tree = Mapping[str, Any]
-"""Nested settings as TOML gives them."""
+RENAMED: Final[Mapping[str, str | None]] = {}
+"""What fields were called in run folders of older versions: dotted name then -> now, None for one that is gone.
+
+Fields of ``hardware.json`` stand under ``hardware``. A new field needs no entry: an old run takes its default, which
+therefore has to be what the old version did.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,27 +55,27 @@ class Config:
     partition: PartitionChoice = field(default_factory=PartitionChoice)
     federation: FederationChoice = field(default_factory=FederationChoice)
     training: Training = field(default_factory=Training)
-    method: dict[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
     evaluation: EvaluationChoice = field(default_factory=EvaluationChoice)
     engine: EngineChoice = field(default_factory=EngineChoice)
     compare: CompareChoice = field(default_factory=CompareChoice)
 
     def to_json(self) -> str:
         """Return the settings as JSON that ``from_tree`` reads back."""
-        return _adapter(Config).dump_json(self, indent=1).decode()
+        return adapter(Config).dump_json(self, indent=1).decode()
 
     def build_method(self) -> Method:
         """Return the method that ``method`` describes, told the number of rounds where its schedule needs it."""
         fields = dict(self.method)
         known = constructors()
-        name = fields.pop("name", None)
+        name = fields.pop("name", METHOD)
         if not isinstance(name, str) or name not in known:
             raise BadInput(f"method.name = {name!r} is not a method; {nearest(str(name), list(known))}")
         constructor = known[name]
         own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
         if "rounds" in own:
             fields.setdefault("rounds", self.federation.rounds)
-        return _checked(constructor, fields, "method")
+        return checked(constructor, fields, "method", also=("name",))
 
 
 def read(path: Path) -> Tree:
@@ -134,8 +136,10 @@ def merge(*trees: Tree) -> dict[str, Any]:
 
 def from_tree(tree: Tree) -> Config:
     """Return checked settings; the method's own fields are checked too."""
-    config = _absolute(_checked(Config, tree, ""))
-    _check_finite(tree, "")
+    config = _absolute(checked(Config, tree, ""))
+    check_finite(tree, "")
+    if "name" not in config.method:
+        config = replace(config, method={"name": METHOD, **config.method})
     if not re.fullmatch(r"\w[\w .,=-]*", config.name):
         raise BadInput(f"name = {config.name!r}: names a folder; choose letters, digits, '-' and '_', such as 'run'")
     federation = config.federation
@@ -155,8 +159,22 @@ def from_tree(tree: Tree) -> Config:
 
 
 def from_json(text: str) -> Config:
-    """Return the settings that ``Config.to_json`` wrote."""
-    return from_tree(json.loads(text))
+    """Return the settings that ``Config.to_json`` of this version or an older one wrote."""
+    return from_tree(renamed(json.loads(text)))
+
+
+def renamed(tree: Tree) -> dict[str, Any]:
+    """Return what an older version wrote under the names of today (see ``RENAMED``)."""
+    today = merge(tree)
+    for then, now in RENAMED.items():
+        *sections, field_then = then.split(".")
+        section = today
+        for name in sections:
+            section = section.get(name, {})
+        if field_then in section:
+            kept = section.pop(field_then)
+            today = today if now is None else merge(today, nested(now, kept))
+    return today
 
 
 def _absolute(config: Config) -> Config:
@@ -171,48 +189,6 @@ def _absolute(config: Config) -> Config:
     )
 
 
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    """Return pydantic's reader and writer of ``kind``, which takes 20 ms to build."""
-    return TypeAdapter(kind)
-
-
-def _checked(kind: type[T], tree: Tree, prefix: str) -> T:
-    _check_keys(kind, tree, prefix)
-    try:
-        checked: T = _adapter(kind).validate_python(dict(tree))  # type: ignore[arg-type]  # a type is hashable
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
-        raise BadInput(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    return checked
-
-
-def _check_finite(tree: Tree, prefix: str) -> None:
-    """Refuse nan and inf, which TOML can write, at any depth."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            _check_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"{prefix}{key} = {value}: give a finite number")
-
-
-def _check_keys(kind: type[Any], tree: Tree, prefix: str) -> None:
-    """Refuse keys that ``kind`` has no field for, at any depth."""
-    fields = {part.name: part for part in dataclasses.fields(kind) if part.init}
-    for key, value in tree.items():
-        where = f"{prefix}.{key}" if prefix else key
-        if key not in fields:
-            raise BadInput(f"unknown key {where!r}; {nearest(key, list(fields))}")
-        section = fields[key].type
-        if isinstance(section, type) and dataclasses.is_dataclass(section):
-            if not isinstance(value, Mapping):
-                raise BadInput(f"{where} = {value!r}: is a section; write {where}.field=value")
-            _check_keys(section, value, where)
-        elif isinstance(value, bool) and section is not bool:  # pydantic would take it for 1
-            raise BadInput(f"{where} = {str(value).lower()}: true and false are no value of this field")
-
-
 def differences(one: Tree, other: Tree, prefix: str = "") -> Iterator[str]:
     """Yield every field in which two trees of settings differ, as ``a.b: 3 there, 4 now``."""
     for key in {**one, **other}:
@@ -221,9 +197,3 @@ def differences(one: Tree, other: Tree, prefix: str = "") -> Iterator[str]:
             yield from differences(there, now, f"{prefix}{key}.")
         elif there != now:
             yield f"{prefix}{key}: {there} there, {now} now"
-
-
-def nearest(name: str, choices: Sequence[str]) -> str:
-    """Return a hint at the choice nearest to ``name``, or at all of them."""
-    near = get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices) or 'none'}"

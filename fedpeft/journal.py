@@ -1,22 +1,26 @@
 """A run's folder while the run is under way: the ledger grows, and after every round a checkpoint makes it good."""
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Self, final
+from typing import Final, Self, final
+
+from pydantic_core import to_json
 
 from fedpeft import checkpoint
 from fedpeft.assembly import Assembly
-from fedpeft.checkpoint import Checkpoint
-from fedpeft.config import Config
+from fedpeft.checkpoint import Checkpoint, Written
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, read
 from fedpeft.types import BadInput, State
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS: Final = "checkpoints"
 """The folder of checkpoints inside a run's folder."""
+CONFIG: Final = "config.json"
+"""The settings inside a run's folder, as they were when it was started."""
 
 
 @final
@@ -53,7 +57,8 @@ class Journal:
 
     def __init__(self, assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> None:
         self._folder, self._memories, self._watch = folder, begin.memories, watch
-        self._digest = settings_digest(assembly.config)
+        self._digest = settings_digests(folder)[0]
+        self._written = Written({begin.state.round: begin.files} if begin.files else {})
         self._stand = Progress(begin.state.round, assembly.config.federation.rounds)
         try:
             self._ledger = _opened(folder / FILE, begin.ledger)
@@ -83,7 +88,8 @@ class Journal:
         """Put the ledger and ``state`` on the disk, and tell the watcher where the run stands."""
         try:
             length = self._ledger.sync()
-            checkpoint.save(self._folder / CHECKPOINTS, state, self._memories, length, self._digest)
+            place = self._folder / CHECKPOINTS
+            checkpoint.save(place, state, self._memories, length, self._digest, self._written)
         except OSError as error:
             raise self._unsaved(error) from error
         self._stand = replace(self._stand, round=state.round)
@@ -112,6 +118,16 @@ def _opened(path: Path, length: int) -> Ledger:
     return ledger
 
 
-def settings_digest(config: Config) -> str:
-    """Return the digest of a configuration that its checkpoints carry."""
-    return blake2b(config.to_json().encode(), digest_size=16).hexdigest()
+def settings_digests(folder: Path) -> tuple[str, str]:
+    """Return the digests by which checkpoints know the configuration in ``folder``; new ones carry the first.
+
+    Both are of what ``config.json`` says as it was written, so that fields which a later version adds or renames do not
+    part a run from its checkpoints. The second is what version 0.1 wrote: the digest of that content in pydantic's form.
+    """
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return _digest(canonical), _digest(to_json(content, indent=1))
+
+
+def _digest(text: bytes) -> str:
+    return blake2b(text, digest_size=16).hexdigest()

@@ -3,20 +3,24 @@
 import multiprocessing
 import os
 import queue
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as ended
 from pathlib import Path
 from typing import Any, Final, final
 
 from fedpeft.assembly import Assembly, assemble
+from fedpeft.claim import on_behalf
 from fedpeft.config import from_json
 from fedpeft.hardware import Hardware
 from fedpeft.journal import Progress
-from fedpeft.runs import Say, resume, start
+from fedpeft.runs import Say, run_from_checkpoint, run_from_start
 from fedpeft.types import BadInput
 
 MOST: Final = 4
@@ -43,11 +47,16 @@ def processes(jobs: Sequence[Job], asked: int, hardware: Hardware | None, fixed:
 
 
 def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None], say: Say) -> None:
-    """Play ``jobs`` in ``count`` processes; ``watch`` is told of a job's number and progress. What fails is raised."""
+    """Play ``jobs`` in ``count`` processes; ``watch`` is told of a job's number and progress. What fails is raised.
+
+    The caller has claimed the folders. KeyboardInterrupt ends the processes at once; their runs can be resumed.
+    """
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
-    with ProcessPoolExecutor(count, context, _begin, (told,)) as pool:
-        under_way: set[Future[None]] = {pool.submit(_play, number, job) for number, job in enumerate(jobs)}
+    stopped, stop = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(count, context, _begin, (told, stopped)) as pool:
+        with _no_interrupts():  # a process inherits that, from its first instruction on
+            under_way: set[Future[None]] = {pool.submit(_play, number, job) for number, job in enumerate(jobs)}
         try:
             while under_way:
                 done, under_way = wait(under_way, timeout=0.1)
@@ -58,9 +67,25 @@ def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None]
             raise BadInput(
                 f"--jobs {count}: a process was ended from outside, perhaps for memory; go on with --resume"
             ) from error
+        except KeyboardInterrupt:
+            stop.send(None)
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         _pass_on(told, watch, say)
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C, where this thread can: a terminal sends it to child processes, too, and the parent is to decide."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _pass_on(told: Any, watch: Callable[[int, Progress], None], say: Say) -> None:
@@ -79,14 +104,18 @@ class _Here:
     last: Assembly | None = None
 
 
-def _begin(told: Any) -> None:
-    """Remember where to tell of progress, and end with the parent: a run that is resumed must have one writer."""
+def _begin(told: Any, stopped: Connection) -> None:
+    """Remember where to tell of progress, and end with the parent, or when it says so by ``stopped``.
+
+    A run that is resumed must have one writer. A run can be left at any instant, so nothing is tidied up.
+    """
     _Here.told = told
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it as well
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def follow() -> None:
-        ended([parent.sentinel])
+        ended([parent.sentinel, stopped])
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -96,8 +125,12 @@ def _play(number: int, job: Job) -> None:
     def watch(progress: Progress) -> None:
         _Here.told.put((number, progress))
 
-    if job.hardware is None:
-        resume(job.folder, like=_Here.last, watch=watch, say=lambda line: _Here.told.put((number, line)))
-    else:
-        _Here.last = assemble(from_json(job.settings), job.hardware, _Here.last)
-        start(_Here.last, job.folder, overwrite=True, watch=watch)
+    def say(line: str) -> None:
+        _Here.told.put((number, line))
+
+    with on_behalf(job.folder):
+        if job.hardware is None:
+            run_from_checkpoint(job.folder, like=_Here.last, watch=watch, say=say)
+        else:
+            _Here.last = assemble(from_json(job.settings), job.hardware, _Here.last)
+            run_from_start(_Here.last, job.folder, watch)

@@ -1,8 +1,8 @@
 """One run in one folder: start it, play its rounds, evaluate, keep ledger and checkpoints, and resume it after a crash."""
 
 import json
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -10,21 +10,19 @@ from typing import TypeVar
 from fedpeft import checkpoint
 from fedpeft.assembly import Assembly, assemble
 from fedpeft.checkpoint import Checkpoint
+from fedpeft.claim import claimed
 from fedpeft.client import Worker
-from fedpeft.config import Config, from_json
+from fedpeft.config import Config, from_json, renamed
 from fedpeft.engines import Site, launch
 from fedpeft.evaluation import WHOLE
 from fedpeft.federation import federate, sample
+from fedpeft.folders import HARDWARE, LABELS, beginning, check_is_run, clear
 from fedpeft.hardware import Hardware
-from fedpeft.journal import CHECKPOINTS, Journal, Watch, settings_digest
-from fedpeft.ledger import FILE, RunRow, stream
+from fedpeft.journal import CHECKPOINTS, CONFIG, Journal, Watch, settings_digests
+from fedpeft.ledger import FILE, ClientRow, RunRow, stream
 from fedpeft.memory import Memories
 from fedpeft.scoring import evaluation_row
 from fedpeft.types import BadInput, Engine, State
-
-CONFIG, HARDWARE, LABELS = "config.json", "hardware.json", "labels.json"
-OURS = {CONFIG, HARDWARE, LABELS, FILE, CHECKPOINTS, "report"}
-
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -33,36 +31,54 @@ Say = Callable[[str], None]
 def start(assembly: Assembly, folder: Path, *, overwrite: bool = False, watch: Watch = lambda _: None) -> State:
     """Run ``assembly`` from its beginning in ``folder`` and return the last state.
 
-    A folder that exists raises BadInput unless ``overwrite``; nothing is written before all input has been checked.
+    A folder that exists raises BadInput unless ``overwrite``, and one that another process writes
+    raises it always; nothing is written before all input has been checked.
     """
-    refuse_existing(folder, overwrite)
+    with beginning(folder, overwrite=overwrite):
+        return run_from_start(assembly, folder, watch)
+
+
+def run_from_start(assembly: Assembly, folder: Path, watch: Watch) -> State:
+    """Do what ``start`` does in a folder that is claimed; what an older run has left there is removed."""
     first = assembly.first_state()
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be made ({error.strerror}); choose another place with --runs") from error
     about = {
         HARDWARE: assembly.hardware.describe(),
         LABELS: assembly.dataset.labels,
         CONFIG: json.loads(assembly.config.to_json()),
     }
-    try:
-        for name, content in about.items():
-            checkpoint.write(folder / name, json.dumps(content, indent=1).encode())
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise BadInput(f"{folder}: cannot be written ({error.strerror}); make room and start again") from error
+    with ExitStack() as undo:
+        try:
+            clear(folder)
+            undo.callback(clear, folder)
+            for name, content in about.items():
+                checkpoint.write(folder / name, json.dumps(content, indent=1).encode())
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be written ({error.strerror}); make room and start again") from error
+        undo.pop_all()
     return _play(assembly, folder, Checkpoint(first, Memories(), 0), watch)
 
 
 def resume(
-    folder: Path | str, *, like: Assembly | None = None, watch: Watch = lambda _: None, say: Say = lambda _: None
+    folder: Path | str,
+    *,
+    like: Assembly | None = None,
+    watch: Watch = lambda _: None,
+    say: Say = lambda _: None,
 ) -> State:
-    """Go on with the run in ``folder`` from its last whole checkpoint, with the hardware choices it was started with."""
+    """Go on with the run in ``folder`` from its last whole checkpoint, with the hardware choices it was started with.
+
+    Raises BadInput where there is no run, and where another process is writing it.
+    """
     folder = Path(folder)
+    check_is_run(folder)
+    with claimed(folder):
+        return run_from_checkpoint(folder, like=like, watch=watch, say=say)
+
+
+def run_from_checkpoint(folder: Path, *, like: Assembly | None, watch: Watch, say: Say) -> State:
+    """Do what ``resume`` does in a folder that is claimed."""
     config, hardware, _ = read_settings(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), say)
     assembly = assemble(config, hardware, like)
     _check_same(folder, assembly)
     method = assembly.method
@@ -76,19 +92,19 @@ def resume(
 
 def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
     """Return a run's settings, its hardware choices and its label names; a folder that holds no run raises BadInput."""
-    if not (folder / CONFIG).exists():
-        inside, beside = (sorted(str(path.parent) for path in place.glob(f"*/{HARDWARE}")) for place in (folder, folder.parent))
-        near = f"runs in it: {', '.join(inside)}" if inside else f"runs beside it: {', '.join(beside) or 'none'}"
-        raise BadInput(f"{folder}: holds no run; {near}")
+    check_is_run(folder)
 
     def content(name: str, read: Callable[[str], T]) -> T:
         try:
-            return read((folder / name).read_text())
-        except (BadInput, OSError, ValueError, TypeError) as error:
+            return read((folder / name).read_text(encoding="utf-8"))
+        except (BadInput, OSError, ValueError, TypeError, AttributeError) as error:
             raise BadInput(f"{folder / name}: cannot be read ({error}); start again with --overwrite") from error
 
-    hardware = content(HARDWARE, lambda text: Hardware(**json.loads(text)))
-    return content(CONFIG, from_json), hardware, content(LABELS, lambda text: tuple(json.loads(text)))
+    def hardware(text: str) -> Hardware:
+        return Hardware(**renamed({"hardware": json.loads(text)})["hardware"])
+
+    labels = content(LABELS, lambda text: tuple(json.loads(text)))
+    return content(CONFIG, from_json), content(HARDWARE, hardware), labels
 
 
 def _check_same(folder: Path, assembly: Assembly) -> None:
@@ -112,18 +128,16 @@ def begun(folder: Path) -> RunRow | None:
     return first if isinstance(first, RunRow) else None
 
 
+def check_learnt(folder: Path) -> None:
+    """Raise BadInput where no reply of a run was of any use."""
+    lost = [row.lost for row in stream(folder / FILE) if isinstance(row, ClientRow)]
+    if lost and None not in lost:
+        raise BadInput(f"{folder}: nothing was learnt, as none of {len(lost)} replies could be used; the last one: {lost[-1]}")
+
+
 def finished(folder: Path, config: Config) -> bool:
     """Return whether the run in ``folder`` has played all its rounds."""
     return checkpoint.manifest(folder / CHECKPOINTS, config.federation.rounds).exists()
-
-
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Raise BadInput where ``folder`` exists already."""
-    if folder.exists() and not overwrite:
-        raise BadInput(f"{folder}: exists; resume it, choose another name, or give --overwrite")
-    foreign = [path.name for path in folder.glob("*") if path.name.removesuffix(".tmp") not in OURS]
-    if foreign and not (folder / HARDWARE).exists():  # an exported model has a config.json, too
-        raise BadInput(f"{folder}: is no run's folder, as it holds {foreign[0]!r}, and is not overwritten; choose another name")
 
 
 def _play(assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> State:

@@ -10,7 +10,7 @@ from fedpeft import checkpoint, export
 from fedpeft.config import Config
 from fedpeft.evaluation import WHOLE, held, says
 from fedpeft.hardware import Hardware, use
-from fedpeft.journal import CHECKPOINTS, settings_digest
+from fedpeft.journal import CHECKPOINTS, settings_digests
 from fedpeft.models import Loaded, load
 from fedpeft.runs import begun, read_settings
 from fedpeft.tasks import Classification
@@ -61,7 +61,7 @@ def open_run(folder: Path | str, say: Callable[[str], None] = lambda _: None) ->
     """Return what the run in ``folder`` has learnt so far; BadInput for a folder without a run or without a checkpoint."""
     folder = Path(folder)
     config, hardware, labels = read_settings(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(config), say, mend=False)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), say, mend=False)
     if found is None:
         raise BadInput(f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}")
     method = config.build_method()

@@ -18,7 +18,7 @@ def test_resuming_equals_going_on(name: str, done: int, tmp_path: Path) -> None:
     """Everything but the checkpoint is made anew: model, worker, engine. SLoRA is in its first stage, then in its second."""
     whole = reference(name)
     checkpoint.save(tmp_path, whole.states[done], deepcopy(whole.memories[done]), 123, "c")
-    found = checkpoint.load(tmp_path, "c", pytest.fail)
+    found = checkpoint.load(tmp_path, ["c"], pytest.fail)
     assert found is not None
     assert found.ledger == 123
     assert_same_state(found.state, whole.states[done])

@@ -57,7 +57,7 @@ def test_a_method_of_ones_own_runs_through_federation_checkpoint_and_evaluation(
     half = playing.play(2)
     checkpoint.save(tmp_path, half, deepcopy(playing.memories), 0, "c")
     last = playing.play(2, half)
-    found = checkpoint.load(tmp_path, "c", pytest.fail)
+    found = checkpoint.load(tmp_path, ["c"], pytest.fail)
     assert found is not None
     resumed = federation(HeadOnly(), memories=found.memories)
     assert_same_state(resumed.play(2, found.state), last)

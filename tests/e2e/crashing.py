@@ -19,7 +19,7 @@ from unittest import mock
 from fedpeft import checkpoint, runs
 from fedpeft.assembly import Assembly
 from fedpeft.client import Worker
-from fedpeft.journal import CHECKPOINTS, settings_digest
+from fedpeft.journal import CHECKPOINTS, CONFIG, settings_digests
 from fedpeft.ledger import FILE, MEASURED, Ledger, Row, read, to_json
 from fedpeft.types import State
 
@@ -62,7 +62,7 @@ def watched(instants: Instants) -> Iterator[Instants]:
         instants.reached()
         moved = replace(path, target)
         instants.reached()
-        if moved.name == runs.CONFIG:
+        if moved.name == CONFIG:
             instants.configured = instants.count
         return moved
 
@@ -119,13 +119,13 @@ class Outcome:
         """Play ``assembly`` undisturbed in ``folder``."""
         with watched(Instants()) as instants:
             state = runs.start(assembly, folder)
-        return Outcome(folder, state, unmeasured(folder), _last_files(assembly, folder), instants)
+        return Outcome(folder, state, unmeasured(folder), _last_files(folder), instants)
 
     def assert_equal(self, assembly: Assembly, folder: Path, state: State) -> None:
         """Assert that the run in ``folder``, which ended in ``state``, is equal: tensors, ledger, checkpoint, no litter."""
         assert_same(state, self.state)
         assert unmeasured(folder) == self.rows
-        assert _last_files(assembly, folder) == self.files
+        assert _last_files(folder) == self.files
         assert not [*folder.rglob("*.tmp")]
 
 
@@ -149,10 +149,10 @@ def unmeasured(folder: Path) -> list[dict[str, object]]:
     return found
 
 
-def _last_files(assembly: Assembly, folder: Path) -> dict[str, str]:
+def _last_files(folder: Path) -> dict[str, str]:
     """Return name -> digest of what the last checkpoint consists of, having checked that it is whole."""
     told: list[str] = []
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digest(assembly.config), told.append)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), told.append)
     assert found is not None
     assert not told
     manifest = checkpoint.manifest(folder / CHECKPOINTS, found.state.round)

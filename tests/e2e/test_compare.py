@@ -13,6 +13,7 @@ from fedpeft import checkpoint, hardware
 from fedpeft.assembly import assemble
 from fedpeft.compare import plan
 from fedpeft.config import merge
+from fedpeft.journal import settings_digests
 from fedpeft.ledger import ClientRow
 from fedpeft.types import State
 
@@ -113,7 +114,7 @@ def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
     states = {run: _last_state(run) for run in runs}
     shutil.rmtree(root / "fedara-s1")  # never begun
     (root / "lora-s1" / "checkpoints" / "000002.json").unlink()  # half done
-    (root / "lora-s1" / "checkpoints" / "000001_torn.json").write_text("{")  # later than 000001.json, and damaged
+    (root / "lora-s1" / "checkpoints" / "000003.json").write_text("{")  # later than 000001.json, and damaged
     outcome = cli_call(*arguments, "--resume")
     assert outcome.code == 0, outcome
     assert "falling back to the one before" in outcome.out
@@ -209,10 +210,6 @@ def test_sweep_tries_every_value_with_every_method_on_validation(ground: Ground,
 
 
 def _last_state(run: Path) -> State:
-    found = checkpoint.load(run / "checkpoints", json.loads(_last_manifest(run).read_text())["config"], pytest.fail)
+    found = checkpoint.load(run / "checkpoints", settings_digests(run), pytest.fail)
     assert found is not None
     return found.state
-
-
-def _last_manifest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("*.json"))

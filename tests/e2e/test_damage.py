@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from fedpeft import runs as playing
 from fedpeft.assembly import Assembly, assemble
 from fedpeft.checkpoint import manifest
-from fedpeft.journal import CHECKPOINTS
+from fedpeft.folders import HARDWARE, LABELS
+from fedpeft.journal import CHECKPOINTS, CONFIG
 from fedpeft.ledger import FILE
 
 from .builders import Ground, cli_call, refused
@@ -93,7 +94,7 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_checkpoints_of_another_configuration_are_refused_and_kept(run: Path, tmp_path: Path) -> None:
-    _edit(run / playing.CONFIG, lambda settings: settings["training"].update(lr=0.5))
+    _edit(run / CONFIG, lambda settings: settings["training"].update(lr=0.5))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for arguments in (("resume", run), ("predict", run, "text"), ("export", run, tmp_path / "made")):
         refused(cli_call(*arguments), str(run), "configuration", "--overwrite")
@@ -101,11 +102,11 @@ def test_checkpoints_of_another_configuration_are_refused_and_kept(run: Path, tm
 
 
 def test_an_unknown_key_in_a_run_folder_is_named_with_its_file(run: Path) -> None:
-    _edit(run / playing.CONFIG, lambda settings: settings["training"].update(lrr=0.5))
-    refused(cli_call("resume", run), str(run / playing.CONFIG), "'training.lrr'", "did you mean 'lr'")
+    _edit(run / CONFIG, lambda settings: settings["training"].update(lrr=0.5))
+    refused(cli_call("resume", run), str(run / CONFIG), "'training.lrr'", "did you mean 'lr'")
 
 
-@pytest.mark.parametrize("name", [playing.CONFIG, playing.HARDWARE, playing.LABELS])
+@pytest.mark.parametrize("name", [CONFIG, HARDWARE, LABELS])
 def test_a_run_folder_with_a_damaged_description_is_refused_by_that_files_name(run: Path, name: str) -> None:
     _truncate(run / name)
     refused(cli_call("resume", run), str(run / name))

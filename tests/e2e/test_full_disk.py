@@ -13,10 +13,10 @@ from unittest import mock
 
 import pytest
 
-from fedpeft import runs as playing
 from fedpeft.assembly import Assembly
 from fedpeft.checkpoint import manifest
-from fedpeft.journal import CHECKPOINTS
+from fedpeft.folders import HARDWARE, LABELS
+from fedpeft.journal import CHECKPOINTS, CONFIG
 from fedpeft.ledger import FILE, Ledger
 
 from .builders import Ground, cli_call, refused
@@ -39,7 +39,7 @@ def file_limit(size: int) -> Iterator[None]:
 def sizes(undisturbed: Outcome) -> tuple[int, int, int]:
     """Return the sizes of the largest settings file, of the largest file of a checkpoint, and of the ledger's first row."""
     folder = undisturbed.folder
-    settings = max((folder / name).stat().st_size for name in (playing.CONFIG, playing.HARDWARE, playing.LABELS))
+    settings = max((folder / name).stat().st_size for name in (CONFIG, HARDWARE, LABELS))
     saved = max(path.stat().st_size for path in (folder / CHECKPOINTS).iterdir())
     return settings, saved, len((folder / FILE).read_bytes().splitlines(keepends=True)[0])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,15 @@ def remembered(number: int) -> Memories:
     return memories
 
 
-def saved(folder: Path, *numbers: int) -> None:
+def saved(folder: Path, *numbers: int, written: checkpoint.Written | None = None) -> None:
+    """Save as one run, which knows what it has ``written``, or else one that begins with the first of ``numbers``."""
+    written = checkpoint.Written() if written is None else written
     for number in numbers:
-        checkpoint.save(folder, state(number), remembered(number), 10 * number, CONFIG)
+        checkpoint.save(folder, state(number), remembered(number), 10 * number, CONFIG, written)
 
 
 def loaded(folder: Path, says: list[str] | None = None) -> checkpoint.Checkpoint:
-    found = checkpoint.load(folder, CONFIG, pytest.fail if says is None else says.append)
+    found = checkpoint.load(folder, [CONFIG], pytest.fail if says is None else says.append)
     assert found is not None
     return found
 
@@ -60,7 +63,7 @@ def test_a_state_comes_back_to_the_bit(
 
 
 def test_what_is_saved_is_loaded_with_memories_and_the_ledgers_length(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path / "none", CONFIG, pytest.fail) is None
+    assert checkpoint.load(tmp_path / "none", [CONFIG], pytest.fail) is None
     folder = tmp_path / "made" / "here"
     saved(folder, 0, 1, 2)
     found = loaded(folder)
@@ -126,7 +129,7 @@ def test_where_all_are_damaged_nothing_is_loaded_in_silence(tmp_path: Path) -> N
     for path in tmp_path.glob("*.state"):
         path.write_bytes(b"")
     with pytest.raises(BadInput, match="every checkpoint is damaged"):
-        checkpoint.load(tmp_path, CONFIG, lambda _: None)
+        checkpoint.load(tmp_path, [CONFIG], lambda _: None)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"7", b'{"config": "c0ffee"}', b'{"config": "c0ffee", "files": 3}'])
@@ -139,7 +142,7 @@ def test_a_manifest_that_is_none_counts_as_damaged(tmp_path: Path, content: byte
 def test_a_checkpoint_of_another_configuration_is_refused_and_both_are_named(tmp_path: Path) -> None:
     saved(tmp_path, 2)
     with pytest.raises(BadInput, match=r"belongs to configuration c0ffee, the run folder says 7ea"):
-        checkpoint.load(tmp_path, "7ea", pytest.fail)
+        checkpoint.load(tmp_path, ["7ea"], pytest.fail)
 
 
 def test_bytes_that_are_no_state_are_refused() -> None:
@@ -189,3 +192,136 @@ def test_clients_that_keep_their_memory_elsewhere_are_new_after_a_resume(tmp_pat
     assert found.state.memories == {1: 1}
     assert found.memories.get(1, 1) == b"here"
     assert found.memories.get(2, NEVER) == b""
+
+
+class Spy:
+    """Counts the bytes that checkpoints hash, the names that they write and the folders that they list."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hashed, self.listed = 0, 0
+        self.written: list[str] = []
+        digest, write, listing = checkpoint.digest, checkpoint.write, Path.iterdir
+
+        def hashing(blob: bytes) -> bytes:
+            self.hashed += len(blob)
+            return digest(blob)
+
+        def writing(path: Path, content: bytes) -> None:
+            self.written.append(path.name)
+            write(path, content)
+
+        def looking(path: Path) -> Iterator[Path]:
+            self.listed += 1
+            return listing(path)
+
+        monkeypatch.setattr(checkpoint, "digest", hashing)
+        monkeypatch.setattr(checkpoint, "write", writing)
+        monkeypatch.setattr(Path, "iterdir", looking)
+
+
+def many(count: int, number: int) -> tuple[State, Memories]:
+    """Return a state after ``number`` rounds with ``count`` memories of a kilobyte, of which client 0's is new."""
+    versions = dict.fromkeys(range(count), 0) | {0: number - 1}
+    memories = Memories()
+    for client, version in versions.items():
+        memories.put(client, version, encode({"m": torch.full((256,), float(client + version))}))
+    return State(number, {"x": torch.zeros(4)}, {}, versions), memories
+
+
+def test_saving_costs_what_has_changed_however_many_memories_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = []
+    for count in (3, 300):
+        folder, written = tmp_path / str(count), checkpoint.Written()
+        for number in (1, 2, 3):
+            checkpoint.save(folder, *many(count, number), 0, CONFIG, written)
+        with monkeypatch.context() as patched:
+            spy = Spy(patched)
+            checkpoint.save(folder, *many(count, 4), 0, CONFIG, written)
+        assert spy.written == ["000004.state", "client-0-000003.memory", "000004.json"]
+        assert spy.listed == 0
+        list_of_versions = 16 * count  # two int64 a client in the state itself
+        spent.append(spy.hashed - list_of_versions)
+        found = loaded(folder)
+        assert checkpoint.pack(found.state) == checkpoint.pack(many(count, 4)[0])
+        for client, version in found.state.memories.items():
+            assert found.memories.get(client, version) == many(count, 4)[1].get(client, version)
+        named = {name for path in checkpoint.manifests(folder) for name in files_of(path)}
+        assert {path.name for path in folder.iterdir()} == {"000003.json", "000004.json", *named}
+    assert spent[0] == pytest.approx(spent[1], abs=64)  # but for a longer header
+
+
+def files_of(path: Path) -> dict[str, str]:
+    return dict(json.loads(path.read_text())["files"])
+
+
+def test_a_resumed_run_writes_and_hashes_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, *many(5, 1), 0, CONFIG)
+    checkpoint.save(tmp_path, *many(5, 2), 0, CONFIG)
+    found = loaded(tmp_path)
+    assert found.files == files_of(checkpoint.manifest(tmp_path, 2))
+    spy = Spy(monkeypatch)
+    checkpoint.save(tmp_path, *many(5, 3), 0, CONFIG, checkpoint.Written({2: found.files}))
+    assert spy.written == ["000003.state", "client-0-000002.memory", "000003.json"]
+    assert loaded(tmp_path).files.keys() == {"000003.state", "client-0-000002.memory"} | {
+        f"client-{client}-000000.memory" for client in range(1, 5)
+    }
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit off", "missing"])
+def test_damage_to_a_memory_that_was_written_long_ago_is_found(tmp_path: Path, damage: str) -> None:
+    written = checkpoint.Written()
+    for number in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, *many(3, number), 0, CONFIG, written)
+    path = tmp_path / "client-2-000000.memory"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(BadInput, match="every checkpoint is damaged"):
+        checkpoint.load(tmp_path, [CONFIG], lambda _: None)
+
+
+def test_what_is_not_ours_is_neither_read_nor_deleted(tmp_path: Path) -> None:
+    names = ["notes.json", "9.json", "x.state", ".DS_Store", "000001.state.bak"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "folder").mkdir()
+    saved(tmp_path, 1, 2, 3, 4)
+    checkpoint.save(tmp_path, state(5), remembered(5), 50, CONFIG)
+    assert loaded(tmp_path).state.round == 5
+    (tmp_path / "000005.state").write_bytes(b"")
+    assert loaded(tmp_path, []).state.round == 4
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)
+    assert (tmp_path / "folder").exists()
+
+
+def test_a_million_rounds_come_after_all_before_them(tmp_path: Path) -> None:
+    saved(tmp_path, 999_998, 999_999, 1_000_000, 1_000_001)
+    assert [path.name for path in checkpoint.manifests(tmp_path)] == ["1000000.json", "1000001.json"]
+    assert loaded(tmp_path).state.round == 1_000_001
+
+
+def test_whoever_reads_while_the_run_goes_on_finds_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the manifest and its files the run saves twice, which deletes both."""
+    written = checkpoint.Written()
+    saved(tmp_path, 1, 2, written=written)
+    read, overtaken = Path.read_bytes, []
+
+    def reading(path: Path) -> bytes:
+        if path.name == "000002.state" and not overtaken:
+            overtaken.append(path)
+            saved(tmp_path, 3, 4, written=written)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    found = checkpoint.load(tmp_path, [CONFIG], pytest.fail, mend=False)
+    assert overtaken
+    assert found is not None
+    assert found.state.round == 4
+
+
+def test_a_damaged_older_manifest_does_not_stop_the_run(tmp_path: Path) -> None:
+    saved(tmp_path, 2, 3)
+    (tmp_path / "000002.json").write_text("{")
+    saved(tmp_path, 3)
+    assert loaded(tmp_path).state.round == 3

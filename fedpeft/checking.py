@@ -1,0 +1,126 @@
+"""A tree of settings -> a checked dataclass, or one line that names the key, the value and the nearest valid choice."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from fedpeft.errors import BadInput
+
+T = TypeVar("T")
+
+Tree = Mapping[str, Any]
+"""Nested settings as TOML gives them."""
+
+
+@cache
+def adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Return pydantic's reader and writer of ``kind``, which takes 20 ms to build."""
+    return TypeAdapter(kind)
+
+
+def checked(kind: type[T], tree: Tree, prefix: str, also: Sequence[str] = ()) -> T:
+    """Return ``kind`` made from ``tree``; ``also`` names fields that are read elsewhere, for hints."""
+    _check_keys(kind, tree, prefix, also)
+    try:
+        found: T = adapter(kind).validate_python(dict(tree))  # type: ignore[arg-type]  # a type is hashable
+    except ValidationError as error:
+        raise BadInput(_explained(error.errors(), tree, prefix)) from error
+    return found
+
+
+def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
+    """Return the first of pydantic's ``errors`` on ``tree`` as one line.
+
+    Where a field may be one of several types there is an error for each, at the same place.
+    """
+    first = errors[0]
+    key, given = _place(first["loc"], tree, prefix)
+    if first["type"] == "missing":
+        return f"{key}{'.' if key else ''}{first['loc'][-1]} is missing"
+    here = [error for error in errors if _place(error["loc"], tree, prefix)[0] == key]
+    if len(here) > 1:
+        wanted = [error["msg"].removeprefix("Input should be ").split(",")[0] for error in here]
+        return f"{key} = {given!r}: input should be {' or '.join(wanted)}"
+    bounds = first.get("ctx", {})
+    match first["type"]:
+        case "greater_than_equal":
+            says = f"must be at least {bounds['ge']:g}"
+        case "greater_than":
+            says = f"must be greater than {bounds['gt']:g}"
+        case "less_than_equal":
+            says = f"must be at most {bounds['le']:g}"
+        case "less_than":
+            says = f"must be less than {bounds['lt']:g}"
+        case "dict_type":
+            says = f"is a section; write {key}.field=value"
+        case "tuple_type" | "list_type":
+            says = "is a list; write it with brackets, such as [1, 2] or ['a', 'b']"
+        case _:
+            says = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key} = {given!r}: {says}"
+
+
+def _place(loc: Sequence[str | int], tree: Any, prefix: str) -> tuple[str, object]:
+    """Return the key in ``tree`` that pydantic's ``loc`` leads to, such as ``compare.seeds[1]``, and its value.
+
+    Past the value a ``loc`` goes on with the types that were tried on it.
+    """
+    key, at = prefix, tree
+    for part in loc:
+        if isinstance(at, Mapping) and part in at:
+            key = f"{key}.{part}" if key else str(part)
+        elif isinstance(at, list | tuple) and isinstance(part, int):
+            key = f"{key}[{part}]"
+        else:
+            break
+        at = at[part]
+    return key, at
+
+
+def check_finite(value: object, key: str) -> None:
+    """Refuse nan and inf, which TOML can write, at any depth."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            check_finite(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            check_finite(inner, f"{key}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{key} = {value}: give a finite number")
+
+
+def _check_keys(kind: type[Any], tree: Tree, prefix: str, also: Sequence[str] = ()) -> None:
+    """Refuse keys that ``kind`` has no field for, at any depth."""
+    fields = {part.name: part for part in dataclasses.fields(kind) if part.init}
+    for key, value in tree.items():
+        where = f"{prefix}.{key}" if prefix else key
+        if key not in fields:
+            raise BadInput(f"unknown key {where!r}; {nearest(key, [*fields, *also])}")
+        section = fields[key].type
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            if not isinstance(value, Mapping):
+                raise BadInput(f"{where} = {value!r}: is a section; write {where}.field=value")
+            _check_keys(section, value, where)
+        elif section not in (bool, "bool"):
+            _check_no_bool(value, where)
+
+
+def _check_no_bool(value: object, key: str) -> None:
+    """Refuse true and false, which pydantic would take for 1 and 0, as a value and in a list."""
+    if isinstance(value, bool):
+        raise BadInput(f"{key} = {str(value).lower()}: true and false are no value of this field")
+    if isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _check_no_bool(inner, f"{key}[{number}]")
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """Return a hint at the choice nearest to ``name``, or at all of them."""
+    near = get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices) or 'none'}"
