@@ -15,6 +15,10 @@ from fedpeft.wire import decode, digest, encode
 KEEP = 2
 """Checkpoints kept, so that a damaged one leaves another to fall back to."""
 
+_NOTHING = torch.zeros(0, 0)
+_DAMAGE = (WireError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged checkpoint may raise; the last one for JSON that is nested too deep."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -41,12 +45,19 @@ def pack(state: State) -> bytes:
 def unpack(blob: bytes) -> State:
     """Return the state that ``pack`` turned into ``blob``; anything else raises WireError."""
     fields = decode(blob)
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
-
-    memories = dict(fields["memories"].tolist())
-    return State(int(fields["round"]), part("shared/"), part("server/"), memories)
+    number = fields.pop("round", _NOTHING)
+    known = fields.pop("memories", _NOTHING)
+    if (number.shape, number.dtype) != ((), torch.int64) or number < 0:
+        raise WireError("not a state: its round is missing or of another form")
+    if (known.ndim, known.dtype) != (2, torch.int64) or known.shape[1] != 2:
+        raise WireError("not a state: its clients' memories are missing or of another form")
+    parts: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "server": {}}
+    for name, tensor in fields.items():
+        part, slash, own = name.partition("/")
+        if part not in parts or not slash:
+            raise WireError(f"not a state: tensor {name!r} is of no use in one")
+        parts[part][own] = tensor
+    return State(int(number), parts["shared"], parts["server"], dict(known.tolist()))
 
 
 def manifest(folder: Path, number: int) -> Path:
@@ -87,7 +98,7 @@ def load(folder: Path, config: str, say: Callable[[str], None], *, mend: bool = 
     for path in sorted(folder.glob("*.json"), reverse=True):
         try:
             found = _read(path, config)
-        except (WireError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
             damaged.append(path)
         else:
@@ -114,6 +125,8 @@ def _read(path: Path, config: str) -> Checkpoint:
         if digest(blobs[name]).hex() != expected:
             raise WireError(f"{name} does not match its digest")
     state = unpack(blobs[f"{content['round']:06d}.state"])
+    if state.round != content["round"] or type(content["ledger"]) is not int:
+        raise WireError("its manifest disagrees with its state, or holds no length of the ledger")
     memories = Memories()
     for client, version in state.memories.items():
         memories.put(client, version, blobs[f"client-{client}-{version:06d}.memory"])
@@ -149,7 +162,15 @@ def _prune(folder: Path) -> None:
     """Delete all but the last checkpoints, and every file that none of them names."""
     manifests = sorted(folder.glob("*.json"))
     kept = manifests[-KEEP:]
-    named = {name for path in kept for name in json.loads(path.read_bytes())["files"]}
+    named = set[str]().union(*map(_files, kept))
     for path in folder.iterdir():
         if path not in kept and path.name not in named:
             path.unlink()
+
+
+def _files(path: Path) -> set[str]:
+    """Return the names of the files that a manifest names; none for one that cannot be read."""
+    try:
+        return set(json.loads(path.read_bytes())["files"])
+    except _DAMAGE:
+        return set()
