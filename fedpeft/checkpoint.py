@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -17,6 +16,10 @@ from fedpeft.wire import decode, digest, encode
 
 KEEP = 2
 """Checkpoints kept, so that a damaged one leaves another to fall back to."""
+
+_NOTHING = torch.zeros(0, 0)
+_DAMAGE = (WireError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged checkpoint may raise; the last one for JSON that is nested too deep."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,19 @@ def pack(state: State) -> bytes:
 def unpack(blob: bytes) -> State:
     """Return the state that ``pack`` turned into ``blob``; anything else raises WireError."""
     fields = decode(blob)
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
-
-    memories = dict(fields["memories"].tolist())
-    return State(int(fields["round"]), part("shared/"), part("server/"), memories)
+    number = fields.pop("round", _NOTHING)
+    known = fields.pop("memories", _NOTHING)
+    if (number.shape, number.dtype) != ((), torch.int64) or number < 0:
+        raise WireError("not a state: its round is missing or of another form")
+    if (known.ndim, known.dtype) != (2, torch.int64) or known.shape[1] != 2:
+        raise WireError("not a state: its clients' memories are missing or of another form")
+    parts: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "server": {}}
+    for name, tensor in fields.items():
+        part, slash, own = name.partition("/")
+        if part not in parts or not slash:
+            raise WireError(f"not a state: tensor {name!r} is of no use in one")
+        parts[part][own] = tensor
+    return State(int(number), parts["shared"], parts["server"], dict(known.tolist()))
 
 
 def manifest(folder: Path, number: int) -> Path:
@@ -157,7 +167,7 @@ def load(folder: Path, configs: Collection[str], say: Callable[[str], None], *, 
         tried.add(path)
         try:
             found = _read(path, configs)
-        except (WireError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             if path.exists():  # otherwise the run has got further, and has dropped it
                 say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
                 damaged.append(path)
@@ -185,6 +195,8 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
         if digest(blobs[name]).hex() != expected:
             raise WireError(f"{name} does not match its digest")
     state = unpack(blobs[_state_file(content["round"])])
+    if state.round != content["round"] or type(content["ledger"]) is not int:
+        raise WireError("its manifest disagrees with its state, or holds no length of the ledger")
     memories = Memories()
     for client, version in state.memories.items():
         memories.put(client, version, blobs[_memory_file(client, version)])
@@ -224,8 +236,7 @@ def _prune(folder: Path) -> None:
         path.unlink()
     named = {path.name for path in kept}
     for path in kept:
-        with suppress(ValueError, LookupError, TypeError, AttributeError):  # damaged: it names nothing
-            named |= json.loads(path.read_bytes())["files"].keys()
+        named |= _files(path)
     for path in folder.iterdir():
         if is_ours(path.name) and path.name not in named:
             path.unlink()
@@ -242,3 +253,11 @@ def _drop_oldest(folder: Path, written: Written) -> None:
             gone -= files.keys()
         for name in gone:
             (folder / name).unlink(missing_ok=True)
+
+
+def _files(path: Path) -> set[str]:
+    """Return the names of the files that a manifest names; none for one that cannot be read."""
+    try:
+        return set(json.loads(path.read_bytes())["files"])
+    except _DAMAGE:
+        return set()

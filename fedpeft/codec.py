@@ -3,14 +3,20 @@
 The format is safetensors' own (https://huggingface.co/docs/safetensors): the length of a JSON header in 8 bytes, the header
 with dtype, shape and place of every tensor, the tensors. Its library copies every tensor twice on the way; 90 MB of
 parameters in every message of full fine-tuning make that the larger part of a round.
+
+Whoever sends a file may mean harm, so its header is not given to a JSON parser, which would build
+whatever it is told to. It is read by one pattern that knows only what the library and ``buffers``
+write: compact JSON without metadata, one tensor after another. So nothing nests, no number is long,
+and memory and time are those of the tensors that are there.
 """
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -29,8 +35,39 @@ FORMATS: Final[Mapping[str, torch.dtype]] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+HEADER: Final = 1 << 24
+"""Bytes of a header at most."""
+TENSORS: Final = 1 << 16
+"""Tensors in a file at most: twice the adapters of a mixture of 128 experts in 48 layers."""
+NAME: Final = 512
+"""Characters of a tensor's name at most, as JSON escapes them."""
+DIMENSIONS: Final = 8
+"""Dimensions of a tensor at most."""
+EMPTY: Final = 1 << 24
+"""What the other dimensions of an empty tensor multiply to at most.
+
+No bytes stand behind them, but whoever multiplies an (out, 0) by a (0, in) matrix needs memory for
+out times in.
+"""
+
 _NAMES: Final = {dtype: name for name, dtype in FORMATS.items()}
 _LENGTH: Final = 8
+_NUMBER: Final = r"(?:0|[1-9][0-9]{0,14})"
+# The + takes all there is and never gives any back: no text makes the search longer than itself.
+_TEXT: Final = rf"""[^"\\\x00-\x1f]{{0,{NAME}}}+"""
+_TENSOR: Final = re.compile(
+    rf"""
+    "(?P<name> {_TEXT} (?: \\. {_TEXT} ){{0,{NAME}}}+ )":
+    {{
+    "dtype":"(?P<format> \w{{1,8}} )",
+    "shape":\[ (?P<shape> (?: {_NUMBER} (?: ,{_NUMBER} ){{0,{DIMENSIONS - 1}}} )? ) \],
+    "data_offsets":\[ (?P<start> {_NUMBER} ),(?P<stop> {_NUMBER} ) \]
+    }}
+    (?: ,(?=") | \Z )
+    """.encode(),
+    re.VERBOSE,
+)
+"""One tensor of a header, and the comma before the next one."""
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,12 +87,20 @@ class Place:
 def buffers(payload: Payload) -> list[memoryview]:
     """Return the parts of the file that holds ``payload``, in order; equal names, shapes and dtypes give equal headers.
 
-    The parts may be views of the tensors' own memory. WireError for a dtype that the format lacks.
+    The parts may be views of the tensors' own memory. WireError for a dtype that the format lacks,
+    and for what is beyond the bounds above, which no receiver would read.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in payload.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise WireError(f"tensor {name!r} is {tensor.dtype}, which cannot be sent; choose from: {', '.join(FORMATS)}")
+        if len(json.dumps(name)) - len('""') > NAME:
+            start = f"{name[:40]!r}..."
+            raise WireError(f"tensor {start} cannot be sent: its name has over {NAME} characters")
+        if fault := _fault(tensor.shape):
+            raise WireError(f"tensor {name!r} cannot be sent: {fault}")
+    if len(tensors) > TENSORS:
+        raise WireError(f"{len(tensors)} tensors cannot be sent at once; at most {TENSORS}")
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that every tensor is aligned
     about, end = {}, 0
     for name in order:
@@ -67,6 +112,8 @@ def buffers(payload: Payload) -> list[memoryview]:
         }
     header = json.dumps(about, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH)
+    if len(header) > HEADER:
+        raise WireError(f"a header of {len(header)} bytes cannot be sent; at most {HEADER}")
     bytes_of = [tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in order if tensors[name].numel()]
     return [memoryview(len(header).to_bytes(_LENGTH, "little") + header), *bytes_of]
 
@@ -75,23 +122,59 @@ def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
     """Return where every tensor is; a file that is none, or has bytes that belong to no tensor, raises WireError."""
     try:
         data = _LENGTH + int.from_bytes(file[:_LENGTH], "little")
-        if len(file) < max(data, _LENGTH):
+        if not _LENGTH <= data <= min(len(file), _LENGTH + HEADER):
             raise ValueError(f"{len(file)} bytes are no header")
-        header = json.loads(bytes(file[_LENGTH:data]))
-        found = {name: _place(about, data) for name, about in header.items()}
+        found = _entries(bytes(file[_LENGTH:data]), data)
         _check_cover(sorted(found.values(), key=lambda place: (place.start, place.stop)), data, len(file))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise WireError(f"not a safetensors message: {error}") from error
     return found
 
 
-def _place(about: Mapping[str, Any], data: int) -> Place:
-    name, shape, (start, stop) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
-        raise ValueError(f"shape {shape} or place {start} to {stop} is none")
+def _entries(header: bytes, data: int) -> dict[str, Place]:
+    """Return the places in ``header`` by name; the tensors begin at byte ``data`` of the file."""
+    header = header.rstrip(b" ")
+    if header[:1] + header[-1:] != b"{}":
+        raise ValueError("its header is no JSON object")
+    found: dict[str, Place] = {}
+    at, end = len(b"{"), len(header) - len(b"}")
+    while at < end:
+        entry = _TENSOR.match(header, at, end)
+        if entry is None:
+            raise ValueError(f"no tensor is described at byte {at} of its header")
+        name = str(json.loads(b'"' + entry["name"] + b'"'))
+        if len(entry["name"]) > NAME:
+            raise ValueError(f"a tensor's name is longer than {NAME} characters")
+        if name in found:
+            raise ValueError(f"two tensors are called {name!r}")
+        if len(found) == TENSORS:
+            raise ValueError(f"it has more than {TENSORS} tensors")
+        found[name] = _place(entry, data)
+        at = entry.end()
+    return found
+
+
+def _place(entry: re.Match[bytes], data: int) -> Place:
+    name = entry["format"].decode()
+    shape = tuple(int(number) for number in entry["shape"].split(b",") if number)
+    start, stop = int(entry["start"]), int(entry["stop"])
+    if name not in FORMATS:
+        raise ValueError(f"{name!r} is no dtype; choose from: {', '.join(FORMATS)}")
     if stop - start != FORMATS[name].itemsize * math.prod(shape):
         raise ValueError(f"{start} to {stop} is no place for {name} of shape {shape}")
+    if fault := _fault(shape):
+        raise ValueError(fault)
     return Place(name, shape, data + start, data + stop)
+
+
+def _fault(shape: Sequence[int]) -> str:
+    """Return why a tensor of ``shape`` is refused, nothing if it is not."""
+    if len(shape) > DIMENSIONS:
+        return f"it has {len(shape)} dimensions, more than {DIMENSIONS}"
+    others = math.prod(size for size in shape if size != 0)
+    if 0 in shape and others > EMPTY:
+        return f"it is empty, and its other sizes, {tuple(shape)}, multiply to more than {EMPTY}"
+    return ""
 
 
 def _check_cover(found: Sequence[Place], data: int, end: int) -> None:
@@ -107,14 +190,18 @@ def _check_cover(found: Sequence[Place], data: int, end: int) -> None:
 def tensors(file: bytes, offset: int) -> dict[str, Tensor]:
     """Return the tensors of the file that begins at ``offset`` in ``file``, by name in order, as views of its memory.
 
-    They are for reading: nobody may write to what was received. WireError as in ``places``.
+    They are for reading: nobody may write to what was received. WireError as in ``places``, and for
+    a truth value that is neither 0 nor 1.
     """
-    found = places(memoryview(file)[offset:])
-    return {
-        name: torch.frombuffer(
-            file, dtype=FORMATS[place.format], count=math.prod(place.shape), offset=offset + place.start
-        ).view(place.shape)
-        if place.stop > place.start
-        else torch.empty(place.shape, dtype=FORMATS[place.format])
-        for name, place in sorted(found.items())
-    }
+    found: dict[str, Tensor] = {}
+    for name, place in sorted(places(memoryview(file)[offset:]).items()):
+        dtype = FORMATS[place.format]
+        if place.start == place.stop:
+            found[name] = torch.empty(place.shape, dtype=dtype)
+            continue
+        count, start = math.prod(place.shape), offset + place.start
+        flat = torch.frombuffer(file, dtype=dtype, count=count, offset=start)
+        if dtype == torch.bool and flat.view(torch.uint8).max() > 1:
+            raise WireError(f"tensor {name!r} holds a truth value that is neither 0 nor 1")
+        found[name] = flat.view(place.shape)
+    return found

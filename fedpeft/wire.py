@@ -97,21 +97,22 @@ class Request:
 
     @staticmethod
     def decode(blob: bytes, config: bytes) -> "Request":
-        """Read a request; one that is damaged, or made for another configuration than ``config``, raises WireError."""
+        """Read a request; what is none, or is for another configuration, raises WireError."""
         fields = decode(blob)
-        due = {"@kind": (), "@round": (), "@memory": (), "@config": (DIGEST,)}
+        whole = torch.empty((), dtype=torch.int64)
+        bytes_ = torch.empty(DIGEST, dtype=torch.uint8)
+        due = {"@kind": whole, "@round": whole, "@memory": whole, "@config": bytes_}
         found = {name: fields.pop(name, _NOTHING) for name in due}
-        for name, shape in due.items():
-            if tuple(found[name].shape) != shape or found[name].is_floating_point():
+        for name, like in due.items():
+            if (found[name].shape, found[name].dtype) != (like.shape, like.dtype):
                 raise WireError(f"not a request: field {name} is missing or of another form")
         theirs = bytes(found["@config"].tolist())
         if theirs != config:
             raise WireError(f"the request is for configuration {theirs.hex()}, this client has {config.hex()}")
-        try:
-            kind = Kind(int(found["@kind"]))
-        except ValueError as error:
-            raise WireError(f"not a request: {error}") from error
-        return Request(kind, int(found["@round"]), theirs, fields, int(found["@memory"]))
+        kind, number, memory = (int(found[name]) for name in ("@kind", "@round", "@memory"))
+        if kind not in set(Kind) or number < 0 or memory < NEVER:
+            raise WireError(f"not a request: kind {kind}, round {number}, memory of round {memory}")
+        return Request(Kind(kind), number, theirs, fields, memory)
 
 
 class Status(IntEnum):

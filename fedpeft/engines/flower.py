@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,32 +18,39 @@ from typing import Final, TypeVar, final
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedpeft.client import Worker
+from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
 from fedpeft.engines.site import Site
-from fedpeft.types import NEVER, Client, Engine, Lost, Reply, WireError
+from fedpeft.types import NEVER, BadInput, Client, Engine, Lost, Reply, WireError
 from fedpeft.wire import Answer
 
 T = TypeVar("T")
-BYTES: Final = "fedpeft.bytes"  # our stype: the data is a message of wire.py, not a saved NumPy array
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-FAILED, EXPIRED = 2, 3  # Flower's codes for an app that raised and for a message past its time to live
+FAILED: Final = 2  # Flower's code for an app that raised
 Build = Callable[[str], Worker]
 
 
-def _record(blob: bytes) -> ArrayRecord:
-    return ArrayRecord({"blob": Array("uint8", (len(blob),), BYTES, blob)})
+@final
+@dataclass(frozen=True)
+class Pending:
+    """A client whose request is under way until ``deadline``, in seconds of the monotonic clock."""
 
-
-def _arrays(records: RecordDict, name: str) -> ArrayRecord:
-    found = records.get(name, ArrayRecord())  # not records.array_records: a cycle in it keeps the blobs until the next gc
-    if not isinstance(found, ArrayRecord) or any(array.stype != BYTES for array in found.values()):
-        raise WireError(f"record {name!r} of a Flower message should hold arrays of type {BYTES}")
-    return found
+    client: Client
+    deadline: float
 
 
 @final
@@ -57,60 +65,98 @@ class FlowerEngine:
 
     grid: Grid
     ended: threading.Event
-    nodes: dict[int, int]
+    nodes: Nodes
     config: str
     patience: float = 3600.0
     window: int = 2
     poll: float = 0.02
 
     def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
-        """Send every client its request, ``window`` of them at a time, and yield the answers as they come."""
-        queue, under_way = iter(clients), dict[str, Client]()
-        while True:
-            while len(under_way) < self.window and (client := next(queue, None)) is not None:
-                under_way[_push(self.grid, self._message(client, request(client)))] = client
-            if not under_way:
-                return
-            for message in _pull(self.grid, under_way, self.ended, self.poll):
-                yield self._answer(under_way.pop(message.metadata.reply_to_message_id), message)
+        """Send every client its request, ``window`` at a time, and yield the answers as they come.
 
-    def _message(self, client: Client, request: bytes) -> Message:
+        A client is lost, with the reason, if it has no node, if Flower refuses its request, and if
+        what comes back within ``patience`` is no answer or cannot be read; what comes later, or
+        twice, is not looked at. Nodes that have joined since the last exchange are asked whom they
+        play, and take part from the next one on. RuntimeError where the grid is gone; where it is
+        out of reach, what it raises itself.
+        """
+        self.nodes.look()
+        under_way: dict[str, Pending] = {}
+        for client in clients:
+            yield from self._ask(client, request, under_way)
+            while len(under_way) >= self.window:
+                yield from self._look(under_way)
+        while under_way:
+            yield from self._look(under_way)
+
+    def _ask(
+        self,
+        client: Client,
+        request: Callable[[Client], bytes],
+        under_way: dict[str, Pending],
+    ) -> Iterator[Lost]:
+        """Send ``client`` its request and add it to ``under_way``, or yield the client as lost."""
+        node = self.nodes.get(client.id)
+        if node is None:
+            yield Lost(client, "no node has joined for this client")
+            return
+        message = self._message(client, node, request(client))
+        pending = Pending(client, time.monotonic() + self.patience)
+        try:
+            under_way[push(self.grid, message)] = pending
+        except WireError as error:
+            yield Lost(client, str(error))
+
+    def _message(self, client: Client, node: int, request: bytes) -> Message:
         to = ConfigRecord({"config": self.config, "client": client.id, "memory": client.memory})
-        content = RecordDict({"to": to, "request": _record(request)})
-        return Message(content, self.nodes[client.id], MessageType.TRAIN, ttl=self.patience)
+        content = RecordDict({"to": to, "request": record(request)})
+        return Message(content, node, MessageType.TRAIN, ttl=self.patience)
 
-    def _answer(self, client: Client, message: Message) -> Reply | Lost:
-        if message.has_content():
-            return Reply(client, _arrays(message.content, "answer")["blob"].data)
-        late = f"no answer within {self.patience:g} s"
-        return Lost(client, late if message.error.code == EXPIRED else str(message.error.reason))
-
-
-def _push(grid: Grid, message: Message) -> str:
-    """Send one message and return its id."""
-    sent = next(iter(grid.push_messages([message])), None)
-    if not sent:
-        raise RuntimeError("Flower refused a message")
-    return sent
-
-
-def _pull(grid: Grid, sent: dict[str, Client], ended: threading.Event, poll: float) -> Iterator[Message]:
-    if ended.wait(poll):
-        raise RuntimeError("the Flower simulation ended while clients were at work")
-    yield from grid.pull_messages(list(sent))
+    def _look(self, under_way: dict[str, Pending]) -> Iterator[Reply | Lost]:
+        """Wait a moment; yield what has become of requests ``under_way``, which then leave it."""
+        if self.ended.wait(self.poll):
+            raise RuntimeError("the Flower simulation ended while clients were at work")
+        for sent, pending in list(under_way.items()):
+            try:
+                content = pull(self.grid, sent)
+                answer = None if content is None else blob(content, "answer")
+                if answer is None and time.monotonic() >= pending.deadline:
+                    raise WireError(f"no answer within {self.patience:g} s")
+            except WireError as error:
+                del under_way[sent]
+                yield Lost(pending.client, str(error))
+                continue
+            if answer is not None:
+                del under_way[sent]
+                yield Reply(pending.client, answer)
 
 
-def connect(grid: Grid, ended: threading.Event, clients: int, config: str) -> FlowerEngine:
-    """Wait for ``clients`` nodes, ask each which partition it holds, and return the engine that reaches them."""
-    while len(ids := list(grid.get_node_ids())) < clients:
+def connect(
+    grid: Grid,
+    ended: threading.Event,
+    clients: int,
+    config: str,
+    joining: float = 300.0,
+) -> FlowerEngine:
+    """Return the engine once all ``clients`` have a node, or after ``joining`` seconds.
+
+    Who is missing then neither holds up the run nor ends it, but counts as a client that falls
+    silent later: its replies are lost, each with a line in the ledger; ``min_replies`` says whether
+    the others are enough; and it takes part once its node joins after all. Only a run without any
+    node, which could record nothing but losses, ends with BadInput.
+    """
+    nodes = Nodes(grid, clients)
+    deadline = time.monotonic() + joining
+    nodes.look()
+    while len(nodes) < clients and time.monotonic() < deadline:
         if ended.wait(0.05):
-            raise RuntimeError(f"the Flower simulation ended with {len(ids)} of {clients} nodes")
-    asked = {_push(grid, Message(RecordDict(), node, MessageType.QUERY)): Client(node) for node in ids}
-    nodes: dict[int, int] = {}
-    while asked:
-        for message in _pull(grid, asked, ended, 0.02):
-            node = asked.pop(message.metadata.reply_to_message_id)
-            nodes[int(str(message.content["node"]["partition-id"]))] = node.id
+            raise RuntimeError(f"the Flower simulation ended with {len(nodes)} of {clients} nodes")
+        nodes.look()
+    if len(nodes) == 0:
+        raise BadInput(
+            f"engine.kind = 'flower': no node joined within {joining:g} s; "
+            "start the nodes first, each with the partition-id of its client"
+        )
     return FlowerEngine(grid, ended, nodes, config)
 
 
@@ -129,11 +175,11 @@ class _Play:
             answer = self._play(message.content, context.state)
         except Exception as error:  # told in one line; Flower would wrap it and log it twice
             return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
-        return Message(RecordDict({"answer": _record(answer)}), reply_to=message)
+        return Message(RecordDict({"answer": record(answer)}), reply_to=message)
 
     def _play(self, content: RecordDict, state: RecordDict) -> bytes:
         config, client, version = (str(content["to"][name]) for name in ("config", "client", "memory"))
-        held = _arrays(state, config)
+        held = arrays(state, config)
         if version not in {str(NEVER), *held}:
             raise WireError(f"client {client} holds no memory of round {version}, only of {sorted(held) or 'none'}")
         assumed = {round_: array for round_, array in held.items() if round_ == version}
@@ -141,10 +187,11 @@ class _Play:
             _workers.clear()  # one model in memory, not one per configuration
             _workers[config] = self.build(config)
         memory = b"".join(array.data for array in assumed.values())
-        request = _arrays(content, "request")["blob"].data
+        request = blob(content, "request")
         [(answer, kept)] = _workers[config].handle([int(client)], [request], [memory])
         if kept:  # beside it stays the one that the server goes on to assume should this answer be lost
-            state[config] = ArrayRecord({**assumed, str(Answer.decode(answer).memory): _record(kept)["blob"]})
+            newest = str(Answer.decode(answer).memory)
+            state[config] = ArrayRecord({**assumed, newest: record(kept)["blob"]})
         return answer
 
 
@@ -200,4 +247,6 @@ def launch(site: Site, body: Callable[[Engine], T], actors: int = 1) -> T:
         actor: dict[str, ConfigRecordValues] = {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1}
         app = client_app(site.rebuild)
         run_simulation(server, app, site.clients, backend_config={"client_resources": actor, "init_args": ray})
+    if not outcome.done():
+        raise RuntimeError("the Flower simulation ended before the run began")
     return outcome.result()

@@ -3,20 +3,23 @@
 import json
 import math
 import random
+import tracemalloc
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedpeft import codec
 from fedpeft.ledger import COUNTS, REALS, Measured
 from fedpeft.memory import Forgotten
-from fedpeft.types import NEVER, WireError
+from fedpeft.types import NEVER, Lost, Reply, WireError
 from fedpeft.wire import (
     DIGEST,
     Answer,
@@ -30,7 +33,9 @@ from fedpeft.wire import (
     forgotten,
     form,
 )
+from tests.contract.reference import replayed
 from tests.strategies import PAYLOADS, bits
+from tests.tiny import assert_same_state
 
 CONFIG = digest(b"a configuration")
 SIGNED = st.integers(-(2**63), 2**63 - 1)
@@ -99,10 +104,17 @@ def test_a_message_is_a_safetensors_file_after_its_digest(payload: dict[str, Ten
     assert known(decode(digest(theirs) + theirs)) == known(payload)
 
 
-def _file(about: object, data: bytes = b"\0" * 16) -> bytes:
-    header = json.dumps(about).encode()
+def _whole(header: bytes, data: bytes) -> bytes:
+    """Return the message with this header, under a true digest."""
     body = len(header).to_bytes(8, "little") + header + data
     return digest(body) + body
+
+
+def _file(about: object, data: bytes = b"\0" * 16) -> bytes:
+    """Return the message whose header is ``about`` as JSON, or ``about`` itself if it is bytes."""
+    if isinstance(about, bytes):
+        return _whole(about, data)
+    return _whole(json.dumps(about, separators=(",", ":")).encode(), data)
 
 
 def _tensor(shape: object = (4,), offsets: object = (0, 16), dtype: object = "F32") -> dict[str, object]:
@@ -123,6 +135,32 @@ FORGED: dict[str, object] = {
     "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
     "a list for a tensor": {"a": [1]},
     "metadata": {"__metadata__": {"a": "b"}, "a": _tensor()},
+    "a size of 2^63": {"a": _tensor(), "b": _tensor((2**63, 0), (16, 16))},
+    "an empty tensor of 2^62 by 2^62": {"a": _tensor(), "b": _tensor((0, 2**62, 2**62), (16, 16))},
+    "an empty tensor of 5000 by 5000": {"a": _tensor(), "b": _tensor((0, 5000, 5000), (16, 16))},
+    "nine dimensions": {"a": _tensor((4, *[1] * 8))},
+    "a hundred thousand dimensions": {"a": _tensor((4, *[1] * 100_000))},
+    "a size of ten thousand digits": b'{"a":{"dtype":"F32","shape":[%s]}}' % (b"9" * 10_000),
+    "a size that is true": {"a": _tensor((True, 4))},
+    "a size in words": {"a": _tensor(("4",))},
+    "no size": {"a": _tensor((None, 4))},
+    "a dtype that is a list": {"a": _tensor(dtype=["F32"])},
+    "one offset": {"a": _tensor(offsets=(16,))},
+    "three offsets": {"a": _tensor(offsets=(0, 16, 16))},
+    "a name of a million characters": {"a" * 1_000_000: _tensor()},
+    "a name that is no text": b'{"\xff":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    "a name with an unknown escape": b'{"\\x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    "one name twice": b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+    b'"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    "a comma too many": b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},}',
+    "lists a million deep": b"[" * 1_000_000,
+    "objects in a name's place a million deep": b'{"a":' * 1_000_000 + b"}" * 1_000_000,
+    "lists in a shape's place": b'{"a":{"shape":%s%s}}' % (b"[" * 100_000, b"]" * 100_000),
+    "a text without an end": b'{"' + b"\\\\" * 1_000_000 + b"}",
+    "a list": [1, 2],
+    "nothing": b"",
+    "null": None,
+    "infinite": b'{"a":Infinity}',
 }
 
 
@@ -133,6 +171,178 @@ def test_a_header_that_does_not_describe_the_bytes_is_refused(about: object) -> 
         decode(_file(about))
     with pytest.raises(WireError, match="safetensors"):
         form(_file(about))
+
+
+def test_a_truth_value_is_0_or_1() -> None:
+    """What torch makes of another byte differs from operation to operation."""
+    about = {"a": _tensor((16,), dtype="BOOL")}
+    assert decode(_file(about, b"\0\1" * 8))["a"].sum() == 8
+    with pytest.raises(WireError, match="truth value"):
+        decode(_file(about, b"\0\2" * 8))
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        ({"a" * 513: torch.ones(1)}, "512 characters"),
+        ({"a": torch.ones([1] * 9)}, "9 dimensions"),
+        ({"a": torch.ones(0, 5000, 5000)}, "multiply to more"),
+    ],
+    ids=["name", "dimensions", "empty"],
+)
+def test_what_no_receiver_would_read_is_not_sent(payload: dict[str, Tensor], why: str) -> None:
+    with pytest.raises(WireError, match=why):
+        encode(payload)
+
+
+def test_the_bounds_themselves_are_kept() -> None:
+    payload = {"a" * 512: torch.ones([1] * 8), "b": torch.ones(0, 4096, 4096)}
+    assert known(decode(encode(payload))) == known(payload)
+
+
+@pytest.mark.parametrize("bound", ["TENSORS", "HEADER"])
+def test_the_number_of_tensors_and_the_length_of_a_header_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+    bound: str,
+) -> None:
+    few, many = ({str(number): torch.ones(1) for number in range(count)} for count in (10, 11))
+    as_many = {"TENSORS": 10, "HEADER": int.from_bytes(encode(few)[DIGEST : DIGEST + 8], "little")}
+    blob = encode(many)
+    monkeypatch.setattr(codec, bound, as_many[bound])
+    assert known(decode(encode(few))) == known(few)
+    with pytest.raises(WireError, match="cannot be sent"):
+        encode(many)
+    for read in (decode, form):
+        with pytest.raises(WireError, match="safetensors"):
+            read(blob)
+
+
+WORDS = st.text(max_size=5)
+LEAVES = st.none() | st.booleans() | st.integers() | st.integers(2**60, 2**70) | st.floats() | WORDS
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=12,
+)
+"""Any JSON value, and NaN and infinities, which Python's reader takes for JSON."""
+
+
+def _parts(blob: bytes) -> tuple[bytes, bytes]:
+    """Return header and data of a message."""
+    length = int.from_bytes(blob[DIGEST : DIGEST + 8], "little")
+    return blob[DIGEST + 8 : DIGEST + 8 + length], blob[DIGEST + 8 + length :]
+
+
+@st.composite
+def with_other_bytes(draw: st.DrawFn, blob: bytes) -> bytes:
+    """Return ``blob`` with bits turned, cut, made longer or with another length of its header."""
+    body = bytearray(blob[DIGEST:])
+    match draw(st.sampled_from(["bits", "cut", "longer", "length"])):
+        case "bits":
+            for place in draw(st.lists(st.integers(0, len(body) - 1), min_size=1, max_size=4)):
+                body[place] ^= 1 << draw(st.integers(0, 7))
+        case "cut":
+            del body[draw(st.integers(0, len(body))) :]
+        case "longer":
+            body += draw(st.binary(max_size=40))
+        case "length":
+            body[:8] = draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little")
+    return digest(bytes(body)) + bytes(body)
+
+
+@st.composite
+def with_another_header(draw: st.DrawFn, blob: bytes) -> bytes:
+    """Return ``blob`` with a header, or a part of one, that is any JSON, many names, deep lists."""
+    header, data = _parts(blob)
+    about: dict[str, Any] = json.loads(header)
+    name = draw(st.sampled_from([*about, "more"]))
+    match draw(st.sampled_from(["header", "tensor", "field", "deep", "names"])):
+        case "header":
+            return _file(draw(JSON), data)
+        case "tensor":
+            about[name] = draw(JSON)
+        case "field":
+            field = draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))
+            about[name] = {**about.get(name, _tensor()), field: draw(JSON)}
+        case "deep":
+            depth = draw(st.integers(1, 50_000))
+            left, right = draw(st.sampled_from([(b"[", b"]"), (b'{"a":', b"}"), (b"[[],", b"]")]))
+            deep = (json.dumps(name).encode(), left * depth, right * depth)
+            return _whole(b"{%s:%s%s}" % deep, data)
+        case "names":
+            empty = _tensor((0, draw(st.integers(0, 2**65))), (0, 0))
+            about |= {str(number): empty for number in range(draw(st.integers(1, 500)))}
+    return _file(about, data)
+
+
+def touched(blob: bytes) -> st.SearchStrategy[bytes]:
+    """Return what someone who can make a digest may turn ``blob`` into."""
+    return with_other_bytes(blob) | with_another_header(blob)
+
+
+@settings(deadline=None, max_examples=300)
+@given(PAYLOADS, st.data())
+def test_whatever_is_done_to_a_message_is_read_as_some_payload_or_refused(
+    payload: dict[str, Tensor], data: st.DataObject
+) -> None:
+    """Within memory of the order of its own length, and whoever reads it."""
+    blob = data.draw(touched(Request(Kind.TRAIN, 1, CONFIG, payload).encode()))
+    tracemalloc.start()
+    try:
+        with suppress(WireError):
+            form(blob)
+        with suppress(WireError):
+            Request.decode(blob, CONFIG)
+        with suppress(WireError):
+            Answer.decode(blob)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(blob) + 100_000
+    try:
+        found = decode(blob)
+    except WireError as refusal:
+        said = str(refusal)
+        assert len(said) < 1000, "whatever was sent, a line says why it is refused"
+    else:
+        assert known(decode(encode(found))) == known(found)
+        assert sum(tensor.nbytes for tensor in found.values()) <= len(blob)
+
+
+VICTIM = 1
+
+
+def _spoilt(change: Callable[[bytes], bytes]) -> str | None:
+    """Let one of three clients send its reply changed; return why it, and nobody else, was lost."""
+
+    def spoil(_: int, outcome: Reply | Lost) -> Reply | Lost:
+        assert isinstance(outcome, Reply)
+        if outcome.client.id == VICTIM:
+            return replace(outcome, blob=change(outcome.blob))
+        return outcome
+
+    playing, state = replayed("lora", 1, spoil)
+    spoilt = playing.play(1, state)
+    why = {row.client: row.lost for row in playing.rows}
+    assert why == {0: None, VICTIM: why[VICTIM], 2: None}
+    if why[VICTIM] is not None:
+        without, _ = replayed("lora", 1)
+        others = [client for client in without.clients() if client.id != VICTIM]
+        assert_same_state(spoilt, without.play(1, state, cohort=lambda _: others))
+    return why[VICTIM]
+
+
+@pytest.mark.parametrize("about", FORGED.values(), ids=FORGED)
+def test_a_forged_reply_costs_the_client_that_sent_it_and_no_other(about: object) -> None:
+    assert _spoilt(lambda _: _file(about)) is not None
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_reply_that_was_touched_costs_the_client_that_sent_it_at_most(
+    data: st.DataObject,
+) -> None:
+    assume(_spoilt(lambda blob: data.draw(touched(blob))) is not None)
 
 
 def test_forms_tell_names_dtypes_shapes_and_whole_numbers_apart_but_no_other_values() -> None:
@@ -247,9 +457,27 @@ def test_a_message_whose_own_fields_are_missing_or_of_another_form_is_refused(na
         read(encode(fields if wrong is None else {**fields, name: wrong}))
 
 
-def test_a_request_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(WireError):
-        Request.decode(encode({**FIELDS, "@kind": torch.tensor(77)}), CONFIG)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"@kind": torch.tensor(77)},
+        {"@kind": torch.tensor(-1)},
+        {"@kind": torch.tensor(True)},
+        {"@round": torch.tensor(-1)},
+        {"@round": torch.tensor(3, dtype=torch.int32)},
+        {"@memory": torch.tensor(NEVER - 1)},
+        {"@memory": torch.tensor(False)},
+        {"@config": torch.tensor(list(CONFIG))},
+        {"@config": torch.full((DIGEST,), 256)},
+        {"@config": torch.full((DIGEST,), -1, dtype=torch.int8)},
+        {"@config": torch.ones(DIGEST, dtype=torch.bool)},
+    ],
+)
+def test_a_request_whose_fields_are_of_another_format_or_out_of_range_is_refused(
+    wrong: dict[str, Tensor],
+) -> None:
+    with pytest.raises(WireError, match="not a request"):
+        Request.decode(encode({**FIELDS, **wrong}), CONFIG)
 
 
 def test_a_digest_has_16_bytes_and_is_the_same_in_every_process() -> None:

@@ -1,15 +1,35 @@
-"""The local engine with cohorts of one and Flower's simulation end in the same state, to the bit."""
+"""The local engine with cohorts of one and Flower's simulation end in the same state, to the bit.
+
+The simulation needs Ray, and a process of its own. What nodes and servers may do wrong is played
+without either: there a grid in this process calls the app of the clients.
+"""
 
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpeft.engines import flower
+from fedpeft.engines.flower import FlowerEngine, connect
+from fedpeft.engines.grid import BYTES, record
+from fedpeft.engines.local import LocalEngine
+from fedpeft.federation import federate
+from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
+from fedpeft.types import NEVER, BadInput, Client, Engine, State
+from tests.parity.here import Answering, Here, Node, grid
+from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,3 +51,274 @@ def test_flower_ends_where_the_local_engine_does(name: str, told: dict[str, dict
     assert told[name]["differences"] == []
     assert told[name]["rows"] == 8
     assert told[name]["lost"] == [None] * 8
+
+
+CLIENTS = [Client(0, examples=7), Client(1, examples=11), Client(2, examples=9)]
+VICTIM = 1
+
+
+@pytest.fixture(autouse=True)
+def inside_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages can be made here, and no worker is left from another test."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    monkeypatch.setattr(flower, "_workers", {})
+
+
+def engine(here: Here, joining: float = 0.05, patience: float = 60.0) -> FlowerEngine:
+    """Return the engine that reaches three clients through ``here``."""
+    found = connect(here, threading.Event(), 3, "a configuration", joining)
+    return replace(found, patience=patience, poll=0.001)
+
+
+def play(
+    through: Engine,
+    clients: Sequence[Client] = CLIENTS,
+    rounds: int = 2,
+) -> tuple[State, list[ClientRow]]:
+    """Return the state after so many rounds with ``clients``, and the ledger's rows."""
+    method = small("lora")
+    rows: list[ClientRow] = []
+    states = federate(
+        method,
+        method.init(base_of(bert()), SEED),
+        through,
+        lambda _: clients,
+        range(rounds),
+        config=CONFIG,
+        min_replies=1,
+        record=rows.append,
+    )
+    return list(states)[-1], rows
+
+
+def alone(without: int | None = None, rounds: int = 2) -> State:
+    """Return the state that the local engine ends in, with all clients but one."""
+    clients = [client for client in CLIENTS if client.id != without]
+    return play(LocalEngine(worker(small("lora"), bert())), clients, rounds)[0]
+
+
+def assert_lost(here: Here, why: str, patience: float = 60.0) -> None:
+    """Assert that a run through ``here`` loses the victim, for that reason, and nothing else."""
+    state, rows = play(engine(here, patience=patience))
+    reasons = {(row.round, row.client): row.lost for row in rows}
+    for (number, client), reason in reasons.items():
+        if client == VICTIM:
+            assert reason is not None, number
+            assert why in reason
+            assert reason.isprintable()
+            assert len(reason) < 400
+        else:
+            assert reason is None, (number, client)
+    assert len(rows) == 6
+    assert_same_state(state, alone(without=VICTIM))
+
+
+def test_a_grid_in_this_process_is_as_good_as_the_local_engine() -> None:
+    state, rows = play(engine(grid()))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
+
+
+def holding(records: Mapping[str, Any]) -> Answering:
+    """Return what answers with these records."""
+    return lambda answer: [_instead(answer, RecordDict(dict(records)))]
+
+
+def _instead(answer: Message, content: RecordDict | Error) -> Message:
+    """Return a message with the metadata of ``answer`` and another content."""
+    number = answer.metadata.reply_to_message_id
+    asked = Message(RecordDict(), answer.metadata.src_node_id, answer.metadata.message_type)
+    asked.metadata.__dict__["_message_id"] = number
+    return Message(content, reply_to=asked)
+
+
+def array(dtype: str = "uint8", shape: tuple[int, ...] = (3,), stype: str = BYTES) -> Array:
+    """Return three bytes that say of themselves what they like."""
+    return Array(dtype, shape, stype, b"abc")
+
+
+def error(reason: str | None, code: int = 2) -> Answering:
+    """Return what answers with an error."""
+    return lambda answer: [_instead(answer, Error(code, reason))]
+
+
+NO_ANSWERS: Mapping[str, tuple[Answering, str]] = {
+    "nothing": (holding({}), "record 'answer'"),
+    "another record": (holding({"other": record(b"abc")}), "record 'answer'"),
+    "a record of settings": (holding({"answer": ConfigRecord({"blob": b"abc"})}), "hold arrays"),
+    "no array": (holding({"answer": ArrayRecord()}), "'blob'"),
+    "another array": (holding({"answer": ArrayRecord({"x": array()})}), "'blob'"),
+    "two arrays": (holding({"answer": ArrayRecord({"blob": array(), "x": array()})}), "'blob'"),
+    "a saved array": (
+        holding({"answer": ArrayRecord({"blob": array(stype="numpy.ndarray")})}),
+        BYTES,
+    ),
+    "floats": (holding({"answer": ArrayRecord({"blob": array(dtype="float32")})}), "uint8"),
+    "a table": (holding({"answer": ArrayRecord({"blob": array(shape=(1, 3))})}), "flat"),
+    "a wrong length": (holding({"answer": ArrayRecord({"blob": array(shape=(2**62,))})}), "flat"),
+    "no bytes": (holding({"answer": record(b"")}), "damaged"),
+    "bytes that are no message": (holding({"answer": record(b"abc")}), "damaged"),
+    "an error": (error("ValueError: no"), "ValueError: no"),
+    "an error without a reason": (error(None, 7), "error 7"),
+    "an error of many lines": (error("a\nb\x1b[2J" + "c" * 10**6), "a b?[2J"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ANSWERS)
+def test_what_is_no_answer_costs_the_client_that_sent_it_and_no_other(name: str) -> None:
+    answering, why = NO_ANSWERS[name]
+    here = grid()
+    here.spoil[100 + VICTIM] = answering
+    assert_lost(here, why)
+
+
+def _raising() -> list[str | None]:
+    raise ValueError("Invalid message")
+
+
+@pytest.mark.parametrize("said", [lambda: [None], lambda: [], lambda: [""], _raising])
+def test_a_request_that_flower_refuses_costs_its_client_and_no_other(
+    said: Callable[[], list[str | None]],
+) -> None:
+    here = grid()
+    here.refused[100 + VICTIM] = said
+    assert_lost(here, "Flower refused the message")
+
+
+def test_an_answer_that_flower_cannot_read_costs_its_client_and_no_other() -> None:
+    here = grid()
+    here.torn.add(100 + VICTIM)
+    assert_lost(here, "cannot be read (ValueError: Unexpected set")
+
+
+def test_a_client_that_never_answers_is_lost_after_the_patience() -> None:
+    here = grid()
+    here.spoil[100 + VICTIM] = lambda _: []
+    assert_lost(here, "no answer within 0.2 s", patience=0.2)
+
+
+def test_an_answer_that_comes_twice_counts_once_and_one_to_no_question_not_at_all() -> None:
+    def twice(answer: Message) -> list[Message]:
+        stray = _instead(answer, RecordDict({"answer": record(b"abc")}))
+        stray.metadata.__dict__["_reply_to_message_id"] = "a message of another day"
+        return [stray, answer, answer, _instead(answer, Error(2, "too late"))]
+
+    here = grid()
+    here.spoil = dict.fromkeys(here.nodes, twice)
+    state, rows = play(engine(here))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
+
+
+@pytest.mark.parametrize("when", ["before it is asked", "while it is at work"])
+def test_a_grid_out_of_reach_is_no_fault_of_a_client(when: str) -> None:
+    here = grid()
+    through = engine(here)
+
+    def unplugged(answer: Message) -> list[Message]:
+        here.gone = True
+        return [answer]
+
+    here.gone = when == "before it is asked"
+    here.spoil[100 + VICTIM] = unplugged
+    with pytest.raises(ConnectionError):
+        play(through)
+
+
+def test_the_end_of_the_simulation_ends_the_run() -> None:
+    here, ended = grid(), threading.Event()
+    through = connect(here, ended, 3, "a configuration")
+    ended.set()
+    with pytest.raises(RuntimeError, match="ended while clients were at work"):
+        play(through)
+    with pytest.raises(RuntimeError, match="ended with 2 of 3 nodes"):
+        connect(grid([0, 1]), ended, 3, "a configuration")
+
+
+@pytest.mark.parametrize("held", [None, "1", "one", 7, -1, 0, 2.0, b"1", [1]])
+def test_a_node_that_is_missing_or_holds_nothing_of_ours_costs_one_client(held: object) -> None:
+    partitions = [0, 2] if held is None else [0, held, 2]
+    assert_lost(grid(partitions), "no node has joined")
+
+
+@pytest.mark.parametrize("name", ["nothing", "another record", "an error", "a saved array"])
+def test_a_node_that_does_not_say_what_it_holds_costs_its_client_alone(name: str) -> None:
+    here = grid()
+    here.spoilt = MessageType.QUERY
+    here.spoil[100 + VICTIM] = NO_ANSWERS[name][0]
+    assert_lost(here, "no node has joined")
+
+
+@pytest.mark.parametrize("fault", ["refused", "torn"])
+def test_a_node_that_cannot_be_asked_what_it_holds_costs_its_client_alone(fault: str) -> None:
+    here = grid()
+    here.spoilt = MessageType.QUERY
+    here.refused = {100 + VICTIM: lambda: [None]} if fault == "refused" else {}
+    here.torn = {100 + VICTIM} if fault == "torn" else set()
+    assert_lost(here, "no node has joined")
+
+
+def test_a_run_without_any_node_ends_in_one_line() -> None:
+    for here in (grid([]), grid(["x"])):
+        with pytest.raises(BadInput, match="no node joined within 0.05 s") as refusal:
+            engine(here)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_node_that_joins_late_takes_part_from_the_next_exchange_on() -> None:
+    here = grid([0, 2])
+    through = engine(here)
+    first, rows = play(through, rounds=1)
+    assert {row.client: row.lost is None for row in rows} == {0: True, VICTIM: False, 2: True}
+    assert_same_state(first, alone(without=VICTIM, rounds=1))
+    here.nodes[105] = Node.holding(VICTIM)
+    _, rows = play(through)
+    assert [row.lost for row in rows] == [None] * 6
+    assert here.asked.count((105, MessageType.QUERY)) == 1
+
+
+def test_a_node_takes_the_place_of_one_that_has_left_but_of_none_that_is_there() -> None:
+    here = grid()
+    through = engine(here)
+    here.nodes[105] = Node.holding(VICTIM)
+    play(through, rounds=1)
+    assert (105, MessageType.TRAIN) not in here.asked
+    del here.nodes[100 + VICTIM], here.nodes[105]
+    here.nodes[106] = Node.holding(VICTIM)
+    _, rows = play(through, rounds=1)
+    assert [row.lost for row in rows] == [None] * 3
+    assert (106, MessageType.TRAIN) in here.asked
+
+
+def address(**changes: Any) -> ConfigRecord:
+    """Return for whom a request is, with changes."""
+    return ConfigRecord({"config": "a configuration", "client": 1, "memory": NEVER, **changes})
+
+
+def request(**changes: Any) -> RecordDict:
+    """Return what a client is asked, with changes to its records; None leaves one out."""
+    records = {"to": address(), "request": record(b"abc"), **changes}
+    return RecordDict({name: content for name, content in records.items() if content is not None})
+
+
+HOSTILE: Mapping[str, RecordDict] = {
+    "no address": request(to=None),
+    "an address of arrays": request(to=record(b"abc")),
+    "an empty address": request(to=ConfigRecord()),
+    "a client in words": request(to=address(client="one")),
+    "a memory that is not there": request(to=address(memory=5)),
+    "no request": request(request=None),
+    "a request of settings": request(request=ConfigRecord()),
+    "a request of floats": request(request=ArrayRecord({"blob": array(dtype="float32")})),
+    "a damaged request": request(),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_whatever_a_server_sends_is_at_most_refused(name: str) -> None:
+    here = grid()
+    [sent] = here.push_messages([Message(HOSTILE[name], 100 + VICTIM, MessageType.TRAIN)])
+    [answer] = here.pull_messages([sent])
+    assert answer.has_error()
+    assert len(here.nodes[100 + VICTIM].context.state) == 0
