@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from fedpeft.mounting import touched
+from fedpeft.mounting import Trace, changes, overridden, touched, trace
 from fedpeft.tasks import Encoded
 
 Forward = Callable[[Encoded], object]
@@ -27,7 +27,12 @@ class Chain:
     order: tuple[nn.Module, ...] = ()
 
     def lowest(self, mounted: Collection[nn.Module]) -> int:
-        """Return the number of the last block that begins no later than the first of ``mounted``; 0 where none does."""
+        """Return the number of the last block that begins no later than the first of ``mounted``.
+
+        0 where none does, and where one of ``mounted`` was never called: what uses it is not known then.
+        """
+        if not set(mounted) <= set(self.order):
+            return 0
         number = 0
         for module in self.order:
             if module in self.blocks:
@@ -44,50 +49,67 @@ class Activations:
     Exact where the frozen part is deterministic, that is without dropout. A client's states are computed from its texts
     alone, in batches of their own, so they do not depend on what ran before and a resumed run sees the same bits.
     ``clients``: whose states are kept. ``rows``: texts of a batch. A model whose blocks form no chain (ALBERT uses one
-    many times) is left alone.
+    many times) is left alone, and so is one on which anything is mounted in a way that this package does not know.
     """
 
     def __init__(self, clients: Collection[int] = (), rows: int = 32) -> None:
         self._clients, self._rows = frozenset(clients), rows
-        self._chain: Chain | None = None
+        self._bare: Trace | None = None  # the model before anything is mounted
+        self._chain = Chain()
+        self._looked = False  # at what is mounted now
         self._lowest = 0
-        self._kept: dict[int, Sequence[Tensor]] = {}
+        self._kept: dict[int, tuple[Encoded, Sequence[Tensor]]] = {}
 
     def keeps(self, client: int) -> bool:
         """Return whether the states of ``client`` are kept."""
         return client in self._clients
 
     def learn(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
-        """Find out, once, how ``model`` is built; nothing is mounted on it yet."""
-        if self._clients and self._chain is None:
-            with _recorded(model) as calls, torch.no_grad():
-                forward(text)
-            self._chain = _chain(model, calls)
+        """Find out how ``model`` is built, unless it is as it was; called each time before anything is mounted."""
+        if not self._clients:
+            return
+        self._looked = False
+        if self._bare is not None and not changes(self._bare, trace(model)):
+            return
+        self._kept.clear()
+        length = len(text.ids[0])
+        rows = 2 if length != 2 else 3  # another number than the length, to tell these axes apart
+        with _recorded(model) as calls, torch.no_grad():
+            forward(text.take([0] * rows))
+        self._chain = _chain(model, calls, torch.Size([rows, length]))
+        self._bare = trace(model)
 
     def of(self, client: int, model: nn.Module, forward: Forward, texts: Encoded) -> Sequence[Tensor] | None:
         """Return what enters the lowest block for each of the client's ``texts``, (length, width); None where not kept."""
-        if self._chain is None or client not in self._clients:
+        if self._bare is None or client not in self._clients:
             return None
-        lowest = self._chain.lowest(touched(model))
-        if lowest != self._lowest:
-            self._kept.clear()
-            self._lowest = lowest
-        if lowest == 0:
+        if not self._looked:
+            self._look(model, self._bare)
+        if self._lowest == 0:
             return None
-        if client not in self._kept:
-            self._kept[client] = _states(self._chain.blocks[lowest], forward, texts, self._rows)
-        return self._kept[client]
+        known, states = self._kept.get(client, (None, ()))
+        if known is not texts:
+            states = _states(self._chain.blocks[self._lowest], forward, texts, self._rows)
+            self._kept[client] = texts, states
+        return states
 
     @contextmanager
     def begun(self) -> Iterator[None]:
         """Let passes in the ``with`` begin at the lowest block if they are given what enters it (see ``entering``)."""
         with ExitStack() as undo:
-            if self._chain is not None and self._lowest > 0:
+            if self._looked and self._lowest > 0:
                 for block in self._chain.blocks[: self._lowest]:
-                    undo.callback(block.__dict__.pop, "forward")
-                    block.forward = partial(_unless_known, block.forward)
+                    undo.enter_context(overridden(block, partial(_unless_known, block.forward)))
                 undo.callback(_change_input(self._chain.blocks[self._lowest], _known_or))
             yield
+
+    def _look(self, model: nn.Module, bare: Trace) -> None:
+        """Find out where the lowest block is; what enters another one than before is forgotten."""
+        mounted = touched(model, bare)
+        lowest = 0 if mounted is None else self._chain.lowest(mounted)
+        if lowest != self._lowest:
+            self._kept.clear()
+        self._lowest, self._looked = lowest, True
 
 
 _ENTERING: ContextVar[Sequence[Tensor] | None] = ContextVar("entering", default=None)
@@ -193,12 +215,18 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
         yield calls
 
 
-def _chain(model: nn.Module, calls: Sequence[_Call]) -> Chain:
-    """Return the longest list of blocks that were called once each, every one with the output of the one before."""
+def _chain(model: nn.Module, calls: Sequence[_Call], tokens: torch.Size) -> Chain:
+    """Return the longest list of blocks that were called once each, every one with the output of the one before.
+
+    ``tokens``: (rows, length) of the batch; what enters a block is one vector for each of them.
+    """
     chains = [Chain()]
     for blocks in (tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList)):
         passed = [call for call in calls if call.module in blocks]
         joined = all(isinstance(a.output, Tensor) and a.output is b.given for a, b in pairwise(passed))
-        if tuple(call.module for call in passed) == blocks and joined:
+        whole = all(
+            isinstance(call.given, Tensor) and call.given.ndim == 3 and call.given.shape[:2] == tokens for call in passed
+        )
+        if tuple(call.module for call in passed) == blocks and joined and whole:
             chains.append(Chain(blocks, tuple(call.module for call in calls)))
     return max(chains, key=lambda chain: len(chain.blocks))

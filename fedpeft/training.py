@@ -88,8 +88,12 @@ def fit(
         weighted = each * part.weights.to(device)
         return part, weighted.detach(), torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
 
-    model.train()
-    with hardware.computing(model), activations.begun(), lanes(count, trained) as at_once:
+    with (
+        _training(model),
+        hardware.computing(model),
+        activations.begun(),
+        lanes(count, trained) as at_once,
+    ):
         for step in range(len(shares[0].steps)):
             active = slice(0, sum(step < len(share.steps) for share in shares))
             for parameter in trained:
@@ -142,11 +146,33 @@ def parts(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, coun
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     """Add to ``.grad`` of each parameter the gradient of one part, None where the part did not use it.
 
-    Contiguous, as fused optimizers take for granted: the gradient of what is used transposed comes transposed.
+    Contiguous, as fused optimizers take for granted: the gradient of what is used transposed comes transposed. And in
+    memory of its own, as it is changed in place: of two parameters that enter as a sum, both gradients are one tensor.
     """
+    taken: set[int] = set()
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient.contiguous() if parameter.grad is None else parameter.grad.add_(gradient)
+        if gradient is None:
+            continue
+        if parameter.grad is not None:
+            parameter.grad.add_(gradient)
+            continue
+        own = gradient.contiguous()
+        if (memory := own.untyped_storage().data_ptr()) in taken:
+            own = own.clone()
+        taken.add(memory)
+        parameter.grad = own
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into training mode for the length of a ``with``, and each module back into its own."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def _at_once(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:

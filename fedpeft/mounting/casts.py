@@ -8,24 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.mounting.layers import matrix
+from fedpeft.mounting.tracing import Entry, entry, same
 
-_COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, nn.Parameter]]] = WeakKeyDictionary()
+Copy = tuple[Entry, nn.Parameter]
+"""What a parameter was when it was cast, and the copy."""
+
+_COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, Copy]]] = WeakKeyDictionary()
 
 
 @contextmanager
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let copies in ``dtype`` stand in for the frozen parameters of ``model`` for the length of a ``with``.
 
-    They are made at the first call and kept for as long as the model is; what is mounted stays as it is.
+    They are made at the first call and kept for as long as the model is, but for those of parameters
+    that have changed since; what is mounted stays as it is.
     """
     copies = _COPIES.setdefault(model, {}).setdefault(dtype, {})
     frozen = {name: parameter for name, parameter in _own_parameters(model) if not parameter.requires_grad}
     try:
         for name, parameter in frozen.items():
-            if name not in copies:
+            now = entry(parameter)
+            if name not in copies or not same(copies[name][0], now):
                 with torch.inference_mode(mode=False):  # they serve training, too
-                    copies[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
-            _put(model, name, copies[name])
+                    copies[name] = now, nn.Parameter(parameter.to(dtype), requires_grad=False)
+            _put(model, name, copies[name][1])
         yield
     finally:
         for name, parameter in frozen.items():

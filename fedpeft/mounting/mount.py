@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.lowrank import by_module
-from fedpeft.mounting.branches import low_rank, stackable, stacked
+from fedpeft.mounting.branches import branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_layer
+from fedpeft.mounting.tracing import Place, claimed
 from fedpeft.types import NotStackable, Payload, WireError
 
 
@@ -31,16 +32,25 @@ def forms(payload: Payload) -> dict[str, Tensor]:
 
 @contextmanager
 def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[None]:
-    """Mount ``tensors``, each (K, ...), on ``model``: branches for ``<module>:A``/``:B``/``:e``, parameters for plain names.
+    """Mount ``tensors``, each (K, ...), on ``model``: branches on dense layers, and parameters for plain names.
 
-    A name that the model lacks, or a parameter that cannot carry K > 1 clients, raises WireError.
+    A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the layer's
+    matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the client
+    axis is the same for all clients, and one product serves the whole batch. A name that the model
+    lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises WireError.
     """
     plain = {name: tensor for name, tensor in tensors.items() if ":" not in name}
+    clients = {len(tensor) for tensor in plain.values()}
     with ExitStack() as undo:
         for name, parts in by_module(tensors).items():
-            dense_layer(model, name)
-            handle = model.get_submodule(name).register_forward_hook(low_rank(parts, scale))
-            undo.callback(handle.remove)
+            clients |= check_branch(name, parts, dense_layer(model, name).shape)
+            module = model.get_submodule(name)
+            for branch in branches(parts, scale):
+                handle = module.register_forward_hook(branch)
+                undo.callback(handle.remove)
+                undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
+        if len(clients) > 1:
+            raise WireError(f"the message's tensors are for different numbers of clients: {sorted(clients)}")
         if all(len(tensor) == 1 for tensor in plain.values()):
             undo.enter_context(replaced(model, {name: partial(_first, tensor) for name, tensor in plain.items()}))
         else:
@@ -55,21 +65,26 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     Tied parameters are replaced wherever they are used. On leaving, the very same parameter objects are back.
     """
     everywhere = dict(model.named_parameters(remove_duplicate=False))
-    places = _places(everywhere, makers)
+    homes: dict[str, list[tuple[nn.Module, str]]] = {}
+    for name, places in _places(everywhere, makers).items():
+        homes[name] = [_home(model, place) for place in places]
 
     def put(name: str, tensor: Tensor) -> None:
-        for place in places[name]:
-            home, _, attribute = place.rpartition(".")
-            model.get_submodule(home)._parameters[attribute] = cast(nn.Parameter, tensor)
+        for module, attribute in homes[name]:
+            module._parameters[attribute] = cast(nn.Parameter, tensor)
 
     def refresh(*_: object) -> None:
         for name, make in makers.items():
             put(name, make(everywhere[name]))
 
     handle = model.register_forward_pre_hook(refresh)
+    ours: list[Place] = [(model, "_forward_pre_hooks", handle.id)]
+    for held_by in homes.values():
+        ours += [(module, "_parameters", attribute) for module, attribute in held_by]
     try:
-        refresh()
-        yield
+        with claimed(ours):
+            refresh()
+            yield
     finally:
         handle.remove()
         for name in makers:
@@ -89,31 +104,40 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
         if not stackable(module):
             kind = type(module).__name__
             raise NotStackable(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use cohorts of 1")
-    forwards = {name: stacked(module, own[name]) for name, module in changed.items()}
-    try:
+    with ExitStack() as undo:
         for name, module in changed.items():
-            module.forward = forwards[name]
+            undo.enter_context(overridden(module, stacked(module, own[name])))
+            undo.enter_context(claimed([(module, "__dict__", "forward")]))
+        yield
+
+
+@contextmanager
+def overridden(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Let ``forward`` stand in for that of ``module`` for the length of a ``with``.
+
+    On leaving, the module has again what it had: its class's, or one that others gave this very module.
+    """
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
         yield
     finally:
-        for module in changed.values():
-            module.__dict__.pop("forward", None)
-
-
-def touched(model: nn.Module) -> set[nn.Module]:
-    """Return the modules inside ``model`` on which something is mounted: a branch, a forward, a tensor for a parameter."""
-    return {
-        module
-        for module in model.modules()
-        if module._forward_hooks
-        or "forward" in module.__dict__
-        or any(tensor is not None and not isinstance(tensor, nn.Parameter) for tensor in module._parameters.values())
-    }
+        if before is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = before
 
 
 def _first(stack: Tensor, parameter: Tensor) -> Tensor:
     """Return the only client's tensor, in the place of ``parameter``."""
     del parameter
     return stack.squeeze(0)  # a view; indexing would copy the whole gradient
+
+
+def _home(model: nn.Module, place: str) -> tuple[nn.Module, str]:
+    """Return the module in which the parameter named ``place`` lies, and its name there."""
+    home, _, attribute = place.rpartition(".")
+    return model.get_submodule(home), attribute
 
 
 def _places(everywhere: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, list[str]]:

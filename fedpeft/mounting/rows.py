@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from fedpeft.types import NotStackable
@@ -39,5 +40,26 @@ def by_owner(x: Tensor, parts: int) -> Tensor:
     """
     rows = _ROWS.get()
     if parts > 1 and (x.shape[0] % parts or (rows is not None and x.shape[0] != rows)):
-        raise NotStackable(f"a layer sees {x.shape[0]} rows, which are not those of the cohort's batch; use cohorts of 1")
+        raise _strange(x)
     return x.reshape(parts, -1, x.shape[-1])
+
+
+def by_client(x: Tensor, clients: int) -> list[tuple[int, Tensor]]:
+    """Return x, (rows, ..., in), cut into runs of rows of one client, in order: (its number, its rows).
+
+    ``clients``: K. A layer that several clients feed with other rows than the batch's raises
+    NotStackable.
+    """
+    owners, rows = _OWNERS.get(), _ROWS.get()
+    if isinstance(owners, slice):
+        numbers = range(clients)[owners]
+        runs = by_owner(x, len(numbers)).view(len(numbers), -1, *x.shape[1:])
+        return list(zip(numbers, runs, strict=True))
+    if len(owners) != x.shape[0] or (rows is not None and x.shape[0] != rows):
+        raise _strange(x)
+    of, lengths = torch.unique_consecutive(owners, return_counts=True)
+    return list(zip(of.tolist(), torch.split(x, lengths.tolist()), strict=True))
+
+
+def _strange(x: Tensor) -> NotStackable:
+    return NotStackable(f"a layer sees {x.shape[0]} rows, which are not those of the cohort's batch; use cohorts of 1")

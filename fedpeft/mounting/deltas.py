@@ -1,0 +1,80 @@
+"""What mounted branches add to the base, as matrices and factors: what merge and export read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fedpeft.lowrank import LowRank, by_module
+from fedpeft.types import Delta, Payload
+
+
+@final
+@dataclass(frozen=True)
+class Dense:
+    """A difference scale * D of no low rank, stacked over K clients."""
+
+    difference: Tensor
+    scale: float
+
+    def dense(self) -> Tensor:
+        """Return the (K, out, in) difference."""
+        return (self.scale * self.difference).detach()
+
+    def factors(self) -> None:
+        """Return None: a dense difference has no factors of low rank."""
+        return
+
+
+@final
+@dataclass(frozen=True)
+class Total:
+    """The sum of several differences to one layer; what all clients share may be a stack of one."""
+
+    deltas: Sequence[Delta]
+
+    def dense(self) -> Tensor:
+        """Return the (K, out, in) difference."""
+        total = self.deltas[0].dense()
+        for delta in self.deltas[1:]:
+            total = total + delta.dense()
+        return total
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return the factors side by side, (K, out, r) and (K, r, in), of the sum of the ranks; None where one has none."""
+        lefts: list[Tensor] = []
+        rights: list[Tensor] = []
+        for delta in self.deltas:
+            pair = delta.factors()
+            if pair is None:
+                return None
+            lefts.append(pair[0])
+            rights.append(pair[1])
+        clients = max(len(left) for left in lefts)
+        B = torch.cat([left.expand(clients, -1, -1) for left in lefts], dim=2)
+        A = torch.cat([right.expand(clients, -1, -1) for right in rights], dim=1)
+        return B, A
+
+
+def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
+    """Return what ``mounted(model, tensors, scale)`` adds to the matrix of each dense layer, by module name.
+
+    What has no client axis, and so is the same for all clients, is a stack of one.
+    """
+    found: dict[str, Delta] = {}
+    for module, parts in by_module(tensors).items():
+        added: list[Delta] = []
+        if "A" in parts:
+            A, B, e = _stacked(parts["A"], 2), _stacked(parts["B"], 2), parts.get("e")
+            added.append(LowRank(A, B, scale, None if e is None else _stacked(e, 1)))
+        if "dense" in parts:
+            added.append(Dense(_stacked(parts["dense"], 2), scale))
+        found[module] = added[0] if len(added) == 1 else Total(added)
+    return found
+
+
+def _stacked(tensor: Tensor, axes: int) -> Tensor:
+    """Return a tensor with its client axis; one of ``axes`` alone has none yet."""
+    return tensor.unsqueeze(0) if tensor.ndim == axes else tensor

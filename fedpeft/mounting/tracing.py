@@ -1,0 +1,105 @@
+"""What decides how a model computes, noted by identity: so a change is seen, whoever made it."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+Place = tuple[nn.Module, str, object]
+"""A module, one of its dictionaries (``_parameters``, ``_forward_hooks``, ``__dict__``), a key."""
+
+Entry = tuple[object, object]
+"""The very object that a place holds, and what of it may change though it stays the same object."""
+
+Trace = Mapping[Place, Entry]
+"""All places of a model that decide how it computes, with what they hold."""
+
+_CONTAINERS: Final = frozenset(name for name, held in vars(nn.Module()).items() if isinstance(held, dict))
+"""Where torch keeps a module's parameters, buffers, submodules and hooks of every kind."""
+
+_GLOBAL: Final = {
+    name: held for name, held in vars(torch_module).items() if name.startswith("_global") and isinstance(held, dict)
+}
+"""Hooks that torch calls for every module there is."""
+
+_CLAIMED: Counter[Place] = Counter()
+"""The places that are changed, just now, by what is mounted with this package."""
+
+
+def trace(model: nn.Module) -> Trace:
+    """Return what ``model`` and all modules inside it hold; it takes a few milliseconds.
+
+    The mode (training or not) is left out. So are values written in place behind torch's back, as
+    ``weight.data += x`` does: to see these, every weight would have to be read.
+    """
+    found: dict[Place, Entry] = {}
+    for module in model.modules():
+        found[module, "__class__", "forward"] = type(module), type(module).forward
+        for name, held in vars(module).items():
+            if name in _CONTAINERS:
+                for key, item in held.items():
+                    found[module, name, key] = entry(item)
+            elif name != "training":
+                found[module, "__dict__", name] = entry(held)
+    for name, hooks in _GLOBAL.items():
+        for key, hook in hooks.items():
+            found[model, name, key] = entry(hook)
+    return found
+
+
+def entry(held: object) -> Entry:
+    """Return ``held`` with what may change of it: a tensor's version, memory and need of a gradient."""
+    if not isinstance(held, Tensor):
+        return held, None
+    version = None if held.is_inference() else held._version  # inference tensors count no versions
+    return held, (version, _address(held), held.requires_grad)
+
+
+def same(one: Entry, other: Entry) -> bool:
+    """Return whether two entries hold the very same object in the same state."""
+    return one[0] is other[0] and one[1] == other[1]
+
+
+def changes(before: Trace, now: Trace) -> set[Place]:
+    """Return the places that hold something else ``now``, something more or nothing any more."""
+    changed = set(before.keys() ^ now.keys())
+    for place, held in before.items():
+        if place in now and not same(held, now[place]):
+            changed.add(place)
+    return changed
+
+
+@contextmanager
+def claimed(places: Collection[Place]) -> Iterator[None]:
+    """Say, for the length of a ``with``, that ``places`` are changed by what this package mounts."""
+    _CLAIMED.update(places)
+    try:
+        yield
+    finally:
+        for place in places:
+            _CLAIMED[place] -= 1
+            if not _CLAIMED[place]:
+                del _CLAIMED[place]  # it would keep the module alive
+
+
+def touched(model: nn.Module, before: Trace) -> set[nn.Module] | None:
+    """Return the modules of ``model`` on which this package has mounted something since ``before``.
+
+    None where anything else has changed, too: then nobody knows which modules compute otherwise.
+    """
+    changed = changes(before, trace(model))
+    if not changed <= _CLAIMED.keys():
+        return None
+    # Our only pre-hook sits on the whole model and does no more than renew what stands for parameters.
+    return {module for module, kind, _ in changed if kind != "_forward_pre_hooks"}
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Return where a tensor's values lie; None for kinds that will not tell."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
