@@ -35,13 +35,18 @@ class Mean:
         return {name: (total / self._weight).to(self._dtypes[name]) for name, total in self._sums.items()}
 
 
+def weight_of(update: Update, weighting: Weighting) -> float:
+    """Return what ``update`` counts for in a mean, before the weights are divided by their sum."""
+    return float(update.examples) if weighting == "examples" else 1.0
+
+
 def mean(
     updates: Iterable[Update], weighting: Weighting, read: Callable[[Update], Payload] = lambda update: update.payload
 ) -> dict[str, Tensor]:
     """Return the mean over ``updates`` of what ``read`` takes from each; empty when there was none."""
     total = Mean()
     for update in updates:
-        total.add(read(update), float(update.examples) if weighting == "examples" else 1.0)
+        total.add(read(update), weight_of(update, weighting))
     return total.result()
 
 

@@ -1,11 +1,12 @@
 """How much each rank of a B diag(e) A adapter matters to a client: AdaLoRA's smoothed sensitivity (Zhang et al. 2023)."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from fedpeft.averaging import Mean
 from fedpeft.lowrank import by_module
 from fedpeft.types import Payload
 
@@ -14,11 +15,21 @@ Score = Literal["sensitivity", "gradient", "magnitude"]
 
 
 class Importance:
-    """Scores of the triplets in ``trained`` (``<module>:A`` (K, r, in), ``:B`` (K, out, r), ``:e`` (K, r)), kept per client."""
+    """Scores of the triplets in ``trained`` (``<module>:A`` (K, r, in), ``:B`` (K, out, r), ``:e`` (K, r)), kept per client.
 
-    def __init__(self, trained: Mapping[str, Tensor], score: Score, beta1: float, beta2: float) -> None:
+    ``clients``: K, of which no tensor tells where all modules are dead and there is no head.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, Tensor],
+        clients: int,
+        score: Score,
+        beta1: float,
+        beta2: float,
+    ) -> None:
         self._tensors = {name: tensor for name, tensor in trained.items() if ":" in name}
-        self._clients = max((len(tensor) for tensor in trained.values()), default=0)
+        self._clients = clients
         self._score, self._beta1, self._beta2 = score, beta1, beta2
         self._smooth = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
         self._spread = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
@@ -42,12 +53,23 @@ class Importance:
         return torch.cat([g["e"] + g["B"].mean(1) + g["A"].mean(2) for _, g in sorted(groups.items())], dim=1)
 
     def votes(self, budget: int) -> Tensor:
-        """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8."""
+        """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8.
+
+        A rank that scores 0 is not known to matter and gets no vote, unless all ranks may live. A
+        client of which no rank scores, as after a first step from e = 0, has no opinion: it abstains,
+        which a ballot with every bit set says (see ``Tally``).
+        """
         if not self._tensors:
             return torch.zeros(self._clients, 0, dtype=torch.uint8)
         scores = self.scores()
-        best = scores.topk(min(budget, scores.shape[1]), dim=1).indices
-        return pack(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, value=True))
+        ranks = scores.shape[1]
+        best = scores.topk(min(budget, ranks), dim=1).indices
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, value=True)
+        if budget < ranks:
+            chosen &= scores > 0
+            abstains = ~chosen.any(dim=1, keepdim=True)
+            chosen |= abstains
+        return pack(chosen)
 
     def _of(self, name: str) -> Tensor:
         match self._score:
@@ -71,6 +93,38 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(packed: Tensor, count: int) -> Tensor:
     """Return the (count,) mask that ``pack`` turned into ``packed``."""
     return ((packed.unsqueeze(-1) & _BITS) != 0).flatten()[:count]
+
+
+@final
+class Tally:
+    """The ballots of one round over ``ranks`` ranks, counted one by one.
+
+    A ballot with every bit set abstains and does not count: it tells no rank from another. So a
+    vote's share is one of those clients that have an opinion.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._votes = Mean()
+
+    def add(self, ballot: Tensor, weight: float) -> None:
+        """Count one client's packed ``ballot`` with its ``weight``."""
+        choice = unpack(ballot, self._ranks)
+        if not choice.all():
+            self._votes.add({"share": choice.to(torch.float64)}, weight)
+
+    def survivors(self, strength: Tensor, threshold: float, budget: int) -> Tensor:
+        """Return which ranks live on, (ranks,), by the function ``survivors`` below.
+
+        Where all abstained the strongest ``budget`` ranks do, and where none has any strength, as
+        nothing was learnt yet, all do: nothing tells them apart.
+        """
+        votes = self._votes.result()
+        if votes:
+            return survivors(votes["share"], strength, threshold, budget)
+        if strength.any():
+            return survivors(torch.ones_like(strength), strength, threshold, budget)
+        return torch.ones_like(strength, dtype=torch.bool)
 
 
 def survivors(votes: Tensor, strength: Tensor, threshold: float, budget: int) -> Tensor:

@@ -58,13 +58,24 @@ def by_module(tensors: Payload) -> dict[str, dict[str, Tensor]]:
 def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
     """Return (B, A), the best rank-``rank`` approximation B A of an (out, in) matrix (Eckart-Young), S divided by ``split``.
 
+    Of a direction whose singular value is 0, ``sqrt`` would leave both factors at 0, where neither
+    has a gradient. There all of it goes to B, and A keeps its row of norm 1, so it can be trained.
+
     Computed in float64 and cast back. Factors are defined up to sign and may differ between thread counts and machines
     in their last digits, so they are computed once and sent.
     """
     left, values, right = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    values = values[:rank]
     power = {"sqrt": 0.5, "left": 1.0, "right": 0.0}[split]
-    B = left[:, :rank] * values[:rank] ** power
-    A = values[:rank, None] ** (1.0 - power) * right[:rank]
+    to_B, to_A = values**power, values ** (1.0 - power)
+    if split == "sqrt":
+        # Zero but for the rounding of float32 weights, as torch.linalg.matrix_rank tells it.
+        rounding = values[0] * max(matrix.shape) * torch.finfo(torch.float32).eps
+        nothing = values <= rounding
+        to_B = torch.where(nothing, values, to_B)
+        to_A = torch.where(nothing, 1.0, to_A)
+    B = left[:, :rank] * to_B
+    A = to_A[:, None] * right[:rank]
     return B.to(matrix.dtype).contiguous(), A.to(matrix.dtype).contiguous()
 
 

@@ -10,8 +10,8 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.averaging import Weighting, mean
-from fedpeft.importance import Importance, Score, strength, survivors, unpack
+from fedpeft.averaging import Weighting, mean, weight_of
+from fedpeft.importance import Importance, Score, Tally, strength
 from fedpeft.lowrank import by_module, check_ranks, deltas, orthogonality
 from fedpeft.mounting import forms, mounted, select, trainable, values
 from fedpeft.seeds import generator
@@ -29,7 +29,8 @@ class FedARA:
     of the rounds before and after the cubic decay. ``threshold``: votes that keep a rank. ``score``: AdaLoRA's smoothed
     ``sensitivity``, plain ``gradient`` |p * grad| or ``magnitude`` |p|. ``beta1``, ``beta2``: smoothing of sensitivity
     and uncertainty. ``deviation``: of the normal draw of A and B. ``orthogonality``: weight of |A A^T - I| + |B^T B - I|.
-    ``weighting``: by examples or uniform, of factors and votes alike.
+    ``weighting``: by examples or uniform, of factors and votes alike; a client without any score,
+    as after one step from e = 0, abstains.
     """
 
     paper: ClassVar[str] = "FedARA: Wu et al. 2025, arXiv 2501.14406"
@@ -78,11 +79,11 @@ class FedARA:
     @contextmanager
     def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
         """Mount a branch on every module that is still alive; score its ranks as they train, and vote."""
-        del memory, context
+        del memory
         tensors = dict(down)
         budget = int(tensors.pop("budget").max())
         trained = trainable(tensors)
-        importance = Importance(trained, self.score, self.beta1, self.beta2)
+        importance = Importance(trained, len(context.clients), self.score, self.beta1, self.beta2)
 
         def after_backward(active: slice) -> None:
             if self.orthogonality > 0:
@@ -103,20 +104,19 @@ class FedARA:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the live triplets and the head; a rank dies when too few clients voted for it, and stays dead."""
-        ranks = _count(state)
+        tally = Tally(_count(state))
 
         def read(update: Update) -> Payload:
-            ballot = unpack(update.payload["votes"], ranks)
-            return {**update.payload, "votes": ballot.to(torch.float64)}
+            tally.add(update.payload["votes"], weight_of(update, self.weighting))
+            return {name: part for name, part in update.payload.items() if name != "votes"}
 
         merged = mean(updates, self.weighting, read)
         if not merged:
             return replace(state, round=state.round + 1)
-        votes = merged.pop("votes")
         shared = {name: _put(state, name, merged.get(name)) for name in state.shared}
-        total = sum(len(alive) for alive in state.server.values())
         strengths = [strength(parts) for _, parts in sorted(by_module(merged).items())]
-        living = survivors(votes, torch.cat([*strengths, votes[:0]]), self.threshold, self.budget(state.round, total))
+        budget = self.budget(state.round, sum(len(alive) for alive in state.server.values()))
+        living = tally.survivors(torch.cat([torch.zeros(0), *strengths]), self.threshold, budget)
         server, begin = dict(state.server), 0
         for name, alive in sorted(state.server.items(), key=lambda item: item[0].partition(":")[0]):
             end = begin + int(alive.sum())

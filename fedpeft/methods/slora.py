@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting
-from fedpeft.lowrank import Split, check_ranks, principal
+from fedpeft.lowrank import Split, check_ranks, principal, uniform
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.methods.staged import Staged
@@ -25,10 +25,16 @@ class SLoRA:
     """Sparse tuning under one mask, then LoRA from the SVD of the difference it found; the base stays W_0.
 
     ``rounds``: of the whole run. ``targets``: which dense layers, in both stages. ``density``: of the mask, the paper's
-    10 %. ``stage1``: share of the rounds spent in stage 1; reconstruction, the paper prints 100 rounds. ``rank``: the
-    paper's 10. ``pre_classifier_rank``: the paper's 18, for adapted layers whose name matches ``pre_classifier``.
-    ``split``: the paper's B = U S, A = V^T. ``scale``: alpha / r, the paper's 1. ``weighting``: the paper's plain mean.
-    ``stage1_rate``: multiplies the learning rates in stage 1; reconstruction, as no rate was printed.
+    10 %. ``stage1``: share of the rounds spent in stage 1; reconstruction, the paper prints 100
+    rounds. It is rounded to whole rounds; above 0 it is at least one of two rounds or more.
+    ``rank``: the paper's 10. ``pre_classifier_rank``: the paper's 18, for adapted layers whose name
+    matches ``pre_classifier``. ``split``: the paper's B = U S, A = V^T. ``scale``: alpha / r, the
+    paper's 1. ``weighting``: the paper's plain mean. ``stage1_rate``: multiplies the learning rates
+    in stage 1; reconstruction, as no rate was printed.
+
+    A layer in which stage 1 found no difference, for want of rounds or of replies, has no SVD to
+    start from: it starts as in LoRA, A random and B = 0 (reconstruction). With ``stage1`` = 0 that
+    is every layer, and the run is LoRA's.
     """
 
     paper: ClassVar[str] = "SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
@@ -51,14 +57,15 @@ class SLoRA:
         lora = LoRA(self.targets, self.rank, self.scale, self.weighting)
 
         def bridge(state: State) -> State:
+            seed = int(state.server["seed"])
             factors: dict[str, Tensor] = {}
             for name, difference in sparse.differences(state).items():
-                B, A = principal(difference / self.scale, self._rank(name), self.split)
+                B, A = self._start(name, difference, seed)
                 factors |= {f"{name}:B": B, f"{name}:A": A}
             head = {name: tensor for name, tensor in state.shared.items() if ":" not in name}
             return State(state.round, factors | head, memories=state.memories)
 
-        return Staged(sparse, lora, bridge, round(self.stage1 * self.rounds), (self.stage1_rate, 1.0))
+        return Staged(sparse, lora, bridge, self._sparse_rounds(), (self.stage1_rate, 1.0))
 
     def init(self, base: Base, seed: int) -> State:
         """Start with the sparse stage, at no difference to the base."""
@@ -82,6 +89,19 @@ class SLoRA:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average, and after the last round of stage 1 factorise the difference."""
         return self.stages.receive(state, updates)
+
+    def _sparse_rounds(self) -> int:
+        """Return how many rounds stage 1 has."""
+        least = 1 if self.stage1 > 0 and self.rounds > 1 else 0
+        return max(least, round(self.stage1 * self.rounds))
+
+    def _start(self, module: str, difference: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the (B, A) with which stage 2 begins in ``module``, whose (out, in) difference stage 1 found."""
+        rank = self._rank(module)
+        if difference.any():
+            return principal(difference / self.scale, rank, self.split)
+        out, width = difference.shape
+        return difference.new_zeros(out, rank), uniform(rank, width, seed, module).to(difference)
 
     def _rank(self, module: str) -> int:
         return self.pre_classifier_rank if re.search(self.pre_classifier, module) else self.rank

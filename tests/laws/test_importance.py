@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpeft.importance import Importance, Score, pack, survivors, unpack
+from fedpeft.importance import Importance, Score, Tally, pack, survivors, unpack
 
 CLIENTS, STEPS, BETA1, BETA2 = 2, 4, 0.8, 0.6
 
@@ -28,7 +28,7 @@ def gradient(name: str, like: Tensor, step: int) -> Tensor:
 def trained(score: Score, stops: int = STEPS) -> tuple[Importance, dict[str, nn.Parameter]]:
     """Return the scores after ``STEPS`` backward passes, the second client stopping after ``stops`` of them."""
     parameters = triplets()
-    importance = Importance(parameters, score, BETA1, BETA2)
+    importance = Importance(parameters, CLIENTS, score, BETA1, BETA2)
     for step in range(STEPS):
         for name, parameter in parameters.items():
             parameter.grad = gradient(name, parameter, step)
@@ -91,9 +91,39 @@ def test_a_client_votes_for_its_best_ranks_over_all_modules(budget: int) -> None
 
 
 def test_a_cohort_without_any_rank_left_votes_with_empty_ballots() -> None:
-    """One for each client: the reply has a client axis whatever is in it."""
+    """One for each client: the reply has a client axis whatever is in it, be it nothing."""
     head = {"classifier.bias": nn.Parameter(torch.zeros(CLIENTS, 3))}
-    assert Importance(head, "sensitivity", 0.85, 0.85).votes(4).shape == (CLIENTS, 0)
+    for trained in (head, dict[str, nn.Parameter]()):
+        assert Importance(trained, CLIENTS, "sensitivity", 0.85, 0.85).votes(4).shape == (CLIENTS, 0)
+
+
+def scoring(*scores: list[float]) -> Importance:
+    """Return an ``Importance`` whose K clients score one rank each for every number, in one module."""
+    e = torch.tensor(scores)
+    rest = {"m:A": torch.zeros(*e.shape, 2), "m:B": torch.zeros(len(e), 2, e.shape[1])}
+    return Importance({"m:e": e, **rest}, len(e), "magnitude", 0.85, 0.85)
+
+
+def test_a_rank_without_a_score_gets_no_vote_and_a_client_without_any_score_abstains() -> None:
+    """By hand, 2 of 5 ranks may live: the best two, the only one that scores, and, of nobody, all."""
+    scores = [1.0, 3.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 7.0, 0.0], [0.0] * 5
+    ballots = [unpack(ballot, 5).tolist() for ballot in scoring(*scores).votes(2)]
+    assert ballots == [[False, True, False, True, False], [False, False, False, True, False], [True] * 5]
+    for budget in (5, 9):
+        assert unpack(scoring(scores[1]).votes(budget)[0], 5).all(), "all may live: nobody is voted out"
+
+
+def test_after_one_step_from_e_of_nothing_no_rank_scores() -> None:
+    """|p grad| is 0 for e, as e is, and for A and B, which have no gradient while e is 0."""
+    parameters = triplets()
+    importance = Importance(parameters, CLIENTS, "sensitivity", 0.85, 0.85)
+    for name, parameter in parameters.items():
+        parameter.grad = gradient(name, parameter, 0) if name.endswith(":e") else torch.zeros_like(parameter)
+        if name.endswith(":e"):
+            parameter.data.zero_()
+    importance.update(slice(0, CLIENTS))
+    assert not importance.scores().any()
+    assert unpack(importance.votes(2)[0], 5).all()
 
 
 @settings(deadline=None)
@@ -113,6 +143,40 @@ def test_every_client_of_a_stack_is_packed_by_itself() -> None:
     assert packed.shape == (3, 2)
     for row, bits in zip(packed, mask, strict=True):
         assert torch.equal(unpack(row, 11), bits)
+
+
+def tallied(*ballots: tuple[list[int], float]) -> Tally:
+    """Return the tally over 4 ranks of (ranks voted for, weight)."""
+    tally = Tally(4)
+    for ranks, weight in ballots:
+        tally.add(pack(torch.tensor([rank in ranks for rank in range(4)])), weight)
+    return tally
+
+
+ALL = [0, 1, 2, 3]
+RISING = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_who_abstains_keeps_no_rank_alive_and_kills_none() -> None:
+    """Of those with an opinion rank 1 has 3 of 4 and rank 0 has 1 of 4; with 6 more of 10 it would be 7 and 9."""
+    opinions: list[tuple[list[int], float]] = [([1, 3], 3.0), ([0, 3], 1.0)]
+    for ballots in (opinions, [([*ALL], 6.0), *opinions], [*opinions, ([*ALL], 6.0)]):
+        assert tallied(*ballots).survivors(RISING, 0.5, 3).tolist() == [False, True, False, True]
+
+
+def test_shares_of_those_with_an_opinion_are_exact() -> None:
+    """3 of 4 are 0.75, whoever abstains; but 3/5 over 4/5 are less in float64."""
+    assert (3 / 5) / (4 / 5) < 0.75 == 3 / 4
+    tally = tallied(([0], 3.0), ([1], 1.0), (ALL, 1.0))
+    assert tally.survivors(RISING, 0.75, 4).tolist() == [True, False, False, False]
+
+
+def test_where_all_abstain_the_strongest_live_and_where_none_is_strong_all() -> None:
+    """Never the first by number: that would be the first modules of the alphabet."""
+    nobody = tallied((ALL, 2.0), (ALL, 1.0))
+    assert nobody.survivors(RISING, 0.5, 2).tolist() == [False, False, True, True]
+    assert nobody.survivors(torch.zeros(4), 0.5, 2).tolist() == [True] * 4
+    assert Tally(0).survivors(torch.zeros(0), 0.5, 2).tolist() == []
 
 
 COARSE = st.integers(0, 3).map(lambda part: part / 3)

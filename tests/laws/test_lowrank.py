@@ -44,10 +44,20 @@ def test_the_split_says_where_the_singular_values_go(split: Split) -> None:
 
 
 def test_principal_of_nothing_is_nothing_and_keeps_orthonormal_rows() -> None:
-    """SLoRA without a first stage starts like LoRA: B = 0, and A can still be trained through."""
-    B, A = principal(torch.zeros(6, 4), 2, "left")
-    assert not B.any()
-    torch.testing.assert_close(A @ A.T, torch.eye(2))
+    """B = 0, and A can still be trained through."""
+    for split in ("left", "sqrt"):
+        B, A = principal(torch.zeros(6, 4), 2, split)
+        assert not B.any()
+        torch.testing.assert_close(A @ A.T, torch.eye(2))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_direction_of_a_matrix_of_lower_rank_loses_both_factors(split: Split) -> None:
+    """Where b and a are both 0, neither has a gradient; FeDeRA's split of a dead layer would never train."""
+    matrix = drawn(7, 1) @ drawn(1, 5, seed=1)
+    B, A = principal(matrix, 3, split)
+    torch.testing.assert_close(B @ A, matrix)
+    assert (torch.maximum(B.norm(dim=0), A.norm(dim=1)) > 0.1).all()
 
 
 def test_a_difference_is_scale_times_b_e_a_for_every_client() -> None:

@@ -10,9 +10,21 @@ from fedpeft.evaluation import held
 from fedpeft.importance import pack
 from fedpeft.methods.fedara import FedARA
 from fedpeft.mounting import describe
+from fedpeft.training import Training
 from fedpeft.types import Client, State, Update
 from fedpeft.wire import Answer
-from tests.tiny import CPU, SEED, TARGETS, assert_same_state, base_of, bert, federation, logits, weighted
+from tests.tiny import (
+    CPU,
+    SEED,
+    SGD,
+    TARGETS,
+    assert_same_state,
+    base_of,
+    bert,
+    federation,
+    logits,
+    weighted,
+)
 
 LAYERS = sorted(f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value"))
 RANK = 4
@@ -108,6 +120,55 @@ def test_a_vote_is_one_bit_a_live_rank() -> None:
 def killed(state: State, *names: str) -> State:
     """Return ``state`` with all ranks of some modules dead."""
     return replace(state, server={**state.server, **{f"{name}:alive": torch.zeros(RANK, dtype=torch.bool) for name in names}})
+
+
+EARLY = replace(METHOD, warmup=0.0)
+"""Of 16 ranks 12 may live after its first round."""
+
+
+def early(training: Training) -> tuple[State, list[list[int]]]:
+    """Return the state after one round of ``EARLY``, and for which ranks each client voted."""
+    playing = federation(EARLY, training=training)
+    after = playing.play(1)
+    return after, [[i for i, bit in enumerate(bin_of(answer)) if bit == "1"] for answer in playing.answers(0).values()]
+
+
+def test_where_nobody_has_a_score_yet_the_strongest_ranks_live() -> None:
+    """After one step from e = 0. By number the last module of the alphabet would have been gone for good."""
+    after, votes = early(replace(SGD, steps=1))
+    assert votes == [list(range(TOTAL))] * 3, "all abstain"
+    limit = EARLY.budget(0, TOTAL)
+    assert limit < TOTAL
+    norms: list[float] = []
+    for name in LAYERS:
+        A, B, e = (after.shared[f"{name}:{part}"] for part in "ABe")
+        norms += [float(e[i].abs() * A[i].norm() * B[:, i].norm()) for i in range(RANK)]
+    strongest = sorted(range(TOTAL), key=lambda i: -norms[i])[:limit]
+    assert alive(after).nonzero().flatten().tolist() == sorted(strongest) != list(range(limit))
+
+
+def test_who_takes_one_step_abstains_and_the_others_decide() -> None:
+    """Client 0 has one batch, the others two: the budget's ranks are theirs by 11 and 9 examples."""
+    playing = federation(EARLY, training=replace(SGD, batch_size=7))
+    after = playing.play(1)
+    bits = [bin_of(answer) for answer in playing.answers(0).values()]
+    assert [answer.steps for answer in playing.answers(0).values()] == [1, 2, 2]
+    limit = EARLY.budget(0, TOTAL)
+    assert [row.count("1") for row in bits] == [TOTAL, limit, limit]
+    expected = [i for i in range(TOTAL) if 11 * int(bits[1][i]) + 9 * int(bits[2][i]) >= 0.5 * 20]
+    assert len(expected) == limit, "none is at a tie"
+    assert alive(after).nonzero().flatten().tolist() == expected
+
+
+def test_where_nothing_was_learnt_no_rank_dies() -> None:
+    """A head of 0 sends no gradient to the adapters: e stays 0, and no rank is better than another."""
+    playing = federation(EARLY, training=replace(SGD, steps=1))
+    start = playing.start
+    blank = replace(start, shared={**start.shared, "classifier.weight": torch.zeros(3, 32)})
+    after = playing.play(1, blank)
+    assert not any(after.shared[f"{name}:e"].any() for name in LAYERS)
+    assert bool(alive(after).all())
+    assert int(alive(playing.play(2, after)).sum()) == EARLY.budget(2, TOTAL), "later rounds make up for it"
 
 
 def test_a_dead_module_is_neither_sent_nor_mounted_nor_expected() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpeft.evaluation import held
+from fedpeft.lowrank import Split
+from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import dense_layer, describe
@@ -18,7 +21,19 @@ from fedpeft.sparse import positions, scatter
 from fedpeft.types import Client
 from fedpeft.wire import Answer, Request
 from tests.families import FAMILIES, family, says, texts
-from tests.tiny import CONFIG, CPU, HEAD, SEED, TARGETS, base_of, bert, federation, logits, small
+from tests.tiny import (
+    CONFIG,
+    CPU,
+    HEAD,
+    SEED,
+    TARGETS,
+    assert_same,
+    base_of,
+    bert,
+    federation,
+    logits,
+    small,
+)
 
 LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
 
@@ -88,6 +103,8 @@ def test_no_position_travels() -> None:
 
 
 STAGES = [(4, 0.5, 2), (5, 0.2, 1), (20, 0.2, 4), (7, 0.5, 4), (3, 0.0, 0), (2, 1.0, 2)]
+STAGES += [(2, 0.2, 1), (10, 0.05, 1), (100, 0.001, 1)]  # some of stage 1 is a round of it at least
+STAGES += [(1, 0.2, 0), (1, 0.8, 1)]  # but a run of one round has one stage
 
 
 @pytest.mark.parametrize(("rounds", "share", "until"), STAGES)
@@ -146,6 +163,50 @@ def test_the_bridge_keeps_the_head_and_the_base_stays_as_it_was() -> None:
         before = logits(model)
     with held(method, bridged, model, CPU, SEED):
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+LORA = LoRA(TARGETS, 3, 2.0, weighting="uniform")
+
+
+def as_lora(**changes: Any) -> SLoRA:
+    """Return SLoRA with the second stage of ``LORA``."""
+    return SLoRA(4, TARGETS, 0.2, **{"rank": 3, "scale": 2.0, **changes})
+
+
+def test_without_a_first_stage_the_run_is_loras_to_the_bit() -> None:
+    """The SVD of nothing would give every layer the first axes for its A, whatever the seed."""
+    ours, theirs = federation(as_lora(stage1=0.0)), federation(LORA)
+    assert_same(ours.start.shared, theirs.start.shared)
+    assert_same(ours.play(3).shared, theirs.play(3).shared)
+
+
+@pytest.mark.parametrize("split", ["left", "sqrt", "right"])
+def test_after_a_first_stage_without_replies_the_second_starts_as_lora_does(split: Split) -> None:
+    playing = federation(as_lora(stage1=0.5, split=split))
+    bridged = playing.play(2, min_replies=4)
+    assert all(row.lost for row in playing.rows)
+    assert_same(bridged.shared, federation(LORA).start.shared)
+    after = playing.play(1, bridged)
+    for name in LAYERS:
+        for part in "AB":
+            moved = (after.shared[f"{name}:{part}"] - bridged.shared[f"{name}:{part}"]).norm(dim=1 if part == "A" else 0)
+            assert (moved > 0).all(), f"every rank of {name}:{part} is trained"
+
+
+def test_only_a_layer_without_a_difference_starts_as_lora_does() -> None:
+    """By hand: one entry of 6 in the first layer is U S V^T = 6 / s at that place, of rank 1."""
+    method, still = as_lora(stage1=0.5), LAYERS[1:]
+    state = replace(method.init(base_of(bert()), SEED), round=1)
+    values = torch.zeros_like(state.shared[f"{LAYERS[0]}:values"])
+    values[0] = 6.0
+    bridged = method.receive(replace(state, shared={**state.shared, f"{LAYERS[0]}:values": values}), ()).shared
+    expected = torch.zeros(32 * 32)
+    expected[positions((32, 32), 0.2, SEED, LAYERS[0])[0]] = 6.0 / 2.0
+    torch.testing.assert_close(bridged[f"{LAYERS[0]}:B"] @ bridged[f"{LAYERS[0]}:A"], expected.view(32, 32))
+    start = LORA.init(base_of(bert()), SEED).shared
+    for name in still:
+        for part in "AB":
+            assert torch.equal(bridged[f"{name}:{part}"], start[f"{name}:{part}"])
 
 
 def test_the_pre_classification_layer_has_a_rank_of_its_own() -> None:
