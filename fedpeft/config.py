@@ -183,9 +183,19 @@ def _checked(kind: type[T], tree: Tree, prefix: str) -> T:
         checked: T = _adapter(kind).validate_python(dict(tree))  # type: ignore[arg-type]  # a type is hashable
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
+        key = ".".join(part for part in (prefix, *_path(tree, first["loc"])) if part)
         raise BadInput(f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
     return checked
+
+
+def _path(tree: Any, location: Sequence[int | str]) -> Iterator[str]:
+    """Yield the keys of ``tree`` that lead to ``location``, which names branches of unions, too."""
+    for part in location:
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            continue  # a branch, such as ``tuple[str, ...]``
+        yield str(part)
 
 
 def _check_finite(tree: Tree, prefix: str) -> None:
