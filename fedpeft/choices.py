@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from fedpeft.mounting import Targets
+
 
 @dataclass(frozen=True)
 class DataChoice:
@@ -98,7 +100,7 @@ class CompareChoice:
     methods: tuple[str, ...] = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara")
     seeds: tuple[Annotated[int, Ge(0), Le(2**62)], ...] = (0,)
     recipe: Literal["equal", "paper"] = "equal"
-    targets: str = "query|value"
+    targets: Targets = "query|value"
     rank: Annotated[int, Ge(1)] = 8
     references: tuple[Reference, ...] = ()
     reference_method: str = "lora"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,12 +67,28 @@ def locate(name: str) -> str:
             raise BadInput(f"model.name = {name!r}: package {package!r} is not installed; get it with: {remedy}")
         return str(Path(spec.submodule_search_locations[0]) / folder)
     if Path(name).is_dir():
+        refuse_adapter(Path(name))
         return name
     if near := get_close_matches(name, PACKAGED, n=1, cutoff=0.8):
         raise BadInput(f"model.name = {name!r}: no such folder; did you mean {near[0]!r}?")
     if not re.match(r"^[./~]", name):
         return name
     raise BadInput(f"model.name = {name!r}: no such folder; give a folder, a hub id or one of {', '.join(PACKAGED)}")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise BadInput where ``folder`` holds a peft adapter, which is no model without its base."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = repr(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "another model"
+    raise BadInput(
+        f"model.name = {str(folder)!r}: is an adapter of {base}, not a whole model; merge the two "
+        "first (fedpeft export RUN FOLDER --merge, or peft's merge_and_unload) and name that folder"
+    )
 
 
 def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: int) -> Loaded:

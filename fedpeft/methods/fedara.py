@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedpeft.averaging import Weighting, mean, weight_of
 from fedpeft.importance import Importance, Score, Tally, strength
 from fedpeft.lowrank import by_module, check_ranks, deltas, orthogonality
-from fedpeft.mounting import forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
@@ -35,7 +35,7 @@ class FedARA:
 
     paper: ClassVar[str] = "FedARA: Wu et al. 2025, arXiv 2501.14406"
     rounds: Annotated[int, Ge(1)] = 20
-    targets: str = "attention"
+    targets: Targets = "attention"
     rank: Annotated[int, Ge(1)] = 12
     scale: Annotated[float, Gt(0)] = 1.0
     kept: Annotated[float, Gt(0), Le(1)] = 0.25

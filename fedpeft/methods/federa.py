@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import LowRank, Split, by_module, check_ranks, principal
-from fedpeft.mounting import forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
 from fedpeft.types import NEVER, Base, Client, Context, Delta, LocalTask, Payload, State, Update
 
 
@@ -21,13 +21,13 @@ from fedpeft.types import NEVER, Base, Client, Context, Delta, LocalTask, Payloa
 class FeDeRA:
     """Train B and A from the SVD of each pre-trained W_0, on the residual base W_0 - scale * B_0 A_0.
 
-    ``targets``: which dense layers (``attention``, ``all-linear`` or a pattern). ``rank``: r; the paper's was not found,
+    ``targets``: which dense layers (``mounting.Targets``). ``rank``: r; the paper's was not found,
     so the default is a reconstruction. ``scale``: alpha / r, likewise. ``split``: where the singular values go;
     reconstruction, ``sqrt`` equals PiSSA. ``weighting``: by examples (reconstruction) or uniform.
     """
 
     paper: ClassVar[str] = "FeDeRA: Yan et al. 2024, arXiv 2404.18848"
-    targets: str = "attention"
+    targets: Targets = "attention"
     rank: Annotated[int, Ge(1)] = 8
     scale: Annotated[float, Gt(0)] = 1.0
     split: Split = "sqrt"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import by_module, check_ranks, deltas, uniform
-from fedpeft.mounting import dense_layer, forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, dense_layer, forms, mounted, select, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -20,12 +20,12 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 class FFALoRA:
     """Train and average B alone: the mean of the B_k A is exactly mean(B) A, and half of LoRA's bytes travel.
 
-    ``targets``: which dense layers (``attention``, ``all-linear`` or a pattern). ``rank``: r. ``scale``: alpha / r.
+    ``targets``: which dense layers (``mounting.Targets``). ``rank``: r. ``scale``: alpha / r.
     ``weighting``: by examples (FedAvg) or uniform.
     """
 
     paper: ClassVar[str] = "FFA-LoRA: Sun et al. 2024, arXiv 2403.12313"
-    targets: str = "attention"
+    targets: Targets = "attention"
     rank: Annotated[int, Ge(1)] = 8
     scale: Annotated[float, Gt(0)] = 1.0
     weighting: Weighting = "examples"

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from fedpeft.methods.lora import LoRA
+from fedpeft.mounting import Targets
 from fedpeft.types import NEVER, Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -22,7 +23,7 @@ class LocalOnly:
     """
 
     paper: ClassVar[str] = "a reference, from no paper"
-    targets: str = "attention"
+    targets: Targets = "attention"
     rank: Annotated[int, Ge(1)] = 8
     scale: Annotated[float, Gt(0)] = 1.0
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import check_ranks, deltas, uniform
-from fedpeft.mounting import forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -20,12 +20,12 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 class LoRA:
     """Train B and A of W + scale * B A and average each of them; inexact, as mean(B) mean(A) is not mean(B A).
 
-    ``targets``: which dense layers (``attention``, ``all-linear`` or a pattern). ``rank``: r. ``scale``: alpha / r.
+    ``targets``: which dense layers (``mounting.Targets``). ``rank``: r. ``scale``: alpha / r.
     ``weighting``: by examples (FedAvg) or uniform.
     """
 
     paper: ClassVar[str] = "LoRA: Hu et al. 2021, arXiv 2106.09685; FedIT: Zhang et al. 2023, arXiv 2305.05644"
-    targets: str = "attention"
+    targets: Targets = "attention"
     rank: Annotated[int, Ge(1)] = 8
     scale: Annotated[float, Gt(0)] = 1.0
     weighting: Weighting = "examples"

@@ -15,7 +15,7 @@ from fedpeft.lowrank import Split, check_ranks, principal, uniform
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.methods.staged import Staged
-from fedpeft.mounting import select
+from fedpeft.mounting import Targets, select
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -39,7 +39,7 @@ class SLoRA:
 
     paper: ClassVar[str] = "SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
     rounds: Annotated[int, Ge(1)] = 20
-    targets: str = "all-linear"
+    targets: Targets = "all-linear"
     density: Annotated[float, Gt(0), Le(1)] = 0.10
     stage1: Annotated[float, Ge(0), Le(1)] = 0.2
     rank: Annotated[int, Ge(1)] = 10

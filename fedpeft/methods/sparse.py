@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from fedpeft.averaging import Weighting, averaged
 from fedpeft.lowrank import by_module
-from fedpeft.mounting import dense_layer, forms, mounted, oriented, replaced, select, trainable, values
+from fedpeft.mounting import (
+    Targets,
+    dense_layer,
+    forms,
+    mounted,
+    oriented,
+    replaced,
+    select,
+    trainable,
+    values,
+)
 from fedpeft.sparse import positions, scatter
 from fedpeft.types import Base, Client, Context, LocalTask, NotStackable, Payload, State, Update
 
@@ -40,12 +50,12 @@ class Masked:
 class Sparse:
     """Train the differences to W_0 at seeded random positions, the same everywhere; no indices travel.
 
-    ``targets``: which dense layers (``attention``, ``all-linear`` or a pattern). ``density``: share of each matrix that
+    ``targets``: which dense layers (``mounting.Targets``). ``density``: share of each matrix that
     is trained; SLoRA prints 10 % for its first stage. ``weighting``: uniform as in SLoRA, or by examples.
     """
 
     paper: ClassVar[str] = "SFT, stage 1 of SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
-    targets: str = "all-linear"
+    targets: Targets = "all-linear"
     density: Annotated[float, Gt(0), Le(1)] = 0.10
     weighting: Weighting = "uniform"
 

@@ -2,12 +2,13 @@
 
 from fedpeft.mounting.casts import cast_once
 from fedpeft.mounting.deltas import mounted_deltas
-from fedpeft.mounting.layers import dense_layer, describe, oriented, select
+from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select
 from fedpeft.mounting.mount import forms, mounted, overridden, replaced, trainable, values
 from fedpeft.mounting.rows import rows_of
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
 
 __all__ = [
+    "Targets",
     "Trace",
     "cast_once",
     "changes",

@@ -1,7 +1,7 @@
 """The dense layers of a model, found by type, and the choice of those that are adapted."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from torch import Tensor, nn
@@ -11,6 +11,28 @@ from fedpeft.types import BadInput, Base, WireError
 
 WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
 """Words that stand for a pattern: every dense layer inside an attention block; every dense layer."""
+
+Targets = str | tuple[str, ...]
+"""Which dense layers are adapted, one of:
+
+- ``attention`` or ``all-linear``;
+- a regular expression that is searched in the modules' names, such as ``query|value``;
+- a list of endings of these names, as peft's ``target_modules``: ``["query", "value"]``. A text
+  with commas, ``"query,value"``, is read as such a list.
+"""
+
+LISTED = re.compile(r"\s*[\w.-]+(\s*,\s*[\w.-]+)+\s*")
+"""Names with commas between them. Read as a pattern it would match nothing: no name has a comma."""
+
+ROLES = (
+    ("query", "q", "q_proj", "q_lin", "q_head", "query_proj"),
+    ("key", "k", "k_proj", "k_lin", "k_head", "key_proj"),
+    ("value", "v", "v_proj", "v_lin", "v_head", "value_proj"),
+)
+"""What families call the three inputs of attention."""
+
+FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj")
+"""What families call the three where they are one matrix."""
 
 
 def matrix(module: nn.Module) -> Tensor | None:
@@ -48,23 +70,85 @@ def describe(model: nn.Module, head: Iterable[str]) -> Base:
     )
 
 
-def select(base: Base, targets: str) -> dict[str, Tensor]:
-    """Return the (out, in) matrices of the adapted layers by module name.
+def select(base: Base, targets: Targets) -> dict[str, Tensor]:
+    """Return the (out, in) matrices of the adapted layers by module name, in the model's order.
 
-    ``targets`` is ``attention``, ``all-linear`` or a regular expression searched in the module names. Layers of the head
-    are trained in full and so never chosen. A pattern that is malformed or matches nothing raises BadInput.
+    Layers of the head are trained in full and so never chosen. A pattern that is malformed or
+    matches nothing, or an ending that no layer has, raises BadInput.
     """
-    candidates = {name: weight for name, weight in base.layers.items() if f"{name}.weight" not in base.head}
+    names = [name for name in base.layers if f"{name}.weight" not in base.head]
+    if not names:
+        raise BadInput(f"method.targets = {targets!r}: the model's head has all its dense layers")
+    match targets:
+        case str() if LISTED.fullmatch(targets):
+            chosen = _ending(names, [ending.strip() for ending in targets.split(",")])
+        case str():
+            chosen = _searched(names, targets)
+        case _:
+            chosen = _ending(names, targets)
+    return {name: base.layers[name] for name in names if name in chosen}
+
+
+def _searched(layers: Sequence[str], pattern: str) -> set[str]:
+    """Return the names in which ``pattern``, or the pattern that a word stands for, is found."""
     try:
-        pattern = re.compile(WORDS.get(targets, targets))
+        expression = re.compile(WORDS.get(pattern, pattern))
     except re.error as error:
-        raise BadInput(f"method.targets = {targets!r} is not a regular expression: {error}") from error
-    chosen = {name: weight for name, weight in candidates.items() if pattern.search(name)}
-    if not chosen:
-        known = sorted({part for name in candidates for part in name.split(".") if not part.isdigit()})
-        near = get_close_matches(targets, [*WORDS, *known], n=1) or [*WORDS]
-        raise BadInput(
-            f"method.targets = {targets!r} matches no dense layer of the model; did you mean {near[0]!r}? "
-            f"The names are made of: {', '.join(known)}"
-        )
-    return chosen
+        said = f"method.targets = {pattern!r}"
+        raise BadInput(f"{said} is not a regular expression: {error}") from error
+    found = {name for name in layers if expression.search(name)}
+    if found:
+        return found
+    known = _parts(layers)
+    # What looks like a name in the pattern, without escapes such as \d.
+    words = re.findall(r"[A-Za-z_][\w-]*", re.sub(r"\\.", " ", pattern))
+    near: dict[str, None] = {}  # in order, each once
+    for word in words:
+        if word not in known and word not in WORDS:
+            near |= dict.fromkeys(_nearest(word, known))
+    meant = "|".join(near) or "all-linear"
+    raise BadInput(
+        f"method.targets = {pattern!r} matches no dense layer of the model; "
+        f"did you mean {meant!r}? The names are made of: {', '.join(known)}"
+    )
+
+
+def _ending(layers: Sequence[str], endings: Sequence[str]) -> set[str]:
+    """Return the names that end, from a dot on, in one of ``endings``; each has to find one."""
+    found: set[str] = set()
+    unknown: list[str] = []
+    for ending in endings:
+        names = {name for name in layers if name == ending or name.endswith(f".{ending}")}
+        found |= names
+        if not names:
+            unknown.append(ending)
+    if found and not unknown:
+        return found
+    if not endings:
+        raise BadInput(f"method.targets = []: name layers, or choose from: {', '.join(WORDS)}")
+    known = _parts(layers)
+    near: dict[str, None] = {}  # in order, each once
+    for ending in unknown:
+        near |= dict.fromkeys(_nearest(ending, known))
+    hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+    for word in WORDS:
+        if word in unknown:
+            hint = f"write {word!r} alone, not in a list. "
+    raise BadInput(
+        f"method.targets = {list(endings)}: no dense layer's name ends in "
+        f"{', '.join(map(repr, unknown))}; {hint}The names are made of: {', '.join(known)}"
+    )
+
+
+def _nearest(word: str, known: Sequence[str]) -> list[str]:
+    """Return what of ``known`` another family calls ``word``, or else what is spelt alike."""
+    roles = [names for names in ROLES if word in names or word in FUSED]
+    same = [name for names in roles for name in names if name in known]
+    if roles and not same:
+        same = [name for name in FUSED if name in known]
+    return same or get_close_matches(word, [*WORDS, *known], n=1)
+
+
+def _parts(layers: Sequence[str]) -> list[str]:
+    """Return what the names of ``layers`` are made of, without numbers."""
+    return sorted({part for name in layers for part in name.split(".") if not part.isdigit()})

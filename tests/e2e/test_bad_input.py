@@ -65,6 +65,10 @@ SETTINGS: dict[str, Wrong] = {
     ),
     "targets that match nothing": Wrong(("method.targets=qury",), ("method.targets = 'qury'", "did you mean 'query'")),
     "targets that match the head only": Wrong(("method.targets=classifier",), ("method.targets = 'classifier'", "query")),
+    "targets of another family": Wrong(("method.targets=q_proj|v_proj",), ("mean 'query|value'?",)),
+    "targets of a wrong type": Wrong(("method.targets=3",), ("method.targets = 3: input",)),
+    "targets of a wrong type, listed": Wrong(("method.targets=[3]",), ("method.targets = [3]:",)),
+    "neither of two types": Wrong(("engine.cohort=many",), ("engine.cohort = 'many': input",)),
     "targets that are no pattern": Wrong(("method.targets=(query",), ("method.targets = '(query'", "regular expression")),
     "more clients than examples": Wrong(
         ("partition.clients=500",), ("partition.clients = 500", "144 examples", "at most 144 clients")

@@ -75,6 +75,21 @@ def test_a_disk_full_from_the_start_leaves_no_half_made_run(ground: Ground, asse
     assert not (runs / "tiny").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--merge",)], ids=["adapter", "merged"])
+@pytest.mark.parametrize("room", [100, 3000])
+def test_a_disk_full_while_exporting_leaves_no_half_of_a_folder(
+    undisturbed: Outcome,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    room: int,
+) -> None:
+    """Neither of the first small file nor of the weights."""
+    with file_limit(room):
+        outcome = cli_call("export", undisturbed.folder, tmp_path / "made", *options)
+    refused(outcome, str(tmp_path / "made"), "cannot be written", "make room")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("part", range(6))
 def test_a_disk_full_at_any_instant_ends_a_run_that_resumes_to_the_same_end(
     ground: Ground, assembly: Assembly, undisturbed: Outcome, runs: Path, part: int

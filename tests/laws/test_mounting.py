@@ -1,5 +1,6 @@
 """Mounted factors equal merged weights in every family; tied parameters move everywhere; what cannot be kept apart refuses."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -11,7 +12,18 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.mounting import dense_layer, describe, mounted, oriented, replaced, rows_of, select, trainable, values
+from fedpeft.mounting import (
+    Targets,
+    dense_layer,
+    describe,
+    mounted,
+    oriented,
+    replaced,
+    rows_of,
+    select,
+    trainable,
+    values,
+)
 from fedpeft.seeds import generator
 from fedpeft.types import BadInput, Base, WireError
 from fedpeft.wire import Answer, Kind, Request
@@ -101,6 +113,83 @@ def test_a_pattern_is_searched_and_one_that_matches_nothing_names_the_nearest(mo
         select(base, "atention")
     with pytest.raises(BadInput, match=r"method.targets = '\(' is not a regular expression"):
         select(base, "(")
+    with pytest.raises(BadInput, match="the model's head has all its dense layers"):
+        select(describe(model, dict(model.named_parameters())), "all-linear")
+
+
+SELF = "bert.encoder.layer.{}.attention.self.{}"
+QUERY_VALUE = [
+    SELF.format(0, "query"),
+    SELF.format(0, "value"),
+    SELF.format(1, "query"),
+    SELF.format(1, "value"),
+]
+KEYS = [SELF.format(0, "key"), SELF.format(1, "key")]
+LISTS: dict[str, tuple[Targets, list[str]]] = {
+    "endings": (("query", "value"), QUERY_VALUE),
+    "in the model's order": (("value", "query", "query"), QUERY_VALUE),
+    "commas in a text": ("query,value", QUERY_VALUE),
+    "commas and blanks": (" query , value ", QUERY_VALUE),
+    "an ending of several parts": (
+        ("attention.output.dense",),
+        [f"bert.encoder.layer.{layer}.attention.output.dense" for layer in (0, 1)],
+    ),
+    "a whole name": (("bert.pooler.dense",), ["bert.pooler.dense"]),
+    "with a number": (("1.output.dense",), ["bert.encoder.layer.1.output.dense"]),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_is_one_of_endings_as_in_peft(kind: str, model: nn.Module) -> None:
+    targets, names = LISTS[kind]
+    assert list(select(base_of(model), targets)) == names
+
+
+def test_an_ending_begins_after_a_dot() -> None:
+    names = ["query", "block.query", "block.my_query", "query.block"]
+    base = Base({}, {name: torch.ones(2, 2) for name in names}, frozenset())
+    assert list(select(base, ("query",))) == ["query", "block.query"]
+    assert list(select(base, "query")) == names
+
+
+@pytest.mark.parametrize("targets", [r"\.\d{1,2}\.attention\..*key", r"self\.(key|a,b)$", "key"])
+def test_a_pattern_with_a_comma_in_it_stays_a_pattern(targets: str, model: nn.Module) -> None:
+    assert list(select(base_of(model), targets)) == KEYS
+
+
+MISTAKEN: dict[str, tuple[Targets, str]] = {
+    "another family's names": ("q_proj|v_proj", r"did you mean 'query\|value'\?"),
+    "another family's, listed": (
+        ("q_proj", "v_proj"),
+        r"\['q_proj', 'v_proj'\]: .* in 'q_proj', 'v_proj'; did you mean 'query', 'value'\?",
+    ),
+    "another family's, with commas": ("q_lin,k_lin", "did you mean 'query', 'key'"),
+    "three in one": ("c_attn", r"did you mean 'query\|key\|value'"),
+    "one of them only": (("query", "vlaue"), "ends in 'vlaue'; did you mean 'value'"),
+    "a pattern in a list": (("que.*",), r"ends in 'que\.\*'"),
+    "a word in a list": (("attention", "key"), "write 'attention' alone, not in a list"),
+    "no name": ((), r"method.targets = \[\]: name layers, or choose from: attention, all-linear"),
+    "an empty name": (("",), "ends in ''"),
+    "the head": (("classifier",), "ends in 'classifier'.*query"),
+    "a name in a longer pattern": (r"layer\.1\..*\.qery$", "did you mean 'query'"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKEN)
+def test_the_nearest_names_of_this_model_are_offered(kind: str, model: nn.Module) -> None:
+    targets, says = MISTAKEN[kind]
+    with pytest.raises(BadInput, match=says) as refusal:
+        select(base_of(model), targets)
+    assert "\n" not in str(refusal.value)
+
+
+NEAR = {"gpt2": "c_attn", "llama": "q_proj|v_proj", "distilbert": "q_lin|v_lin"}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_what_a_family_calls_query_and_value_is_offered(name: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(f"did you mean '{NEAR[name]}'")):
+        select(describe(family(name), FAMILIES[name].head), "query|value")
 
 
 def test_the_servers_view_has_every_parameter_and_the_head_apart(model: nn.Module) -> None:

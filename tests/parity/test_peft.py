@@ -13,7 +13,7 @@ from fedpeft.evaluation import held
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.mounting import mounted
+from fedpeft.mounting import mounted, select
 from fedpeft.seeds import generator
 from fedpeft.sparse import positions
 from tests.families import FAMILIES, family, says, texts
@@ -81,6 +81,25 @@ def test_a_trained_loras_deltas_are_what_peft_merges() -> None:
     torch.testing.assert_close(said, logits(theirs), rtol=1e-5, atol=1e-5)
     for name in LAYERS:
         torch.testing.assert_close(deltas[name].dense()[0], layer_of(theirs, name).get_delta_weight("default"))
+
+
+LISTS: dict[str, list[str]] = {
+    "query and value": ["query", "value"],
+    "one layer": ["0.attention.self.query"],
+    "several parts": ["attention.output.dense", "bert.pooler.dense"],
+    "many": ["output.dense", "key"],
+}
+
+
+@pytest.mark.parametrize("targets", LISTS.values(), ids=LISTS)
+def test_a_list_of_targets_chooses_what_peft_adapts(targets: list[str]) -> None:
+    theirs = get_peft_model(bert(), LoraConfig(r=1, target_modules=targets))
+    adapted = set()
+    for name, _ in theirs.named_modules():
+        if name.endswith(".lora_A"):
+            adapted.add(name.removeprefix("base_model.model.").removesuffix(".lora_A"))
+    assert select(base_of(bert()), tuple(targets)).keys() == adapted
+    assert adapted
 
 
 def test_loras_forward_is_pefts_on_gpt2s_turned_layers() -> None:
