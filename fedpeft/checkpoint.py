@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedpeft.memory import Memories
+from fedpeft.memory import Memories, written
 from fedpeft.types import BadInput, State, WireError
 from fedpeft.wire import decode, digest, encode
 
@@ -70,7 +70,8 @@ def save(folder: Path, state: State, memories: Memories, ledger: int, config: st
         name = f"client-{client}-{version:06d}.memory"
         memory = memories.get(client, version)
         files[name] = digest(memory).hex()
-        if version >= state.round - 1 or not (folder / name).exists():  # what a crash left of this round is not trusted
+        # What a crash left of this round is not trusted.
+        if written(version) >= state.round - 1 or not (folder / name).exists():
             write(folder / name, memory)
     content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())

@@ -11,9 +11,10 @@ from fedpeft.activations import Activations
 from fedpeft.evaluation import score
 from fedpeft.hardware import Hardware
 from fedpeft.ledger import measured
+from fedpeft.memory import carried, joined, parted
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training import Share, Training, fit, own_randomness, plan
-from fedpeft.types import Context, Method, Payload, WireError
+from fedpeft.training import Share, Training, fit, optimizer_of, own_randomness, plan
+from fedpeft.types import Context, LocalTask, Method, Payload, WireError
 from fedpeft.wire import Answer, Kind, Request, decode, encode
 
 
@@ -72,19 +73,13 @@ class Worker:
         self.activations.learn(self.model, self._forward, shares[0].examples.take([0]))
         context = Context([clients[k] for k in order], number, self.seed)
         down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
+        own, kept = parted(memory)
         with measured(self.hardware.torch_device) as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
-            with self.method.mount(self.model, down, memory, context) as local:
-                losses = fit(
-                    self.model,
-                    local,
-                    self.task,
-                    self._with_states([clients[k] for k in order], [shares[k] for k in order]),
-                    self.training,
-                    self.head,
-                    self.hardware,
-                    self.activations,
-                )
+            with self.method.mount(self.model, down, own, context) as local:
+                sorted_shares = self._with_states(context.clients, [shares[k] for k in order])
+                losses, kept = self._fit(local, sorted_shares, kept)
                 up, stays = local.reply()
+                remembered = joined(stays, own, kept)
                 trained = sum(parameter[0].numel() for parameter in local.trainable.values())
         answers: list[tuple[bytes, bytes]] = [(b"", b"")] * len(clients)
         for row, k in enumerate(order):
@@ -98,19 +93,44 @@ class Worker:
                 seconds=meter.seconds * len(shares[k].steps) / sum(len(share.steps) for share in shares),
                 peak_memory=meter.peak_memory,
                 shared_by=len(clients),
-                memory=number if stays else asked[k].memory,
+                memory=_version(number, asked[k].memory, stays, remembered),
             )
-            kept = encode({name: tensor[row] for name, tensor in stays.items()}) if stays else b""
-            answers[k] = (answer.encode(), kept)
+            mine = {name: tensor[row] for name, tensor in remembered.items()}
+            answers[k] = (answer.encode(), encode(mine) if mine else b"")
         return answers
+
+    def _fit(
+        self,
+        local: LocalTask,
+        shares: Sequence[Share],
+        kept: Payload,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train ``local``; return the losses, (K,), and what is kept of the optimizer, if anything.
+
+        ``kept``: the same from the rounds before, stacked over K.
+        """
+        optimizer = optimizer_of(local, self.training, self.head, kept)
+        losses = fit(
+            self.model,
+            local,
+            self.task,
+            shares,
+            self.training,
+            self.head,
+            self.hardware,
+            self.activations,
+            optimizer,
+        )
+        return losses, optimizer.state() if self.training.keep_optimizer else {}
 
     def _evaluate(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
         answers = []
         for client, request, own in zip(clients, asked, held, strict=True):
             context = Context([client], request.round, self.seed)
+            down, (memory, _) = self._stack([request.payload]), parted(self._stack([own]))
             with (
                 measured(self.hardware.torch_device) as meter,
-                self.method.mount(self.model, self._stack([request.payload]), self._stack([own]), context),
+                self.method.mount(self.model, down, memory, context),
             ):
                 found = score(self.model, self.task, self.holdings[client].test, self.hardware)
             answer = Answer(
@@ -151,6 +171,13 @@ class Worker:
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the messages of one cohort differ in names or shapes: {error}") from error
         return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
+
+
+def _version(number: int, before: int, stays: Payload, remembered: Payload) -> int:
+    """Return the version of a client's memory after round ``number``, told that ``before``."""
+    if stays:
+        return number
+    return carried(number, before) if remembered else before
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

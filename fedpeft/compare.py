@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final, get_args
 
 from fedpeft import parallel
-from fedpeft.assembly import Assembly, assemble
+from fedpeft.assembly import Assembly, assemble, divide, read_data
 from fedpeft.choices import CLIENTS, CompareChoice, Reference
 from fedpeft.config import Config, Tree, differences, from_tree, merge, nearest, nested
 from fedpeft.hardware import Hardware
@@ -165,7 +165,8 @@ def _playing(tree: Tree, choice: CompareChoice, name: str) -> Tree:
 def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
     """Return the settings of a yardstick: clients that never exchange anything, or all data at one client.
 
-    Centralised training takes as many examples a round as the federation's cohort does together.
+    Centralised training takes as many examples a round as the federation's cohort does together, and
+    its one optimizer goes on from round to round, as that of ordinary training does.
     """
     if name == "local-only":
         return merge(_playing(tree, choice, "local_only"), {"reference": True})
@@ -177,10 +178,19 @@ def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
         "reference": True,
         "partition": {"kind": "iid", "clients": 1},
         "federation": {"clients_per_round": 1, "min_replies": 1},
+        "training": {"keep_optimizer": True},
     }
     if steps is None:
-        share = federation.clients_per_round / (config.partition.clients or CLIENTS)
+        share = federation.clients_per_round / _clients(config)
         longer = nested("federation.rounds", max(1, round(federation.rounds * share)))
     else:
         longer = nested("training.steps", steps * federation.clients_per_round)
     return merge(settings, together, longer)
+
+
+def _clients(config: Config) -> int:
+    """Return how many clients there are; where the data or a file names them, by counting them."""
+    partition = config.partition
+    if partition.kind == "file" or (partition.kind == "by_key" and partition.clients is None):
+        return len(divide(config, read_data(config.data)).train)
+    return partition.clients or CLIENTS

@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from fedpeft.ledger import ClientRow
+from fedpeft.memory import as_told
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
 from fedpeft.types import NEVER, Client, Engine, Lost, Method, Payload, Reply, State, Update, WireError
@@ -60,7 +61,7 @@ def poll(
     asked = [replace(client, memory=state.memories.get(client.id, NEVER)) for client in clients]
 
     def request(client: Client) -> bytes:
-        down = method.send(state, client)
+        down = method.send(state, as_told(client))
         return Request(Kind.EVALUATE, state.round, config, down, client.memory).encode()
 
     found: dict[int, Scores] = {}
@@ -143,7 +144,7 @@ class _Talk:
                 return answer
 
     def _request(self, client: Client) -> bytes:
-        down = self.method.send(self.state, client)
+        down = self.method.send(self.state, as_told(client))
         last = self._last
         if last is None or last.down is not down or last.memory != client.memory:  # many get the very same
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
