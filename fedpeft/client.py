@@ -11,8 +11,9 @@ from fedpeft.activations import Activations
 from fedpeft.evaluation import score
 from fedpeft.hardware import Hardware
 from fedpeft.ledger import Measured, measured
+from fedpeft.memory import carried, joined, parted
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training import Share, Training, fit, own_randomness, plan
+from fedpeft.training import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload, WireError
 from fedpeft.wire import Answer, Kind, Request, decode, encode
 
@@ -88,19 +89,21 @@ class Worker:
         self.activations.learn(self.model, self._forward, shares[0].examples.take([0]))
         context = Context([clients[k] for k in order], number, self.seed)
         down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
+        own, kept = parted(memory)
         with measured(self.hardware.torch_device) as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
-            with self.method.mount(self.model, down, memory, context) as local:
+            with self.method.mount(self.model, down, own, context) as local:
                 ready = self._with_states(context.clients, [shares[k] for k in order])
-                losses = self._fit(local, ready)
+                losses, kept = self._fit(local, ready, kept)
                 up, stays = local.reply()
+                remembered = joined(stays, own, kept)
                 trained = sum(parameter[0].numel() for parameter in local.trainable.values())
-        a_step = self._seconds_alone(down, memory, context, ready[0]) if len(clients) > 1 else None
+        a_step = self._seconds_alone(down, own, context, ready[0]) if len(clients) > 1 else None
         all_steps = sum(len(share.steps) for share in shares)
         answers: list[tuple[bytes, bytes]] = [(b"", b"")] * len(clients)
         for row, k in enumerate(order):
             steps = len(shares[k].steps)
             seconds = meter.seconds * steps / all_steps
-            own = Measured(
+            figures = Measured(
                 examples=len(shares[k].examples),
                 steps=steps,
                 trained=trained,
@@ -110,13 +113,23 @@ class Worker:
                 peak_memory=meter.peak_memory,
                 shared_by=len(clients),
             )
-            version = number if stays else asked[k].memory
-            answer = Answer(number, _row(up, row), own, memory=version)
-            answers[k] = answer.encode(), encode(_row(stays, row)) if stays else b""
+            version = _version(number, asked[k].memory, stays, remembered)
+            answer = Answer(number, _row(up, row), figures, memory=version)
+            answers[k] = answer.encode(), encode(_row(remembered, row)) if remembered else b""
         return answers
 
-    def _fit(self, local: LocalTask, shares: Sequence[Share]) -> Tensor:
-        return fit(
+    def _fit(
+        self,
+        local: LocalTask,
+        shares: Sequence[Share],
+        kept: Payload,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train ``local``; return the losses, (K,), and what is kept of the optimizer, if anything.
+
+        ``kept``: the same from the rounds before, stacked over K.
+        """
+        optimizer = optimizer_of(local, self.training, self.head, kept)
+        losses = fit(
             self.model,
             local,
             self.task,
@@ -125,7 +138,9 @@ class Worker:
             self.head,
             self.hardware,
             self.activations,
+            optimizer,
         )
+        return losses, optimizer.state() if self.training.keep_optimizer else {}
 
     def _seconds_alone(
         self,
@@ -150,7 +165,7 @@ class Worker:
                 self.method.mount(self.model, _first(down), _first(memory), one) as local,
                 measured(self.hardware.torch_device) as meter,
             ):
-                self._fit(local, [first])
+                self._fit(local, [first], {})
             self.step_alone[form] = meter.seconds
         return self.step_alone[form]
 
@@ -158,9 +173,10 @@ class Worker:
         answers = []
         for client, request, own in zip(clients, asked, held, strict=True):
             context = Context([client], request.round, self.seed)
+            down, (memory, _) = self._stack([request.payload]), parted(self._stack([own]))
             with (
                 measured(self.hardware.torch_device) as meter,
-                self.method.mount(self.model, self._stack([request.payload]), self._stack([own]), context),
+                self.method.mount(self.model, down, memory, context),
             ):
                 found = score(self.model, self.task, self.holdings[client].test, self.hardware)
             figures = Measured(
@@ -201,6 +217,13 @@ class Worker:
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the messages of one cohort differ in names or shapes: {error}") from error
         return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
+
+
+def _version(number: int, before: int, stays: Payload, remembered: Payload) -> int:
+    """Return the version of a client's memory after round ``number``, told that ``before``."""
+    if stays:
+        return number
+    return carried(number, before) if remembered else before
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final, get_args
 
+from fedpeft.assembly import divide, read_data
 from fedpeft.checking import Tree, nearest
 from fedpeft.choices import CLIENTS, CompareChoice, Reference
 from fedpeft.config import METHOD, Config, from_tree, merge, nested
@@ -132,7 +133,8 @@ def _playing(tree: Tree, choice: CompareChoice, name: str, field: str = "methods
 def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
     """Return the settings of a yardstick: clients that never exchange anything, or all data at one client.
 
-    Centralised training takes as many examples a round as the federation's cohort does together.
+    Centralised training takes as many examples a round as the federation's cohort does together, and
+    its one optimizer goes on from round to round, as that of ordinary training does.
     """
     if name == "local-only":
         return merge(_playing(tree, choice, "local_only"), {"reference": True})
@@ -144,10 +146,19 @@ def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
         "reference": True,
         "partition": {"kind": "iid", "clients": 1},
         "federation": {"clients_per_round": 1, "min_replies": 1},
+        "training": {"keep_optimizer": True},
     }
     if steps is None:
-        share = federation.clients_per_round / (config.partition.clients or CLIENTS)
+        share = federation.clients_per_round / _clients(config)
         longer = nested("federation.rounds", max(1, round(federation.rounds * share)))
     else:
         longer = nested("training.steps", steps * federation.clients_per_round)
     return merge(settings, together, longer)
+
+
+def _clients(config: Config) -> int:
+    """Return how many clients there are; where the data or a file names them, by counting them."""
+    partition = config.partition
+    if partition.kind == "file" or (partition.kind == "by_key" and partition.clients is None):
+        return len(divide(config, read_data(config.data)).train)
+    return partition.clients or CLIENTS

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedpeft.hardware import Hardware
 from fedpeft.lanes import lanes
+from fedpeft.memory import as_told, parted
 from fedpeft.tasks import Classification, Encoded, Scores
 from fedpeft.types import NEVER, Client, Context, LocalTask, Method, Payload, State
 
@@ -57,5 +58,7 @@ def held(
         return {name: tensor.to(hardware.torch_device).unsqueeze(0) for name, tensor in payload.items()}
 
     context = Context([client.id], state.round, seed)
-    with method.mount(model, stack(method.send(state, client)), stack(memory or {}), context) as local:
+    own, _ = parted(memory or {})
+    down = method.send(state, as_told(client))
+    with method.mount(model, stack(down), stack(own), context) as local:
         yield local

@@ -8,7 +8,7 @@ from typing import final
 import torch
 
 from fedpeft.ledger import ClientRow, Measured
-from fedpeft.memory import Forgotten
+from fedpeft.memory import Forgotten, as_told
 from fedpeft.replies import in_order
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
@@ -83,7 +83,7 @@ def poll(
     asked = [replace(client, memory=state.memories.get(client.id, NEVER)) for client in clients]
 
     def request(client: Client) -> bytes:
-        down = method.send(state, client)
+        down = method.send(state, as_told(client))
         return Request(Kind.EVALUATE, state.round, config, down, client.memory).encode()
 
     found: dict[int, Scores] = {}
@@ -176,7 +176,7 @@ class _Talk:
         return answer.measured.sound(client.examples)
 
     def _request(self, client: Client) -> bytes:
-        down = self.method.send(self.state, client)
+        down = self.method.send(self.state, as_told(client))
         last = self._last
         if last is None or last.down is not down or last.memory != client.memory:  # many get the very same
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()

@@ -1,14 +1,22 @@
 """AdamW and SGD on stacked parameters: state per client, and only the clients still training move."""
 
 from collections.abc import Mapping
-from typing import Literal, final
+from itertools import pairwise
+from typing import Final, Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from fedpeft.types import Payload
+
 Kind = Literal["adamw", "sgd"]
+
+# Names in a state that is kept: of a client's steps, of a tensor's moves, of a tensor's moments.
+STEPS: Final = "@steps"
+MOVES: Final = "@moves/"
+MOMENT: Final = "@moment"
 
 
 @final
@@ -17,6 +25,10 @@ class Optimizer:
 
     A client that has stopped training must not move at all: weight decay and Adam's moments would move it even with zero
     gradients, so every step works on the slice of clients that are active.
+
+    ``warmup``: steps over which the rates of a client rise linearly. ``kept``: what ``state`` gave
+    when the same clients last trained, (K, ...), from which they go on; a tensor that it lacks, or
+    has in another shape, starts anew.
     """
 
     def __init__(
@@ -27,23 +39,71 @@ class Optimizer:
         *,
         weight_decay: float,
         momentum: float,
+        warmup: int = 0,
+        kept: Payload | None = None,
     ) -> None:
         self._kind: Kind = kind
         self._parameters, self._rates = parameters, rates
-        self._weight_decay, self._momentum = weight_decay, momentum
-        slots = {"adamw": 2, "sgd": 1}[kind]
-        self._moments = {name: [torch.zeros_like(p) for _ in range(slots)] for name, p in parameters.items()}
-        self._steps = {name: torch.zeros((), device=p.device) for name, p in parameters.items()}
+        self._weight_decay, self._momentum, self._warmup = weight_decay, momentum, warmup
+        clients = max((len(p) for p in parameters.values()), default=0)
+        slots = {"adamw": 2, "sgd": int(momentum > 0)}[kind]
+        found = {name: _begin(name, p, slots, kept or {}) for name, p in parameters.items()}
+        self._moments = {name: moments for name, (moments, _) in found.items()}
+        # How many steps each client has taken, and how many of them moved each tensor.
+        self._steps: list[int] = kept[STEPS].tolist() if kept else [0] * clients
+        self._moves = {name: moves for name, (_, moves) in found.items()}
+        self._alike = [(run, self._clocks(run)) for run in self._runs(clients)]
+
+    def _runs(self, clients: int) -> list[slice]:
+        """Return the neighbours that have taken equally many steps: torch steps these at once."""
+        marks = [(self._steps[k], [own[k] for own in self._moves.values()]) for k in range(clients)]
+        starts = [k for k in range(clients) if k == 0 or marks[k] != marks[k - 1]]
+        return [slice(start, stop) for start, stop in pairwise([*starts, clients])]
+
+    def _clocks(self, run: slice) -> dict[str, Tensor]:
+        """Return the step count of every tensor, 0-d float32, which AdamW's kernel raises."""
+        return {
+            name: torch.full((), float(self._moves[name][run.start]), device=parameter.device)
+            for name, parameter in self._parameters.items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that another optimizer needs to go on from here, (K, ...); see ``kept``."""
+        if not self._parameters:
+            return {}
+        found = {STEPS: torch.tensor(self._steps)}
+        for name, moments in self._moments.items():
+            if moments:  # plain SGD has none
+                found |= dict(zip(_keys(name, len(moments)), moments, strict=True))
+                found[f"{MOVES}{name}"] = torch.tensor(self._moves[name])
+        return found
 
     @torch.no_grad()
-    def step(self, active: slice, warmth: float = 1.0) -> None:
-        """Move the ``active`` clients by their gradients; ``warmth`` multiplies every rate."""
+    def step(self, active: slice) -> None:
+        """Move the ``active`` clients, which are the first so many, by their gradients."""
+        for run, clocks in self._alike:
+            moving = slice(run.start, min(run.stop, active.stop))
+            if moving.start < moving.stop:
+                self._step_alike(moving, clocks)
+
+    def _step_alike(self, active: slice, clocks: Mapping[str, Tensor]) -> None:
+        """Move clients that have taken equally many steps, and so have one rate and one clock."""
+        warmth = min(1.0, (self._steps[active.start] + 1) / (self._warmup + 1))
         for rate in sorted(set(self._rates.values())):
             names = [n for n, p in self._parameters.items() if self._rates[n] == rate and p.grad is not None]
             if names:
-                self._move(names, active, rate * warmth)
+                self._move(names, active, rate * warmth, clocks)
+            for name in names:
+                _count(self._moves[name], active)
+        _count(self._steps, active)
 
-    def _move(self, names: list[str], active: slice, rate: float) -> None:
+    def _move(
+        self,
+        names: list[str],
+        active: slice,
+        rate: float,
+        clocks: Mapping[str, Tensor],
+    ) -> None:
         parameters = [self._parameters[name][active] for name in names]
         gradients = [_gradient(self._parameters[name])[active] for name in names]
         moments = [[moment[active] for moment in self._moments[name]] for name in names]
@@ -51,7 +111,7 @@ class Optimizer:
             sgd(
                 parameters,
                 gradients,
-                [own[0] for own in moments],
+                [own[0] if own else None for own in moments],
                 fused=True,
                 weight_decay=self._weight_decay,
                 momentum=self._momentum,
@@ -67,7 +127,7 @@ class Optimizer:
                 [own[0] for own in moments],
                 [own[1] for own in moments],
                 [],
-                [self._steps[name] for name in names],
+                [clocks[name] for name in names],
                 fused=True,
                 amsgrad=False,
                 beta1=0.9,
@@ -79,10 +139,37 @@ class Optimizer:
             )
 
 
+def _count(counts: list[int], active: slice) -> None:
+    """Raise the counts of the ``active`` clients by one."""
+    for k in range(active.start, active.stop):
+        counts[k] += 1
+
+
+def _keys(name: str, slots: int) -> list[str]:
+    """Return what the moments of tensor ``name`` are called in a state that is kept."""
+    return [f"{MOMENT}{slot}/{name}" for slot in range(slots)]
+
+
+def _begin(
+    name: str,
+    parameter: nn.Parameter,
+    slots: int,
+    kept: Payload,
+) -> tuple[list[Tensor], list[int]]:
+    """Return the moments of one tensor and how often each client moved it: as ``kept``, or none."""
+    keys, moves = _keys(name, slots), f"{MOVES}{name}"
+    fits = all(key in kept and kept[key].shape == parameter.shape for key in keys)
+    if fits and moves in kept:
+        return [kept[key].clone() for key in keys], kept[moves].tolist()
+    return [torch.zeros_like(parameter) for _ in keys], [0] * len(parameter)
+
+
 @torch.no_grad()
 def clip(parameters: Mapping[str, nn.Parameter], active: slice, limit: float) -> None:
     """Scale the gradients of each ``active`` client so that their joint norm is at most ``limit``."""
     gradients = [p.grad[active] for p in parameters.values() if p.grad is not None]
+    if not gradients:
+        return
     norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients])
     factors = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

@@ -18,7 +18,7 @@ from fedpeft.mounting import rows_of
 from fedpeft.optimizer import Kind, Optimizer, clip
 from fedpeft.seeds import derive, generator
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.types import LocalTask
+from fedpeft.types import LocalTask, Payload
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Training:
     ``optimizer``: ``adamw`` or ``sgd``. ``lr``: its rate. ``head_lr``: the rate of the head, ``lr`` where None.
     ``steps``: optimizer steps, or None for ``epochs`` passes over the client's data. ``batch_size``: examples a step.
     ``warmup``: steps over which the rate rises linearly. ``clip``: largest norm of one client's gradient, or None.
-    ``momentum``: of SGD.
+    ``momentum``: of SGD. ``keep_optimizer``: a client's moments and its count of steps, and so its
+    warm-up, go on from round to round; they stay with it, in its memory. Without it every round
+    begins with a new optimizer. A tensor whose shape has changed in between begins anew.
     """
 
     optimizer: Kind = "adamw"
@@ -41,6 +43,7 @@ class Training:
     clip: Annotated[float, Gt(0)] | None = 1.0
     weight_decay: Annotated[float, Ge(0)] = 0.0
     momentum: Annotated[float, Ge(0)] = 0.0
+    keep_optimizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,24 @@ def fit(
     head: frozenset[str],
     hardware: Hardware,
     activations: Activations,
+    optimizer: Optimizer | None = None,
 ) -> Tensor:
-    """Train ``local`` on K clients' shares, longest first, and return each one's mean loss over its steps, (K,) float64."""
-    optimizer = _optimizer(local, training, head)
+    """Train ``local`` on K clients' shares, longest first; return their mean losses, (K,) float64.
+
+    ``optimizer``: what steps it, by default a new one (see ``optimizer_of``).
+    """
+    optimizer = optimizer or optimizer_of(local, training, head)
     device, trained = hardware.torch_device, list(local.trainable.values())
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
-    # A client alone may have whole weights, whose gradients are dear to add up and which stand in for the model's, of which
-    # there is one set: its parts are few, one after another.
-    buckets = hardware.buckets if len(shares) > 1 else replace(hardware.buckets, overhead=hardware.tokens)
-    count = _at_once(shares, hardware, buckets) if len(shares) > 1 else 1
+    buckets, count = _cut(shares, hardware)
 
     def play(part: Part) -> tuple[Part, Tensor, Sequence[Tensor | None]]:
         owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
         with entering(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
             each = task.losses(model, task.collate(part.examples, device, buckets.grain))
         weighted = each * part.weights.to(device)
+        if not trained:
+            return part, weighted.detach(), ()
         return part, weighted.detach(), torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
 
     with (
@@ -105,7 +111,7 @@ def fit(
             local.after_backward(active)
             if training.clip is not None:
                 clip(local.trainable, active, training.clip)
-            optimizer.step(active, min(1.0, (step + 1) / (training.warmup + 1)))
+            optimizer.step(active)
     return losses.cpu() / torch.tensor([len(share.steps) for share in shares])
 
 
@@ -175,6 +181,17 @@ def _training(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _cut(shares: Sequence[Share], hardware: Hardware) -> tuple[Buckets, int]:
+    """Return how steps are cut into parts, and how many of these are computed at once.
+
+    A client alone may have whole weights, whose gradients are dear to add up and which stand in for
+    the model's, of which there is one set: its parts are few, one after another.
+    """
+    if len(shares) == 1:
+        return replace(hardware.buckets, overhead=hardware.tokens), 1
+    return hardware.buckets, _at_once(shares, hardware, hardware.buckets)
+
+
 def _at_once(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:
     """Return how many parts of a step are computed at once: all, as far as there are threads."""
     lengths = [len(share.examples.ids[row]) for share in shares for row in share.steps[0]]
@@ -197,8 +214,21 @@ def own_randomness(seed: int, client: int, number: int) -> Iterator[None]:
         yield
 
 
-def _optimizer(local: LocalTask, training: Training, head: frozenset[str]) -> Optimizer:
-    """Return what steps ``local`` at its own rates."""
+def optimizer_of(
+    local: LocalTask,
+    training: Training,
+    head: frozenset[str],
+    kept: Payload | None = None,
+) -> Optimizer:
+    """Return what steps ``local`` at its own rates, going on from the state ``kept``, if any."""
     head_lr = training.lr if training.head_lr is None else training.head_lr
     rates = {name: local.rate * (head_lr if name in head else training.lr) for name in local.trainable}
-    return Optimizer(training.optimizer, local.trainable, rates, weight_decay=training.weight_decay, momentum=training.momentum)
+    return Optimizer(
+        training.optimizer,
+        local.trainable,
+        rates,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        warmup=training.warmup,
+        kept=kept,
+    )

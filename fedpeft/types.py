@@ -15,7 +15,8 @@ Payload = Mapping[str, Tensor]
 """Named tensors: what crosses the wire either way, and what a client remembers. Scalars are 0-d int64 or float64.
 
 A plain name (``classifier.weight``) is a parameter of the model; ``<module>:<part>`` is a part of an adapter branch on
-that module, such as ``encoder.layer.0.attention.self.query:A``.
+that module, such as ``encoder.layer.0.attention.self.query:A``. Names that begin with ``@`` are those of
+the loop and the wire.
 """
 
 NEVER = -1
@@ -109,7 +110,7 @@ class State:
     """The server's side of a federation as a value: saved, resumed, compared and printed as it is.
 
     ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``: what the method keeps
-    for itself. ``memories``: client -> round of the memory it is known to hold.
+    for itself. ``memories``: client -> version of the memory it is known to hold (see ``memory``).
     """
 
     round: int

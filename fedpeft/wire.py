@@ -12,7 +12,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 
 from fedpeft import codec
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.memory import Forgotten
+from fedpeft.memory import Forgotten, carried
 from fedpeft.types import NEVER, Payload, WireError
 
 DIGEST = 16
@@ -222,7 +222,7 @@ def check(
         raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
     if faults := answer.measured.faults(examples):
         raise WireError("; ".join(faults.values()))
-    if answer.memory not in {memory, number}:
+    if answer.memory not in {memory, number, carried(number, memory)}:
         others = f"the request assumed that of {memory}, this is round {number}"
         raise WireError(f"the reply claims a memory of round {answer.memory}; {others}")
     for name in expected.keys() - answer.payload.keys():

@@ -35,6 +35,7 @@ from flwr.simulation import run_simulation
 from fedpeft.client import Worker
 from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
 from fedpeft.engines.site import Site
+from fedpeft.memory import written
 from fedpeft.types import NEVER, BadInput, Client, Engine, Lost, Reply, WireError
 from fedpeft.wire import Answer
 
@@ -181,7 +182,9 @@ class _Play:
         config, client, version = (str(content["to"][name]) for name in ("config", "client", "memory"))
         held = arrays(state, config)
         if version not in {str(NEVER), *held}:
-            raise WireError(f"client {client} holds no memory of round {version}, only of {sorted(held) or 'none'}")
+            here = sorted(written(int(known)) for known in held)
+            lacks = f"holds no memory of round {written(int(version))}, only of {here or 'none'}"
+            raise WireError(f"client {client} {lacks}")
         assumed = {round_: array for round_, array in held.items() if round_ == version}
         if config not in _workers:
             _workers.clear()  # one model in memory, not one per configuration

@@ -86,7 +86,7 @@ class FedARA:
         importance = Importance(trained, len(context.clients), self.score, self.beta1, self.beta2)
 
         def after_backward(active: slice) -> None:
-            if self.orthogonality > 0:
+            if self.orthogonality > 0 and by_module(trained):
                 torch.autograd.backward(self.orthogonality * orthogonality(trained))
             importance.update(active)
 

@@ -16,7 +16,7 @@ from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.methods.staged import Staged
 from fedpeft.mounting import Targets, select
-from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
 
 
 @final
@@ -69,6 +69,11 @@ class SLoRA:
 
     def init(self, base: Base, seed: int) -> State:
         """Start with the sparse stage, at no difference to the base."""
+        try:
+            re.compile(self.pre_classifier)
+        except re.error as error:
+            given = f"method.pre_classifier = {self.pre_classifier!r}"
+            raise BadInput(f"{given} is not a regular expression: {error}") from error
         for name, weight in select(base, self.targets).items():
             field = "rank" if self._rank(name) == self.rank else "pre_classifier_rank"
             check_ranks({name: weight}, self._rank(name), f"method.{field}")

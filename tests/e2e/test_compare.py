@@ -93,6 +93,34 @@ def test_the_centralised_row_plays_its_method_at_that_methods_own_settings(groun
     assert again["centralised"].training.lr == 0.5
 
 
+def test_the_centralised_row_has_one_optimizer_for_the_whole_run(ground: Ground) -> None:
+    """Moments that began anew with every round would be a handicap that ordinary training does not have."""
+    asked = {"compare": {"methods": ["lora"], "references": ["centralised", "local-only"]}}
+    planned = {one.label: one.config.training for one in plan(merge(ground.tree(), asked))}
+    kept = {label: training.keep_optimizer for label, training in planned.items()}
+    assert kept == {"lora": False, "local-only": False, "centralised": True}
+    assert planned["centralised"].steps == 4, "2 steps of 2 clients"
+    anew = {"compare": {"settings": {"centralised": {"training": {"keep_optimizer": False}}}}}
+    again = {one.label: one.config for one in plan(merge(ground.tree(), asked, anew))}
+    assert not again["centralised"].training.keep_optimizer
+
+
+def test_the_centralised_row_counts_the_clients_that_the_data_or_a_file_names(ground: Ground, tmp_path: Path) -> None:
+    """6 rounds of 2 of 3 clients are 4 epochs of all the data; of 20 clients it would be less than one."""
+    (tmp_path / "who.json").write_text(json.dumps({name: [row] for row, name in enumerate("abc")}))
+    epochs = {"training": {"steps": None}, "compare": {"methods": ["lora"], "references": ["centralised"]}}
+    for partition, rounds in (
+        ({"kind": "by_key", "clients": None}, 6 * 2 / 5),
+        ({"kind": "by_key", "clients": 2}, 6),
+        ({"kind": "file", "clients": None, "file": str(tmp_path / "who.json")}, 4),
+        ({"kind": "iid", "clients": 4}, 3),
+        ({"kind": "iid", "clients": None}, 1),
+    ):
+        settings = {"data": {"key": "site"}, "partition": partition}
+        planned = {one.label: one.config for one in plan(merge(ground.tree(), epochs, settings))}
+        assert planned["centralised"].federation.rounds == round(rounds)
+
+
 def test_the_runs_of_a_comparison_share_what_was_found_out_about_the_machine(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,21 @@
 """A client keeps the newest memory and the one it was started from, so a lost reply leaves both sides agreeing."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.memory import Forgotten, Memories
-from fedpeft.types import NEVER
+from fedpeft.memory import (
+    Forgotten,
+    Memories,
+    as_told,
+    carried,
+    joined,
+    parted,
+    written,
+    written_by_method,
+)
+from fedpeft.types import NEVER, Client
 
 
 def test_no_memory_is_empty_and_a_version_that_is_not_there_is_refused() -> None:
@@ -58,3 +68,42 @@ def test_whichever_replies_are_lost_the_server_and_the_client_agree(arrivals: li
         if arrives:
             server, made_from = number, blob
     assert memories.get(1, server) == made_from
+
+
+ROUNDS = st.integers(0, 2**31 - 3)
+
+
+@given(ROUNDS, st.lists(st.tuples(ROUNDS, st.booleans()), max_size=5))
+def test_a_version_tells_when_a_memory_was_written_and_when_the_methods_part_was(
+    first: int, later: list[tuple[int, bool]]
+) -> None:
+    version, methods = NEVER, NEVER
+    for number, news in [(first, False), *later]:
+        version = number if news else carried(number, version)
+        methods = number if news else methods
+        assert (written(version), written_by_method(version)) == (number, methods)
+        assert as_told(Client(3, memory=version)) == Client(3, memory=methods)
+        assert 0 <= version < 2**63, "it travels as one int64"
+
+
+def test_a_round_alone_is_a_version_whose_rounds_are_the_same() -> None:
+    for version in (NEVER, 0, 7, 2**31):
+        assert written(version) == written_by_method(version) == version
+    assert carried(7, 3) == carried(7, carried(5, 3))
+    assert len({carried(7, NEVER), carried(7, 3), carried(8, 3), 7, 3}) == 5
+
+
+def test_the_methods_part_is_carried_along_unless_it_is_new() -> None:
+    anchor, other, steps = ({"anchor": torch.tensor(1.0)}, {"anchor": torch.tensor(2.0)}, {"@steps": torch.tensor(4)})
+    assert joined({}, anchor, steps) == {**anchor, **steps}
+    assert joined(other, anchor, steps) == {**other, **steps}
+    assert joined(other, anchor, {}) == other
+    assert joined({}, anchor, {}) == {}, "the memory stays as it was"
+    assert parted({**anchor, **steps}) == (anchor, steps)
+
+
+def test_a_version_that_is_not_there_is_told_by_its_round() -> None:
+    memories = Memories()
+    memories.put(1, carried(6, 2), b"")
+    with pytest.raises(WireError, match=r"client 1 holds no memory of round 5, only of \[6\]"):
+        memories.get(1, carried(5, 2))

@@ -184,6 +184,16 @@ def test_a_dead_module_is_neither_sent_nor_mounted_nor_expected() -> None:
         assert dead not in local.deltas()
 
 
+def test_a_federation_goes_on_when_every_rank_is_dead_and_there_is_no_head() -> None:
+    """Nothing is trained, sent or voted on; the orthogonality of no factors pulls at none."""
+    playing = federation(replace(METHOD, orthogonality=0.1))
+    state = killed(playing.play(1), *LAYERS)
+    headless = {part: tensor for part, tensor in state.shared.items() if ":" in part}
+    after = playing.play(2, replace(state, shared=headless))
+    assert [row.lost for row in playing.rows] == [None] * 9
+    assert_same_state(after, replace(state, shared=headless, round=3))
+
+
 def test_a_federation_goes_on_when_every_rank_is_dead() -> None:
     """Clients that never agree can vote all of them out; the head still learns."""
     playing = federation(METHOD)

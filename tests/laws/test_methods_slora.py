@@ -18,7 +18,7 @@ from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import dense_layer, describe
 from fedpeft.sparse import positions, scatter
-from fedpeft.types import Client
+from fedpeft.types import BadInput, Client
 from fedpeft.wire import Answer, Request
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import (
@@ -216,6 +216,11 @@ def test_the_pre_classification_layer_has_a_rank_of_its_own() -> None:
     assert ranks.pop("bert.pooler.dense") == 18
     assert set(ranks.values()) == {10}
     assert len(ranks) == 12
+
+
+def test_a_pattern_for_the_pre_classifier_that_is_none_is_refused_at_the_door() -> None:
+    with pytest.raises(BadInput, match=r"method.pre_classifier = '\(' is not a regular expression: missing \)"):
+        SLoRA(pre_classifier="(").init(base_of(bert()), SEED)
 
 
 def test_the_faithful_defaults_are_the_papers() -> None:

@@ -1,6 +1,6 @@
 """The local loop: torch's optimizers for every client by itself, clipping by itself, batches of its own, streams of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,12 +48,19 @@ OPTIMIZERS: Mapping[str, tuple[Any, dict[str, float], dict[str, float]]] = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
-    """With a rate per tensor, a warm-up, decay and momentum; and who has stopped does not move at all."""
+    """With a rate per tensor, warm-up, decay and momentum; and who has stopped does not move at all."""
     constructor, theirs, ours = OPTIMIZERS[kind]
     rates = {"matrix": 0.1, "vector": 0.01, "scalar": 0.1}
     stacked = {name: nn.Parameter(value.clone()) for name, value in start().items()}
     alone = [{name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)]
-    optimizer = Optimizer("adamw" if kind == "adamw" else "sgd", stacked, rates, **ours)
+    optimizer = Optimizer(
+        "adamw" if kind == "adamw" else "sgd",
+        stacked,
+        rates,
+        weight_decay=ours["weight_decay"],
+        momentum=ours["momentum"],
+        warmup=2,
+    )
     reference = [constructor([{"params": [p], "lr": rates[name]} for name, p in own.items()], **theirs) for own in alone]
     for step in range(max(STOPS)):
         active = slice(0, sum(step < stop for stop in STOPS))
@@ -61,7 +68,7 @@ def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
         for name, parameter in stacked.items():
             parameter.grad = gradient(name, step)
         before = {name: parameter.detach().clone() for name, parameter in stacked.items()}
-        optimizer.step(active, warmth)
+        optimizer.step(active)
         for k in range(K)[active]:
             for group, (name, parameter) in zip(reference[k].param_groups, alone[k].items(), strict=True):
                 group["lr"] = rates[name] * warmth
@@ -71,6 +78,81 @@ def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
             assert torch.equal(parameter[active.stop :], before[name][active.stop :])
             for k in range(K):
                 torch.testing.assert_close(parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}")
+
+
+AGAIN = (3, 2, 2)
+"""Steps that each of the clients takes in a second round."""
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_steps_that_go_on_from_a_state_are_torchs_steps_for_each_client(kind: str) -> None:
+    """With 4, 3 and 1 steps behind them, in another order, and a warm-up of 5 steps that lasts into the second round."""
+    constructor, theirs, ours = OPTIMIZERS[kind]
+    alone = [{name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)]
+    reference = [constructor(own.values(), lr=0.1, **theirs) for own in alone]
+    stacked = {name: nn.Parameter(value.clone()) for name, value in start().items()}
+    kept: dict[str, Tensor] | None = None
+    taken = [0] * K
+    for stops, order in ((STOPS, [0, 1, 2]), (AGAIN, [2, 0, 1])):
+        rows = {name: parameter.detach()[order] for name, parameter in stacked.items()}
+        mine = {name: nn.Parameter(row.clone()) for name, row in rows.items()}
+        optimizer = Optimizer(
+            "adamw" if kind == "adamw" else "sgd",
+            mine,
+            dict.fromkeys(mine, 0.1),
+            weight_decay=ours["weight_decay"],
+            momentum=ours["momentum"],
+            warmup=5,
+            kept=kept and {name: tensor[order] for name, tensor in kept.items()},
+        )
+        for step in range(max(stops)):
+            active = slice(0, sum(step < stop for stop in stops))
+            for name, parameter in mine.items():
+                parameter.grad = gradient(name, step)
+            optimizer.step(active)
+            for row, k in enumerate(order[active]):
+                taken[k] += 1
+                for group in reference[k].param_groups:
+                    group["lr"] = 0.1 * min(1.0, taken[k] / 6)
+                for name, parameter in alone[k].items():
+                    parameter.grad = gradient(name, step)[row].clone()
+                reference[k].step()
+        back = [order.index(k) for k in range(K)]
+        kept = {name: tensor[back] for name, tensor in optimizer.state().items()}
+        stacked = {name: nn.Parameter(parameter.detach()[back]) for name, parameter in mine.items()}
+        for name, parameter in stacked.items():
+            for k in range(K):
+                torch.testing.assert_close(parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}")
+    assert kept is not None
+    assert kept["@steps"].tolist() == taken == [6, 5, 4]
+
+
+def test_a_tensor_of_another_shape_starts_anew_and_the_others_go_on() -> None:
+    def optimizer(parameters: Mapping[str, nn.Parameter], kept: Payload | None = None) -> Optimizer:
+        rates = dict.fromkeys(parameters, 0.1)
+        return Optimizer("adamw", parameters, rates, weight_decay=0.0, momentum=0.0, kept=kept)
+
+    def step(kept: Payload | None, names: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        parameters = {name: nn.Parameter(start()[name]) for name in names}
+        for name, parameter in parameters.items():
+            parameter.grad = gradient(name, 0)
+        moving = optimizer(parameters, kept)
+        moving.step(slice(0, K))
+        return parameters, moving.state()
+
+    fresh, kept = step(None, ["matrix", "vector"])
+    torn = {**kept, "@moment1/matrix": kept["@moment1/matrix"][:, :1]}
+    again, after = step(torn, ["matrix", "vector", "scalar"])
+    whole, _ = step(kept, ["matrix", "vector"])
+    assert torch.equal(again["matrix"], fresh["matrix"])
+    assert torch.equal(again["vector"], whole["vector"])
+    assert not torch.equal(again["vector"], fresh["vector"])
+    assert [after[f"@moves/{name}"].tolist() for name in ("matrix", "vector", "scalar")] == [[1] * K, [2] * K, [1] * K]
+    assert after["@steps"].tolist() == [2] * K
+
+
+def test_nothing_is_clipped_where_nothing_has_a_gradient() -> None:
+    clip({name: nn.Parameter(value) for name, value in start().items()}, slice(0, K), 1.0)
 
 
 def test_a_tensor_without_gradient_is_left_alone_as_torch_does() -> None:

@@ -20,6 +20,9 @@ from fedpeft.types import Engine, State
 from tests.e2e.builders import Ground, write_ground
 
 ROUNDS = 4
+KEPT = ("lora", "federa")
+"""Methods whose optimizers go on when they are played again: without a memory of its own, and with."""
+
 Ended = tuple[State, list[dict[str, object]]]
 
 
@@ -44,11 +47,15 @@ def play(assembly: Assembly, engine: Engine) -> Ended:
 
 
 def assemblies(ground: Ground) -> dict[str, Assembly]:
-    """Return a federation of five clients for every method."""
+    """Return a federation of five clients for every method, and two whose optimizers go on."""
     made: dict[str, Assembly] = {}
     for name in METHODS:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         made[name] = assemble(ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings))
+    for name in KEPT:
+        settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
+        kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})
+        made[f"{name}, optimizer kept"] = assemble(kept)
     return made
 
 

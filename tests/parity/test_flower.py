@@ -46,7 +46,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return answer
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "lora, optimizer kept", "federa, optimizer kept"])
 def test_flower_ends_where_the_local_engine_does(name: str, told: dict[str, dict[str, Any]]) -> None:
     assert told[name]["differences"] == []
     assert told[name]["rows"] == 8
