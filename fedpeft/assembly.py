@@ -173,6 +173,7 @@ def read_data(choice: DataChoice) -> data.Dataset:
         text=choice.text,
         label=choice.label,
         key=choice.key,
+        delimiter=choice.delimiter,
         validation_fraction=choice.validation_fraction,
         test_fraction=choice.test_fraction,
     )

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedpeft.errors import BadInput
 from fedpeft.progress import progress_bars
@@ -46,7 +46,7 @@ def main() -> None:
     try:
         app()
     except BadInput as error:
-        Console(stderr=True, soft_wrap=True).print(f"fedpeft: {error}", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(Text(f"fedpeft: {error}"))
         sys.exit(2)
 
 
@@ -62,6 +62,8 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
     folder = runs / chosen.name
     refuse_existing(folder, overwrite)
     assembly = assemble(chosen)
+    for note in assembly.partition.notes:
+        typer.echo(note)
     with progress_bars(out) as watch:
         start(assembly, folder, overwrite=overwrite, watch=watch(chosen.name))
     _report([folder], folder / "report", None, 1e6)
@@ -149,7 +151,8 @@ def methods() -> None:
 
     table = Table("name", "what it does", "paper", box=None)
     for name, constructor in constructors().items():
-        table.add_row(name, (constructor.__doc__ or "").splitlines()[0], constructor.paper)
+        purpose = (constructor.__doc__ or "").splitlines()[0]
+        table.add_row(Text(name), Text(purpose), Text(constructor.paper))
     _wide().print(table)
 
 
@@ -168,7 +171,9 @@ def partition(
     dataset = read_data(chosen.data)
     divided = divide(chosen, dataset)
     holdings.picture(dataset, divided, png)
-    _wide().print(holdings.table(dataset, divided), f"\n{png}")
+    _wide().print(holdings.table(dataset, divided), Text(f"\n{png}"))
+    for note in divided.notes:
+        typer.echo(note)
 
 
 @app.command()
@@ -189,11 +194,12 @@ def export(
 @app.command()
 def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]) -> None:
     """Label texts with what a run has learnt."""
+    from fedpeft.report.names import literal
     from fedpeft.trained import open_run
 
     table = Table("label", "probability", "text", box=None)
     for text, (label, probability) in zip(texts, open_run(run, typer.echo).predict(texts), strict=True):
-        table.add_row(escape(label), f"{probability:.3f}", escape(text))
+        table.add_row(Text(literal(label)), f"{probability:.3f}", Text(text))
     out.print(table)
 
 

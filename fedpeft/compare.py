@@ -77,10 +77,11 @@ def play(
     """Play every run in its folder under ``root`` and return the folders.
 
     ``go_on`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
-    anything starts. ``say`` is told of a damaged checkpoint that is passed over. ``jobs``: how many run at once, each on
-    its share of the cores; 0 for as many as the machine has cores.
+    anything starts. ``say`` is told of a damaged checkpoint that is passed over, and the notes on
+    partitions. ``jobs``: how many run at once, each on its share of the cores; 0 for as many as the
+    machine has cores.
     """
-    last, hardware = _at_the_door(runs, root, overwrite=overwrite, go_on=go_on)
+    last, hardware = _at_the_door(runs, root, say, overwrite=overwrite, go_on=go_on)
     left = [run for run in runs if run.folder(root).name in hardware or not finished(run.folder(root), run.config)]
     planned = [Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root).name)) for run in left]
     count = processes(planned, jobs, last and last.hardware, any(run.config.machine.threads for run in left))
@@ -99,9 +100,11 @@ def play(
 
 
 def _at_the_door(
-    runs: Sequence[Planned], root: Path, *, overwrite: bool, go_on: bool
+    runs: Sequence[Planned], root: Path, say: Say, *, overwrite: bool, go_on: bool
 ) -> tuple[Assembly | None, dict[str, Hardware]]:
     """Raise BadInput for what would stop any of ``runs`` after others have trained.
+
+    ``say`` is told, once each, the notes on partitions.
 
     Returns the last that was assembled, and the choices for this machine by folder of all that begin anew.
     """
@@ -118,11 +121,16 @@ def _at_the_door(
             continue
         refuse_existing(folder, overwrite or go_on)
     fitting: set[str] = set()
+    said: set[str] = set()
     for run in runs:
         if go_on and (run.folder(root) / CONFIG).exists():
             continue
         assembly = assemble(run.config, like=assembly)
         hardware[run.folder(root).name] = assembly.hardware
+        for note in assembly.partition.notes:
+            if note not in said:
+                say(note)
+                said.add(note)
         if run.label not in fitting:
             assembly.first_state()  # fails where the method does not fit the model
             fitting.add(run.label)
