@@ -56,6 +56,11 @@ class Assembly:
         return whole.take(sorted(order[: choice.limit].tolist()))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know before the run starts, a line each."""
+        return self.partition.notes
+
+    @property
     def clients(self) -> list[Client]:
         """Return the clients as the server knows them."""
         return [Client(number, examples=len(rows)) for number, rows in enumerate(self.partition.train)]
@@ -184,6 +189,7 @@ def read_data(choice: DataChoice) -> data.Dataset:
         text=choice.text,
         label=choice.label,
         key=choice.key,
+        delimiter=choice.delimiter,
         validation_fraction=choice.validation_fraction,
         test_fraction=choice.test_fraction,
     )

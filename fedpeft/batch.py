@@ -39,7 +39,7 @@ def play(
     with ExitStack() as claims:
         for run in sorted(runs, key=lambda run: run.folder(root)):  # in one order: of two commands one gets them all
             claims.enter_context(_claim(run, run.folder(root), overwrite=overwrite, go_on=go_on))
-        last, hardware = _at_the_door(runs, root, go_on=go_on)
+        last, hardware = _at_the_door(runs, root, say, go_on=go_on)
         left = [run for run in runs if _is_left(run, run.folder(root), hardware)]
         planned = [Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root))) for run in left]
         _play_jobs(left, planned, last, jobs, watch, say)
@@ -87,19 +87,28 @@ def _claim(run: Planned, folder: Path, *, overwrite: bool, go_on: bool) -> Abstr
     return nullcontext() if finished(folder, run.config) else claimed(folder)
 
 
-def _at_the_door(runs: Sequence[Planned], root: Path, *, go_on: bool) -> tuple[Assembly | None, dict[Path, Hardware]]:
+def _at_the_door(
+    runs: Sequence[Planned], root: Path, say: Say, *, go_on: bool
+) -> tuple[Assembly | None, dict[Path, Hardware]]:
     """Raise BadInput for what would stop any of ``runs``, whose folders are claimed, after others have trained.
+
+    ``say`` is told, once each, what the user should know of data and models.
 
     Returns the last that was assembled, and the choices for this machine by folder of all that begin anew.
     """
     assembly: Assembly | None = None
     hardware: dict[Path, Hardware] = {}
     fitting: set[str] = set()
+    said: set[str] = set()
     for run in runs:
         if go_on and (run.folder(root) / CONFIG).exists():
             continue
         assembly = assemble(run.config, like=assembly)
         hardware[run.folder(root)] = assembly.hardware
+        for note in assembly.notes:
+            if note not in said:
+                say(note)
+                said.add(note)
         if run.label not in fitting:
             assembly.first_state()  # fails where the method does not fit the model
             fitting.add(run.label)

@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 
-from fedpeft.memory import Memories, written
+from fedpeft.memory import Memories
 from fedpeft.types import BadInput, State, WireError
 from fedpeft.wire import decode, digest, encode
 

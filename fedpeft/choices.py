@@ -13,8 +13,14 @@ from fedpeft.mounting import Targets
 class DataChoice:
     """Which texts. ``source`` is ``pydocs`` or ``files``; with files, ``train`` (and ``validation``, ``test``) are paths.
 
-    ``text``, ``label``, ``key``: column names; ``key`` names natural clients. Splits without a file are held out of train
-    by ``validation_fraction`` and ``test_fraction``. Relative paths start at the folder of the configuration file.
+    Files are ``.jsonl``, ``.ndjson``, ``.json`` (also an array), ``.csv`` or ``.tsv``, each also
+    ``.gz``; a pattern such as ``data/*.jsonl`` names several. Relative paths start at the folder of
+    the configuration file, ``~`` is the user's home.
+
+    ``text``, ``label``, ``key``: column names; ``key`` names natural clients. ``delimiter``: what
+    separates the columns of ``.csv`` and ``.tsv``, one character or ``tab``; by default a comma and
+    a tab. Splits without a file are held out of train by ``validation_fraction`` and
+    ``test_fraction``.
     """
 
     source: Literal["pydocs", "files"] = "pydocs"
@@ -24,6 +30,7 @@ class DataChoice:
     text: str = "text"
     label: str = "label"
     key: str | None = None
+    delimiter: str | None = None
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2
 
@@ -37,7 +44,8 @@ class PartitionChoice:
     """Who holds what: ``kind`` with its own numbers.
 
     ``iid``; ``dirichlet`` of ``alpha`` per class, redrawn until every client has ``min_examples``; ``shards`` sorted by
-    label, ``shards_per_client`` each; ``by_key``, the data's natural clients; ``file``, a JSON object of client -> rows.
+    label, ``shards_per_client`` each; ``by_key``, the data's natural clients; ``file``, a JSON
+    object of client -> rows of train's file as it stands, counted from 0.
     ``clients``: 20 where it is not given; of natural clients the largest so many, and otherwise all.
     """
 

@@ -77,7 +77,10 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
-            run_from_start(assemble(chosen), folder, watch(chosen.name))
+            assembly = assemble(chosen)
+            for note in assembly.notes:
+                _say(note)
+            run_from_start(assembly, folder, watch(chosen.name))
         _report([folder], folder / "report", None, 1e6)
     check_learnt(folder)
 
@@ -169,7 +172,8 @@ def methods() -> None:
 
     table = Table("name", "what it does", "paper", box=None)
     for name, constructor in constructors().items():
-        table.add_row(name, (constructor.__doc__ or "").splitlines()[0], constructor.paper)
+        purpose = (constructor.__doc__ or "").splitlines()[0]
+        table.add_row(Text(name), Text(purpose), Text(constructor.paper))
     _wide().print(table)
 
 
@@ -188,7 +192,9 @@ def partition(
     dataset = read_data(chosen.data)
     divided = divide(chosen, dataset)
     holdings.picture(dataset, divided, png)
-    _wide().print(holdings.table(dataset, divided), f"\n{png}")
+    _wide().print(holdings.table(dataset, divided), Text(f"\n{png}"))
+    for note in divided.notes:
+        typer.echo(note)
 
 
 @app.command()
@@ -209,11 +215,12 @@ def export(
 @app.command()
 def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]) -> None:
     """Label texts with what a run has learnt."""
+    from fedpeft.report.names import literal
     from fedpeft.trained import open_run
 
     table = Table("label", "probability", "text", box=None)
     for text, (label, probability) in zip(texts, open_run(run, _say).predict(texts), strict=True):
-        table.add_row(Text(label), f"{probability:.3f}", Text(text))
+        table.add_row(Text(literal(label)), f"{probability:.3f}", Text(text))
     out.print(table)
 
 

@@ -91,10 +91,10 @@ def read(path: Path) -> Tree:
         raise BadInput(f"{path}: not a TOML file: {error}") from error
     for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
-            tree[section][key] = str((path.parent / tree[section][key]).absolute())
+            tree[section][key] = str(_full(Path(tree[section][key]), path.parent))
     name = tree["model"].get("name") if isinstance(tree.get("model"), dict) else None
-    if isinstance(name, str) and (path.parent / name).is_dir():
-        tree["model"]["name"] = str((path.parent / name).absolute())
+    if isinstance(name, str) and _full(Path(name), path.parent).is_dir():
+        tree["model"]["name"] = str(_full(Path(name), path.parent))
     return tree
 
 
@@ -180,13 +180,29 @@ def renamed(tree: Tree) -> dict[str, Any]:
 def _absolute(config: Config) -> Config:
     """Return the settings with full paths, wherever they came from, so that a run can be resumed from any folder."""
     data, partition, model = config.data, config.partition, config.model
-    files = {name: path and path.absolute() for name in ("train", "validation", "test") for path in [getattr(data, name)]}
+    folder = _full(Path(model.name))
     return replace(
         config,
-        data=replace(data, **files),
-        partition=replace(partition, file=partition.file and partition.file.absolute()),
-        model=replace(model, name=str(Path(model.name).absolute())) if Path(model.name).is_dir() else model,
+        data=replace(
+            data,
+            train=data.train and _full(data.train),
+            validation=data.validation and _full(data.validation),
+            test=data.test and _full(data.test),
+        ),
+        partition=replace(partition, file=partition.file and _full(partition.file)),
+        model=replace(model, name=str(folder)) if folder.is_dir() else model,
     )
+
+
+def _full(path: Path, folder: Path = Path()) -> Path:
+    """Return ``path`` as seen from ``folder`` as a full path, a leading ``~`` as the user's home.
+
+    Raises BadInput where ``~name`` names nobody.
+    """
+    try:
+        return (folder / path.expanduser()).absolute()
+    except RuntimeError as error:
+        raise BadInput(f"{path}: no home folder is known for {path.parts[0]!r}") from error
 
 
 def differences(one: Tree, other: Tree, prefix: str = "") -> Iterator[str]:

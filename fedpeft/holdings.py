@@ -1,19 +1,25 @@
 """Who holds what: a partition as a table and as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedpeft.data import Dataset, Partition, label_counts
+from fedpeft.report.names import MOST, literal, plain
 from fedpeft.types import BadInput
+
+MOST_NAMED = 240
+"""Clients or labels that a picture makes room for; of more, every second, third ... is named."""
 
 
 def table(dataset: Dataset, partition: Partition) -> Table:
     """Return a row per client: examples, labels held, and the commonest ones with their shares."""
     counts = label_counts(dataset.train, partition)
-    shown = Table(title=f"{dataset.name}: {len(partition.train)} clients, {int(counts.sum())} examples", box=None)
+    title = f"{dataset.name}: {len(partition.train)} clients, {int(counts.sum())} examples"
+    shown = Table(title=Text(literal(title)), box=None)
     shown.add_column("client")
     for name in ("train", "test", "labels"):
         shown.add_column(name, justify="right")
@@ -21,7 +27,9 @@ def table(dataset: Dataset, partition: Partition) -> Table:
     for name, test, row in zip(partition.names, partition.test, counts, strict=True):
         total, top = int(row.sum()), np.argsort(-row, kind="stable")[:3]
         mostly = ", ".join(f"{dataset.labels[label]} {row[label] / total:.0%}" for label in top if row[label])
-        shown.add_row(escape(name), str(total), str(len(test)), str(int((row > 0).sum())), escape(mostly))
+        numbers = (str(total), str(len(test)), str(int((row > 0).sum())))
+        # As Text, since a string would be read as markup: "[/x]" or ":fire:".
+        shown.add_row(Text(literal(name)), *numbers, Text(literal(mostly)))
     return shown
 
 
@@ -33,13 +41,23 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
         raise BadInput("the picture needs matplotlib; get it with: pip install 'fedpeft[plots]'") from error
     counts = label_counts(dataset.train, partition)
     clients, labels = counts.shape
-    figure = Figure(figsize=(2.5 + 0.32 * clients, 1.2 + 0.3 * labels), layout="constrained", dpi=150)
+    label_names = [literal(label, MOST) for label in dataset.labels]
+    client_names = [literal(name, MOST) for name in partition.names]
+    width = 2.5 + 0.32 * min(clients, MOST_NAMED) + _beyond_a_dozen(label_names)
+    height = 1.2 + 0.3 * min(labels, MOST_NAMED) + _beyond_a_dozen(client_names)
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     where = np.argwhere(counts > 0)
     sizes = 160 * counts[tuple(where.T)] / counts.max()
     axes.scatter(where[:, 0], where[:, 1], s=sizes, color="#0072B2", alpha=0.85, linewidths=0)
-    axes.set_yticks(range(labels), dataset.labels, fontsize=7)
-    axes.set_xticks(range(clients), partition.names, fontsize=7, rotation=90)
+    named_labels, named_clients = _named(labels), _named(clients)
+    axes.set_yticks(named_labels, [label_names[row] for row in named_labels], fontsize=7)
+    axes.set_xticks(
+        named_clients,
+        [client_names[client] for client in named_clients],
+        fontsize=7,
+        rotation=90,
+    )
     axes.set_xlim(-0.7, clients - 0.3)
     axes.set_ylim(labels - 0.3, -0.7)
     axes.grid(color="#dddddd", linewidth=0.5)
@@ -47,8 +65,21 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title(f"{dataset.name}: who holds what (largest circle: {int(counts.max())} examples)", fontsize=9, loc="left")
+    largest = f"who holds what (largest circle: {int(counts.max())} examples)"
+    title = axes.set_title(f"{literal(dataset.name, MOST)}: {largest}", fontsize=9, loc="left")
+    for text in (title, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        plain(text)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: the picture cannot be written: {error}") from error
+
+
+def _beyond_a_dozen(names: Sequence[str]) -> float:
+    """Return the inches that the longest of ``names`` takes beyond twelve characters."""
+    return 0.06 * max(0, max(map(len, names)) - 12)
+
+
+def _named(count: int) -> range:
+    """Return which of ``count`` things beside each other are named: all where there is room."""
+    return range(0, count, -(-count // MOST_NAMED))

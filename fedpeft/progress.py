@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None]]]:
     """Show one progress bar per run on a terminal, and nothing elsewhere; yields what makes the watcher of a named run."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[stand]}"),

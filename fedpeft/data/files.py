@@ -1,25 +1,30 @@
-"""The user's own data: JSON Lines or CSV, plain or gzip, checked line by line while it is read."""
+"""The user's own data: JSON or separated columns, plain or gzip, checked record by record."""
 
-import csv
-import gzip
 import json
+import math
 import re
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedpeft.data.integers import integer
+from fedpeft.data.json_records import Record
+from fedpeft.data.paths import matching, nearest
+from fedpeft.data.records import ending, records
 from fedpeft.data.rows import Dataset, Rows, stratified
+from fedpeft.data.separated import delimiter as delimiter_of
 from fedpeft.seeds import derive
 from fedpeft.types import BadInput
 
-Located = tuple[str, Mapping[str, object]]
-"""A record and where it stands, as ``path:line``."""
-
-Parser = Callable[[Path, Iterator[str]], Iterator[Located]]
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns are read, role -> name, and what separates them where it is not the usual."""
+
+    names: Mapping[str, str]
+    delimiter: str | None
 
 
 def from_files(
@@ -30,55 +35,64 @@ def from_files(
     text: str,
     label: str,
     key: str | None = None,
+    delimiter: str | None = None,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> Dataset:
-    """Return a data set from one file per split; ``text``, ``label`` and ``key`` name columns.
+    """Return a data set from one file, or one pattern of files, per split.
 
-    Where ``test`` is None, that fraction of each label's train rows is taken for it (see ``stratified``); then likewise
-    ``validation``, from what is left. A fraction is read only when it is needed. The name is train's folder and file.
+    ``text``, ``label``, ``key`` and ``delimiter`` as in ``read``. Labels are whole numbers in every
+    split where they are in train; likewise keys.
 
-    Raises BadInput as ``read`` does, and for a label of validation or test that train lacks, for a fraction not between
-    0 and 1, when train has one label only, and when no label has a row to spare.
+    Where ``test`` is None, that fraction of each label's train rows is taken for it (see
+    ``stratified``); then likewise ``validation``, from what is left. A fraction is read only when
+    it is needed. Rows of train's file know their numbers. The name is train's folder and file.
+
+    Raises BadInput as ``read`` does, and for a label of validation or test that train lacks, for a
+    fraction not between 0 and 1, when train has one label only, and when no label has a row to
+    spare.
     """
-    columns = _columns(text, label, key)
-    rows = _read(train, columns)
-    known = set(rows.labels)
-    if len(known) == 1:
+    columns = _columns(text, label, key, delimiter)
+    whole = _read(train, columns)
+    rows = replace(whole, numbers=tuple(range(len(whole))))
+    if len(set(rows.labels)) == 1:
         raise BadInput(f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; a classifier needs two or more")
     if test is None:
         rows, test_rows = _held_out(rows, "test", test_fraction, seed)
     else:
-        test_rows = _read(test, columns, known)
+        test_rows = _read(test, columns, whole)
     if validation is None:
         rows, validation_rows = _held_out(rows, "validation", validation_fraction, seed)
     else:
-        validation_rows = _read(validation, columns, known)
+        validation_rows = _read(validation, columns, whole)
     return Dataset("/".join(train.parts[-2:]), rows, validation_rows, test_rows)
 
 
-def read(path: Path, *, text: str, label: str, key: str | None = None) -> Rows:
-    """Return the rows of a ``.jsonl``, ``.json`` (an object a line) or ``.csv`` file, each also with ``.gz``; UTF-8.
+def read(
+    path: Path,
+    *,
+    text: str,
+    label: str,
+    key: str | None = None,
+    delimiter: str | None = None,
+) -> Rows:
+    """Return the rows of a file, or of all files that a pattern such as ``data/*.jsonl`` matches.
 
-    ``text``, ``label`` and ``key`` name columns; others are ignored. Labels and keys may be numbers and become strings
-    as JSON writes them (``1``, ``true``). Texts are taken as they are and may be empty; blank lines are passed over.
+    Read are JSON (``.jsonl``, ``.ndjson``, ``.json``: an object a line, an array of objects, or an
+    object with one list of objects) and columns separated by ``delimiter`` (``.csv``, usually by a
+    comma, ``.tsv`` by a tab), each also with ``.gz``; UTF-8.
 
-    Raises BadInput, with file and line, for a missing file, an unknown ending, no rows, damaged gzip, bytes that are
-    not UTF-8, a broken line, a missing column, a text that is not a string, and an empty label or key.
+    ``text``, ``label`` and ``key`` name columns; others are ignored. Labels and keys may be numbers
+    and become strings as JSON writes them (``1.5``, ``true``). Where all labels are whole numbers,
+    each is written without a point, whether the file says ``1``, ``1.0`` or ``"1"``; likewise keys.
+    Texts are taken as they are and may be empty; blank lines are passed over.
+
+    Raises BadInput, with file and line, for a missing file, an unknown ending, no rows, damaged
+    gzip, bytes that are not UTF-8, a broken line, a missing column, a text that is not a string,
+    and a label or key that is empty or not a number (NaN).
     """
-    return _read(path, _columns(text, label, key))
-
-
-def existing(path: Path) -> Path:
-    """Return ``path`` if it is a file; otherwise raise BadInput, naming the nearest file in its folder."""
-    if path.is_file():
-        return path
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise BadInput(f"{path}: is a folder, not a file")
-    raise BadInput(f"{path}: no such file{_nearest(path.name, [near.name for near in path.parent.iterdir()])}")
+    return _read(path, _columns(text, label, key, delimiter))
 
 
 def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -91,104 +105,100 @@ def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows,
     return kept, taken
 
 
-def _columns(text: str, label: str, key: str | None) -> dict[str, str]:
-    """Return role -> column."""
-    return {"text": text, "label": label} | ({"key": key} if key is not None else {})
+def _columns(text: str, label: str, key: str | None, delimiter: str | None) -> _Columns:
+    names = {"text": text, "label": label}
+    if key is not None:
+        names["key"] = key
+    return _Columns(names, delimiter_of(delimiter))
 
 
-def _read(path: Path, columns: Mapping[str, str], known: Collection[str] | None = None) -> Rows:
-    """Read ``path``; every label must be among ``known``, if given."""
+def _read(pattern: Path, columns: _Columns, train: Rows | None = None) -> Rows:
+    """Read the files of ``pattern``; with ``train`` given, labels and keys are written as there."""
     found: dict[str, list[str]] = {"text": [], "label": [], "key": []}
-    parse = _parser(existing(path))
-    with _opened(path) as stream:
-        for where, record in parse(path, _lines(path, stream)):
-            for role, column in columns.items():
-                found[role].append(_field(record, role, column, where))
-            label = found["label"][-1]
-            if known is not None and label not in known:
-                raise BadInput(f"{where}: train has no label {label!r}{_nearest(label, known)}")
+    # Where each label and each key stands first, for errors that only the whole file shows.
+    places: dict[str, dict[str, str]] = {"label": {}, "key": {}}
+    for path in _of_one_kind(pattern):
+        for where, record in records(path, columns.names.values(), columns.delimiter):
+            for role, column in columns.names.items():
+                value = _field(record, role, column, where)
+                found[role].append(value)
+                if role != "text":
+                    places[role].setdefault(value, where)
     if not found["text"]:
-        raise BadInput(f"{path}: holds no rows")
-    return Rows(tuple(found["text"]), tuple(found["label"]), tuple(found["key"]))
+        raise BadInput(f"{pattern}: holds no rows")
+    deciding = places if train is None else {"label": train.labels, "key": train.keys}
+    labels = _written("label", places["label"], deciding["label"])
+    keys = _written("key", places["key"], deciding["key"])
+    if train is not None:
+        _check_known(places["label"], labels, train.labels)
+    return Rows(
+        tuple(found["text"]),
+        tuple(labels[name] for name in found["label"]),
+        tuple(keys[name] for name in found["key"]),
+    )
 
 
-def _field(record: Mapping[str, object], role: str, column: str, where: str) -> str:
+def _of_one_kind(pattern: Path) -> list[Path]:
+    """Return the files of ``pattern``; BadInput unless their endings say the same format."""
+    files = matching(pattern)
+    kinds = sorted({ending(path) for path in files})
+    if len(kinds) > 1:
+        raise BadInput(f"{pattern}: matches files of several kinds, {', '.join(kinds)}; name one")
+    return files
+
+
+def _field(record: Record, role: str, column: str, where: str) -> str:
     """Return what ``record`` holds in ``column`` as the string that ``role`` needs."""
+    what = f"the {role} in column {column!r}"
     if column not in record:
-        names = ", ".join(map(repr, record))
-        hint = _nearest(column, record)
-        raise BadInput(f'data.{role} = "{column}": {where} has no column {column!r}; its columns are {names}{hint}')
+        names = ", ".join(map(repr, record)) + nearest(column, record)
+        missing = f"{where} has no column {column!r}; its columns are {names}"
+        raise BadInput(f'data.{role} = "{column}": {missing}')
     value = record[column]
     if role != "text" and isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise BadInput(f"{where}: {what} is {json.dumps(value)}")
         value = json.dumps(value)
     if not isinstance(value, str):
-        raise BadInput(f"{where}: the {role} in column {column!r} must be a string, not {json.dumps(value):.40}")
+        raise BadInput(f"{where}: {what} must be a string, not {json.dumps(value):.40}")
     if role != "text" and not value.strip():
-        raise BadInput(f"{where}: the {role} in column {column!r} is empty")
+        raise BadInput(f"{where}: {what} is empty")
     if _SURROGATE.search(value):
-        raise BadInput(f"{where}: the {role} in column {column!r} holds half a surrogate pair, which no encoding can write")
+        raise BadInput(f"{where}: {what} holds half a surrogate pair, which no encoding can write")
     return value
 
 
-def _nearest(name: str, choices: Collection[str]) -> str:
-    """Return the end of an error message that offers the choice most like ``name``, if one is like it."""
-    close = get_close_matches(name, sorted(choices), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _written(role: str, places: Mapping[str, str], deciding: Collection[str]) -> dict[str, str]:
+    """Return name -> how the data set writes it, for names that first stand at ``places``.
+
+    Where all ``deciding`` names are whole numbers, numbers are written as such, and a name that
+    says NaN raises BadInput. Otherwise every name stays as it is.
+    """
+    numbers = [integer(name) for name in set(deciding) if not _says_nan(name)]
+    if None in numbers or not numbers:
+        return {name: name for name in places}
+    written: dict[str, str] = {}
+    for name, where in places.items():
+        if _says_nan(name):
+            raise BadInput(f"{where}: the {role} is {name!r}, and all others are whole numbers")
+        written[name] = integer(name) or name
+    return written
 
 
-def _parser(path: Path) -> Parser:
-    """Return how to parse ``path``, as its ending says."""
-    ending = Path(path.name.lower().removesuffix(".gz")).suffix
-    if ending not in _PARSERS:
-        raise BadInput(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(_PARSERS)}, each also with .gz")
-    return _PARSERS[ending]
+def _says_nan(name: str) -> bool:
+    """Return whether ``name`` is what programs write where a number is missing."""
+    return name.strip().lower() == "nan"
 
 
-def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[Located]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}:{number}: not JSON: {str(error).partition(':')[0]}") from error
-        if not isinstance(record, dict):
-            raise BadInput(f"{path}:{number}: each line must hold one JSON object, not {line.strip()!r:.40}")
-        yield f"{path}:{number}", record
-
-
-def _comma_separated(path: Path, lines: Iterator[str]) -> Iterator[Located]:
-    reader = csv.reader(lines, strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise BadInput(f"{path}:1: two columns have the same name among {', '.join(map(repr, header))}")
-        for fields in filter(None, reader):
-            where = f"{path}:{reader.line_num}"
-            if len(fields) != len(header):
-                raise BadInput(f"{where}: {len(fields)} fields where the header names {len(header)}")
-            yield where, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise BadInput(f"{path}:{reader.line_num}: not CSV: {error}") from error
-
-
-_PARSERS: Mapping[str, Parser] = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _comma_separated}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Iterable[bytes]]:
-    """Open ``path``, unpacked."""
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            yield stream
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: cannot be read: {error}") from error
-
-
-def _lines(path: Path, stream: Iterable[bytes]) -> Iterator[str]:
-    """Yield the decoded lines with their ends; a byte order mark is dropped."""
-    for number, line in enumerate(stream, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from error
+def _check_known(
+    places: Mapping[str, str],
+    written: Mapping[str, str],
+    known: Collection[str],
+) -> None:
+    """Raise BadInput for the first label that is not among those ``known`` from train."""
+    different = set(known)
+    for name, where in places.items():
+        label = written[name]
+        if label not in different:
+            hint = nearest(label, different)
+            raise BadInput(f"{where}: train has no label {label!r}{hint}")

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,24 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.data.dirichlet import counts, shares
-from fedpeft.data.files import existing
+from fedpeft.data.integers import ordered
+from fedpeft.data.paths import existing, readable
 from fedpeft.data.rows import Dataset, Rows
 from fedpeft.seeds import derive
 from fedpeft.types import BadInput
 
 Indices = NDArray[np.int64]
 
+_REMEDY = "to keep them, name files of their own in data.validation and data.test"
+
 
 @dataclass(frozen=True, eq=False)
 class Partition:
     """The rows of each client: ``train[k]`` and ``test[k]`` are ascending row numbers, ``names[k]`` is what to call it.
 
-    ``test`` is for scores per client and may be empty for some.
+    ``test`` is for scores per client and may be empty for some. ``notes``: what the user should be
+    told about it, a line each.
     """
 
     train: tuple[Indices, ...]
     test: tuple[Indices, ...]
     names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return 16 hex digits of the SHA-256 of who holds what: equal digests mean equal partitions, under any names."""
@@ -104,31 +109,46 @@ def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
 
 
 def from_file(dataset: Dataset, path: Path) -> Partition:
-    """Read a JSON object of client name -> row numbers of train, counted from 0; rows left out are not used.
+    """Read a JSON object of client name -> row numbers; rows left out are not used.
 
-    Clients are in the order of the file and hold no test rows.
+    The numbers count the rows of train's file as it stands, from 0. A row that is held out of it
+    for validation or test leaves its client, and a client without any row left is left out; notes
+    say so. Clients are in the order of the file and hold no test rows.
 
-    Raises BadInput for a missing file, other JSON, no client, a client without rows or named twice, a row that train
-    does not have, and one that is given twice.
+    Raises BadInput for a missing file, other JSON, no client, a client without rows or named twice,
+    a row that train does not have, one that is given twice, and where nobody has a row left.
     """
     try:
-        clients = json.loads(existing(path).read_bytes(), object_pairs_hook=tuple)
+        with readable(path):
+            clients = json.loads(existing(path).read_bytes(), object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON: {error}") from error
     if not isinstance(clients, tuple) or not clients:
         raise BadInput(f'{path}: must hold a JSON object of client names and row numbers, as {{"anna": [0, 1]}}')
+    numbers = dataset.train.numbers or range(len(dataset.train))
+    row_at = {number: row for row, number in enumerate(numbers)}
+    held_out = len(dataset.validation.numbers) + len(dataset.test.numbers)
     holder: dict[int, str] = {}
     held: dict[str, Indices] = {}
-    for name, rows in clients:
+    for name, given in clients:
         if name in held:
             raise BadInput(f"{path}: client {name!r} is named twice")
-        held[name] = np.array(_own(path, name, rows, len(dataset.train), holder), dtype=np.int64)
-    return _partition(list(held.values()), [], list(held))
+        own = _own(path, name, given, len(numbers) + held_out, holder)
+        held[name] = np.array([row_at[n] for n in own if n in row_at], dtype=np.int64)
+    left = {name: rows for name, rows in held.items() if len(rows)}
+    if not left:
+        raise BadInput(f"{path}: all of its rows are held out of train; {_REMEDY}")
+    lost = sum(number not in row_at for number in holder)
+    notes = _notes(path, lost, len(holder), [name for name in held if name not in left])
+    return replace(_partition(list(left.values()), [], list(left)), notes=notes)
 
 
 def label_counts(rows: Rows, partition: Partition) -> Indices:
-    """Return how many train rows of each label each client holds, (clients, labels), labels sorted by name."""
-    labels = sorted(set(rows.labels))
+    """Return how many train rows of each label each client holds, (clients, labels).
+
+    Labels are in the order of ``Dataset.labels``.
+    """
+    labels = ordered(rows.labels)
     codes = _codes(rows, labels)
     return np.stack([np.bincount(codes[held], minlength=len(labels)) for held in partition.train])
 
@@ -194,3 +214,15 @@ def _own(path: Path, name: str, rows: object, examples: int, holder: dict[int, s
             raise BadInput(f"{path}: row {row} is held by {holder[row]!r} and by {name!r}")
         holder[row] = name
     return rows
+
+
+def _notes(path: Path, lost: int, named: int, emptied: Sequence[str]) -> tuple[str, ...]:
+    """Return what is to be said of a file of clients, ``lost`` of whose ``named`` rows are gone."""
+    if not lost:
+        return ()
+    what = f"{lost} of its {named} rows are held out of train and leave their clients"
+    notes = [f"{path}: {what}; {_REMEDY}"]
+    if emptied:
+        few = ", ".join(map(repr, emptied[:3])) + (", ..." if len(emptied) > 3 else "")
+        notes.append(f"{path}: without a row left and left out: {len(emptied)} clients ({few})")
+    return tuple(notes)

@@ -3,19 +3,26 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
+from fedpeft.data.integers import ordered
 from fedpeft.seeds import derive
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Labelled texts, one label each; ``keys`` names each row's natural client and is empty where there is none."""
+    """Labelled texts, one label each.
+
+    ``keys`` names each row's natural client and is empty where there is none. ``numbers``: where
+    each row stood in the file of train, counted from 0; empty where that is not known. They are no
+    part of what the rows are: rows with other numbers are equal.
+    """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     keys: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -27,6 +34,7 @@ class Rows:
             texts=tuple(self.texts[row] for row in chosen),
             labels=tuple(self.labels[row] for row in chosen),
             keys=tuple(self.keys[row] for row in chosen) if self.keys else (),
+            numbers=tuple(self.numbers[row] for row in chosen) if self.numbers else (),
         )
 
 
@@ -41,8 +49,11 @@ class Dataset:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label names of train, sorted: class ``i`` of a classifier is ``labels[i]``."""
-        return tuple(sorted(set(self.train.labels)))
+        """The label names of train: class ``i`` of a classifier is ``labels[i]``.
+
+        Sorted; by value where all are whole numbers.
+        """
+        return ordered(self.train.labels)
 
     def digest(self) -> str:
         """Return 16 hex digits of the SHA-256 of all rows in order: equal digests mean equal data, under any name."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedpeft.report import words
 from fedpeft.report.comparison import Comparison, Line
+from fedpeft.report.names import MOST, literal, plain
 from fedpeft.report.summary import Point
 from fedpeft.types import BadInput
 
@@ -29,6 +30,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 STYLES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREYS = ("#333333", "#999999", "#666666")
+
+LONGEST_TITLE = 120
+"""Characters that fit above a figure."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _plot(axes: "Axes", line: Line, stroke: Stroke, view: View) -> None:
     drawn = curve(line, view.x)
     if line.mean.accuracy is None or not drawn.x:
         return
-    label = f"{line.label}  {100 * line.mean.accuracy:.1f}"
+    label = f"{literal(line.label, MOST)}  {100 * line.mean.accuracy:.1f}"
     shown = [at for at, x in enumerate(drawn.x) if x > 0 or not view.logarithmic]
     if not shown:
         axes.axhline(drawn.mean[-1], color=stroke.colour, linestyle=stroke.style, label=label)
@@ -158,7 +162,8 @@ def _label_decades(axes: "Axes") -> None:
 
 
 def _dress(axes: "Axes", compared: Comparison, view: View) -> None:
-    axes.set_title(words.setting(compared.runs), loc="left", fontsize=12, pad=12)
+    title = literal(words.setting(compared.runs), LONGEST_TITLE)
+    plain(axes.set_title(title, loc="left", fontsize=12, pad=12))
     axes.set_xlabel(view.label)
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(bottom=0)
@@ -167,4 +172,17 @@ def _dress(axes: "Axes", compared: Comparison, view: View) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     seeds = max(len(line.runs) for line in compared.lines)
     heading = "final accuracy, %" + (f"\n(mean of {seeds} seeds,\nband ± 1 s.d.)" if seeds > 1 else "")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=heading, alignment="left")
+    # By numbers at first: a legend leaves out what is called "_so", as matplotlib calls its own.
+    numbers = [f"{number}" for number in range(len(axes.lines))]
+    legend = axes.legend(
+        axes.lines,
+        numbers,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        title=heading,
+        alignment="left",
+    )
+    for text, line in zip(legend.get_texts(), axes.lines, strict=True):
+        text.set_text(str(line.get_label()))
+        plain(text)

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from fedpeft.report import words
 from fedpeft.report.comparison import Comparison, Line
+from fedpeft.report.names import literal
 from fedpeft.report.terms import Terms
 
 Column = tuple[str, Callable[[Line], str]]
@@ -21,7 +22,7 @@ def comparison(compared: Comparison) -> Table:
     table = _table("Final accuracy and its cost", _columns(compared.terms), compared.lines)
     table.add_section()
     table.add_row("majority class", f"{100 * compared.majority:.1f}")
-    table.caption = Text("\n".join(filter(None, _small_print(compared))))
+    table.caption = Text("\n".join(literal(line) for line in _small_print(compared) if line))
     return table
 
 
@@ -30,7 +31,7 @@ def equal_terms(compared: Comparison) -> Table:
     terms = compared.terms
     rounds = ABSENT if terms.rounds is None else f"{terms.rounds}"
     columns: list[Column] = [
-        ("method", lambda line: line.label),
+        ("method", lambda line: literal(line.label)),
         (
             f"accuracy %\nafter {rounds} rounds",
             lambda line: _percent(line.mean.equal_rounds_accuracy, line.spread.equal_rounds_accuracy),
@@ -59,7 +60,7 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
 def _columns(terms: Terms) -> list[Column]:
     link = f"{terms.bandwidth / 1e6:.3g} MB/s"
     return [
-        ("method", lambda line: line.label),
+        ("method", lambda line: literal(line.label)),
         ("accuracy\n%", lambda line: _percent(line.mean.accuracy, line.spread.accuracy)),
         ("macro\nF1 %", lambda line: _percent(line.mean.macro_f1)),
         ("over\nmajority", lambda line: _gain(line.mean.over_majority)),

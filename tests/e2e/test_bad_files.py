@@ -83,6 +83,24 @@ FILES = {
     "not UTF-8": Broken("x.csv", lambda: b"text,label\nna\xefve,fish\n", ("x.csv:2", "UTF-8")),
     "ragged CSV": Broken("x.csv", lambda: b"text,label\na,fish\nb,c,d\n", ("x.csv:3", "3 fields")),
     "CSV without the column": Broken("x.csv", lambda: b"text,lable\na,fish\n", ("x.csv:2", "'label'", "'lable'")),
+    "other delimiter": Broken(
+        "x.csv",
+        lambda: b"text;label\na;fish\n",
+        ("x.csv:1", 'set data.delimiter = ";"'),
+    ),
+    "no header": Broken(
+        "x.csv",
+        lambda: b"one,fish\ntwo,fish\nthree,birds\n",
+        ("x.csv:1", "not a header", "text,label"),
+    ),
+    "other shape of JSON": Broken(
+        "x.json",
+        lambda: b'{"text": {"0": "a"}, "label": {"0": "b"}}',
+        ("x.json:1", "read are: an object a line"),
+    ),
+    "label that is no number": Broken(
+        "x.csv", lambda: b"text,label\na,1.0\nb,0.0\nc,nan\n", ("x.csv:4", "'nan'", "whole numbers")
+    ),
     "one label only": Broken("x.csv", lambda: b"text,label\na,fish\nb,fish\n", ("x.csv", "'fish'", "two or more")),
 }
 
@@ -108,7 +126,7 @@ def test_a_label_that_train_lacks_is_refused_with_its_line(ground: Ground, runs:
 PARTITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "empty client": ('{"anna": [0, 1], "ben": []}', ("'ben'", "at least one row")),
     "row held twice": ('{"anna": [0, 1], "ben": [1]}', ("row 1", "'anna'", "'ben'")),
-    "row that is not there": ('{"anna": [0, 9999]}', ("9999", "0 to 143")),
+    "row that is not there": ('{"anna": [0, 9999]}', ("9999", "0 to 199")),
     "client named twice": ('{"anna": [0], "anna": [1]}', ("'anna'", "twice")),
     "no clients": ("{}", ("JSON object",)),
     "not JSON": ("{", ("not JSON",)),
@@ -132,6 +150,25 @@ def test_a_users_partition_has_no_test_rows_to_score_clients_on(ground: Ground, 
         *("--set", "evaluation.per_client=true"),
     )
     refused(cli_call("run", ground.config, "--runs", runs, *options), "evaluation.per_client")
+    assert not runs.exists()
+
+
+FIELDS = {
+    "data.delimiter=ab": ("data.delimiter = 'ab'", "one character"),
+    "data.train=~nobody-of-that-name/x.csv": ("~nobody-of-that-name", "no home folder"),
+    "data.train=nothing/*.jsonl": ("nothing/*.jsonl", "no file matches this pattern"),
+    "data.test=.": ("is a folder", "*.csv"),
+}
+
+
+@pytest.mark.parametrize(("option", "says"), FIELDS.items())
+def test_a_field_that_names_no_file_is_refused(
+    ground: Ground,
+    runs: Path,
+    option: str,
+    says: tuple[str, ...],
+) -> None:
+    refused(cli_call("run", ground.config, "--runs", runs, "--set", option), *says)
     assert not runs.exists()
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fedpeft import cli
+from fedpeft import arguments, cli
 from fedpeft.assembly import read_data
+from fedpeft.config import from_tree
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 
-from .builders import LABELS, OWN_WORDS, Ground, Outcome, cli_call, examples
+from .builders import LABELS, OWN_WORDS, Ground, Outcome, cli_call, examples, to_toml
 from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, rows_of, table
 
 LEARNING = ("--set", "federation.clients_per_round=3", "--set", "training.steps=4", "--set", "training.batch_size=16")
@@ -210,6 +212,53 @@ def test_files_in_a_configuration_are_found_beside_it(ground: Ground, tmp_path: 
     config.write_text(ground.config.read_text().replace(str(ground.data), ground.data.name))
     monkeypatch.chdir(tmp_path)
     assert cli_call("partition", config, "--png", "who.png").code == 0
+
+
+@pytest.mark.parametrize("by_option", [False, True])
+def test_a_home_folder_and_patterns_are_understood(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_option: bool
+) -> None:
+    """The rows are cut into three files in the user's home, where the model lies, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shutil.copytree(ground.model, tmp_path / "bert")
+    rows = [json.dumps(row) for row in examples()]
+    for place, part in enumerate((rows[:50], rows[50:90], rows[90:])):
+        (tmp_path / f"part{place}.ndjson").write_text("\n".join(part))
+    (tmp_path / "who.json").write_text('{"anna": [0, 1, 2, 3]}')
+    fields = {
+        "data": {"source": "files", "train": "~/part*.ndjson"},
+        "model": {**ground.tree()["model"], "name": "~/bert"},
+        "partition": {"kind": "file", "file": "~/who.json"},
+    }
+    (tmp_path / "home.toml").write_text(to_toml({**ground.tree(), **({} if by_option else fields)}))
+    options = ["data.train=~/part*.ndjson", "model.name=~/bert"]
+    options += ["partition.kind=file", "partition.file=~/who.json"]
+    tree = arguments.tree(tmp_path / "home.toml", options if by_option else [])
+    config = from_tree(tree)
+    assert config.data.train == tmp_path / "part*.ndjson"
+    assert config.model.name == str(tmp_path / "bert")
+    assert config.partition.file == tmp_path / "who.json"
+    assert read_data(config.data).digest() == read_data(ground.chosen().data).digest()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_rows_held_out_of_a_users_partition_are_told(ground: Ground, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({f"c{k}": list(range(20 * k, 20 * k + 20)) for k in range(5)}))
+    fields = ("partition.kind=file", f"partition.file={own}", "federation.rounds=1")
+    sets = [part for field in fields for part in ("--set", field)]
+    few = ("--methods", "lora,bitfit", "--jobs", "1")
+    gone = 100 - sum(number < 100 for number in read_data(ground.chosen().data).train.numbers)
+    commands: list[tuple[str | Path, ...]] = [
+        ("partition", ground.config, *sets, "--png", tmp_path / "who.png"),
+        ("run", ground.config, *sets, "--runs", tmp_path / "one"),
+        ("compare", ground.config, *sets, "--runs", tmp_path / "two", *few),
+    ]
+    for command in commands:
+        outcome = cli_call(*command)
+        assert outcome.code == 0, outcome
+        assert outcome.out.count(f"{own}: {gone} of its 100 rows are held out of train") == 1
 
 
 @pytest.mark.usefixtures("no_figures")

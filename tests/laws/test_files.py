@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -16,14 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.data import Dataset, Rows, from_files, read
+from fedpeft.data.integers import integer, ordered
 from fedpeft.data.rows import stratified
 from fedpeft.types import BadInput
 
-ENDINGS = [".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz"]
+ENDINGS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz"]
 COLUMNS = ["other", "y", "x", "who"]
 
 a_text = st.text(st.characters(codec="utf-8"))
 a_name = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+a_name = a_name.filter(lambda name: integer(name) is None)  # numbers may be written anew
 some_rows = st.lists(st.tuples(a_text, a_name, a_name), min_size=1, max_size=8).map(
     lambda rows: Rows(*(tuple(column) for column in zip(*rows, strict=True)))
 )
@@ -32,14 +34,20 @@ some_rows = st.lists(st.tuples(a_text, a_name, a_name), min_size=1, max_size=8).
 def written(path: Path, rows: Rows) -> Path:
     """Write ``rows`` in the format that the ending of ``path`` names."""
     records = [("?", label, text, key) for text, label, key in zip(rows.texts, rows.labels, rows.keys, strict=True)]
-    if ".csv" in path.suffixes:
+    if {".csv", ".tsv"} & set(path.suffixes):
         stream = io.StringIO(newline="")
-        csv.writer(stream).writerows([COLUMNS, *records])
+        delimiter = "\t" if ".tsv" in path.suffixes else ","
+        csv.writer(stream, delimiter=delimiter).writerows([COLUMNS, *records])
         content = stream.getvalue()
     else:
         content = "".join(json.dumps(dict(zip(COLUMNS, record, strict=True))) + "\n" for record in records)
     path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
     return path
+
+
+def spoken(rows: Rows) -> list[dict[str, str]]:
+    """Return ``rows`` as objects."""
+    return [{"x": text, "y": label} for text, label in zip(rows.texts, rows.labels, strict=True)]
 
 
 def balanced(labels: Sequence[str], each: int) -> Rows:
@@ -87,6 +95,101 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
     assert read(path, text="x", label="y") == Rows(("\ufeffa",), ("b",))
 
 
+SHAPES: dict[str, Callable[[list[dict[str, str]]], str]] = {
+    "array": json.dumps,
+    "array, an object a line": lambda rows: "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n",
+    "array, a value a line": lambda rows: json.dumps(rows, indent=2),
+    "list in an object": lambda rows: json.dumps({"version": 1, "of": ["x", "y"], "rows": rows}),
+    "list in an object, a value a line": lambda rows: "\n\n" + json.dumps({"data": rows}, indent=2),
+    "an object a line": lambda rows: "\n".join(map(json.dumps, rows)),
+}
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_json_is_read_in_every_shape(shape: str, ending: str, tmp_path: Path) -> None:
+    rows = balanced(["a", "b"], 3)
+    path = tmp_path / f"train{ending}"
+    content = SHAPES[shape](spoken(rows)).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    assert read(path, text="x", label="y") == replace(rows, keys=())
+
+
+def test_an_object_alone_in_its_file_is_a_row_where_it_has_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "test.json"
+    for content in ('{"x": "a", "y": "b", "seen": [{}]}', '{\n "x": "a",\n "y": "b"\n}'):
+        path.write_text(content)
+        assert read(path, text="x", label="y") == Rows(("a",), ("b",))
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|", "~", ","])
+def test_any_character_may_separate_columns(mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text(f'y{mark}x\nb{mark}"one{mark} two"\n')
+    rows = Rows((f"one{mark} two",), ("b",))
+    names = {"\t": ("\t", "tab", "\\t")}.get(mark, (mark,))
+    for name in names:
+        assert read(path, text="x", label="y", delimiter=name) == rows
+    for above in (f"sep={mark}\n", f'"SEP={mark}"\r\n'):
+        path.write_text(f"{above}y{mark}x\nb{mark}two\n")
+        assert read(path, text="x", label="y") == Rows(("two",), ("b",))
+
+
+@pytest.mark.parametrize("mark", ["", "ab", '"', "\n"])
+def test_what_cannot_separate_columns_is_refused(mark: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "train.csv", balanced("ab", 2))
+    with pytest.raises(BadInput, match=r"data\.delimiter = .*: must be one character"):
+        read(path, text="x", label="y", delimiter=mark)
+
+
+def test_blank_columns_and_lines_around_a_table_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    for content in (
+        "x,y,,\na,b,,\nc,d,,\n",  # a spreadsheet saves columns that were once filled
+        "x,y,,\na,b\nc,d\n",
+        "x,y\na,b,,\nc,d\n",
+        "\n\nx,y\na,b\n\nc,d\n",
+        ",,x,y\n0,,a,b\n1,,c,d\n",
+        "x,y,\na,b,a remark\nc,d,\n",
+    ):
+        path.write_text(content)
+        assert read(path, text="x", label="y") == Rows(("a", "c"), ("b", "d")), content
+
+
+def test_a_text_may_be_long(tmp_path: Path) -> None:
+    rows = Rows(("w" * 140_000, "short"), ("a", "b"), ("c", "d"))
+    assert read(written(tmp_path / "train.csv", rows), text="x", label="y", key="who") == rows
+
+
+def test_a_pattern_names_many_files(tmp_path: Path) -> None:
+    """Brackets in the folder's name are no pattern; files are read in the order of their names."""
+    folder = tmp_path / "data[1]" / "parts"
+    folder.mkdir(parents=True)
+    parts = [balanced(["a", "b"], size) for size in (3, 1, 2)]
+    for name, part in zip(("p3.jsonl", "p1.jsonl", "p2.jsonl.gz"), parts, strict=True):
+        written(folder / name, part)
+    written(folder / "other.csv", parts[0])
+    (folder / "p4.jsonl").mkdir()
+    for pattern in ("p*.jsonl*", "p?.json*", "../**/p[0-9].*"):
+        assert read(folder / pattern, text="x", label="y", key="who").texts == (
+            parts[1].texts + parts[2].texts + parts[0].texts
+        )
+    with pytest.raises(BadInput, match=r"\*: matches files of several kinds, \.csv, \.jsonl; name"):
+        read(folder / "*", text="x", label="y")
+    with pytest.raises(BadInput, match=r"q\*\.jsonl: no file matches this pattern"):
+        read(folder / "q*.jsonl", text="x", label="y")
+    (folder / "p2.jsonl.gz").write_bytes(gzip.compress(b"{"))
+    with pytest.raises(BadInput, match=r"parts/p2\.jsonl\.gz:1: not JSON"):
+        read(folder / "p*.jsonl*", text="x", label="y")
+    written(folder / "[x].jsonl", parts[0])  # what is there is taken as it is
+    assert len(read(folder / "[x].jsonl", text="x", label="y")) == 6
+
+
+def test_a_path_that_the_system_cannot_look_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot be read: .*name too long"):
+        read(tmp_path / f"{'long' * 100}.csv", text="x", label="y")
+
+
 GOOD = b'{"x": "a", "y": "b"}\n'
 BROKEN = {
     "no column": (
@@ -97,7 +200,121 @@ BROKEN = {
     "near column": ("a.csv", b"xx,y\na,b\n", "its columns are 'xx', 'y'; did you mean 'xx'?"),
     "bad JSON": ("a.jsonl", GOOD + b'{"x": "a" "y": 1}', "{path}:2: not JSON: Expecting ',' delimiter"),
     "deep JSON": ("a.jsonl", b"[" * 100_000, "{path}:1: not JSON: "),
-    "an array": ("a.json", b'[{"x": "a", "y": "b"}]', "{path}:1: each line must hold one JSON object, not '[{"),
+    "no object": (
+        "a.jsonl",
+        GOOD + b"[1, 2]",
+        "{path}:2: each line must hold one JSON object, not '[1",
+    ),
+    "number in array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"}, 7]',
+        "{path}: record 2: must be a JSON object, not 7; read",
+    ),
+    "null in array": (
+        "a.json",
+        b'[\n{"x": "a", "y": null}]',
+        "{path}: record 1: the label in column 'y' must be a str",
+    ),
+    "no column in array": (
+        "a.json",
+        b'[{"X": "a", "y": "b"}]',
+        "{path}: record 1 has no column 'x'; its columns are 'X'",
+    ),
+    "bad array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"},\n{"x": "a" "y": 1}]',
+        "{path}:2: not JSON: Expecting ',' delimiter",
+    ),
+    "cut array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"},\n{"x": "a"\n',
+        "{path}:2: not JSON: Expecting ',' delimiter",
+    ),
+    "cut first line": (
+        "a.json",
+        b'{"x": "a", "y":\n' + GOOD,
+        "{path}:1: not JSON: Expecting value",
+    ),
+    "arrays a line": (
+        "a.jsonl",
+        b'["x", "y"]\n["a", "b"]\n',
+        "{path}:2: not JSON: Extra data; read are: an object a line",
+    ),
+    "two lists": (
+        "a.json",
+        b'{"p": [{"x": "a"}], "q": [{}]}',
+        "{path}:1: one object, and its lists of objects are: 'p', 'q'",
+    ),
+    "columns of lists": (
+        "a.json",
+        b'{"x": ["a"], "y": ["b"]}',
+        "{path}:1: one object, and its lists of objects are: none",
+    ),
+    "columns of objects": (
+        "a.json",
+        b'{\n"x": {"0": "a"},\n"y": {"0": "b"}}',
+        "lists of objects are: none; read are: an",
+    ),
+    "empty array": ("a.json", b"[]", "{path}: holds no rows"),
+    "empty list": ("a.json", b'{"data": []}', "{path}: holds no rows"),
+    "colon": ("a.jsonl", b'{"x" 1}', "{path}:1: not JSON: Expecting ':' delimiter"),
+    "twin names": (
+        "a.jsonl",
+        GOOD + b'{"x": "a", "x": "b", "y": "b"}',
+        "{path}:2: not JSON: two values of one object are",
+    ),
+    "NaN": ("a.jsonl", GOOD + b'{"x": "a", "y": NaN}', "{path}:2: the label in column 'y' is NaN"),
+    "infinity": (
+        "a.json",
+        b'[{"x": "a", "y": -Infinity}]',
+        "{path}: record 1: the label in column 'y' is -Infinity",
+    ),
+    "nan as text": (
+        "a.csv",
+        b"x,y\na,1.0\nb,nan\nc,0.0\n",
+        "{path}:3: the label is 'nan', and all others are whole num",
+    ),
+    "semicolons": (
+        "a.csv",
+        b"x;y\na;b\n",
+        "{path}:1: has one column, 'x;y'; if these are several with ; between",
+    ),
+    "tabs": ("a.csv", b"x\ty\na\tb\n", 'set data.delimiter = "tab"'),
+    "bars": ("a.csv", b"x|y\na|b\n", 'set data.delimiter = "|"'),
+    "commas": ("a.tsv", b"x,y\na,b\n", 'set data.delimiter = ","'),
+    "no header": (
+        "a.csv",
+        b"good film,yes\nbad film,no\nfine,yes\n",
+        "{path}:1: the first line is data, not a header: 'good film', 'yes'; "
+        "write a line above it that names the columns, such as x,y",
+    ),
+    "no header, long": (
+        "a.tsv",
+        b"word " * 20 + b"\tyes\nb\tno\n",
+        "first line is data, not a header: 'word word",
+    ),
+    "pandas without names": (
+        "a.csv",
+        b"0,1\na,1\nb,0\n",
+        "{path}:2 has no column 'x'; its columns are '0', '1'",
+    ),
+    "misspelt": ("a.csv", b"xx,y\na,y\n", "its columns are 'xx', 'y'; did you mean 'xx'?"),
+    "Mac": ("a.csv", b"x,y\ra,b\r", "{path}:1: not CSV: new-line character seen"),
+    "open quote far below": (
+        "a.csv",
+        b'x,y\na,b\n"c,d\n' + b"e,f\n" * 9,
+        "{path}:3: not CSV: unexpected end of data; the",
+    ),
+    "below Excel's line": (
+        "a.csv",
+        b"sep=;\nx;y\na;b;c\n",
+        "{path}:3: 3 fields where the header names 2",
+    ),
+    "UTF-16": (
+        "a.csv",
+        "x,y\na,b\n".encode("utf-16"),
+        "{path}:1: not UTF-8: invalid start byte at byte 0 of the line; s",
+    ),
     "number as text": (
         "a.jsonl",
         GOOD * 2 + b'{"x": 3, "y": "b"}',
@@ -126,7 +343,11 @@ BROKEN = {
     "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:-4], "cannot be read: Compressed file ended before"),
     "garbled gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:10] + bytes([255] * 20), "cannot be read: Error -3 while"),
     "damaged gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), "cannot be read: CRC check failed"),
-    "ending": ("a.txt", GOOD, "{path}: unknown ending '.txt'; known are .jsonl, .json, .csv, each also with .gz"),
+    "ending": (
+        "a.txt",
+        GOOD,
+        "{path}: unknown ending '.txt'; known are .jsonl, .ndjson, .json, .csv, .tsv, each",
+    ),
 }
 
 
@@ -191,6 +412,101 @@ def test_a_label_that_train_lacks_is_refused(split: str, tmp_path: Path) -> None
     with pytest.raises(BadInput) as caught:
         load(tmp_path, "train.jsonl", validation, test)
     assert str(caught.value) == f"{path}:3: train has no label 'travels'; did you mean 'travel'?"
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_whole_numbers_are_labels_in_the_order_of_numbers(ending: str, tmp_path: Path) -> None:
+    numbers = [str(number) for number in range(-2, 12)]
+    written(tmp_path / f"train{ending}", balanced([*reversed(numbers)], 3))
+    data = load(tmp_path, f"train{ending}", None, None)
+    assert data.labels == tuple(numbers)
+    assert Dataset("", data.train, data.validation, data.train).labels == tuple(numbers)
+
+
+WRITTEN = {
+    "numbers": ('{"x": "t%d", "y": %d, "who": %d}', ".jsonl"),
+    "numbers with a point": ('{"x": "t%d", "y": %d.0, "who": %d.00}', ".jsonl"),
+    "text": ('{"x": "t%d", "y": "%d", "who": " %d"}', ".jsonl"),
+    "columns": ("t%d,%d,%d", ".csv"),
+    "columns with a point": ("t%d,%d.0,%d.0", ".csv"),
+}
+
+
+def numbered(folder: Path, name: str, how: str) -> str:
+    """Write 12 rows of labels 0 to 2 and keys 7 and 8 and return the file's name."""
+    line, ending = WRITTEN[how]
+    head = ["x,y,who"] if ending == ".csv" else []
+    lines = [line % (number, number % 3, 7 + number % 2) for number in range(12)]
+    (folder / f"{name}{ending}").write_text("\n".join(head + lines))
+    return f"{name}{ending}"
+
+
+@pytest.mark.parametrize("test", WRITTEN)
+@pytest.mark.parametrize("train", WRITTEN)
+def test_a_number_is_one_label_and_one_key_however_it_is_written(
+    train: str,
+    test: str,
+    tmp_path: Path,
+) -> None:
+    files = [numbered(tmp_path, "train", train), numbered(tmp_path, "test", test)]
+    data = load(tmp_path, files[0], files[1], files[1])
+    for rows in (data.train, data.validation, data.test):
+        assert rows.labels == tuple("012" * 4)
+        assert rows.keys == tuple("78" * 6)
+    assert data.labels == ("0", "1", "2")
+
+
+def test_a_number_is_one_label_within_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    values = ("0", "0.0", '"-0"', "1e1")
+    path.write_text("\n".join(f'{{"x": "a", "y": {value}}}' for value in values))
+    assert read(path, text="x", label="y").labels == ("0", "0", "0", "10")
+
+
+NOT_NUMBERS = [
+    ["0", "1.0", "none"],
+    ["01", "02", "10"],
+    ["+1", "-1"],
+    ["1.5", "1", "1.0"],
+    ["a", "nan"],
+]
+
+
+@pytest.mark.parametrize("labels", NOT_NUMBERS)
+def test_labels_that_are_not_all_whole_numbers_stay_as_they_are(
+    labels: list[str],
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "train.csv", balanced(labels, 4))
+    data = load(tmp_path, "train.csv", "train.csv", "train.csv")
+    assert data.labels == tuple(sorted(labels))
+    assert data.test.labels == tuple(label for label in labels for _ in range(4))
+
+
+def test_a_whole_number_that_train_lacks_is_refused(tmp_path: Path) -> None:
+    files = [numbered(tmp_path, "train", "numbers"), "test.csv"]
+    for label, said in (("3.0", "'3'"), ("x", "'x'"), ("nan", "'nan'")):
+        (tmp_path / "test.csv").write_text(f"x,y,who\na,1.0,7\nb,{label},7\n")
+        with pytest.raises(BadInput, match=rf"test\.csv:3: .*{said}"):
+            load(tmp_path, files[0], files[0], files[1])
+
+
+def test_order_is_that_of_numbers_only_where_all_are() -> None:
+    assert ordered(["2", "10", "-3", "2"]) == ("-3", "2", "10")
+    assert ordered(["2", "10", "x"]) == ("10", "2", "x")
+    assert [integer(name) for name in ("3", " 3.00\n", "-0.0")] == ["3", "3", "0"]
+    assert not any(integer(name) for name in ("03", "+3", "3.5", "1e3", "", "9" * 5000))
+
+
+def test_rows_know_where_they_stood_in_trains_file(tmp_path: Path) -> None:
+    rows = balanced(["a", "b"], 20)
+    written(tmp_path / "train.jsonl", rows)
+    data = load(tmp_path, "train.jsonl", None, None)
+    for part in (data.train, data.validation, data.test):
+        assert part.texts == tuple(rows.texts[number] for number in part.numbers)
+    numbers = data.train.numbers + data.validation.numbers + data.test.numbers
+    assert sorted(numbers) == list(range(40))
+    assert load(tmp_path, "train.jsonl", None, "train.jsonl").test.numbers == ()
 
 
 def test_train_that_is_too_small_to_split_is_refused(tmp_path: Path) -> None:

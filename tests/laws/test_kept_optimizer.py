@@ -321,5 +321,5 @@ def test_a_client_that_has_nothing_to_train_keeps_nothing() -> None:
         return [Answer.decode(answer) for answer, _ in found]
 
     together, alone = answers([0, 1, 2]), [answers([client])[0] for client in SIZES]
-    assert [answer.trained for answer in together] == [0, 0, 0]
-    assert [answer.loss for answer in together] == pytest.approx([answer.loss for answer in alone], rel=1e-5)
+    assert [answer.measured.trained for answer in together] == [0, 0, 0]
+    assert [answer.measured.loss for answer in together] == pytest.approx([answer.measured.loss for answer in alone], rel=1e-5)

@@ -105,5 +105,5 @@ def test_the_methods_part_is_carried_along_unless_it_is_new() -> None:
 def test_a_version_that_is_not_there_is_told_by_its_round() -> None:
     memories = Memories()
     memories.put(1, carried(6, 2), b"")
-    with pytest.raises(WireError, match=r"client 1 holds no memory of round 5, only of \[6\]"):
+    with pytest.raises(Forgotten, match=r"client 1 holds no memory of round 5, only of \[6\]"):
         memories.get(1, carried(5, 2))

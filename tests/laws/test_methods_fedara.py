@@ -152,7 +152,7 @@ def test_who_takes_one_step_abstains_and_the_others_decide() -> None:
     playing = federation(EARLY, training=replace(SGD, batch_size=7))
     after = playing.play(1)
     bits = [bin_of(answer) for answer in playing.answers(0).values()]
-    assert [answer.steps for answer in playing.answers(0).values()] == [1, 2, 2]
+    assert [answer.measured.steps for answer in playing.answers(0).values()] == [1, 2, 2]
     limit = EARLY.budget(0, TOTAL)
     assert [row.count("1") for row in bits] == [TOTAL, limit, limit]
     expected = [i for i in range(TOTAL) if 11 * int(bits[1][i]) + 9 * int(bits[2][i]) >= 0.5 * 20]

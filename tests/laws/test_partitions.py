@@ -1,8 +1,11 @@
 """Laws of partitions: every row has one holder, the shares follow the law they are drawn from, nonsense is refused."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedpeft.data import Dataset, Partition, Rows, by_key, dirichlet, from_file, iid, label_counts, shards
 from fedpeft.data.dirichlet import counts, shares
+from fedpeft.data.rows import stratified
 from fedpeft.types import BadInput
 
 Deal = Callable[[Dataset, int, int], Partition]
@@ -191,6 +195,80 @@ def test_a_file_says_who_holds_what(tmp_path: Path) -> None:
     assert [rows.tolist() for rows in partition.test] == [[], []]
     with pytest.raises(BadInput, match=r"no such file; did you mean 'clients\.json'"):
         from_file(dataset(cycle(5, 2), cycle(5, 2)), tmp_path / "client.json")
+
+
+def in_file(examples: int, validation: float = 0.1, test: float = 0.2) -> Dataset:
+    """A data set of whose train rows some are held out; texts say where rows stood in the file."""
+    rows = replace(cycle(examples, 2), numbers=tuple(range(examples)))
+    rest, tested = stratified(rows, test, 0)
+    train, validated = stratified(rest, validation, 1)
+    return Dataset("made", train, validated, tested)
+
+
+@settings(max_examples=50, deadline=None)
+@given(examples=st.integers(12, 60), clients=st.integers(1, 4), seed=st.integers(0, 999))
+def test_a_file_counts_the_rows_of_trains_file(examples: int, clients: int, seed: int) -> None:
+    """Each client has what the file gives it, less what is held out, and the notes say how much."""
+    data = in_file(examples)
+    order = np.random.default_rng(seed).permutation(examples)[: examples - 2]
+    given = {f"c{k}": rows.tolist() for k, rows in enumerate(np.array_split(order, clients))}
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "clients.json")
+        path.write_text(json.dumps(given))
+        partition = from_file(data, path)
+    trained = set(data.train.texts)
+    expected = {}
+    for name, rows in given.items():
+        texts = [f"text {row}" for row in sorted(rows)]
+        expected[name] = [text for text in texts if text in trained]
+    held = {
+        name: [data.train.texts[row] for row in rows.tolist()]
+        for name, rows in zip(partition.names, partition.train, strict=True)
+    }
+    assert held == {name: texts for name, texts in expected.items() if texts}
+    lost = examples - 2 - sum(map(len, held.values()))
+    assert len(partition.notes) == (lost > 0) + (len(held) < clients)
+    if lost:
+        assert f": {lost} of its {examples - 2} rows are held out of train" in partition.notes[0]
+
+
+def test_a_client_without_a_row_left_is_left_out(tmp_path: Path) -> None:
+    data = in_file(40)
+    gone = [*data.test.numbers, *data.validation.numbers]
+    path = tmp_path / "clients.json"
+    some = [*data.train.numbers[:3], gone[1]]
+    path.write_text(json.dumps({"a": gone[:1], "b": some, "c": gone[2:]}))
+    partition = from_file(data, path)
+    assert partition.names == ("b",)
+    assert partition.train[0].tolist() == [0, 1, 2]
+    assert partition.notes[1] == f"{path}: without a row left and left out: 2 clients ('a', 'c')"
+    path.write_text(json.dumps({"a": gone}))
+    with pytest.raises(BadInput, match=r"all of its rows are held out of train; to keep them"):
+        from_file(data, path)
+    path.write_text(json.dumps({"a": [0, 40]}))
+    with pytest.raises(BadInput, match=r"client 'a' holds row 40, but train has rows 0 to 39"):
+        from_file(data, path)
+
+
+def test_a_file_of_clients_that_cannot_be_read_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "clients.json"
+    path.write_text("{}")
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(BadInput, match=r"clients\.json: cannot be read: .*Permission denied"):
+        from_file(in_file(12), path)
+
+
+def test_labels_that_are_numbers_are_counted_in_their_order() -> None:
+    data = dataset(Rows(("", "", ""), ("10", "9", "9")), Rows((), ()))
+    assert data.labels == ("9", "10")
+    assert label_counts(data.train, iid(data, 1, 0)).tolist() == [[2, 1]]
 
 
 @pytest.mark.parametrize(
