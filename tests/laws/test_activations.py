@@ -512,7 +512,17 @@ def toy(turned: bool) -> Any:
     alone = Training(optimizer="sgd", lr=0.2, batch_size=1, epochs=2)  # the toy knows of no padding
     held = played("bert", AsSent(), SIZES, alone).holdings  # type: ignore[arg-type]
     head = frozenset({"head.weight", "head.bias"})
-    return Worker(AsSent(), model, TASK, held, alone, CPU, head, SEED, CONFIG)  # type: ignore[arg-type]
+    return Worker(
+        method=AsSent(),  # type: ignore[arg-type]
+        model=model,
+        task=TASK,
+        holdings=held,
+        training=alone,
+        hardware=CPU,
+        head=head,
+        seed=SEED,
+        config=CONFIG,
+    )
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["rows first", "length first"])
