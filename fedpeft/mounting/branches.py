@@ -44,13 +44,14 @@ def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> s
     if set(parts) not in BRANCHES:
         found = ", ".join(sorted(parts))
         raise WireError(f"the branch on {name!r} has {found}; it needs A and B, maybe e, or dense")
-    rank = parts["A"].shape[-2:-1] if "A" in parts else torch.Size()
+    one = torch.Size([1])
+    rank = parts["A"].shape[-2:-1] or one if "A" in parts else one
     height, width = shape[:1], shape[1:]
     due = {"A": rank + width, "B": height + rank, "e": rank, "dense": shape}
     clients: dict[str, torch.Size] = {}
     for part, tensor in parts.items():
         axes = len(due[part])
-        if axes == 0 or tensor.shape[-axes:] != due[part] or tensor.ndim > axes + 1:
+        if tensor.shape[-axes:] != due[part] or tensor.ndim > axes + 1:
             size, fitting = tuple(tensor.shape), tuple(due[part])
             raise WireError(f"{name}:{part} is {size}; {fitting} after a client axis would fit")
         clients[part] = tensor.shape[:-axes]

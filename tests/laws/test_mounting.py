@@ -1,34 +1,42 @@
 """Mounted factors equal merged weights in every family; tied parameters move everywhere; what cannot be kept apart refuses."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from fedpeft.activations import Activations
 from fedpeft.mounting import (
     Targets,
+    cast_once,
     dense_layer,
     describe,
     mounted,
+    mounted_deltas,
     oriented,
+    overridden,
     replaced,
     rows_of,
     select,
     trainable,
     values,
 )
+from fedpeft.mounting.deltas import Total
 from fedpeft.seeds import generator
-from fedpeft.types import BadInput, Base, WireError
+from fedpeft.training import Share, Training, fit
+from fedpeft.types import BadInput, Base, LocalTask, NotStackable, WireError
 from fedpeft.wire import Answer, Kind, Request
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family, says, texts
-from tests.tiny import CONFIG, HEAD, SEED, base_of, bert, deberta, shaken, small, worker
+from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, base_of, bert, deberta, examples, shaken, small, worker
 
 K = 3
 SCALE = 0.5
@@ -338,3 +346,275 @@ def test_gradients_reach_the_mounted_factors_and_nothing_else() -> None:
         assert parameter.grad is not None, name
         assert bool(parameter.grad.flatten(1).any(1).all()), f"a client has no gradient for {name}"
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+BRANCHES = {
+    "dense": ("dense",),
+    "dense beside factors": ("dense", "A", "B"),
+    "everyone's dense": ("shared dense",),
+    "everyone's dense beside factors": ("shared dense", "A", "B"),
+    "everyone's factors": ("shared A", "shared B"),
+    "everyone's triplets": ("shared A", "shared B", "shared e"),
+    "everyone's factors beside a dense one": ("shared A", "shared B", "dense"),
+}
+
+
+def branch_tensors(model: nn.Module, head: frozenset[str], kind: str) -> dict[str, Tensor]:
+    """Return random branches for every dense layer outside the head; ``shared`` ones have no client axis."""
+    draw = generator(6, "branches", kind)
+    found: dict[str, Tensor] = {}
+    for name, weight in select(describe(model, head), "all-linear").items():
+        shapes = {"A": (2, weight.shape[1]), "B": (weight.shape[0], 2), "e": (2,), "dense": weight.shape}
+        for words in BRANCHES[kind]:
+            part = words.removeprefix("shared ")
+            clients = () if part != words else (K,)
+            found[f"{name}:{part}"] = 0.3 * torch.randn(*clients, *shapes[part], generator=draw)
+    return found
+
+
+def differences(tensors: Mapping[str, Tensor], client: int) -> dict[str, Tensor]:
+    """Return what one client's branches add to the (out, in) matrix of each layer, worked out by hand."""
+    found: dict[str, Tensor] = {}
+    axes = {"A": 2, "B": 2, "e": 1, "dense": 2}
+    for name in {part.partition(":")[0] for part in tensors}:
+        own: dict[str, Tensor] = {}
+        for part, length in axes.items():
+            if f"{name}:{part}" in tensors:
+                tensor = tensors[f"{name}:{part}"]
+                own[part] = tensor if tensor.ndim == length else tensor[client]
+        total = own.get("dense", torch.zeros(()))
+        if "A" in own:
+            total = total + own["B"] @ torch.diag(own.get("e", torch.ones(len(own["A"])))) @ own["A"]
+        found[name] = SCALE * total
+    return found
+
+
+def with_differences(model: nn.Module, found: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of ``model`` into whose weights differences, (out, in), are merged."""
+    other = deepcopy(model)
+    for name, difference in found.items():
+        module = other.get_submodule(name)
+        with torch.no_grad():
+            other.get_parameter(f"{name}.weight").add_(difference.t() if isinstance(module, Conv1D) else difference)
+    return other
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dense_branches_and_everyones_equal_weights_with_the_difference_merged_in(name: str, kind: str) -> None:
+    """For K clients at once, for each alone, for some of them, and for rows that mix unevenly."""
+    model, ids = family(name), texts(2 * K)
+    tensors = branch_tensors(model, FAMILIES[name].head, kind)
+    each = [with_differences(model, differences(tensors, k)) for k in range(K)]
+    expected = torch.cat([says(each[k], ids[2 * k : 2 * k + 2]) for k in range(K)])
+    before = says(model, ids)
+    assert (expected - before).abs().max() > 0.005, "the difference shows"
+    with mounted(model, tensors, SCALE):
+        torch.testing.assert_close(says(model, ids), expected, rtol=1e-5, atol=1e-5)
+        with rows_of(slice(1, 3), 4):
+            torch.testing.assert_close(says(model, ids[2:]), expected[2:], rtol=1e-5, atol=1e-5)
+        owners = torch.tensor([0, 2, 2, 2, 0])
+        mixed = torch.cat([says(each[k], ids[row : row + 1]) for row, k in enumerate(owners.tolist())])
+        with rows_of(owners, 5):
+            torch.testing.assert_close(says(model, ids[:5]), mixed, rtol=1e-5, atol=1e-5)
+    one = {part: tensor[1:2] if len(tensor) == K else tensor for part, tensor in tensors.items()}
+    with mounted(model, one, SCALE):
+        torch.testing.assert_close(says(model, ids[2:4]), expected[2:4], rtol=1e-5, atol=1e-5)
+    assert torch.equal(says(model, ids), before), "the base was not written to"
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_what_branches_add_is_told_as_matrices_and_factors(kind: str) -> None:
+    model = family("gpt2")
+    tensors = branch_tensors(model, FAMILIES["gpt2"].head, kind)
+    found = mounted_deltas(tensors, SCALE)
+    for client in range(K):
+        due = differences(tensors, client)
+        assert found.keys() == due.keys()
+        for name, difference in due.items():
+            whole, factors = found[name].dense(), found[name].factors()
+            own = min(client, len(whole) - 1)
+            torch.testing.assert_close(whole[own], difference)
+            assert (factors is None) == any("dense" in words for words in BRANCHES[kind])
+            if factors is not None:
+                torch.testing.assert_close(factors[0][own] @ factors[1][own], difference)
+
+
+def test_factors_of_everyone_and_of_each_are_told_side_by_side() -> None:
+    draw = generator(7, "factors")
+    shapes = {"A": (4, 5), "B": (6, 4)}, {"A": (K, 2, 5), "B": (K, 6, 2)}
+    sets = [{f"m:{part}": torch.randn(shape, generator=draw) for part, shape in own.items()} for own in shapes]
+    total = Total([mounted_deltas(own, SCALE)["m"] for own in sets])
+    factors = total.factors()
+    assert factors is not None
+    assert factors[0].shape == (K, 6, 6)
+    torch.testing.assert_close(factors[0] @ factors[1], total.dense())
+    torch.testing.assert_close(total.dense()[1], differences(sets[0], 1)["m"] + differences(sets[1], 1)["m"])
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products, and the copies of rows of a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.gathered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func.overloadpacket.__name__
+        self.count += kind in {"mm", "addmm", "bmm", "baddbmm", "matmul"}
+        self.gathered += kind == "index_select"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("branch", "due"),
+    [({"0:dense": torch.ones(3, 4)}, 1), ({"0:A": torch.ones(2, 4), "0:B": torch.ones(3, 2)}, 2)],
+    ids=["dense", "factors"],
+)
+def test_what_is_everyones_takes_no_more_products_however_many_clients_there_are(branch: dict[str, Tensor], due: int) -> None:
+    model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(6, 5, 4)
+    for owners in (slice(0, 1), slice(0, 3), torch.tensor([0, 0, 1, 2, 2, 2])):
+        with Products() as plain:
+            model(x)
+        with mounted(model, branch), rows_of(owners, 6), Products() as found:
+            model(x)
+        assert found.count == plain.count + due
+        assert found.gathered == 0
+
+
+@pytest.mark.parametrize("owners", [slice(None), torch.tensor([0, 1, 1, 0, 0, 1])], ids=["even", "mixed"])
+def test_a_dense_branch_is_trained_by_its_own_clients_rows(owners: slice | Tensor) -> None:
+    model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(6, 5, 4, generator=generator(8, "x"))
+    own = trainable({"0:dense": torch.zeros(2, 3, 4)})["0:dense"]
+    with mounted(model, {"0:dense": own}, SCALE), rows_of(owners, 6):
+        torch.autograd.backward(model(x).square().sum())
+    assert own.grad is not None
+    of = torch.tensor([0, 0, 0, 1, 1, 1]) if isinstance(owners, slice) else owners
+    for client in range(2):
+        mine = x[of == client]
+        output = model(mine)
+        expected = SCALE * torch.einsum("rlo,rli->oi", 2 * output, mine)
+        torch.testing.assert_close(own.grad[client], expected)
+
+
+def test_a_dense_branch_whose_rows_are_not_the_batchs_refuses_several_clients_but_not_everyones() -> None:
+    model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(5, 4)
+    for owners in (slice(0, 2), torch.tensor([0, 0, 1, 1])):
+        refused = pytest.raises(NotStackable, match="use cohorts of 1")
+        with refused, mounted(model, {"0:dense": torch.ones(2, 3, 4)}), rows_of(owners, 4):
+            model(x)
+        with mounted(model, {"0:dense": torch.ones(3, 4)}), rows_of(owners, 4):
+            assert model(x).shape == (5, 3)
+
+
+MISFITS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "A alone": ({"A": (2, 1, 4)}, "it needs A and B"),
+    "B alone": ({"B": (2, 3, 1)}, "it needs A and B"),
+    "e alone": ({"e": (2, 1)}, "it needs A and B"),
+    "e beside a dense one": ({"e": (2, 1), "dense": (2, 3, 4)}, "it needs A and B"),
+    "an unknown part": ({"A": (2, 1, 4), "B": (2, 3, 1), "C": (2, 1)}, "has A, B, C"),
+    "a matrix turned round": ({"dense": (2, 4, 3)}, r"0:dense is \(2, 4, 3\); \(3, 4\) after"),
+    "an axis too many": ({"dense": (1, 2, 3, 4)}, "after a client axis"),
+    "a rank that differs": ({"A": (2, 1, 4), "B": (2, 3, 2)}, r"0:B is \(2, 3, 2\); \(3, 1\)"),
+    "a width that differs": ({"A": (2, 1, 5), "B": (2, 3, 1)}, r"0:A is \(2, 1, 5\); \(1, 4\)"),
+    "a vector for A": ({"A": (4,), "B": (2, 3, 1)}, "0:A is"),
+    "a client axis on A alone": ({"A": (2, 1, 4), "B": (3, 1)}, "differ in their client axis"),
+    "clients that differ": ({"A": (2, 1, 4), "B": (2, 3, 1), "dense": (3, 3, 4)}, r"\[2, 3\]"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_branch_that_does_not_fit_its_layer_is_refused(kind: str) -> None:
+    shapes, words = MISFITS[kind]
+    model = shaken(nn.Sequential(nn.Linear(4, 3)))
+    tensors = {f"0:{part}": torch.ones(shape) for part, shape in shapes.items()}
+    with pytest.raises(WireError, match=words), mounted(model, tensors):
+        pass
+    assert not model[0]._forward_hooks  # type: ignore[index,union-attr]
+
+
+def test_a_branch_and_a_parameter_for_other_numbers_of_clients_are_refused() -> None:
+    """Not broadcast: one client's bias is not everybody's."""
+    model = shaken(nn.Sequential(nn.Linear(4, 3)))
+    tensors = {"0:dense": torch.ones(2, 3, 4), "0.bias": torch.ones(1, 3)}
+    with pytest.raises(WireError, match=r"different numbers of clients: \[1, 2\]"), mounted(model, tensors):
+        pass
+
+
+def test_a_forward_that_others_gave_a_module_is_neither_bypassed_nor_lost() -> None:
+    """One client's parameters go through it; several clients' cannot, as nobody knows what it computes."""
+    model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(2, 4)
+    layer: Any = model[0]  # type: ignore[index]
+    plain = layer.forward
+
+    def theirs(rows: Tensor) -> Tensor:
+        return torch.as_tensor(10 * plain(rows))
+
+    layer.forward = theirs
+    bias = torch.randn(2, 3)
+    with mounted(model, {"0.bias": bias[:1]}):
+        torch.testing.assert_close(model(x), 10 * functional.linear(x, layer.weight, bias[0]))
+    with pytest.raises(NotStackable, match="use cohorts of 1"), mounted(model, {"0.bias": bias}):
+        pass
+    assert vars(layer)["forward"] is theirs
+    with overridden(layer, lambda rows: -theirs(rows)):
+        torch.testing.assert_close(model(x), -theirs(x))
+    assert vars(layer)["forward"] is theirs
+    del layer.forward
+    with overridden(layer, theirs):
+        torch.testing.assert_close(model(x), theirs(x))
+    assert "forward" not in vars(layer)
+
+
+def test_a_second_mount_on_a_module_does_not_hide_the_first() -> None:
+    model = shaken(nn.Sequential(nn.Linear(4, 3)))
+    with mounted(model, {"0.bias": torch.ones(2, 3)}):
+        with pytest.raises(NotStackable), mounted(model, {"0.weight": torch.ones(2, 3, 4)}):
+            pass
+        assert "forward" in vars(model[0])  # type: ignore[index]
+    assert "forward" not in vars(model[0])  # type: ignore[index]
+
+
+def test_copies_in_another_format_follow_the_base() -> None:
+    model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(2, 4, dtype=torch.bfloat16)
+    weight = model.get_parameter("0.weight")
+    with cast_once(model, torch.bfloat16):
+        first = model.get_parameter("0.weight")
+    with cast_once(model, torch.bfloat16):
+        assert model.get_parameter("0.weight") is first, "cast once"
+    with torch.no_grad():
+        weight.mul_(2)
+    with cast_once(model, torch.bfloat16):
+        bias = model.get_parameter("0.bias")
+        torch.testing.assert_close(model(x), functional.linear(x, weight.bfloat16(), bias))
+    assert model.get_parameter("0.weight") is weight
+
+
+def test_two_parameters_that_enter_as_a_sum_move_as_each_would_alone() -> None:
+    """Autograd gives both the same tensor as gradient, which is then changed in place twice."""
+    model, share = bert(), Share(examples(6), [[0, 1, 2], [3, 4, 5]])
+    bias = model.get_parameter("classifier.bias").detach()
+    rates = Training("sgd", lr=0.1, clip=0.02, momentum=0.9)
+    moved = []
+    for count in (1, 2):
+        own = {f"part {n}": nn.Parameter(bias.unsqueeze(0) / count) for n in range(count)}
+
+        def together(_: Tensor, parts: tuple[nn.Parameter, ...] = tuple(own.values())) -> Tensor:
+            total: Tensor = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            return total.squeeze(0)
+
+        with replaced(model, {"classifier.bias": together}):
+            local = LocalTask(own, lambda: ({}, {}))
+            if count == 2:
+                with torch.enable_grad():
+                    loss = TASK.losses(model, TASK.collate(share.examples, CPU.torch_device)).sum()
+                    one, other = torch.autograd.grad(loss, list(own.values()))
+                assert one.data_ptr() == other.data_ptr(), "so it is"
+            before = {name: tensor.detach().clone() for name, tensor in own.items()}
+            fit(model, local, TASK, [share], rates, HEAD, CPU, Activations())
+        moved.append([own[name].detach() - before[name] for name in own])
+    # Two equal gradients g have the norm sqrt(2) |g|, so each is clipped to the length 0.02 / sqrt(2).
+    torch.testing.assert_close(moved[1][0], moved[1][1])
+    torch.testing.assert_close(moved[1][0].norm(), moved[0][0].norm() / 2**0.5)
