@@ -27,7 +27,7 @@ class Holding:
     test: Encoded
 
 
-Form = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+MountedForm = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 """(name, shape, dtype) of every tensor that is mounted for one client."""
 
 
@@ -52,7 +52,7 @@ class Worker:
     seed: int
     config: bytes
     activations: Activations = field(default_factory=Activations)
-    step_alone: dict[Form, float] | None = field(default_factory=dict)
+    step_alone: dict[MountedForm, float] | None = field(default_factory=dict)
 
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
@@ -241,7 +241,7 @@ def _first(stacks: Payload) -> dict[str, Tensor]:
     return {name: stack[:1] for name, stack in stacks.items()}
 
 
-def _form_of_one(stacks: Payload) -> Form:
+def _form_of_one(stacks: Payload) -> MountedForm:
     """Return the form of one client's part of tensors with a client axis, in order of names."""
     named = sorted(stacks.items())
     return tuple((name, tuple(stack.shape[1:]), stack.dtype) for name, stack in named)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft import cohorts
 from fedpeft.activations import Activations
-from fedpeft.client import Form, Holding, Worker
+from fedpeft.client import Holding, MountedForm, Worker
 from fedpeft.cohorts import apart, sizes, widest
 from fedpeft.engines.local import LocalEngine
 from fedpeft.hardware import Hardware
@@ -192,7 +192,7 @@ def test_the_largest_cohort_that_gains_is_chosen(
     assert trial.tried == []
 
 
-def stacked(name: str, step_alone: dict[Form, float] | None) -> Federation:
+def stacked(name: str, step_alone: dict[MountedForm, float] | None) -> Federation:
     """Return a federation whose three clients train side by side, hidden states kept."""
     playing = worker(small(name), bert())
     playing = replace(playing, activations=Activations(SIZES), step_alone=step_alone)
