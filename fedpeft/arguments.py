@@ -31,7 +31,8 @@ def values(assignments: Sequence[str]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for assignment in assignments:
         key, _, tried = assignment.partition("=")
-        if not key or not tried:
+        key = key.strip()
+        if not all(key.split(".")) or not tried:
             raise BadInput(f"{key!r}: write what to try as section.field=value,value, such as training.lr=0.001,0.003")
         if key in found:
             raise BadInput(f"{key}: is given twice; write its values in one, such as training.lr=0.001,0.003")

@@ -50,13 +50,15 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
     bounds = first.get("ctx", {})
     match first["type"]:
         case "greater_than_equal":
-            says = f"must be at least {bounds['ge']:g}"
+            says = f"must be at least {_number(bounds['ge'])}"
         case "greater_than":
-            says = f"must be greater than {bounds['gt']:g}"
+            says = f"must be greater than {_number(bounds['gt'])}"
         case "less_than_equal":
-            says = f"must be at most {bounds['le']:g}"
+            says = f"must be at most {_number(bounds['le'])}"
         case "less_than":
-            says = f"must be less than {bounds['lt']:g}"
+            says = f"must be less than {_number(bounds['lt'])}"
+        case "path_type":
+            says = "write a path in quotes"
         case "dict_type":
             says = f"is a section; write {key}.field=value"
         case "tuple_type" | "list_type":
@@ -64,6 +66,11 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
         case _:
             says = first["msg"][0].lower() + first["msg"][1:]
     return f"{key} = {given!r}: {says}"
+
+
+def _number(bound: float) -> str:
+    """Return a bound as it is written: ``0`` for 0.0, and all digits of a large one."""
+    return str(bound).removesuffix(".0")
 
 
 def _place(loc: Sequence[str | int], tree: Any, prefix: str) -> tuple[str, object]:

@@ -106,8 +106,7 @@ def _is_taken(path: Path, descriptor: int) -> bool:
     try:
         if not _try_lock(descriptor):
             raise BadInput(
-                f"{path.parent}: {_holder(descriptor)} is writing this run; "
-                "wait until it has ended, or end it, and try again"
+                f"{path.parent}: {_holder(descriptor)} is writing this run; wait until it has ended, or end it, and try again"
             )
         if _is_at(path, descriptor):
             _sign(descriptor)

@@ -46,6 +46,8 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
     With ``methods`` it is made for each method of the comparison, on that method's settings.
     """
     for key, tried in values.items():
+        if key in ("name", "label", "reference", "evaluation.split") or key.startswith("compare."):
+            raise BadInput(f"{key}: the sweep itself settles that; sweep another field")
         if any(value in tried[:number] for number, value in enumerate(tried)):
             raise BadInput(f"{key} = {', '.join(map(str, tried))}: name each value once")
     planned = []
@@ -55,7 +57,11 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
             name = " ".join([*filter(None, [label]), *(f"{key}={value}" for key, value in pairs.items())])
             overrides = [nested(key, value) for key, value in pairs.items()]
             scored = {"label": name, "evaluation": {"split": "validation"}}
-            planned.append(Planned(name, _alone(merge(settings, *overrides, scored))))
+            try:
+                config = _alone(merge(settings, *overrides, scored))
+            except BadInput as error:
+                raise BadInput(f"{label}: {error}" if label else str(error)) from error
+            planned.append(Planned(name, config))
     _check_apart(planned)
     return planned
 

@@ -101,6 +101,7 @@ def read(path: Path) -> Tree:
 def parse_set(assignment: str) -> Tree:
     """Return the tree that ``a.b=value`` sets; see ``value``."""
     key, equals, text = assignment.partition("=")
+    key = key.strip()
     if not equals or not all(key.split(".")):
         raise BadInput(f"--set {assignment}: write it as section.field=value, such as training.lr=0.001")
     return nested(key, value(text))

@@ -66,9 +66,12 @@ def _nearest(character: str) -> str:
 
 def _line(name: str) -> str:
     """Return what stands for a character of lines and boxes, told by its name in Unicode."""
-    if name.endswith((" HORIZONTAL", " LEFT", " RIGHT")):
-        return "-"
-    return "|" if name.endswith((" VERTICAL", " UP", " DOWN")) else "+"
+    words = set(name.split())
+    across = bool(words & {"HORIZONTAL", "LEFT", "RIGHT"})
+    upright = bool(words & {"VERTICAL", "UP", "DOWN"})
+    if across == upright:
+        return "+"
+    return "-" if across else "|"
 
 
 def say(line: str, console: Console) -> None:

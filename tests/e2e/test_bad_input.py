@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .builders import Ground, cli_call, refused, write_llama
+from .builders import Ground, cli_call, refused, to_toml, write_llama
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,29 @@ SETTINGS: dict[str, Wrong] = {
     "unknown key": Wrong(("training.lrr=0.1",), ("'training.lrr'", "did you mean 'lr'")),
     "unknown key, none near": Wrong(("federation.xyzzy=1",), ("'federation.xyzzy'", "rounds, clients_per_round")),
     "section without keys": Wrong(("training=5",), ("training = 5",)),
+    "name of the method mistyped": Wrong(("method={nam='lora'}",), ("unknown key 'method.nam'", "did you mean 'name'")),
+    "field of no method": Wrong(("method={rnk=4}",), ("'method.rnk'", "did you mean 'rank'")),
+    "wrong value without a method's name": Wrong(("method={rank=0}",), ("method.rank = 0: must be at least 1",)),
+    "number too small for a method": Wrong(("method.rank=0",), ("method.rank = 0: must be at least 1",)),
+    "one of two types": Wrong(("engine.cohort=many",), ("engine.cohort = 'many': input should be a valid integer or 'auto'",)),
+    "one of two types, too small": Wrong(("engine.cohort=0",), ("engine.cohort = 0", "1 or 'auto'")),
+    "seed too large": Wrong((f"seed={2**70}",), (f"seed = {2**70}: must be at most {2**62}",)),
+    "not below 1": Wrong(("model.dropout=1",), ("model.dropout = 1: must be less than 1",)),
+    "number for a path": Wrong(("data.train=3",), ("data.train = 3: write a path in quotes",)),
+    "section for a number": Wrong(("training.lr.x=3",), ("training.lr = {'x': 3}",)),
+    "a word for a list": Wrong(("compare.methods=lora",), ("compare.methods = 'lora'", "list")),
+    "a number for a list": Wrong(("compare.seeds=0",), ("compare.seeds = 0", "list")),
+    "a word in a list of numbers": Wrong(('compare.seeds=[0, "a"]',), ("compare.seeds[1] = 'a'", "integer")),
+    "true in a list of numbers": Wrong(("compare.seeds=[0, true]",), ("compare.seeds[1] = true",)),
+    "a negative number in a list": Wrong(("compare.seeds=[-1]",), ("compare.seeds[0] = -1: must be at least 0",)),
+    "a number in a list of words": Wrong(("compare.methods=[1]",), ("compare.methods[0] = 1", "string")),
+    "a word for a section of sections": Wrong(
+        ("compare.settings.lora=3",),
+        ("compare.settings.lora = 3", "write compare.settings.lora.field=value"),
+    ),
+    "no finite number deep down": Wrong(
+        ("compare.settings.lora.training.lr=nan",), ("compare.settings.lora.training.lr = nan",)
+    ),
     "unknown method": Wrong(("method.name=slorra",), ("method.name = 'slorra'", "did you mean 'slora'")),
     "unknown method, none near": Wrong(("method.name=zzzz",), ("method.name = 'zzzz'", "lora", "fedara", "bitfit")),
     "method without its section": Wrong(("method=lora",), ("method = 'lora'",)),
@@ -154,6 +177,33 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown key in the settings": (
         ("--set", "compare.settings.lora.training.lrr=0.1"), ("'training.lrr'", "did you mean 'lr'")
     ),
+    "unknown section in the settings": (
+        ("--set", "compare.settings.lora.trainning.lr=0.1"),
+        ("compare.settings.lora", "'trainning'", "did you mean 'training'"),
+    ),
+    "number for a section in the settings": (
+        ("--set", "compare.settings.lora.training=0.1"), ("compare.settings.lora", "training = 0.1", "section"),
+    ),
+    "wrong value in the settings": (
+        ("--set", "compare.settings.bitfit.training.lr=-1"), ("compare.settings.bitfit", "training.lr = -1"),
+    ),
+    "wrong value in the settings of the references' method": (
+        ("--methods", "bitfit", "--set", 'compare.references=["centralised"]',
+         "--set", "compare.settings.lora.training.lr=-1"),
+        ("compare.settings.lora", "training.lr = -1"),
+    ),
+    "seed in the settings": (("--set", "compare.settings.lora.seed=3"), ("compare.settings.lora.seed",)),
+    "method in the settings": (
+        ("--set", "compare.settings.lora.method.name=full"), ("compare.settings.lora.method.name = 'full'",)
+    ),
+    "unknown method of the references": (
+        ("--set", "compare.reference_method=lorra", "--set", 'compare.references=["centralised"]'),
+        ("compare.reference_method", "'lorra'", "did you mean 'lora'"),
+    ),
+    "number too small for a method": (
+        ("--set", "method={rank=0}"), ("method.rank = 0: must be at least 1",)
+    ),
+    "name of the method mistyped": (("--set", "method={nam='lora'}"), ("'method.nam'", "did you mean 'name'")),
     "unknown reference": (("--set", 'compare.references=["central"]'), ("compare.references", "'centralised'")),
     "seeds that are none": (("--seeds", "a,b"), ("compare.seeds", "a,b")),
     "rank above a layer's size": (("--methods", "lora", "--set", "compare.rank=33"), ("rank = 33", "from 1 to 32")),
@@ -197,6 +247,9 @@ SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no values": ("training.lr=", ("training.lr", "training.lr=0.001,0.003")),
     "no key": ("0.001,0.003", ("0.001,0.003", "section.field=value")),
     "wrong value": ("training.lr=0.1,fast", ("training.lr = 'fast'",)),
+    "what a sweep names itself": ("label=a,b", ("label", "settles")),
+    "what a sweep is scored on": ("evaluation.split=test,validation", ("evaluation.split", "settles")),
+    "values that would share a folder": ("model.name=a/b,a:b", ("'model.name=a/b'", "'model.name=a:b'")),
 }
 
 
@@ -205,6 +258,30 @@ def test_a_sweep_that_does_not_work_is_refused_before_its_first_run(
     ground: Ground, runs: Path, values: str, says: tuple[str, ...]
 ) -> None:
     refused(cli_call("sweep", ground.config, values, "--runs", runs), *says)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("method.nam=lora", "unknown key 'method.nam'; did you mean 'name'?"),
+        ("method.rank=0", "method.rank = 0: must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_method_that_is_not_named_is_checked_as_the_default_one(
+    ground: Ground, runs: Path, tmp_path: Path, command: str, setting: str, says: str
+) -> None:
+    tree = ground.tree()
+    del tree["method"]
+    (tmp_path / "mine.toml").write_text(to_toml(tree))
+    refused(cli_call(command, tmp_path / "mine.toml", "--runs", runs, "--set", setting), says)
+    assert not runs.exists()
+
+
+def test_a_sweep_of_a_field_that_a_method_lacks_names_the_method(ground: Ground, runs: Path) -> None:
+    arguments = ("sweep", ground.config, "method.rank=2,4", "--methods", "lora,bitfit", "--runs", runs)
+    refused(cli_call(*arguments), "bitfit: unknown key 'method.rank'")
     assert not runs.exists()
 
 

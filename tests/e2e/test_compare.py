@@ -11,8 +11,8 @@ import pytest
 
 from fedpeft import checkpoint, hardware
 from fedpeft.assembly import assemble
-from fedpeft.compare import plan
-from fedpeft.config import merge
+from fedpeft.compare import grid, plan
+from fedpeft.config import from_tree, merge
 from fedpeft.journal import settings_digests
 from fedpeft.ledger import ClientRow
 from fedpeft.types import State
@@ -241,3 +241,24 @@ def _last_state(run: Path) -> State:
     found = checkpoint.load(run / "checkpoints", settings_digests(run), pytest.fail)
     assert found is not None
     return found.state
+
+
+def test_a_section_method_without_a_name_is_loras_and_common_to_a_comparison(ground: Ground) -> None:
+    """As every other field that is not given, the name takes its default."""
+    tree = {**ground.tree(), "method": {"rank": 3, "scale": 0.5}}
+    assert from_tree(tree).method == {"name": "lora", "rank": 3, "scale": 0.5}
+    compared = plan(merge(tree, {"compare": {"methods": ["lora", "fedara", "bitfit"]}}))
+    methods = {one.label: one.config.method for one in compared}
+    assert methods["lora"] == {"name": "lora", "targets": "query|value", "rank": 3, "scale": 0.5}
+    assert methods["fedara"] == {"name": "fedara", "targets": "query|value", "rank": 3}
+    assert methods["bitfit"] == {"name": "bitfit"}
+
+
+def test_a_sweep_gives_every_run_one_folder_with_a_name_for_any_system(ground: Ground) -> None:
+    values = {"model.name": ["a/b", "../c:d"], "method.targets": ["query|value", 'q*?"<>\\']}
+    planned = grid(ground.tree(), values, methods=False)
+    folders = [run.folder(Path("root")) for run in planned]
+    assert len(set(folders)) == 4
+    for folder in folders:
+        assert folder.parent == Path("root")
+        assert not set('\\/:*?"<>| ') & set(folder.name)
