@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedpeft.progress import progress_bars
 
 app = typer.Typer(
     name="fedpeft",
-    help="Federated parameter-efficient fine-tuning of language models.",
+    help="Federated parameter-efficient fine-tuning of language models. Option --debug: show tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,15 +38,20 @@ Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, 
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """How torch's threads wait, read when it is loaded: those that spin for long stall each other when cores are shared."""
+DEBUG = "--debug"
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with one line and exit code 2."""
+    """Run the command line; bad input ends it with a line (--debug: and a traceback) and code 2."""
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
+    debug = DEBUG in sys.argv
+    sys.argv = [word for word in sys.argv if word != DEBUG]
     try:
         app()
     except BadInput as error:
+        if debug:
+            traceback.print_exception(error)
         Console(stderr=True, soft_wrap=True).print(f"fedpeft: {error}", markup=False, highlight=False)
         sys.exit(2)
 
@@ -62,6 +68,8 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
     folder = runs / chosen.name
     refuse_existing(folder, overwrite)
     assembly = assemble(chosen)
+    for note in assembly.loaded.notes:
+        typer.echo(f"model.name = {chosen.model.name!r}: {note}")
     with progress_bars(out) as watch:
         start(assembly, folder, overwrite=overwrite, watch=watch(chosen.name))
     _report([folder], folder / "report", None, 1e6)

@@ -31,8 +31,8 @@ class Holding:
 class Worker:
     """Plays the clients in ``holdings`` with one method on one frozen model.
 
-    ``head``: names of the parameters absent from the checkpoint. ``config``: digest of what server and client must agree
-    on; a request for anything else raises WireError. ``activations``: what is kept of frozen blocks between rounds.
+    ``head``: names of the head's parameters. ``config``: digest of what server and client must
+    agree on; a request for anything else raises WireError. ``activations``: what is kept of frozen blocks between rounds.
     """
 
     method: Method
