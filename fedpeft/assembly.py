@@ -19,7 +19,7 @@ from fedpeft.cohorts import apart, widest
 from fedpeft.config import Config
 from fedpeft.hardware import Hardware, resolve, use
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, load
+from fedpeft.models import Loaded, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import Classification, Encoded
 from fedpeft.types import BadInput, Client, Method, State
@@ -58,7 +58,9 @@ class Assembly:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know before the run starts, a line each."""
-        return self.partition.notes
+        name = self.config.model.name
+        about_model = tuple(f"model.name = {name!r}: {note}" for note in self.loaded.notes)
+        return self.partition.notes + about_model
 
     @property
     def clients(self) -> list[Client]:
@@ -99,9 +101,11 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
     tokens and model are taken over where the settings agree, as mounting leaves no trace on a model.
     """
     engines.find(config.engine.kind)
-    asks = (config.machine, config.model.max_length)
-    known = like.hardware if like and (like.config.machine, like.config.model.max_length) == asks else None
-    chosen = hardware or known or resolve(*asks)
+    asks = _hardware_settings(config)
+    known = like.hardware if like and _hardware_settings(like.config) == asks else None
+    chosen = hardware or known
+    if chosen is None:
+        chosen = resolve(config.machine, config.model.max_length, kernels(config.model))
     use(chosen)
     dataset = like.dataset if like and like.config.data == config.data else read_data(config.data)
     partition = divide(config, dataset)
@@ -137,6 +141,11 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
     whole = Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
     settled = hardware or (like and _cohort_settings(like.config) == _cohort_settings(config))
     return whole if settled else _with_cohort(whole)
+
+
+def _hardware_settings(config: Config) -> tuple[object, ...]:
+    """Return the settings on which the choice for this machine depends."""
+    return config.machine, config.model.max_length, config.model.name
 
 
 def _model_settings(config: Config, hardware: Hardware) -> tuple[object, ...]:

@@ -35,9 +35,9 @@ _TRIES: Final = 100
 def claimed(folder: Path) -> Iterator[None]:
     """Be the only writer of ``folder`` for the length of a ``with``; it is made where it is not there.
 
-    A folder in which there is nothing, and what had to be made for it, is removed in the end. Raises BadInput at once where another process, or
-    another part of this one, has the folder, and where it cannot be made or written. Readers need no claim. On a file
-    system that knows no locks (some clusters') nothing is guarded.
+    A folder in which there is nothing, and what had to be made for it, is removed in the end.
+    Raises BadInput at once where another process, or another part of this one, has the folder, and
+    where it cannot be made or written. Readers need no claim. On a file system that knows no locks (some clusters') nothing is guarded.
     """
     missing = [place for place in folder.parents if not place.exists()]
     empty = False
@@ -89,10 +89,10 @@ def _acquire(folder: Path, name: str) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError) as error:
-            reason = error.strerror  # of a folder that its last owner has removed meanwhile: try again
+            reason = str(error.strerror)  # of a folder that its last owner has removed meanwhile: try again
             continue
         except (OSError, ValueError) as error:  # ValueError: a name that this system cannot write
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = str(error.strerror if isinstance(error, OSError) else error)
             break
         if _is_taken(path, descriptor):
             return descriptor

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from fedpeft.progress import progress_bars
 
 app = typer.Typer(
     name="fedpeft",
-    help="Federated parameter-efficient fine-tuning of language models.",
+    help="Federated parameter-efficient fine-tuning of language models. Option --debug: show tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,16 +40,24 @@ Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, 
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """How torch's threads wait, read when it is loaded: those that spin for long stall each other when cores are shared."""
+DEBUG = "--debug"
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with a line and exit code 2, Ctrl-C with one and 130."""
+    """Run the command line; bad input ends it with a line and exit code 2, Ctrl-C with one and 130.
+
+    With ``--debug`` anywhere, the traceback of bad input is shown too.
+    """
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
     show_nearest(sys.stdout, sys.stderr)
+    debug = DEBUG in sys.argv
+    sys.argv = [word for word in sys.argv if word != DEBUG]
     try:
         app()
     except BadInput as error:
+        if debug:
+            traceback.print_exception(error)
         say(f"fedpeft: {error}", Console(stderr=True))
         sys.exit(2)
     except Stopped as stopped:

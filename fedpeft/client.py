@@ -36,10 +36,10 @@ MountedForm = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 class Worker:
     """Plays the clients in ``holdings`` with one method on one frozen model.
 
-    ``head``: names of the parameters absent from the checkpoint. ``config``: digest of what server and client must agree
-    on; a request for anything else raises WireError. ``activations``: what is kept of frozen blocks between rounds.
-    ``step_alone``: seconds of one step of a client alone, by what is mounted, found out when
-    clients first train side by side with it; None where nobody wants to know.
+    ``head``: names of the head's parameters. ``config``: digest of what server and client must
+    agree on; a request for anything else raises WireError. ``activations``: what is kept of frozen
+    blocks between rounds. ``step_alone``: seconds of one step of a client alone, by what is mounted,
+    found out when clients first train side by side with it; None where nobody wants to know.
     """
 
     method: Method

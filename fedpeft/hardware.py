@@ -16,6 +16,8 @@ from fedpeft.types import BadInput
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
+Kernel = Literal["eager", "sdpa"]
+Kernels = tuple[Kernel, ...]
 
 TOKENS = 1280
 """Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
@@ -88,8 +90,16 @@ class Hardware:
         return asdict(self)
 
 
-def resolve(machine: Machine, max_length: int) -> Hardware:
-    """Return the choice for this machine and texts of up to ``max_length`` tokens."""
+def resolve(
+    machine: Machine,
+    max_length: int,
+    kernels: Kernels = ("eager", "sdpa"),
+) -> Hardware:
+    """Return the choice for this machine and texts of up to ``max_length`` tokens.
+
+    ``kernels``: those that the model's family has for attention. Another one that was asked for by
+    name, a device that does not work and too many threads raise BadInput.
+    """
     if machine.threads > (most := 4 * (os.cpu_count() or 1)):
         raise BadInput(f"machine.threads = {machine.threads}: this machine has {os.cpu_count()} cores; choose at most {most}")
     device = machine.device
@@ -101,13 +111,24 @@ def resolve(machine: Machine, max_length: int) -> Hardware:
         line = str(error).splitlines()[0]
         raise BadInput(f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'") from error
     cpu = torch.device(device).type == "cpu"
-    precision, attention = machine.precision, machine.attention
+    precision = machine.precision
     if precision == "auto":
         precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
-    if attention == "auto":
-        attention = "eager" if cpu and max_length <= SHORT else "sdpa"
+    fastest: Kernel = "eager" if cpu and max_length <= SHORT else "sdpa"
+    attention = _kernel(machine.attention, kernels, fastest)
     tokens, grain = TOKENS if cpu else EVERYTHING, GRAIN if cpu and precision == "bf16" else 1
     return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens, grain)
+
+
+def _kernel(asked: Attention, kernels: Kernels, fastest: Kernel) -> Kernel:
+    """Return the kernel ``asked`` for; of itself the ``fastest``, if the model has it."""
+    if asked == "auto":
+        return fastest if fastest in kernels else kernels[0]
+    if asked not in kernels:
+        others = " or ".join(repr(name) for name in (*kernels, "auto"))
+        why = "the family of this model does not have it"
+        raise BadInput(f"machine.attention = {asked!r}: {why}; choose {others}")
+    return asked
 
 
 def use(hardware: Hardware) -> None:

@@ -93,7 +93,8 @@ class Base:
     """The pre-trained model as a method's server half sees it: tensors and names, no code.
 
     ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer, (out, in), by
-    module name, whatever way round the model stores it. ``head``: names of the parameters absent from the checkpoint.
+    module name, whatever way round the model stores it. ``head``: names of the parameters of the
+    task's output module, and of what else the checkpoint lacks.
     """
 
     parameters: Payload
@@ -101,7 +102,7 @@ class Base:
     head: frozenset[str]
 
     def heads(self) -> dict[str, Tensor]:
-        """Return the parameters that the checkpoint lacks; every method trains and sends them in full."""
+        """Return the parameters of the head; every method trains and sends them in full."""
         return {name: tensor for name, tensor in self.parameters.items() if name in self.head}
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft import checkpoint
+from fedpeft import checkpoint, wire
 from fedpeft.memory import Memories
 from fedpeft.types import NEVER, BadInput, State, WireError
 from fedpeft.wire import encode
@@ -200,7 +200,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hashed, self.listed = 0, 0
         self.written: list[str] = []
-        digest, write, listing = checkpoint.digest, checkpoint.write, Path.iterdir
+        digest, write, listing = wire.digest, checkpoint.write, Path.iterdir
 
         def hashing(blob: bytes) -> bytes:
             self.hashed += len(blob)
@@ -305,7 +305,8 @@ def test_whoever_reads_while_the_run_goes_on_finds_a_whole_checkpoint(tmp_path: 
     """Between the manifest and its files the run saves twice, which deletes both."""
     written = checkpoint.Written()
     saved(tmp_path, 1, 2, written=written)
-    read, overtaken = Path.read_bytes, []
+    read = Path.read_bytes
+    overtaken: list[Path] = []
 
     def reading(path: Path) -> bytes:
         if path.name == "000002.state" and not overtaken:

@@ -145,7 +145,7 @@ def test_where_the_file_system_knows_no_locks_work_goes_on(tmp_path: Path, monke
     def fail(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(claim.fcntl, "flock", fail)
+    monkeypatch.setattr("fcntl.flock", fail)
     with claimed(tmp_path), claimed(tmp_path):
         pass
 

@@ -1,0 +1,9 @@
+"""Load the pre-trained classifier that a user names; what does not fit is found out here."""
+
+from fedpeft.models.choice import ModelChoice as ModelChoice
+from fedpeft.models.choice import locate as locate
+from fedpeft.models.loading import Loaded as Loaded
+from fedpeft.models.loading import kernels as kernels
+from fedpeft.models.loading import load as load
+from fedpeft.models.tokens import READS_FIRST as READS_FIRST
+from fedpeft.models.tokens import spare_last_block as spare_last_block

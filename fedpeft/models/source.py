@@ -1,0 +1,169 @@
+"""Read configuration, weights and tokenizer with transformers; whatever fails becomes one line."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from fedpeft.models.causes import absent, cause, chain, line, quiet
+from fedpeft.models.choice import ModelChoice, locate
+from fedpeft.models.hub import fetched, unfetched
+from fedpeft.types import BadInput
+
+CLASSIFIER: Final = AutoModelForSequenceClassification.__name__
+ADAPTER: Final = "adapter_config.json"
+"""The file by which peft knows a folder of its own."""
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a model are.
+
+    ``name``: what the user calls it; ``place``: the folder or hub id that this stands for.
+    ``trusted``: whether Python files that it brings along may run.
+    """
+
+    name: str
+    place: str
+    trusted: bool
+
+    def configuration(self) -> Any:
+        """Return the configuration of the checkpoint; one that cannot be read raises BadInput."""
+        with self._reading("configuration"):
+            return AutoConfig.from_pretrained(self.place, trust_remote_code=self.trusted)
+
+    def supports_sdpa(self, config: Any) -> bool:
+        """Return whether the classifier for ``config`` knows torch's fused attention kernel.
+
+        BadInput is raised where transformers has no classifier for such a model.
+        """
+        foreign = (getattr(config, "auto_map", None) or {}).get(CLASSIFIER)
+        kind: Any = None
+        if foreign is not None and self.trusted:
+            with self._reading("code"):
+                kind = get_class_from_dynamic_module(foreign, self.place)
+        elif type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        if kind is None:
+            why = f"transformers has no text classifier of type {config.model_type!r}"
+            raise BadInput(f"model.name = {self.name!r}: {why}; choose another model")
+        return bool(kind._supports_sdpa)
+
+    def weights(self, config: Any, attention: str, seed: int) -> tuple[Any, Mapping[str, Any]]:
+        """Return a classifier in float32, and transformers' report on what the checkpoint lacks.
+
+        That is drawn from ``seed``. What has another shape in the checkpoint counts as lacking.
+        """
+        with self._reading("weights"), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                self.place,
+                config=config,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=self.trusted,
+            )
+        return model, report
+
+    def redrawn(self, model: Any, names: Collection[str], seed: int) -> Any:
+        """Return ``model`` with the parameters ``names`` drawn as if the checkpoint lacked them."""
+        kept = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+        with self._reading("weights"), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return type(model).from_pretrained(
+                None,
+                config=model.config,
+                state_dict=kept,
+                attn_implementation=model.config._attn_implementation,
+                dtype=torch.float32,
+            )
+
+    def tokenizer(self, config: Any) -> Any:
+        """Return the tokenizer; a folder without one raises BadInput.
+
+        The head of an encoder and decoder reads the one end-of-text mark, so texts that spell such
+        a mark are read letter by letter there.
+        """
+        with self._reading("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.place,
+                trust_remote_code=self.trusted,
+                split_special_tokens=bool(config.is_encoder_decoder),
+            )
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):
+                raise ValueError(f"{self.place} has no tokenizer beside the model")
+        return tokenizer
+
+    @contextmanager
+    def _reading(self, part: str) -> Iterator[None]:
+        """Turn whatever goes wrong in the ``with`` into one line about ``part`` of the model."""
+        with quiet() as heard:
+            try:
+                yield
+            # Libraries raise what they like: tokenizers a bare Exception, pickle errors of its own.
+            except Exception as error:
+                warnings = [record.getMessage() for record in heard.buffer]
+                why = _why(part, error, warnings)
+                raise BadInput(f"model.name = {self.name!r}: {why}") from error
+
+
+def find(choice: ModelChoice) -> Source:
+    """Return where the files of the chosen model are; a name of none raises BadInput."""
+    place = locate(choice.name)
+    folder = Path(place)
+    if not folder.is_dir():
+        return Source(choice.name, fetched(place), choice.trust_remote_code)
+    if (folder / ADAPTER).exists():
+        why = f"holds an adapter of {_base_of(folder)}, no model"
+        remedy = "merge the two first, as fedpeft export RUN FOLDER --merge does"
+        raise BadInput(f"model.name = {choice.name!r}: {why}; {remedy}")
+    if not (folder / "config.json").exists():
+        why = "holds no model, as it has no config.json"
+        raise BadInput(f"model.name = {choice.name!r}: {why}; give another folder or a hub id")
+    return Source(choice.name, place, choice.trust_remote_code)
+
+
+def _base_of(folder: Path) -> str:
+    """Return the name of the model to which the adapter in ``folder`` belongs."""
+    try:
+        about = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        return repr(about["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another model"
+
+
+def _why(part: str, error: Exception, warnings: Sequence[str]) -> str:
+    """Return what hinders ``part``; ``warnings``: what transformers said before it failed."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        remedy = "read them, and set model.trust_remote_code = true to let them run"
+        return f"its {part} needs Python files that it brings along; {remedy}"
+    if any(isinstance(one, LocalEntryNotFoundError) for one in chain(error)):
+        return unfetched(f"the hub ({constants.ENDPOINT}) does not give its {part}")
+    # Where transformers cannot read a SentencePiece model it tries another kind, and fails by that.
+    pieces = [" ".join(heard.split()) for heard in warnings if "SentencePiece" in heard]
+    if pieces and (missing := absent("sentencepiece", "protobuf")):
+        return f"its tokenizer is a SentencePiece model; to read it: pip install {missing}"
+    if pieces:
+        return f"its {part} cannot be loaded: {cause(error)} ({line(pieces[0])})"
+    if "untagged enum" in text:  # tokenizers' word for a kind that it does not know
+        kinds = f"of a kind that tokenizers {version('tokenizers')} does not know"
+        return f"its tokenizer is {kinds}: {cause(error)}"
+    return f"its {part} cannot be loaded: {cause(error)}"

@@ -1,0 +1,57 @@
+"""Which tokens the head of a family reads: no others are computed, and padding is none of them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+READS_FIRST = {
+    "bert": ("encoder.layer", "attention.output"),
+    "roberta": ("encoder.layer", "attention.output"),
+    "distilbert": ("transformer.layer", "sa_layer_norm"),
+}
+"""Families whose head reads the first token alone.
+
+For each its blocks, and the module of a block through which its attention leaves.
+"""
+READS_LAST = ("xlnet",)
+"""Families whose head reads the last position, as their own tokenizers pad on the left."""
+
+
+def spare_last_block(model: nn.Module) -> None:
+    """Let the last block compute the first token alone where the head reads no other.
+
+    That is once its attention is done. The token is handed on contiguous: of a view with gaps a
+    dense layer makes as many products of one row.
+    """
+    config: Any = model.config
+    # Chunks of a feed-forward want a multiple of their size, not one token.
+    chunked = getattr(config, "chunk_size_feed_forward", 0) > 1
+    if config.model_type in READS_FIRST and not chunked:
+        blocks, leaving = READS_FIRST[config.model_type]
+        last: Any = model.base_model.get_submodule(blocks)[-1]  # type: ignore[union-attr,index]
+        last.get_submodule(leaving).register_forward_pre_hook(
+            lambda _, given: tuple(hidden[:, :1].contiguous() for hidden in given)
+        )
+
+
+def pad_on_the_left(model: nn.Module) -> None:
+    """Turn batches, which are padded on the right here, where the head reads the last position."""
+    config: Any = model.config
+    if config.model_type in READS_LAST:
+        model.register_forward_pre_hook(_turned, with_kwargs=True)
+
+
+def _turned(
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Move the padding of ``input_ids`` and ``attention_mask``, (n, L), from right to left."""
+    ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+    length = ids.shape[1]
+    padding = length - mask.sum(dim=1, keepdim=True)
+    # Position p of a row with q paddings holds what stood at p - q; the paddings come round.
+    before = (torch.arange(length, device=ids.device) - padding) % length
+    turned = {"input_ids": ids.gather(1, before), "attention_mask": mask.gather(1, before)}
+    return args, {**kwargs, **turned}
