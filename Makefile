@@ -1,7 +1,7 @@
 # make demo: set up and train a federation with seven methods.  make test: set up and test.  make help: the rest.
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that spin for long while they wait stall each other when the cores are shared (fedpeft/cli.py, WAITING).
+# Threads that spin for long while they wait stall each other when the cores are shared (fedpeft/cli/app.py, WAITING).
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from fedpeft.cli import WAITING
+from fedpeft.cli.app import WAITING
 
 RESULTS = Path("benchmarks/results")
 PACKAGES = ("fedpeft", "torch", "transformers", "peft", "flwr", "ray", "pfl")

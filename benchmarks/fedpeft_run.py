@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from fedpeft.cli import WAITING
+from fedpeft.cli.app import WAITING
 
 os.environ |= WAITING  # before torch is loaded, as the command line does
 
@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from benchmarks.setting import Setting
 from fedpeft.engines.local import LocalEngine
-from fedpeft.evaluation import held, score
-from fedpeft.federation import federate
+from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow, to_json
+from fedpeft.training.evaluation import held, score
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ import typer
 
 from benchmarks.common import interleaved, ratio, report
 from benchmarks.setting import Setting
-from fedpeft.activations import Activations
-from fedpeft.assembly import Assembly
 from fedpeft.engines.local import LocalEngine
-from fedpeft.federation import federate
+from fedpeft.experiment.build import Assembly
+from fedpeft.federation.server import federate
+from fedpeft.training.activation_cache import Activations
 from fedpeft.types import Client, State
-from fedpeft.wire import Kind, Request
+from fedpeft.wire.messages import Kind, Request
 
 KEPT = "with states kept"
 

@@ -25,10 +25,10 @@ from torch import nn
 
 from benchmarks.common import Figure, report
 from benchmarks.setting import LAYERS, Setting, batches
-from fedpeft.assembly import Assembly
 from fedpeft.engines.local import LocalEngine
+from fedpeft.experiment.build import Assembly
 from fedpeft.types import Client, Reply
-from fedpeft.wire import Kind, Request
+from fedpeft.wire.messages import Kind, Request
 
 HEAD = re.compile("pooler|classifier")
 SPARED = re.compile(rf"layer\.{LAYERS - 1}\.(attention\.output|intermediate|output)\.")

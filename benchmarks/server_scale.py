@@ -20,10 +20,10 @@ import typer
 
 from benchmarks.common import Figure, in_process, interleaved, report
 from benchmarks.setting import Setting
-from fedpeft.federation import federate
+from fedpeft.federation.server import federate
 from fedpeft.ledger import FILE, ClientRow, Ledger, Measured, measured, stream
 from fedpeft.types import Client, Payload, Reply, State
-from fedpeft.wire import Answer
+from fedpeft.wire.messages import Answer
 
 COUNTS = (10, 100, 1_000, 10_000)
 METHODS = ("lora", "fedara", "full")

@@ -11,12 +11,12 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.config import from_tree
-from fedpeft.hardware import Hardware
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.config import from_tree
 from fedpeft.methods import METHODS
 from fedpeft.models import locate
-from fedpeft.training import plan
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.loop import plan
 
 LAYERS = 6
 """Of MiniLM."""

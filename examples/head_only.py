@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from fedpeft.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.mounting import forms, mounted, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpeft.assembly import assemble
-from fedpeft.config import from_tree
-from fedpeft.folders import beginning
-from fedpeft.journal import Progress, Watch
-from fedpeft.runs import resume, run_from_start
-from fedpeft.trained import Trained, open_run
+from fedpeft.experiment.build import assemble
+from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.recorder import Progress, Watch
+from fedpeft.experiment.run import resume, run_from_start
+from fedpeft.experiment.run_folder import beginning
+from fedpeft.experiment.trained import Trained, open_run
 
 __all__ = ["Progress", "Trained", "open_run", "resume", "train"]
 

@@ -21,11 +21,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedpeft.client import Holding, Worker
+from fedpeft.federation.client import Holding, Worker
 from fedpeft.models import spare_last_block
 from fedpeft.seeds import generator
 from fedpeft.tasks import Encoded
-from fedpeft.training import Training
+from fedpeft.training.loop import Training
 from fedpeft.types import Method
 from tests.tiny import CONFIG, CPU, SEED, TASK, shaken
 

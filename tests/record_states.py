@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedpeft.assembly import assemble as build
-from fedpeft.config import from_tree
+from fedpeft.experiment.build import assemble as build
+from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.run import start
 from fedpeft.methods import METHODS
-from fedpeft.runs import start
 from tests.e2e.builders import Ground, write_ground
 from tests.tiny import FIELDS
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from fedpeft.client import Holding, Worker
 from fedpeft.engines.local import LocalEngine
-from fedpeft.federation import federate
-from fedpeft.hardware import Hardware
+from fedpeft.federation.client import Holding, Worker
+from fedpeft.federation.memory import Memories
+from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
-from fedpeft.memory import Memories
 from fedpeft.methods import METHODS
 from fedpeft.mounting import describe
 from fedpeft.seeds import generator
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training import Training
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.loop import Training
 from fedpeft.types import Base, Client, Engine, Lost, Method, Payload, Reply, State
-from fedpeft.wire import Answer, digest
+from fedpeft.wire.messages import Answer, digest
 
 SEED = 7
 CPU = Hardware("cpu", "fp32", "eager", 1)

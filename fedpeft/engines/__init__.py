@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from fedpeft.engines.site import Site
+from fedpeft.engines.pool import Site
 from fedpeft.types import BadInput, Engine
 
 T = TypeVar("T")

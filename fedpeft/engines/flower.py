@@ -32,12 +32,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedpeft.client import Worker
 from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
-from fedpeft.engines.site import Site
-from fedpeft.memory import written
+from fedpeft.engines.pool import Site
+from fedpeft.federation.client import Worker
+from fedpeft.federation.memory import written
 from fedpeft.types import NEVER, BadInput, Client, Engine, Lost, Reply, WireError
-from fedpeft.wire import Answer
+from fedpeft.wire.messages import Answer
 
 T = TypeVar("T")
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
-from fedpeft.client import Worker
-from fedpeft.engines.site import Site
-from fedpeft.memory import Forgotten, Memories
+from fedpeft.engines.pool import Site
+from fedpeft.federation.client import Worker
+from fedpeft.federation.memory import Forgotten, Memories
 from fedpeft.types import Client, Engine, Lost, NotStackable, Reply, WireError
-from fedpeft.wire import Answer, Form, forgotten, form
+from fedpeft.wire.messages import Answer, Form, forgotten, form
 
 T = TypeVar("T")
 Forms = tuple[Form, Form]

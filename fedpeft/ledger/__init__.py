@@ -1,6 +1,6 @@
 """What a run writes down about itself: its rows, the file that holds them, and the meter that fills them in."""
 
-from fedpeft.ledger.book import FILE, Ledger, read, stream
+from fedpeft.ledger.file import FILE, Ledger, read, stream
 from fedpeft.ledger.meter import Measurement, measured
 from fedpeft.ledger.rows import (
     COUNTS,

@@ -10,9 +10,9 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.averaging import Weighting, mean, weight_of
-from fedpeft.importance import Importance, Score, Tally, strength
-from fedpeft.lowrank import by_module, check_ranks, deltas, orthogonality
+from fedpeft.algebra.averaging import Weighting, mean, weight_of
+from fedpeft.algebra.importance import Importance, Score, Tally, strength
+from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, orthogonality
 from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update

@@ -10,8 +10,8 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.averaging import Weighting, averaged
-from fedpeft.lowrank import LowRank, Split, by_module, check_ranks, principal
+from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, principal
 from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
 from fedpeft.types import NEVER, Base, Client, Context, Delta, LocalTask, Payload, State, Update
 

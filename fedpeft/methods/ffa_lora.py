@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.averaging import Weighting, averaged
-from fedpeft.lowrank import by_module, check_ranks, deltas, uniform
+from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, uniform
 from fedpeft.mounting import Targets, dense_layer, forms, mounted, select, trainable, values
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 

@@ -10,13 +10,13 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.averaging import Weighting
-from fedpeft.lowrank import Split, check_ranks, principal, uniform
+from fedpeft.algebra.averaging import Weighting
+from fedpeft.algebra.lowrank import Split, check_ranks, principal, uniform
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.methods.staged import Staged
 from fedpeft.mounting import Targets, select
 from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.wrappers.staged import Staged
 
 
 @final

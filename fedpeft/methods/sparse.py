@@ -10,8 +10,9 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.averaging import Weighting, averaged
-from fedpeft.lowrank import by_module
+from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.lowrank import by_module
+from fedpeft.algebra.masks import positions, scatter
 from fedpeft.mounting import (
     Targets,
     dense_layer,
@@ -23,7 +24,6 @@ from fedpeft.mounting import (
     trainable,
     values,
 )
-from fedpeft.sparse import positions, scatter
 from fedpeft.types import Base, Client, Context, LocalTask, NotStackable, Payload, State, Update
 
 

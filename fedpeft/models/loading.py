@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from fedpeft.hardware import Hardware, Kernels
 from fedpeft.models.checks import check_lengths, check_vocabulary, settle_padding, try_out
 from fedpeft.models.choice import ModelChoice
 from fedpeft.models.heads import fit, notes, reorder, same
@@ -17,6 +16,7 @@ from fedpeft.models.tokens import pad_on_the_left, spare_last_block
 from fedpeft.mounting import describe
 from fedpeft.seeds import derive
 from fedpeft.tasks import Classification
+from fedpeft.training.hardware import Hardware, Kernels
 from fedpeft.types import Base
 
 

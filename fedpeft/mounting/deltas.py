@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fedpeft.lowrank import LowRank, by_module
+from fedpeft.algebra.lowrank import LowRank, by_module
 from fedpeft.types import Delta, Payload
 
 

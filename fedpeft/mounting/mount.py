@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedpeft.lowrank import by_module
+from fedpeft.algebra.lowrank import by_module
 from fedpeft.mounting.branches import branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_layer
 from fedpeft.mounting.tracing import Place, claimed

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from fedpeft.report import words
+from fedpeft.report import captions as words
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.names import MOST, literal, plain
 from fedpeft.report.summary import Point

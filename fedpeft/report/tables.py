@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report import words
+from fedpeft.report import captions as words
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.names import literal
 from fedpeft.report.terms import Terms

@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Group
 from rich.text import Text
 
-from fedpeft.report import figures, sheets, tables
+from fedpeft.report import csv_files as sheets
+from fedpeft.report import figures, tables
 from fedpeft.report.comparison import compare
 from fedpeft.report.summary import summarise
 from fedpeft.report.terms import FEDADAPTER_LINK

@@ -8,10 +8,10 @@ from typing import final
 
 from torch import Tensor
 
+from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow
-from fedpeft.memory import Memories
 from fedpeft.types import Client, Lost, Reply, State
-from fedpeft.wire import decode
+from fedpeft.wire.messages import decode
 from tests.tiny import Federation, Tapped, federation, small, unchanged
 
 ROUNDS = 4

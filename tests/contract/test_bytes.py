@@ -3,7 +3,7 @@
 import pytest
 
 from fedpeft.methods import METHODS
-from fedpeft.wire import decode
+from fedpeft.wire.messages import decode
 from tests.contract.reference import ROUNDS, reference
 
 CONSTANT = ["full", "bitfit", "lora", "ffa_lora", "sparse"]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.activations import Activations
-from fedpeft.client import Worker
-from fedpeft.hardware import Hardware
-from fedpeft.memory import Memories
+from fedpeft.federation.client import Worker
+from fedpeft.federation.memory import Memories
 from fedpeft.methods import METHODS
-from fedpeft.training import Training
+from fedpeft.training.activation_cache import Activations
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.loop import Training
 from fedpeft.types import NEVER, Client, Payload, State, WireError
-from fedpeft.wire import Answer, Kind, Request, decode
+from fedpeft.wire.messages import Answer, Kind, Request, decode
 from tests.contract.reference import BEGINS, SINGLE, reference
 from tests.tiny import CONFIG, SOFTMAX_BLIND, assert_same, bert, close, small, worker
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedpeft.engines.local import LocalEngine
 from fedpeft.methods import METHODS
 from fedpeft.types import Lost, Payload, Reply, State
-from fedpeft.wire import Answer, decode
+from fedpeft.wire.messages import Answer, decode
 from tests.contract.reference import BEGINS, asked, going_on, reference, replayed
 from tests.tiny import CONFIG, HEAD, SOFTMAX_BLIND, assert_same, assert_same_state, federation, small, weighted
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.evaluation import held
 from fedpeft.methods import METHODS
+from fedpeft.training.evaluation import held
 from fedpeft.types import NEVER, Client, Context, Payload, WireError
-from fedpeft.wire import Answer, Request, decode, encode
+from fedpeft.wire.messages import Answer, Request, decode, encode
 from tests.contract.reference import BEGINS, ROUNDS, SINGLE, asked, reference
 from tests.tiny import CONFIG, CPU, SEED, assert_same, base_of, logits, small
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedpeft.hardware import GRAIN, Hardware
 from fedpeft.methods import METHODS
+from fedpeft.training.hardware import GRAIN, Hardware
 from fedpeft.types import NEVER, Client
-from fedpeft.wire import Answer, Kind, Request, decode
+from fedpeft.wire.messages import Answer, Kind, Request, decode
 from tests.contract.reference import BEGINS, SINGLE, asked, reference
 from tests.tiny import CONFIG, bert, small, worker
 

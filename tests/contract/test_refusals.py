@@ -12,7 +12,7 @@ from torch import Tensor
 from fedpeft.ledger import COUNTS, Measured
 from fedpeft.methods import METHODS
 from fedpeft.types import Lost, Payload, Reply, WireError
-from fedpeft.wire import Answer, decode, encode
+from fedpeft.wire.messages import Answer, decode, encode
 from tests.contract.reference import replayed
 from tests.tiny import SIZES, assert_same_state
 

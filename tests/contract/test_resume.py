@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedpeft import checkpoint
+from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
 from tests.contract.reference import ROUNDS, reference, unmeasured
 from tests.tiny import assert_same_state, federation, small

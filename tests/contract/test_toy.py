@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft import checkpoint, methods
-from fedpeft.averaging import averaged
-from fedpeft.config import Config
-from fedpeft.evaluation import held, score
+from fedpeft import methods
+from fedpeft.algebra.averaging import averaged
+from fedpeft.experiment.config import Config
+from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
 from fedpeft.mounting import mounted, trainable, values
+from fedpeft.training.evaluation import held, score
 from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
-from fedpeft.wire import decode
+from fedpeft.wire.messages import decode
 from tests.contract.reference import unmeasured
 from tests.tiny import CPU, SEED, TASK, assert_same_state, examples, federation, logits
 

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from fedpeft import cli
-from fedpeft.config import Config, from_tree, merge
+from fedpeft.cli import app as cli
+from fedpeft.experiment.config import Config, from_tree, merge
 from fedpeft.types import State
 
 LABELS = ("birds", "fish", "trees", "winds")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.assembly import Assembly, assemble
+from fedpeft.experiment.build import Assembly, assemble
 
 from .builders import Ground, write_ground
 from .crashing import ROUNDS, Outcome

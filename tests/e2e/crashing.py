@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fedpeft import checkpoint, runs
-from fedpeft.assembly import Assembly
-from fedpeft.client import Worker
-from fedpeft.journal import CHECKPOINTS, CONFIG, settings_digests
+from fedpeft.experiment import run as runs
+from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, settings_digests
+from fedpeft.federation import checkpoint
+from fedpeft.federation.client import Worker
 from fedpeft.ledger import FILE, MEASURED, Ledger, Row, read, to_json
 from fedpeft.types import State
 

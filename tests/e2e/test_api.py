@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import api, runs
-from fedpeft.assembly import assemble
-from fedpeft.journal import Progress
-from fedpeft.trained import open_run
+from fedpeft import api
+from fedpeft.experiment import run as runs
+from fedpeft.experiment.build import assemble
+from fedpeft.experiment.recorder import Progress
+from fedpeft.experiment.trained import open_run
 from fedpeft.types import BadInput
 
 from .builders import LABELS, Ground, assert_same
@@ -74,7 +75,7 @@ def test_training_refuses_a_folder_that_exists(ground: Ground, tmp_path: Path) -
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, fedpeft, fedpeft.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, fedpeft, fedpeft.cli.app; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

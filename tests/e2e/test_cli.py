@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fedpeft import arguments, cli
-from fedpeft.assembly import read_data
-from fedpeft.config import from_tree
+from fedpeft.cli import app as cli
+from fedpeft.cli import parsing as arguments
+from fedpeft.experiment.build import read_data
+from fedpeft.experiment.config import from_tree
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import checkpoint, hardware
-from fedpeft.assembly import assemble
-from fedpeft.compare import grid, plan
-from fedpeft.config import from_tree, merge
-from fedpeft.journal import settings_digests
+from fedpeft.experiment.build import assemble
+from fedpeft.experiment.compare import grid, plan
+from fedpeft.experiment.config import from_tree, merge
+from fedpeft.experiment.recorder import settings_digests
+from fedpeft.federation import checkpoint
 from fedpeft.ledger import ClientRow
+from fedpeft.training import hardware
 from fedpeft.types import State
 
 from .builders import Ground, Outcome, assert_same, cli_call, examples, refused

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.console import NEAREST, in_ascii, show_nearest
+from fedpeft.cli.console import NEAREST, in_ascii, show_nearest
 
 from .builders import LABELS, OWN_WORDS, Ground, examples, to_toml
 from .reading import SHEETS
@@ -19,7 +19,7 @@ NAMES = dict(zip(LABELS, ("forêt → 漢", "naïve ± 1", "Straße", "plain"), 
 """Labels that no 8-bit encoding has all of."""
 ALL = """
 import importlib.util, json, sys, warnings
-from fedpeft import cli
+from fedpeft.cli import app as cli
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "matplotlib" else find_spec(name, package)
 warnings.filterwarnings("ignore", "Glyph")  # of fonts in pictures

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.checkpoint import manifest
-from fedpeft.journal import CHECKPOINTS
-from fedpeft.runs import resume, start
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.recorder import CHECKPOINTS
+from fedpeft.experiment.run import resume, start
+from fedpeft.federation.checkpoint import manifest
 from fedpeft.types import BadInput
 
 from .builders import Ground
@@ -131,7 +131,7 @@ def test_a_killed_run_resumes_in_another_process_to_the_same_end(case: Cases, ru
     folders = {method: runs / method for method in METHODS}
     for method, folder in folders.items():
         die_while(case(method, "fp32").starting(folder), case(method, "fp32").instants("other")[4])
-    code = "import sys, pathlib, fedpeft.runs; [fedpeft.runs.resume(pathlib.Path(folder)) for folder in sys.argv[1:]]"
+    code = "import sys, pathlib, fedpeft.experiment.run; [fedpeft.experiment.run.resume(pathlib.Path(folder)) for folder in sys.argv[1:]]"
     seeded = {**os.environ, "PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", code, *map(str, folders.values())], check=True, env=seeded)
     for method, folder in folders.items():

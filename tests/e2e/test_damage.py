@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fedpeft import runs as playing
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.checkpoint import manifest
-from fedpeft.folders import HARDWARE, LABELS
-from fedpeft.journal import CHECKPOINTS, CONFIG
+from fedpeft.experiment import run as playing
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
+from fedpeft.experiment.run_folder import HARDWARE, LABELS
+from fedpeft.federation.checkpoint import manifest
 from fedpeft.ledger import FILE
 
 from .builders import Ground, cli_call, refused

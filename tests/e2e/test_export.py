@@ -29,14 +29,15 @@ from transformers import (
     RobertaModel,
 )
 
-from fedpeft import export, runs
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.config import from_json, from_tree
+from fedpeft.algebra.lowrank import LowRank
+from fedpeft.experiment import run as runs
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.config import from_json, from_tree
+from fedpeft.experiment.trained import Trained, open_run
 from fedpeft.ledger import FILE, EvaluationRow
 from fedpeft.ledger import read as ledger
-from fedpeft.lowrank import LowRank
+from fedpeft.models import export
 from fedpeft.mounting import mounted
-from fedpeft.trained import Trained, open_run
 from fedpeft.types import BadInput, LocalTask
 
 from .builders import (

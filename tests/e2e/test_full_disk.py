@@ -13,10 +13,10 @@ from unittest import mock
 
 import pytest
 
-from fedpeft.assembly import Assembly
-from fedpeft.checkpoint import manifest
-from fedpeft.folders import HARDWARE, LABELS
-from fedpeft.journal import CHECKPOINTS, CONFIG
+from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
+from fedpeft.experiment.run_folder import HARDWARE, LABELS
+from fedpeft.federation.checkpoint import manifest
 from fedpeft.ledger import FILE, Ledger
 
 from .builders import Ground, cli_call, refused

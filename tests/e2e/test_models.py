@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, dynamic_module_utils
 from transformers.utils import import_utils
 
-from fedpeft.hardware import Hardware, Machine, resolve
 from fedpeft.models import Loaded, ModelChoice, causes, kernels, load, locate
 from fedpeft.seeds import derive
 from fedpeft.tasks import Classification
+from fedpeft.training.hardware import Hardware, Machine, resolve
 from fedpeft.types import BadInput
 
 from . import zoo

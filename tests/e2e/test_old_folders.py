@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from fedpeft import config
-from fedpeft.assembly import Assembly
-from fedpeft.checkpoint import manifest
-from fedpeft.folders import HARDWARE
-from fedpeft.journal import CHECKPOINTS, CONFIG, settings_digests
+from fedpeft.experiment import config
+from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, settings_digests
+from fedpeft.experiment.run_folder import HARDWARE
+from fedpeft.federation.checkpoint import manifest
 
 from .builders import cli_call, refused
 from .crashing import ROUNDS, Outcome, assert_resumes

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from fedpeft import api
-from fedpeft.assembly import Assembly
-from fedpeft.checkpoint import manifest
-from fedpeft.claim import COMMAND, LOCKS, claimed, on_behalf
-from fedpeft.folders import clear, refuse_existing
-from fedpeft.journal import CHECKPOINTS, CONFIG
-from fedpeft.runs import resume, start
+from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.claim import COMMAND, LOCKS, claimed, on_behalf
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
+from fedpeft.experiment.run import resume, start
+from fedpeft.experiment.run_folder import clear, refuse_existing
+from fedpeft.federation.checkpoint import manifest
 from fedpeft.types import BadInput
 
 from .builders import Ground, cli_call, refused
@@ -92,7 +92,8 @@ def test_of_two_starts_at_once_the_second_is_refused_before_anything_slow(
     ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     """The second start comes while the first one is loading its model."""
-    from fedpeft import assembly, batch
+    from fedpeft.experiment import batch
+    from fedpeft.experiment import build as assembly
 
     arguments: dict[str, tuple[str | Path, ...]] = {
         "run": ("run", ground.config, "--runs", runs, *SHORT),
@@ -143,7 +144,7 @@ def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(
 
 
 COMMAND_LINE = """
-from fedpeft.cli import main
+from fedpeft.cli.app import main
 main()
 """
 

@@ -25,14 +25,14 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedpeft.activations import Activations, fitting
-from fedpeft.client import Worker
+from fedpeft.federation.client import Worker
 from fedpeft.methods import METHODS
 from fedpeft.models import spare_last_block
 from fedpeft.mounting import describe, mounted, trainable, values
-from fedpeft.training import Training
+from fedpeft.training.activation_cache import Activations, fitting
+from fedpeft.training.loop import Training
 from fedpeft.types import Client, Context, LocalTask, Method, Payload
-from fedpeft.wire import Answer, Kind, Request
+from fedpeft.wire.messages import Answer, Kind, Request
 from tests.families import BERT, COMMON, DISTIL, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, played
 from tests.tiny import CONFIG, CPU, SEED, TASK, close, examples, shaken
 

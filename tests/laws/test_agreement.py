@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedpeft.assembly import Assembly, agreement, assemble
+from fedpeft.experiment.build import Assembly, agreement, assemble
 from tests.e2e.builders import Ground, write_ground
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.averaging import Mean, Weighting, averaged, mean
+from fedpeft.algebra.averaging import Mean, Weighting, averaged, mean
 from fedpeft.types import Client, State, Update
 from tests.tiny import assert_same, weighted
 

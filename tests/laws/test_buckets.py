@@ -6,7 +6,7 @@ from itertools import pairwise, product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.buckets import Buckets
+from fedpeft.training.bucketing import Buckets
 
 BUCKETS = st.builds(Buckets, most=st.integers(1, 200), overhead=st.integers(0, 100), grain=st.integers(1, 4))
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft import checkpoint, wire
-from fedpeft.memory import Memories
+from fedpeft.federation import checkpoint
+from fedpeft.federation.memory import Memories
 from fedpeft.types import NEVER, BadInput, State, WireError
-from fedpeft.wire import encode
+from fedpeft.wire import messages as wire
+from fedpeft.wire.messages import encode
 from tests.strategies import PAYLOADS, bits
 
 CONFIG = "c0ffee"

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft import claim
-from fedpeft.claim import COMMAND, LOCKS, PROCESS, claimed, never_begun, on_behalf
 from fedpeft.errors import BadInput
+from fedpeft.experiment.claim import COMMAND, LOCKS, PROCESS, claimed, never_begun, on_behalf
 
 HOLDING = """
 import sys
 from pathlib import Path
-from fedpeft.claim import claimed
+from fedpeft.experiment.claim import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedpeft.client import Worker
-from fedpeft.evaluation import says
+from fedpeft.federation.client import Worker
 from fedpeft.methods import METHODS
 from fedpeft.mounting import describe
-from fedpeft.training import Training
+from fedpeft.training.evaluation import says
+from fedpeft.training.loop import Training
 from fedpeft.types import NEVER, Base, Client, Method, Payload, State
-from fedpeft.wire import Answer, Kind, Request
+from fedpeft.wire.messages import Answer, Kind, Request
 from tests.families import FAMILIES, played
 from tests.tiny import CONFIG, CPU, SEED, TASK, close
 

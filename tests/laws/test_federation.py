@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.evaluation import held, score
-from fedpeft.federation import federate, poll, sample
+from fedpeft.federation.replies import in_order
+from fedpeft.federation.server import federate, poll, sample
 from fedpeft.ledger import ClientRow, Measured
-from fedpeft.replies import in_order
+from fedpeft.training.evaluation import held, score
 from fedpeft.types import BadInput, Client, Lost, Reply, State, Update
-from fedpeft.wire import Answer, Request, decode, encode
+from fedpeft.wire.messages import Answer, Request, decode, encode
 from tests.tiny import (
     CONFIG,
     CPU,

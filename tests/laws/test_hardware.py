@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedpeft.hardware import GRAIN, Hardware, Machine, resolve
+from fedpeft.training.hardware import GRAIN, Hardware, Machine, resolve
 
 
 @pytest.mark.parametrize(("precision", "grain"), [("fp32", 1), ("bf16", GRAIN)])

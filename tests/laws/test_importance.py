@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpeft.importance import Importance, Score, Tally, pack, survivors, unpack
+from fedpeft.algebra.importance import Importance, Score, Tally, pack, survivors, unpack
 
 CLIENTS, STEPS, BETA1, BETA2 = 2, 4, 0.8, 0.6
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft import checkpoint
-from fedpeft.averaging import averaged
-from fedpeft.federation import poll
+from fedpeft.algebra.averaging import averaged
+from fedpeft.federation import checkpoint
+from fedpeft.federation.server import poll
 from fedpeft.methods import METHODS
 from fedpeft.methods.fedara import FedARA
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
-from fedpeft.methods.staged import Staged
 from fedpeft.mounting import forms, mounted, trainable, values
-from fedpeft.training import Training
+from fedpeft.training.loop import Training
 from fedpeft.types import NEVER, Base, Client, Context, LocalTask, Lost, Method, Payload, Reply, State, Update
-from fedpeft.wire import Answer, Kind, Request, decode
+from fedpeft.wire.messages import Answer, Kind, Request, decode
+from fedpeft.wrappers.staged import Staged
 from tests.contract.reference import unmeasured
 from tests.tiny import (
     CONFIG,

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from fedpeft.lanes import lanes
+from fedpeft.training.threads import lanes
 
 
 def _threads(_: int) -> int:
@@ -69,7 +69,7 @@ def test_an_error_in_a_lane_is_raised_and_torchs_threads_are_as_they_were() -> N
 
 PASSES = """
 import torch
-from fedpeft.lanes import lanes
+from fedpeft.training.threads import lanes
 
 leaves = [torch.nn.Parameter(torch.ones(4, 8)) for _ in range(50)]
 rows = torch.tensor([0, 1, 2])

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from fedpeft import cohorts
-from fedpeft.activations import Activations
-from fedpeft.client import Holding, MountedForm, Worker
-from fedpeft.cohorts import apart, sizes, widest
 from fedpeft.engines.local import LocalEngine
-from fedpeft.hardware import Hardware
+from fedpeft.experiment import stacking as cohorts
+from fedpeft.experiment.stacking import apart, sizes, widest
+from fedpeft.federation.client import Holding, MountedForm, Worker
+from fedpeft.federation.memory import Memories
 from fedpeft.ledger import Measured, Measurement
-from fedpeft.memory import Memories
 from fedpeft.mounting import describe
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training import Training, fit
+from fedpeft.training.activation_cache import Activations
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.loop import Training, fit
 from fedpeft.types import NEVER, Client, LocalTask, Lost, NotStackable, Reply, WireError
-from fedpeft.wire import Answer, Kind, Request, Status
+from fedpeft.wire.messages import Answer, Kind, Request, Status
 from tests.contract.reference import unmeasured
 from tests.families import FAMILIES, played
 from tests.tiny import (
@@ -228,7 +228,7 @@ def test_a_client_alone_is_timed_by_one_step_once_for_what_is_mounted(
         fits.append([len(share.steps) for share in shares])
         return fit(model, local, task, shares, *others)
 
-    monkeypatch.setattr("fedpeft.client.fit", listening_fit)
+    monkeypatch.setattr("fedpeft.federation.client.fit", listening_fit)
     for name in ("lora", "federa"):
         fits.clear()
         stacked(name, {}).play(3)

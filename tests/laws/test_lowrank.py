@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.lowrank import LowRank, Split, by_module, check_ranks, deltas, orthogonality, principal, uniform
+from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, deltas, orthogonality, principal, uniform
 from fedpeft.types import BadInput
 
 SPLITS: list[Split] = ["sqrt", "left", "right"]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.memory import (
+from fedpeft.federation.memory import (
     Forgotten,
     Memories,
     as_told,

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.evaluation import held
-from fedpeft.importance import pack
+from fedpeft.algebra.importance import pack
 from fedpeft.methods.fedara import FedARA
 from fedpeft.mounting import describe
-from fedpeft.training import Training
+from fedpeft.training.evaluation import held
+from fedpeft.training.loop import Training
 from fedpeft.types import Client, State, Update
-from fedpeft.wire import Answer
+from fedpeft.wire.messages import Answer
 from tests.tiny import (
     CPU,
     SEED,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.evaluation import held
-from fedpeft.lowrank import Split
+from fedpeft.algebra.lowrank import Split
 from fedpeft.mounting import dense_layer
+from fedpeft.training.evaluation import held
 from fedpeft.types import NEVER, Client, Payload, State
-from fedpeft.wire import decode
+from fedpeft.wire.messages import decode
 from tests.tiny import CPU, SEED, base_of, bert, federation, logits, small
 
 SCALE = 2.0

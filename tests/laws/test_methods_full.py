@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedpeft.evaluation import held
 from fedpeft.mounting import describe
+from fedpeft.training.evaluation import held
 from fedpeft.types import BadInput, Client
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family
 from tests.tiny import CPU, HEAD, SEED, bert, federation, small

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.evaluation import held
-from fedpeft.lowrank import uniform
+from fedpeft.algebra.lowrank import uniform
 from fedpeft.methods import METHODS
 from fedpeft.mounting import select
+from fedpeft.training.evaluation import held
 from fedpeft.types import BadInput, Client, Payload
-from fedpeft.wire import decode
+from fedpeft.wire.messages import decode
 from tests.tiny import CPU, SEED, TARGETS, assert_same, base_of, bert, examples, federation, logits, small, weighted
 
 SCALE = 2.0

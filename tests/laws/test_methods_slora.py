@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.evaluation import held
-from fedpeft.lowrank import Split
+from fedpeft.algebra.lowrank import Split
+from fedpeft.algebra.masks import positions, scatter
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import dense_layer, describe
-from fedpeft.sparse import positions, scatter
+from fedpeft.training.evaluation import held
 from fedpeft.types import BadInput, Client
-from fedpeft.wire import Answer, Request
+from fedpeft.wire.messages import Answer, Request
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import (
     CONFIG,

@@ -4,9 +4,9 @@ import torch
 
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.local_only import LocalOnly
-from fedpeft.methods.staged import Staged
 from fedpeft.types import State
-from fedpeft.wire import Answer, decode
+from fedpeft.wire.messages import Answer, decode
+from fedpeft.wrappers.staged import Staged
 from tests.tiny import SEED, TARGETS, assert_same, base_of, bert, federation
 
 FEDERA = FeDeRA(TARGETS, 2)

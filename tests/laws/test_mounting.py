@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.activations import Activations
 from fedpeft.mounting import (
     Targets,
     cast_once,
@@ -32,9 +31,10 @@ from fedpeft.mounting import (
 )
 from fedpeft.mounting.deltas import Total
 from fedpeft.seeds import generator
-from fedpeft.training import Share, Training, fit
+from fedpeft.training.activation_cache import Activations
+from fedpeft.training.loop import Share, Training, fit
 from fedpeft.types import BadInput, Base, LocalTask, NotStackable, WireError
-from fedpeft.wire import Answer, Kind, Request
+from fedpeft.wire.messages import Answer, Kind, Request
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family, says, texts
 from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, base_of, bert, deberta, examples, shaken, small, worker
 

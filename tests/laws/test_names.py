@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 
-from fedpeft import holdings, progress
+from fedpeft.cli import progress
 from fedpeft.data import Dataset, Rows, by_key
+from fedpeft.data import view as holdings
 from fedpeft.report import figures, tables
 from fedpeft.report.comparison import compare
 from fedpeft.report.names import literal

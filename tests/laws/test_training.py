@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpeft.activations import Activations
-from fedpeft.buckets import Buckets
 from fedpeft.mounting import mounted, replaced
-from fedpeft.optimizer import Optimizer, clip
 from fedpeft.seeds import derive
 from fedpeft.tasks import Encoded
-from fedpeft.training import Share, Training, fit, own_randomness, parts, plan
+from fedpeft.training.activation_cache import Activations
+from fedpeft.training.bucketing import Buckets
+from fedpeft.training.loop import Share, Training, fit, own_randomness, parts, plan
+from fedpeft.training.optimizer import Optimizer, clip
 from fedpeft.types import LocalTask, Payload
-from fedpeft.wire import Answer, Kind, Request
+from fedpeft.wire.messages import Answer, Kind, Request
 from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, assert_same, base_of, bert, examples, small, worker
 
 K = 3

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedpeft import codec
+from fedpeft.federation.memory import Forgotten
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.memory import Forgotten
 from fedpeft.types import NEVER, Lost, Reply, WireError
-from fedpeft.wire import (
+from fedpeft.wire import tensors as codec
+from fedpeft.wire.messages import (
     DIGEST,
     Answer,
     Kind,

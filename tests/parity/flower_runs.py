@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from fedpeft import runs
-from fedpeft.assembly import Assembly, assemble
 from fedpeft.engines import Site
 from fedpeft.engines.flower import FlowerEngine, launch
 from fedpeft.engines.local import LocalEngine
-from fedpeft.federation import federate, sample
+from fedpeft.experiment import run as runs
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.federation.server import federate, sample
 from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
 from fedpeft.types import Engine, State

@@ -15,7 +15,7 @@ from fedpeft.methods.full import Full
 from fedpeft.methods.lora import LoRA
 from fedpeft.seeds import generator
 from fedpeft.tasks import Encoded
-from fedpeft.training import Training
+from fedpeft.training.loop import Training
 from fedpeft.types import Method
 from tests.tiny import SEED, SOFTMAX_BLIND, TARGETS, base_of, bert, federation
 

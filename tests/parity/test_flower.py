@@ -24,7 +24,7 @@ from fedpeft.engines import flower
 from fedpeft.engines.flower import FlowerEngine, connect
 from fedpeft.engines.grid import BYTES, record
 from fedpeft.engines.local import LocalEngine
-from fedpeft.federation import federate
+from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 from fedpeft.types import NEVER, BadInput, Client, Engine, State

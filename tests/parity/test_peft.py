@@ -9,13 +9,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
-from fedpeft.evaluation import held
+from fedpeft.algebra.masks import positions
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import mounted, select
 from fedpeft.seeds import generator
-from fedpeft.sparse import positions
+from fedpeft.training.evaluation import held
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import CPU, SEED, TARGETS, base_of, bert, federation, logits, small
 

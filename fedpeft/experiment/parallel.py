@@ -15,12 +15,12 @@ from multiprocessing.connection import wait as ended
 from pathlib import Path
 from typing import Any, Final, final
 
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.claim import on_behalf
-from fedpeft.config import from_json
-from fedpeft.hardware import Hardware
-from fedpeft.journal import Progress
-from fedpeft.runs import Say, run_from_checkpoint, run_from_start
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.claim import on_behalf
+from fedpeft.experiment.config import from_json
+from fedpeft.experiment.recorder import Progress
+from fedpeft.experiment.run import Say, run_from_checkpoint, run_from_start
+from fedpeft.training.hardware import Hardware
 from fedpeft.types import BadInput
 
 MOST: Final = 4

@@ -11,9 +11,9 @@ from typing import Final, Self, final
 
 from pydantic_core import to_json
 
-from fedpeft import checkpoint
-from fedpeft.assembly import Assembly
-from fedpeft.checkpoint import Checkpoint, Written
+from fedpeft.experiment.build import Assembly
+from fedpeft.federation import checkpoint
+from fedpeft.federation.checkpoint import Checkpoint, Written
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, read
 from fedpeft.types import BadInput, State
 

@@ -6,8 +6,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from fedpeft.averaging import Mean
-from fedpeft.lowrank import by_module
+from fedpeft.algebra.averaging import Mean
+from fedpeft.algebra.lowrank import by_module
 from fedpeft.types import Payload
 
 Score = Literal["sensitivity", "gradient", "magnitude"]

@@ -10,14 +10,14 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.activations import Activations, entering
-from fedpeft.buckets import Buckets
-from fedpeft.hardware import Hardware
-from fedpeft.lanes import lanes
 from fedpeft.mounting import rows_of
-from fedpeft.optimizer import Kind, Optimizer, clip
 from fedpeft.seeds import derive, generator
 from fedpeft.tasks import Classification, Encoded
+from fedpeft.training.activation_cache import Activations, entering
+from fedpeft.training.bucketing import Buckets
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.optimizer import Kind, Optimizer, clip
+from fedpeft.training.threads import lanes
 from fedpeft.types import LocalTask, Payload
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from fedpeft import checkpoint, export
-from fedpeft.config import Config
-from fedpeft.evaluation import WHOLE, held, says
-from fedpeft.hardware import Hardware, use
-from fedpeft.journal import CHECKPOINTS, settings_digests
-from fedpeft.models import Loaded, load
-from fedpeft.runs import begun, read_settings
+from fedpeft.experiment.config import Config
+from fedpeft.experiment.recorder import CHECKPOINTS, settings_digests
+from fedpeft.experiment.run import begun, read_settings
+from fedpeft.federation import checkpoint
+from fedpeft.models import Loaded, export, load
 from fedpeft.tasks import Classification
+from fedpeft.training.evaluation import WHOLE, held, says
+from fedpeft.training.hardware import Hardware, use
 from fedpeft.types import BadInput, LocalTask, Method, State
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
-from fedpeft.client import Worker
-from fedpeft.memory import Memories
+from fedpeft.federation.client import Worker
+from fedpeft.federation.memory import Memories
 
 
 @final

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedpeft.hardware import Hardware
-from fedpeft.lanes import lanes
-from fedpeft.memory import as_told, parted
+from fedpeft.federation.memory import as_told, parted
 from fedpeft.tasks import Classification, Encoded, Scores
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.threads import lanes
 from fedpeft.types import NEVER, Client, Context, LocalTask, Method, Payload, State
 
 EVALUATED = 1 << 15

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final, get_args
 
-from fedpeft.assembly import divide, read_data
-from fedpeft.checking import Tree, nearest
-from fedpeft.choices import CLIENTS, CompareChoice, Reference
-from fedpeft.config import METHOD, Config, from_tree, merge, nested
+from fedpeft.experiment.build import divide, read_data
+from fedpeft.experiment.checking import Tree, nearest
+from fedpeft.experiment.config import METHOD, Config, from_tree, merge, nested
+from fedpeft.experiment.sections import CLIENTS, CompareChoice, Reference
 from fedpeft.methods import constructors
 from fedpeft.types import BadInput
 

@@ -5,9 +5,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from fedpeft import checkpoint
-from fedpeft.claim import LOCKS, claimed, never_begun
-from fedpeft.journal import CHECKPOINTS, CONFIG
+from fedpeft.experiment.claim import LOCKS, claimed, never_begun
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
+from fedpeft.federation import checkpoint
 from fedpeft.ledger import FILE
 from fedpeft.types import BadInput
 

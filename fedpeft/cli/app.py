@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.console import say, show_nearest
+from fedpeft.cli.console import say, show_nearest
+from fedpeft.cli.interrupts import INTERRUPTED, Stopped, resume_all, resume_one, stoppable
+from fedpeft.cli.progress import progress_bars
 from fedpeft.errors import BadInput
-from fedpeft.interrupts import INTERRUPTED, Stopped, resume_all, resume_one, stoppable
-from fedpeft.progress import progress_bars
 
 app = typer.Typer(
     name="fedpeft",
@@ -76,11 +76,11 @@ def _say(line: str) -> None:
 @app.command()
 def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
     """Train one federation with one method."""
-    from fedpeft import arguments
-    from fedpeft.assembly import assemble
-    from fedpeft.config import from_tree
-    from fedpeft.folders import beginning
-    from fedpeft.runs import check_learnt, run_from_start
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.experiment.build import assemble
+    from fedpeft.experiment.config import from_tree
+    from fedpeft.experiment.run import check_learnt, run_from_start
+    from fedpeft.experiment.run_folder import beginning
 
     chosen = from_tree(arguments.tree(config, settings))
     folder = runs / chosen.name
@@ -97,7 +97,7 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
 @app.command()
 def resume(run: Folder) -> None:
     """Go on with a run after a crash, from its last whole checkpoint."""
-    from fedpeft import runs
+    from fedpeft.experiment import run as runs
 
     with stoppable(lambda: resume_one(run)):
         with progress_bars(out) as watch:
@@ -120,9 +120,9 @@ def compare(
     bandwidth: Bandwidth = 1e6,
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
-    from fedpeft import arguments
-    from fedpeft.compare import plan
-    from fedpeft.folders import runs_in
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.experiment.compare import plan
+    from fedpeft.experiment.run_folder import runs_in
     from fedpeft.report import check
 
     check(target, bandwidth)
@@ -148,8 +148,8 @@ def sweep(
     jobs: Jobs = 0,
 ) -> None:
     """Try values of fields, scored on the validation split."""
-    from fedpeft import arguments
-    from fedpeft.compare import grid
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.experiment.compare import grid
 
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
     planned = grid(arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods))
@@ -160,7 +160,7 @@ def sweep(
 
 def _play(planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int) -> list[Path]:
     """Play many planned runs, with a bar for each, and return their folders."""
-    from fedpeft.batch import play
+    from fedpeft.experiment.batch import play
 
     with stoppable(resume_all), progress_bars(out) as watch:
         return play(
@@ -193,9 +193,10 @@ def partition(
     png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("partition.png"),
 ) -> None:
     """Show who holds what, as a table and a PNG."""
-    from fedpeft import arguments, holdings
-    from fedpeft.assembly import divide, read_data
-    from fedpeft.config import from_tree
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.data import view as holdings
+    from fedpeft.experiment.build import divide, read_data
+    from fedpeft.experiment.config import from_tree
 
     chosen = from_tree(arguments.tree(config, settings))
     dataset = read_data(chosen.data)
@@ -213,8 +214,8 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="The whole model with the adapters merged in.")] = False,
 ) -> None:
     """Write what a run has learnt as a peft adapter, or merged as a transformers model."""
-    from fedpeft.export import refuse_existing
-    from fedpeft.trained import open_run
+    from fedpeft.experiment.trained import open_run
+    from fedpeft.models.export import refuse_existing
 
     refuse_existing(folder)
     open_run(run, _say).export(folder, merge=merge)
@@ -224,8 +225,8 @@ def export(
 @app.command()
 def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]) -> None:
     """Label texts with what a run has learnt."""
+    from fedpeft.experiment.trained import open_run
     from fedpeft.report.names import literal
-    from fedpeft.trained import open_run
 
     table = Table("label", "probability", "text", box=None)
     for text, (label, probability) in zip(texts, open_run(run, _say).predict(texts), strict=True):
@@ -241,7 +242,7 @@ def report(
     bandwidth: Bandwidth = 1e6,
 ) -> None:
     """Report on runs: tables here; CSV and PNG files in a folder."""
-    from fedpeft.folders import runs_in
+    from fedpeft.experiment.run_folder import runs_in
 
     found = [part for folder in folders for part in runs_in(folder)]
     _report(found, to, target, bandwidth)

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final
 
 from annotated_types import Ge, Le
 
-from fedpeft.checking import Tree, adapter, check_finite, checked, nearest
-from fedpeft.choices import (
+from fedpeft.experiment.checking import Tree, adapter, check_finite, checked, nearest
+from fedpeft.experiment.sections import (
     CompareChoice,
     DataChoice,
     EngineChoice,
@@ -20,10 +20,10 @@ from fedpeft.choices import (
     FederationChoice,
     PartitionChoice,
 )
-from fedpeft.hardware import Machine
 from fedpeft.methods import constructors
 from fedpeft.models import ModelChoice
-from fedpeft.training import Training
+from fedpeft.training.hardware import Machine
+from fedpeft.training.loop import Training
 from fedpeft.types import BadInput, Method
 
 METHOD: Final = "lora"

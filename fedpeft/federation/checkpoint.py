@@ -10,9 +10,9 @@ from typing import final
 
 import torch
 
-from fedpeft.memory import Memories
+from fedpeft.federation.memory import Memories
 from fedpeft.types import BadInput, State, WireError
-from fedpeft.wire import decode, digest, encode
+from fedpeft.wire.messages import decode, digest, encode
 
 KEEP = 2
 """Checkpoints kept, so that a damaged one leaves another to fall back to."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest
 
-from fedpeft import codec
+from fedpeft.federation.memory import Forgotten, carried
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.memory import Forgotten, carried
 from fedpeft.types import NEVER, Payload, WireError
+from fedpeft.wire import tensors as codec
 
 DIGEST = 16
 """Bytes of every digest in a message."""

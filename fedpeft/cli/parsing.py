@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import merge, parse_set, read, value
+from fedpeft.experiment.config import merge, parse_set, read, value
 from fedpeft.types import BadInput
 
 

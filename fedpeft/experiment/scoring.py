@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from fedpeft.assembly import Assembly
-from fedpeft.evaluation import WHOLE, held, score
-from fedpeft.federation import poll
+from fedpeft.experiment.build import Assembly
+from fedpeft.federation.memory import Memories
+from fedpeft.federation.server import poll
 from fedpeft.ledger import EvaluationRow
-from fedpeft.memory import Memories
 from fedpeft.tasks import Scores
+from fedpeft.training.evaluation import WHOLE, held, score
 from fedpeft.types import NEVER, Engine, State
-from fedpeft.wire import decode
+from fedpeft.wire.messages import decode
 
 
 def evaluation_row(assembly: Assembly, state: State, engine: Engine, memories: Memories) -> EvaluationRow:

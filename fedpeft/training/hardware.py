@@ -10,8 +10,8 @@ import torch
 from annotated_types import Ge
 from torch import nn
 
-from fedpeft.buckets import Buckets
 from fedpeft.mounting import cast_once
+from fedpeft.training.bucketing import Buckets
 from fedpeft.types import BadInput
 
 Precision = Literal["auto", "fp32", "bf16"]

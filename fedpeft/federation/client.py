@@ -7,15 +7,15 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from fedpeft.activations import Activations
-from fedpeft.evaluation import score
-from fedpeft.hardware import Hardware
+from fedpeft.federation.memory import carried, joined, parted
 from fedpeft.ledger import Measured, measured
-from fedpeft.memory import carried, joined, parted
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training import Share, Training, fit, optimizer_of, own_randomness, plan
+from fedpeft.training.activation_cache import Activations
+from fedpeft.training.evaluation import score
+from fedpeft.training.hardware import Hardware
+from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload, WireError
-from fedpeft.wire import Answer, Kind, Request, decode, encode
+from fedpeft.wire.messages import Answer, Kind, Request, decode, encode
 
 
 @final

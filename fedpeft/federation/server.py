@@ -7,9 +7,9 @@ from typing import final
 
 import torch
 
+from fedpeft.federation.memory import Forgotten, as_told
+from fedpeft.federation.replies import in_order
 from fedpeft.ledger import ClientRow, Measured
-from fedpeft.memory import Forgotten, as_told
-from fedpeft.replies import in_order
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
 from fedpeft.types import (
@@ -24,7 +24,7 @@ from fedpeft.types import (
     Update,
     WireError,
 )
-from fedpeft.wire import Answer, Kind, Request, check
+from fedpeft.wire.messages import Answer, Kind, Request, check
 
 
 def sample(clients: Sequence[Client], count: int, seed: int, number: int) -> list[Client]:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft import checkpoint
+from fedpeft.federation import checkpoint
 from fedpeft.models import Loaded, locate
 from fedpeft.mounting import oriented
 from fedpeft.types import BadInput, Delta, LocalTask

@@ -7,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from fedpeft import checkpoint
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.checkpoint import Checkpoint
-from fedpeft.claim import claimed
-from fedpeft.client import Worker
-from fedpeft.config import Config, from_json, renamed
 from fedpeft.engines import Site, launch
-from fedpeft.evaluation import WHOLE
-from fedpeft.federation import federate, sample
-from fedpeft.folders import HARDWARE, LABELS, beginning, check_is_run, clear
-from fedpeft.hardware import Hardware
-from fedpeft.journal import CHECKPOINTS, CONFIG, Journal, Watch, settings_digests
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.claim import claimed
+from fedpeft.experiment.config import Config, from_json, renamed
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, Journal, Watch, settings_digests
+from fedpeft.experiment.run_folder import HARDWARE, LABELS, beginning, check_is_run, clear
+from fedpeft.experiment.scoring import evaluation_row
+from fedpeft.federation import checkpoint
+from fedpeft.federation.checkpoint import Checkpoint
+from fedpeft.federation.client import Worker
+from fedpeft.federation.memory import Memories
+from fedpeft.federation.server import federate, sample
 from fedpeft.ledger import FILE, ClientRow, RunRow, stream
-from fedpeft.memory import Memories
-from fedpeft.scoring import evaluation_row
+from fedpeft.training.evaluation import WHOLE
+from fedpeft.training.hardware import Hardware
 from fedpeft.types import BadInput, Engine, State
 
 T = TypeVar("T")

@@ -6,16 +6,16 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from fedpeft import parallel
-from fedpeft.assembly import Assembly, assemble
-from fedpeft.claim import claimed
-from fedpeft.compare import Planned
-from fedpeft.config import differences
-from fedpeft.folders import beginning
-from fedpeft.hardware import Hardware
-from fedpeft.journal import CONFIG, Watch
-from fedpeft.parallel import Job, processes
-from fedpeft.runs import Say, finished, read_settings, run_from_checkpoint, run_from_start
+from fedpeft.experiment import parallel
+from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.claim import claimed
+from fedpeft.experiment.compare import Planned
+from fedpeft.experiment.config import differences
+from fedpeft.experiment.parallel import Job, processes
+from fedpeft.experiment.recorder import CONFIG, Watch
+from fedpeft.experiment.run import Say, finished, read_settings, run_from_checkpoint, run_from_start
+from fedpeft.experiment.run_folder import beginning
+from fedpeft.training.hardware import Hardware
 from fedpeft.types import BadInput
 
 

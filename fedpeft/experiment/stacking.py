@@ -9,13 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedpeft.activations import Activations
-from fedpeft.client import Holding, Worker
+from fedpeft.federation.client import Holding, Worker
 from fedpeft.ledger import measured
 from fedpeft.methods.lora import LoRA
 from fedpeft.tasks import Encoded
+from fedpeft.training.activation_cache import Activations
 from fedpeft.types import Base, Client, NotStackable
-from fedpeft.wire import Answer, Kind, Request
+from fedpeft.wire.messages import Answer, Kind, Request
 
 GAIN: Final = 0.95
 """A cohort must take at most this share of a lone client's time, per client."""

@@ -12,16 +12,16 @@ from typing import final
 import torch
 
 from fedpeft import data, engines
-from fedpeft.activations import Activations, fitting
-from fedpeft.choices import CLIENTS, DataChoice
-from fedpeft.client import Holding, Worker
-from fedpeft.cohorts import apart, widest
-from fedpeft.config import Config
-from fedpeft.hardware import Hardware, resolve, use
+from fedpeft.experiment.config import Config
+from fedpeft.experiment.sections import CLIENTS, DataChoice
+from fedpeft.experiment.stacking import apart, widest
+from fedpeft.federation.client import Holding, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import Classification, Encoded
+from fedpeft.training.activation_cache import Activations, fitting
+from fedpeft.training.hardware import Hardware, resolve, use
 from fedpeft.types import BadInput, Client, Method, State
 
 WORTH = 2.0

@@ -1,0 +1,1 @@
+"""What a client computes: the local loop, evaluation, and how both use the machine."""

@@ -1,0 +1,1 @@
+"""Messages as bytes: requests and replies, and the safetensors format beneath them."""

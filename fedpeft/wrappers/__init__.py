@@ -1,0 +1,1 @@
+"""What goes around a method without the method knowing."""
