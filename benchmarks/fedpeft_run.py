@@ -15,7 +15,7 @@ from benchmarks.setting import Setting
 from fedpeft.engines.local import LocalEngine
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow, to_json
-from fedpeft.training.evaluation import held, score
+from fedpeft.training.evaluation import mounted_state, score
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     setting = Setting(**json.loads(sys.argv[1]))
     whole = setting.assembly()
     rows: list[ClientRow] = []
-    engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
+    engine = LocalEngine(whole.worker, stack=whole.hardware.stack)
     ends = []
     last = whole.first_state()
     for state in federate(
@@ -41,7 +41,7 @@ def main() -> None:
     lost = [row.lost for row in rows if row.lost]
     if lost:
         raise SystemExit(f"lost: {lost}")
-    with held(whole.method, last, whole.loaded.model, whole.hardware, 0):
+    with mounted_state(whole.method, last, whole.loaded.model, whole.hardware, 0):
         accuracy = score(whole.loaded.model, whole.task, whole.scored, whole.hardware).accuracy
     if setting.out:
         save_file(dict(last.shared), setting.out)

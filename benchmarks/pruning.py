@@ -18,18 +18,18 @@ import typer
 from benchmarks.common import interleaved, ratio, report
 from benchmarks.setting import Setting
 from fedpeft.engines.local import LocalEngine
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.federation.server import federate
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.types import Client, State
 from fedpeft.wire.messages import Kind, Request
 
 KEPT = "with states kept"
 
 
-def seconds(whole: Assembly, state: State) -> Callable[[], dict[str, float]]:
+def seconds(whole: Federation, state: State) -> Callable[[], dict[str, float]]:
     """Return what measures the wall time of a client step from ``state``, messages included; a first call is left out."""
-    engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
+    engine = LocalEngine(whole.worker, stack=whole.hardware.stack)
     request = Request(Kind.TRAIN, state.round, whole.worker.config, whole.method.send(state, Client(0))).encode()
 
     def measure() -> dict[str, float]:
@@ -51,7 +51,7 @@ def halved(state: State) -> State:
 def learned(setting: Setting, rounds: int) -> State:
     """Return the state after a run whose clients voted three quarters of the ranks away."""
     whole = replace(setting, rounds=rounds).assembly()
-    engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
+    engine = LocalEngine(whole.worker, stack=whole.hardware.stack)
     state = whole.first_state()
     config = whole.worker.config
     for after in federate(
@@ -70,7 +70,7 @@ def main(
     setting = replace(Setting(), method="fedara")
     whole = setting.assembly()
     first, pruned = whole.first_state(), learned(setting, rounds)
-    kept = replace(whole, worker=replace(whole.worker, activations=Activations(range(len(whole.clients)))))
+    kept = replace(whole, worker=replace(whole.worker, cache=ActivationCache(range(len(whole.clients)))))
     found = interleaved(
         repeats,
         **{
@@ -80,7 +80,7 @@ def main(
         },
     )
     found |= interleaved(repeats, **{"learned mask": seconds(whole, pruned)})  # apart: what is kept is of one lowest block
-    kept = replace(whole, worker=replace(whole.worker, activations=Activations(range(len(whole.clients)))))
+    kept = replace(whole, worker=replace(whole.worker, cache=ActivationCache(range(len(whole.clients)))))
     found |= interleaved(repeats, **{f"learned mask, {KEPT}": seconds(kept, pruned)})
     rows = [(name, one["step"], ratio(one["step"], found["first round"]["step"])) for name, one in found.items()]
     ranks = {name.removesuffix(":alive"): int(alive.sum()) for name, alive in pruned.server.items()}

@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks.common import Figure, report
 from benchmarks.setting import LAYERS, Setting, batches
 from fedpeft.engines.local import LocalEngine
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.types import Client, Reply
 from fedpeft.wire.messages import Kind, Request
 
@@ -56,11 +56,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(whole: Assembly, count: int, number: int = 0) -> float:
+def seconds(whole: Federation, count: int, number: int = 0) -> float:
     """Return the wall time of a client step when ``count`` clients are asked at once for a round, messages included."""
     request = Request(Kind.TRAIN, number, whole.worker.config, whole.first_state().shared).encode()
     clients = [Client(client) for client in range(count)]
-    engine = LocalEngine(whole.worker, cohort=whole.hardware.cohort)
+    engine = LocalEngine(whole.worker, stack=whole.hardware.stack)
     began = time.perf_counter()
     replies = list(engine.exchange(clients, lambda _: request))
     took = time.perf_counter() - began
@@ -69,11 +69,11 @@ def seconds(whole: Assembly, count: int, number: int = 0) -> float:
     return took / count / (whole.config.training.steps or 1)
 
 
-def flops(whole: Assembly, count: int, number: int) -> tuple[float, float]:
+def flops(whole: Federation, count: int, number: int) -> tuple[float, float]:
     """Return the FLOPs of a client step of a round, the mean over its real tokens: those done, and the plain model's."""
     sizes = {name: layer.numel() for name, layer in whole.loaded.base.layers.items() if not HEAD.search(name)}
     lengths = [
-        [len(whole.worker.holdings[client].train.ids[row]) for row in rows]
+        [len(whole.worker.client_data[client].train.ids[row]) for row in rows]
         for client in range(count)
         for rows in batches(whole, client, number)
     ]
@@ -83,9 +83,9 @@ def flops(whole: Assembly, count: int, number: int) -> tuple[float, float]:
     return plain - 4 * spared * (tokens - texts) - 2 * below * tokens, plain
 
 
-def profile(whole: Assembly) -> list[tuple[str, str]]:
-    """Return the dearest operations of a cohort's steps in one lane, with their share of the time spent in operations."""
-    chosen = _with(whole, cohort=8, threads=1)
+def profile(whole: Federation) -> list[tuple[str, str]]:
+    """Return the dearest operations of a stack's steps in one lane, with their share of the time spent in operations."""
+    chosen = _with(whole, stack=8, threads=1)
     torch.set_num_threads(1)
     for _ in range(3):
         seconds(chosen, 8)
@@ -96,17 +96,17 @@ def profile(whole: Assembly) -> list[tuple[str, str]]:
     return [(one.key.removeprefix("aten::"), f"{one.self_cpu_time_total / total:.1%}") for one in found[:16]]
 
 
-def _with(whole: Assembly, **changes: Any) -> Assembly:
+def _with(whole: Federation, **changes: Any) -> Federation:
     hardware = replace(whole.hardware, **changes)
     return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
 
 
-def shares(whole: Assembly, repeats: int) -> Iterator[tuple[Any, ...]]:
-    """Yield a row for one client at a time and for cohorts of several sizes."""
+def shares(whole: Federation, repeats: int) -> Iterator[tuple[Any, ...]]:
+    """Yield a row for one client at a time and for stacks of several sizes."""
     precision, device = whole.hardware.precision, whole.hardware.torch_device
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for place, cohort in enumerate(sorted({1, 4, 8, whole.hardware.cohort})):
-        chosen = _with(whole, cohort=cohort)
+    for place, stack in enumerate(sorted({1, 4, 8, whole.hardware.stack})):
+        chosen = _with(whole, stack=stack)
         seconds(chosen, 8)
         best, took, done, plain = list[float](), list[float](), list[float](), list[float]()
         for number in range(1 + place * repeats, 1 + (place + 1) * repeats):
@@ -115,15 +115,15 @@ def shares(whole: Assembly, repeats: int) -> Iterator[tuple[Any, ...]]:
             for amount, share in zip(flops(chosen, 8, number), (done, plain), strict=True):
                 share.append(amount / took[-1] / best[-1])
         gigaflops = Figure(tuple(value / 1e9 for value in best))
-        yield precision, cohort, gigaflops, *(Figure(tuple(values)) for values in (took, done, plain))
+        yield precision, stack, gigaflops, *(Figure(tuple(values)) for values in (took, done, plain))
 
 
 def main(
     look: Annotated[bool, typer.Option("--quick", help="One repetition.")] = False,
     repeats: Annotated[int, typer.Option(help="Repetitions.")] = 5,
-    where: Annotated[bool, typer.Option("--profile", help="Print where a step of a cohort of 8 goes, in one lane.")] = False,
+    where: Annotated[bool, typer.Option("--profile", help="Print where a step of a stack of 8 goes, in one lane.")] = False,
 ) -> None:
-    """Print the share of the peak for one client at a time and for whole cohorts, in every number format there is."""
+    """Print the share of the peak for one client at a time and for whole stacks, in every number format there is."""
     formats = {precision: replace(Setting(), precision=precision).assembly() for precision in ("fp32", "bf16")}
     if where:
         for precision, whole in formats.items():
@@ -131,7 +131,7 @@ def main(
         return
     repeats = 1 if look else repeats
     rows = [row for whole in formats.values() for row in shares(whole, repeats)]
-    columns = ("format", "cohort", "peak, GFLOP/s", "s per client step", "share of the peak", "with the plain model's FLOPs")
+    columns = ("format", "stack", "peak, GFLOP/s", "s per client step", "share of the peak", "with the plain model's FLOPs")
     report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
 
 

@@ -1,4 +1,4 @@
-"""Time per round over clients per round, rank, model size and cohort: it grows with the work, and with nothing else.
+"""Time per round over clients per round, rank, model size and stack: it grows with the work, and with nothing else.
 
 python -m benchmarks.scaling            # about 10 minutes on 2 cores
 python -m benchmarks.scaling --quick
@@ -15,7 +15,7 @@ import typer
 from benchmarks.common import in_process, interleaved, report
 from benchmarks.setting import Setting, quick
 
-AXES: dict[str, Sequence[Any]] = {"clients": (2, 4, 8, 16), "rank": (2, 8, 32), "layers": (2, 4, 6), "cohort": (1, 2, 4, 8)}
+AXES: dict[str, Sequence[Any]] = {"clients": (2, 4, 8, 16), "rank": (2, 8, 32), "layers": (2, 4, 6), "stack": (1, 2, 4, 8)}
 
 
 def step(setting: Setting) -> Callable[[], dict[str, float]]:
@@ -35,7 +35,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Interleaved runs.")] = 5,
 ) -> None:
     """Print seconds per round and per client step along every axis."""
-    repeats, setting = (1, quick(Setting())) if look else (repeats, replace(Setting(), rounds=3, cohort=8))
+    repeats, setting = (1, quick(Setting())) if look else (repeats, replace(Setting(), rounds=3, stack=8))
     points = {f"{axis} {value}": replace(setting, **{axis: value}) for axis, values in AXES.items() for value in values}
     found = interleaved(repeats, **{name: step(point) for name, point in points.items()})
     rows = [(name, one["round"], one["step"], f"{one['peak'].median:.0f}") for name, one in found.items()]

@@ -23,7 +23,7 @@ from benchmarks.setting import Setting
 from fedpeft.federation.server import federate
 from fedpeft.ledger import FILE, ClientRow, Ledger, Measured, measured, stream
 from fedpeft.types import Client, Payload, Reply, State
-from fedpeft.wire.messages import Answer
+from fedpeft.wire.messages import Response
 
 COUNTS = (10, 100, 1_000, 10_000)
 METHODS = ("lora", "fedara", "full")
@@ -44,7 +44,7 @@ class Echo:
 
 def play(method: str, count: int) -> dict[str, Any]:
     """Return seconds and peak memory of one round with ``count`` clients."""
-    whole = replace(Setting(), method=method, precision="fp32", cohort=1).assembly()
+    whole = replace(Setting(), method=method, precision="fp32", stack=1).assembly()
     state = whole.first_state()
     due = whole.method.expects(state, whole.method.send(state, Client(0)))
     answers = [_answer(due, state, number) for number in range(2)]
@@ -75,7 +75,7 @@ def _answer(due: Payload, state: State, number: int) -> bytes:
         start = state.shared.get(name)
         same = start is not None and start.shape == form.shape
         payload[name] = start + number / 100 if same and start is not None else torch.ones(form.shape, dtype=form.dtype)
-    return Answer(0, payload, Measured(examples=1 + number, loss=0.0)).encode()
+    return Response(0, payload, Measured(examples=1 + number, loss=0.0)).encode()
 
 
 def main(

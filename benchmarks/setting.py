@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.config import from_tree
 from fedpeft.methods import METHODS
 from fedpeft.models import locate
@@ -40,7 +40,7 @@ class Setting:
     dropout: float = 0.0
     precision: str = "auto"
     attention: str = "auto"
-    cohort: int | str = "auto"
+    stack: int | str = "auto"
     method: str = "lora"
     targets: str = "query|value"
     out: str = ""
@@ -56,7 +56,7 @@ class Setting:
             "federation": {"rounds": self.rounds, "clients_per_round": self.clients},
             "training": {"lr": self.lr, "steps": self.steps, "batch_size": self.batch},
             "method": {"name": self.method, **{name: value for name, value in given.items() if name in own}},
-            "engine": {"cohort": self.cohort},
+            "engine": {"stack": self.stack},
             "evaluation": {"limit": 500},
         }
 
@@ -70,13 +70,13 @@ class Setting:
             AutoModel.from_pretrained(locate("minilm"), num_hidden_layers=self.layers).save_pretrained(folder)
         return str(folder)
 
-    def assembly(self, hardware: Hardware | None = None) -> Assembly:
+    def assembly(self, hardware: Hardware | None = None) -> Federation:
         """Return the federation, ready to run."""
-        return assemble(from_tree(self.tree()), hardware)
+        return build(from_tree(self.tree()), hardware)
 
     def prepare(self, folder: Path) -> None:
         """Write what a rival needs to play the same federation: texts, batches, first adapters, test texts."""
-        whole = replace(self, precision="fp32", cohort=1).assembly()
+        whole = replace(self, precision="fp32", stack=1).assembly()
         train, labels = whole.dataset.train, whole.dataset.labels
         clients = [
             {
@@ -93,9 +93,9 @@ class Setting:
         save_file(first, folder / "first.safetensors")
 
 
-def batches(whole: Assembly, client: int, number: int = 0) -> list[list[int]]:
+def batches(whole: Federation, client: int, number: int = 0) -> list[list[int]]:
     """Return the rows of every step of one client in one round."""
-    return plan(len(whole.worker.holdings[client].train), whole.config.training, whole.config.seed, client, number)
+    return plan(len(whole.worker.client_data[client].train), whole.config.training, whole.config.seed, client, number)
 
 
 def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpeft.experiment.build import assemble
+from fedpeft.experiment.build import build
 from fedpeft.experiment.config import from_tree
-from fedpeft.experiment.recorder import Progress, Watch
+from fedpeft.experiment.recorder import OnProgress, Progress
 from fedpeft.experiment.run import resume, run_from_start
 from fedpeft.experiment.run_folder import beginning
 from fedpeft.experiment.trained import Trained, open_run
@@ -15,14 +15,14 @@ __all__ = ["Progress", "Trained", "open_run", "resume", "train"]
 
 
 def train(
-    settings: Mapping[str, Any], folder: Path | str, *, overwrite: bool = False, watch: Watch = lambda _: None
+    settings: Mapping[str, Any], folder: Path | str, *, overwrite: bool = False, on_progress: OnProgress = lambda _: None
 ) -> Trained:
     """Run the federation that ``settings`` describe, nested as in a TOML file, in ``folder``; return what it has learnt.
 
-    ``watch`` is called after every round with a ``Progress``. Raises BadInput for settings that do not work, before
+    ``on_progress`` is called after every round with a ``Progress``. Raises BadInput for settings that do not work, before
     anything is written, for a folder that exists, unless ``overwrite``, and for one that another process writes.
     """
     config, place = from_tree(settings), Path(folder)
     with beginning(place, overwrite=overwrite):
-        run_from_start(assemble(config), place, watch)
+        run_from_start(build(config), place, on_progress)
     return open_run(place)

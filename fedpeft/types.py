@@ -19,7 +19,7 @@ that module, such as ``encoder.layer.0.attention.self.query:A``. Names that begi
 the loop and the wire.
 """
 
-NEVER = -1
+NO_MEMORY = -1
 """The version of a memory that does not exist."""
 
 
@@ -28,13 +28,13 @@ class Client:
     """A member of the federation as the server knows it.
 
     ``capacity`` is the share of a full adapter it can train, ``examples`` its number of training examples (0: unknown),
-    ``memory`` the round in which it last stored a memory that the server agrees with (``NEVER``: none).
+    ``memory`` the round in which it last stored a memory that the server agrees with (``NO_MEMORY``: none).
     """
 
     id: int
     capacity: float = 1.0
     examples: int = 0
-    memory: int = NEVER
+    memory: int = NO_MEMORY
 
 
 @dataclass(frozen=True)

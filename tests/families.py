@@ -21,7 +21,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from fedpeft.federation.client import Holding, Worker
+from fedpeft.federation.client import ClientData, Worker
 from fedpeft.models import spare_last_block
 from fedpeft.seeds import generator
 from fedpeft.tasks import Encoded
@@ -137,14 +137,14 @@ def played(name: str, method: Method, sizes: Mapping[int, int], training: Traini
         lengths = torch.randint(3, 11, (size,), generator=draw).tolist()
         ids = [torch.randint(1, 60, (length,), generator=draw) for length in lengths]
         own = Encoded(ids, torch.randint(0, 3, (size,), generator=draw))
-        held[client] = Holding(own, own)
+        held[client] = ClientData(own, own)
     model = family(name)
     spare_last_block(model)
     whole = Worker(
         method=method,
         model=model,
         task=TASK,
-        holdings=held,
+        client_data=held,
         training=training,
         hardware=CPU,
         head=FAMILIES[name].head,

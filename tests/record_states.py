@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedpeft.experiment.build import assemble as build
+from fedpeft.experiment.build import build as build
 from fedpeft.experiment.config import from_tree
 from fedpeft.experiment.run import start
 from fedpeft.methods import METHODS
@@ -40,7 +40,7 @@ def settings(ground: Ground, method: str, stack: int) -> dict[str, Any]:
     return {
         **ground.tree(),
         "federation": {"rounds": ROUNDS, "clients_per_round": 4},
-        "engine": {"cohort": stack},
+        "engine": {"stack": stack},
         "method": chosen,
     }
 

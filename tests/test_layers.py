@@ -16,7 +16,7 @@ LAYERS: tuple[str, ...] = (
     "methods tasks data hardware models",
     "activations lanes training evaluation client cohorts federation checkpoint",
     "engines export",
-    "choices checking config claim assembly scoring journal folders runs trained parallel compare batch holdings "
+    "choices checking config claim assembly scoring journal folders runs trained parallel compare batch client_data "
     "arguments console interrupts progress api cli",
 )
 """From the bottom up; a module imports from its own layer and from those below. The package itself is above all."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from fedpeft.engines.local import LocalEngine
-from fedpeft.federation.client import Holding, Worker
+from fedpeft.federation.client import ClientData, Worker
 from fedpeft.federation.memory import Memories
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
@@ -20,7 +20,7 @@ from fedpeft.tasks import Classification, Encoded
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training
 from fedpeft.types import Base, Client, Engine, Lost, Method, Payload, Reply, State
-from fedpeft.wire.messages import Answer, digest
+from fedpeft.wire.messages import Response, digest
 
 SEED = 7
 CPU = Hardware("cpu", "fp32", "eager", 1)
@@ -136,12 +136,12 @@ def logits(model: nn.Module, rows: Encoded | None = None) -> Tensor:
 
 def worker(method: Method, model: nn.Module, training: Training = SGD, sizes: Mapping[int, int] = SIZES) -> Worker:
     """Return a worker that holds ``sizes`` random examples for every client."""
-    held = {client: Holding(examples(size, client), examples(4, client + 100)) for client, size in sizes.items()}
+    held = {client: ClientData(examples(size, client), examples(4, client + 100)) for client, size in sizes.items()}
     return Worker(
         method=method,
         model=model,
         task=TASK,
-        holdings=held,
+        client_data=held,
         training=training,
         hardware=CPU,
         head=HEAD,
@@ -185,7 +185,7 @@ class Tapped:
 
 @final
 @dataclass
-class Federation:
+class TinyFederation:
     """Clients, their memories and the server's records, all in this process."""
 
     method: Method
@@ -201,7 +201,7 @@ class Federation:
 
     def clients(self, _: int = 0) -> list[Client]:
         """Return everyone."""
-        return [Client(number, examples=len(holding.train)) for number, holding in self.worker.holdings.items()]
+        return [Client(number, examples=len(holding.train)) for number, holding in self.worker.client_data.items()]
 
     def play(
         self,
@@ -224,9 +224,9 @@ class Federation:
         )
         return [begin, *states][-1]
 
-    def answers(self, exchange: int) -> dict[int, Answer]:
+    def answers(self, exchange: int) -> dict[int, Response]:
         """Return what every client said in exchange number ``exchange``."""
-        return {client: Answer.decode(reply) for client, (_, reply) in self.engine.talks[exchange].items()}
+        return {client: Response.decode(reply) for client, (_, reply) in self.engine.talks[exchange].items()}
 
 
 def federation(
@@ -237,10 +237,10 @@ def federation(
     training: Training = SGD,
     memories: Memories | None = None,
     sizes: Mapping[int, int] = SIZES,
-) -> Federation:
+) -> TinyFederation:
     """Return a federation on a fresh tiny encoder."""
     playing, kept = worker(method, bert(), training, sizes), memories or Memories()
-    return Federation(method, playing, kept, Tapped(LocalEngine(playing, kept), change, backwards))
+    return TinyFederation(method, playing, kept, Tapped(LocalEngine(playing, kept), change, backwards))
 
 
 def weighted(payloads: Sequence[Payload], weights: Sequence[float]) -> dict[str, Tensor]:

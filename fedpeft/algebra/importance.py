@@ -113,34 +113,34 @@ class Tally:
         if not choice.all():
             self._votes.add({"share": choice.to(torch.float64)}, weight)
 
-    def survivors(self, strength: Tensor, threshold: float, budget: int) -> Tensor:
-        """Return which ranks live on, (ranks,), by the function ``survivors`` below.
+    def select_ranks(self, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
+        """Return which ranks live on, (ranks,), by the function ``select_ranks`` below.
 
-        Where all abstained the strongest ``budget`` ranks do, and where none has any strength, as
+        Where all abstained the strongest ``budget`` ranks do, and where none has any rank_norms, as
         nothing was learnt yet, all do: nothing tells them apart.
         """
         votes = self._votes.result()
         if votes:
-            return survivors(votes["share"], strength, threshold, budget)
-        if strength.any():
-            return survivors(torch.ones_like(strength), strength, threshold, budget)
-        return torch.ones_like(strength, dtype=torch.bool)
+            return select_ranks(votes["share"], rank_norms, threshold, budget)
+        if rank_norms.any():
+            return select_ranks(torch.ones_like(rank_norms), rank_norms, threshold, budget)
+        return torch.ones_like(rank_norms, dtype=torch.bool)
 
 
-def survivors(votes: Tensor, strength: Tensor, threshold: float, budget: int) -> Tensor:
+def select_ranks(votes: Tensor, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
     """Return which of n ranks live on: those voted for by at least ``threshold``, at most ``budget`` of them.
 
     ``votes``: weighted share of clients for each rank, (n,). If too many remain, the most votes win; ties go to the larger
-    ``strength``, (n,), then to the earlier rank.
+    ``rank_norms``, (n,), then to the earlier rank.
     """
-    order = torch.argsort(strength, descending=True, stable=True)
+    order = torch.argsort(rank_norms, descending=True, stable=True)
     order = order[torch.argsort(votes[order], descending=True, stable=True)][:budget]
     alive = torch.zeros_like(votes, dtype=torch.bool)
     alive[order] = votes[order] >= threshold
     return alive
 
 
-def strength(parts: Payload) -> Tensor:
+def rank_norms(parts: Payload) -> Tensor:
     """Return the norm of every rank-one term e_i b_i a_i of one module, (r,)."""
     rows: Tensor = torch.linalg.vector_norm(parts["A"], dim=1)
     columns: Tensor = torch.linalg.vector_norm(parts["B"], dim=0)

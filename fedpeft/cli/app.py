@@ -77,7 +77,7 @@ def _say(line: str) -> None:
 def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
     """Train one federation with one method."""
     from fedpeft.cli import parsing as arguments
-    from fedpeft.experiment.build import assemble
+    from fedpeft.experiment.build import build
     from fedpeft.experiment.config import from_tree
     from fedpeft.experiment.run import check_learnt, run_from_start
     from fedpeft.experiment.run_folder import beginning
@@ -86,7 +86,7 @@ def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
-            assembly = assemble(chosen)
+            assembly = build(chosen)
             for note in assembly.notes:
                 _say(note)
             run_from_start(assembly, folder, watch(chosen.name))
@@ -101,7 +101,7 @@ def resume(run: Folder) -> None:
 
     with stoppable(lambda: resume_one(run)):
         with progress_bars(out) as watch:
-            runs.resume(run, watch=watch(run.name), say=_say)
+            runs.resume(run, on_progress=watch(run.name), on_warning=_say)
         _report([run], run / "report", None, 1e6)
     runs.check_learnt(run)
 
@@ -167,9 +167,9 @@ def _play(planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs
             planned,
             root,
             overwrite=overwrite,
-            go_on=go_on,
-            watch=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
-            say=_say,
+            resume=go_on,
+            on_progress=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
+            on_warning=_say,
             jobs=jobs,
         )
 

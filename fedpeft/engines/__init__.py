@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from fedpeft.engines.pool import Site
+from fedpeft.engines.pool import ClientPool
 from fedpeft.types import BadInput, Engine
 
 T = TypeVar("T")
@@ -13,7 +13,7 @@ ENGINES: Mapping[str, str] = {"local": "fedpeft.engines.local", "flower": "fedpe
 """The module of every engine; each has a function ``launch(site, body)``."""
 
 
-def launch(kind: str, site: Site, body: Callable[[Engine], T]) -> T:
+def launch(kind: str, site: ClientPool, body: Callable[[Engine], T]) -> T:
     """Start the clients of ``site``, call ``body`` with the engine that reaches them, and return what it returns."""
     result: T = find(kind).launch(site, body)
     return result
@@ -27,4 +27,4 @@ def find(kind: str) -> Any:
         raise BadInput(f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'") from error
 
 
-__all__ = ["ENGINES", "Site", "find", "launch"]
+__all__ = ["ENGINES", "ClientPool", "find", "launch"]

@@ -33,11 +33,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
-from fedpeft.engines.pool import Site
+from fedpeft.engines.pool import ClientPool
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import written
-from fedpeft.types import NEVER, BadInput, Client, Engine, Lost, Reply, WireError
-from fedpeft.wire.messages import Answer
+from fedpeft.types import NO_MEMORY, BadInput, Client, Engine, Lost, Reply, WireError
+from fedpeft.wire.messages import Response
 
 T = TypeVar("T")
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -181,7 +181,7 @@ class _Play:
     def _play(self, content: RecordDict, state: RecordDict) -> bytes:
         config, client, version = (str(content["to"][name]) for name in ("config", "client", "memory"))
         held = arrays(state, config)
-        if version not in {str(NEVER), *held}:
+        if version not in {str(NO_MEMORY), *held}:
             here = sorted(written(int(known)) for known in held)
             lacks = f"holds no memory of round {written(int(version))}, only of {here or 'none'}"
             raise WireError(f"client {client} {lacks}")
@@ -193,7 +193,7 @@ class _Play:
         request = blob(content, "request")
         [(answer, kept)] = _workers[config].handle([int(client)], [request], [memory])
         if kept:  # beside it stays the one that the server goes on to assume should this answer be lost
-            newest = str(Answer.decode(answer).memory)
+            newest = str(Response.decode(answer).memory)
             state[config] = ArrayRecord({**assumed, newest: record(kept)["blob"]})
         return answer
 
@@ -230,7 +230,7 @@ def _surroundings(ended: threading.Event) -> Iterator[str]:
             os.environ |= before  # Flower has made PYTHONPATH longer
 
 
-def launch(site: Site, body: Callable[[Engine], T], actors: int = 1) -> T:
+def launch(site: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
     """Start a simulation of the clients of ``site``, call ``body`` with the engine that reaches them, return its result.
 
     ``body`` runs in the server app, a thread of this process. ``actors`` processes play the clients.

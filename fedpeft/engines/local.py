@@ -1,14 +1,14 @@
-"""Clients in this process, whole cohorts of them side by side; still, only bytes cross."""
+"""Clients in this process, whole stacks of them side by side; still, only bytes cross."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, final
 
-from fedpeft.engines.pool import Site
+from fedpeft.engines.pool import ClientPool
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Forgotten, Memories
 from fedpeft.types import Client, Engine, Lost, NotStackable, Reply, WireError
-from fedpeft.wire.messages import Answer, Form, forgotten, form
+from fedpeft.wire.messages import Form, Response, forgotten, form
 
 T = TypeVar("T")
 Forms = tuple[Form, Form]
@@ -29,19 +29,19 @@ class Asked:
 class LocalEngine:
     """Lets ``worker`` play every client; ``memories`` is what the clients keep.
 
-    ``cohort``: how many clients train side by side, if their requests and memories have the same form. ``single``: forms
+    ``stack``: how many clients train side by side, if their requests and memories have the same form. ``single``: forms
     of which it was found out that they cannot.
     """
 
     worker: Worker
     memories: Memories = field(default_factory=Memories)
-    cohort: int = 1
+    stack: int = 1
     single: set[Forms] = field(default_factory=set)
 
     def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
-        """Ask the clients, cohort by cohort; a request that a client refuses makes it lost.
+        """Ask the clients, stack by stack; a request that a client refuses makes it lost.
 
-        Requests are held back until there are enough of one form for a cohort, but not past twice as many clients.
+        Requests are held back until there are enough of one form for a stack, but not past twice as many clients.
         A client that lacks the memory which its request assumes says so at once. An error that is
         no WireError ends the exchange; its note names clients and round.
         """
@@ -62,8 +62,8 @@ class LocalEngine:
                 continue
             waiting.setdefault(kind, []).append(asked)
             since.setdefault(kind, number)
-            full = {kind} if len(waiting[kind]) >= (1 if kind in self.single else self.cohort) else set[Forms]()
-            for due in full | {old for old, first in since.items() if number - first >= 2 * self.cohort}:
+            full = {kind} if len(waiting[kind]) >= (1 if kind in self.single else self.stack) else set[Forms]()
+            for due in full | {old for old, first in since.items() if number - first >= 2 * self.stack}:
                 del since[due]
                 yield from self._play(waiting.pop(due), due)
         for kind, group in waiting.items():
@@ -93,10 +93,10 @@ class LocalEngine:
             return
         for asked, (answer, kept) in zip(group, found, strict=True):
             if kept:
-                self.memories.put(asked.client.id, Answer.decode(answer).memory, kept, asked.client.memory)
+                self.memories.put(asked.client.id, Response.decode(answer).memory, kept, asked.client.memory)
             yield Reply(asked.client, answer)
 
 
-def launch(site: Site, body: Callable[[Engine], T]) -> T:
+def launch(site: ClientPool, body: Callable[[Engine], T]) -> T:
     """Call ``body`` with the clients of ``site`` in this process."""
-    return body(LocalEngine(site.worker, site.memories, site.worker.hardware.cohort))
+    return body(LocalEngine(site.worker, site.memories, site.worker.hardware.stack))

@@ -10,7 +10,7 @@ from fedpeft.federation.memory import Memories
 
 @final
 @dataclass(frozen=True)
-class Site:
+class ClientPool:
     """The clients 0 .. ``clients`` - 1 of one run.
 
     ``worker`` plays them in this process and ``memories`` is what they keep there; ``rebuild(settings)`` gives an equal

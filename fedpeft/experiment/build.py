@@ -13,14 +13,14 @@ import torch
 
 from fedpeft import data, engines
 from fedpeft.experiment.config import Config
-from fedpeft.experiment.sections import CLIENTS, DataChoice
+from fedpeft.experiment.sections import CLIENTS, DataSection
 from fedpeft.experiment.stacking import apart, widest
-from fedpeft.federation.client import Holding, Worker
+from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training.activation_cache import Activations, fitting
+from fedpeft.training.activation_cache import ActivationCache, fitting
 from fedpeft.training.hardware import Hardware, resolve, use
 from fedpeft.types import BadInput, Client, Method, State
 
@@ -30,7 +30,7 @@ WORTH = 2.0
 
 @final
 @dataclass(frozen=True)
-class Assembly:
+class Federation:
     """A federation ready to run: who holds what, the model, the method and the worker that plays the clients.
 
     ``train`` and ``test`` are the whole splits as numbers.
@@ -94,34 +94,34 @@ class Assembly:
         )
 
 
-def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | None = None) -> Assembly:
+def build(config: Config, hardware: Hardware | None = None, reuse: Federation | None = None) -> Federation:
     """Build what ``config`` describes.
 
-    ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``like``: an assembly whose data,
+    ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``reuse``: an assembly whose data,
     tokens and model are taken over where the settings agree, as mounting leaves no trace on a model.
     """
     engines.find(config.engine.kind)
     asks = _hardware_settings(config)
-    known = like.hardware if like and _hardware_settings(like.config) == asks else None
+    known = reuse.hardware if reuse and _hardware_settings(reuse.config) == asks else None
     chosen = hardware or known
     if chosen is None:
         chosen = resolve(config.machine, config.model.max_length, kernels(config.model))
     use(chosen)
-    dataset = like.dataset if like and like.config.data == config.data else read_data(config.data)
+    dataset = reuse.dataset if reuse and reuse.config.data == config.data else read_data(config.data)
     partition = divide(config, dataset)
     count, clients = config.federation.clients_per_round, len(partition.train)
     if count > clients:
         raise BadInput(f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}")
     if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
         raise BadInput("evaluation.per_client = true: no client holds test texts, as a partition of kind 'file' deals none")
-    if like and like.dataset is dataset and _model_settings(like.config, like.hardware) == _model_settings(config, chosen):
-        loaded, task, train, test = like.loaded, like.task, like.train, like.test
+    if reuse and reuse.dataset is dataset and _model_settings(reuse.config, reuse.hardware) == _model_settings(config, chosen):
+        loaded, task, train, test = reuse.loaded, reuse.task, reuse.train, reuse.test
     else:
         loaded = load(config.model, dataset.labels, chosen, config.seed)
         task = Classification(dataset.labels, loaded.tokenizer, config.model.max_length)
         train, test = (task.encode(rows.texts, rows.labels) for rows in (dataset.train, dataset.test))
-    holdings = {
-        number: Holding(train.take(mine.tolist()), test.take(own.tolist()))
+    client_data = {
+        number: ClientData(train.take(mine.tolist()), test.take(own.tolist()))
         for number, (mine, own) in enumerate(zip(partition.train, partition.test, strict=True))
     }
     method = config.build_method()
@@ -130,17 +130,17 @@ def assemble(config: Config, hardware: Hardware | None = None, like: Assembly | 
         method=method,
         model=loaded.model,
         task=task,
-        holdings=holdings,
+        client_data=client_data,
         training=config.training,
         hardware=chosen,
         head=loaded.base.head,
         seed=config.seed,
         config=digest,
-        activations=_kept(config, holdings, loaded, chosen),
+        cache=_kept(config, client_data, loaded, chosen),
     )
-    whole = Assembly(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
-    settled = hardware or (like and _cohort_settings(like.config) == _cohort_settings(config))
-    return whole if settled else _with_cohort(whole)
+    whole = Federation(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
+    settled = hardware or (reuse and _stack_settings(reuse.config) == _stack_settings(config))
+    return whole if settled else _with_stack(whole)
 
 
 def _hardware_settings(config: Config) -> tuple[object, ...]:
@@ -153,41 +153,41 @@ def _model_settings(config: Config, hardware: Hardware) -> tuple[object, ...]:
     return config.model, config.seed, hardware.device, hardware.attention
 
 
-def _cohort_settings(config: Config) -> tuple[object, ...]:
-    """Return the settings on which the choice of the cohort depends."""
+def _stack_settings(config: Config) -> tuple[object, ...]:
+    """Return the settings on which the choice of the stack depends."""
     return config.machine, config.engine, config.model, config.federation.clients_per_round, config.training.batch_size
 
 
-def _with_cohort(whole: Assembly) -> Assembly:
+def _with_stack(whole: Federation) -> Federation:
     """Return ``whole`` with the number of clients that train side by side.
 
     One, where the base has dropout, as every client has a random stream of its own, or mixes the rows of a batch.
     """
     config, base, count = whole.config, whole.loaded.base, whole.config.federation.clients_per_round
-    size = count if config.engine.cohort == "auto" else config.engine.cohort
+    size = count if config.engine.stack == "auto" else config.engine.stack
     if config.engine.kind != "local" or config.model.dropout > 0 or (size > 1 and not apart(whole.worker, base)):
         size = 1
-    elif config.engine.cohort == "auto":
+    elif config.engine.stack == "auto":
         size = widest(whole.worker, base, whole.clients, count)
-    hardware = replace(whole.hardware, cohort=size)
+    hardware = replace(whole.hardware, stack=size)
     return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
 
 
-def _kept(config: Config, holdings: Mapping[int, Holding], loaded: Loaded, hardware: Hardware) -> Activations:
+def _kept(config: Config, client_data: Mapping[int, ClientData], loaded: Loaded, hardware: Hardware) -> ActivationCache:
     """Return what keeps the hidden states of frozen blocks; of no client where that would not pay or not be exact."""
     federation, training = config.federation, config.training
-    texts = {client: holding.train for client, holding in holdings.items()}
+    texts = {client: holding.train for client, holding in client_data.items()}
     total = sum(len(own) for own in texts.values())
     own_texts = training.steps * training.batch_size if training.steps else training.epochs * total / len(texts)
     visits = federation.rounds * federation.clients_per_round * own_texts / total
     width = getattr(loaded.model.config, "hidden_size", None)
     if config.model.dropout > 0 or visits < WORTH or width is None:
-        return Activations()
+        return ActivationCache()
     size = width * (2 if hardware.precision == "bf16" else 4)
-    return Activations(fitting(texts, size, 10**6 * config.machine.cache))
+    return ActivationCache(fitting(texts, size, 10**6 * config.machine.cache))
 
 
-def read_data(choice: DataChoice) -> data.Dataset:
+def read_data(choice: DataSection) -> data.Dataset:
     """Return the texts that the settings name."""
     if choice.train is None:
         return data.pydocs()

@@ -10,7 +10,7 @@ from typing import Any, Final, final, get_args
 from fedpeft.experiment.build import divide, read_data
 from fedpeft.experiment.checking import Tree, nearest
 from fedpeft.experiment.config import METHOD, Config, from_tree, merge, nested
-from fedpeft.experiment.sections import CLIENTS, CompareChoice, Reference
+from fedpeft.experiment.sections import CLIENTS, CompareSection, Reference
 from fedpeft.methods import constructors
 from fedpeft.types import BadInput
 
@@ -77,7 +77,7 @@ def _check_apart(planned: Sequence[Planned]) -> None:
 
 def _alone(tree: Tree) -> Config:
     """Return the settings of one run, which do not depend on what it is compared with."""
-    return replace(from_tree(tree), compare=CompareChoice())
+    return replace(from_tree(tree), compare=CompareSection())
 
 
 def _rows(tree: Tree) -> list[tuple[str, Tree]]:
@@ -94,7 +94,7 @@ def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     return [(label, _with_own_settings(settings, choice, label)) for label, settings in rows]
 
 
-def _with_own_settings(tree: Tree, choice: CompareChoice, label: str) -> Tree:
+def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
     """Return a row's settings with those of ``compare.settings.<label>`` laid over them.
 
     What is wrong in that section raises BadInput with its name.
@@ -116,7 +116,7 @@ def _with_own_settings(tree: Tree, choice: CompareChoice, label: str) -> Tree:
     return merged
 
 
-def _playing(tree: Tree, choice: CompareChoice, name: str, field: str = "methods") -> Tree:
+def _playing(tree: Tree, choice: CompareSection, name: str, field: str = "methods") -> Tree:
     """Return ``tree`` with method ``name``; at an equal recipe with the common targets and starting rank.
 
     Where ``compare`` does not name these, those of the section ``method`` are common; its other fields stay its method's.
@@ -136,7 +136,7 @@ def _playing(tree: Tree, choice: CompareChoice, name: str, field: str = "methods
     return merge(rest, {"method": {**mine, "name": name}})
 
 
-def _reference(tree: Tree, choice: CompareChoice, name: str) -> Tree:
+def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
     """Return the settings of a yardstick: clients that never exchange anything, or all data at one client.
 
     Centralised training takes as many examples a round as the federation's cohort does together, and

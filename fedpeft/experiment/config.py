@@ -13,15 +13,15 @@ from annotated_types import Ge, Le
 
 from fedpeft.experiment.checking import Tree, adapter, check_finite, checked, nearest
 from fedpeft.experiment.sections import (
-    CompareChoice,
-    DataChoice,
-    EngineChoice,
-    EvaluationChoice,
-    FederationChoice,
-    PartitionChoice,
+    CompareSection,
+    DataSection,
+    EngineSection,
+    EvaluationSection,
+    FederationSection,
+    PartitionSection,
 )
 from fedpeft.methods import constructors
-from fedpeft.models import ModelChoice
+from fedpeft.models import ModelSection
 from fedpeft.training.hardware import Machine
 from fedpeft.training.loop import Training
 from fedpeft.types import BadInput, Method
@@ -49,16 +49,16 @@ class Config:
     label: str = ""
     reference: bool = False
     seed: Annotated[int, Ge(0), Le(2**62)] = 0
-    model: ModelChoice = field(default_factory=ModelChoice)
+    model: ModelSection = field(default_factory=ModelSection)
     machine: Machine = field(default_factory=Machine)
-    data: DataChoice = field(default_factory=DataChoice)
-    partition: PartitionChoice = field(default_factory=PartitionChoice)
-    federation: FederationChoice = field(default_factory=FederationChoice)
+    data: DataSection = field(default_factory=DataSection)
+    partition: PartitionSection = field(default_factory=PartitionSection)
+    federation: FederationSection = field(default_factory=FederationSection)
     training: Training = field(default_factory=Training)
     method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
-    evaluation: EvaluationChoice = field(default_factory=EvaluationChoice)
-    engine: EngineChoice = field(default_factory=EngineChoice)
-    compare: CompareChoice = field(default_factory=CompareChoice)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    compare: CompareSection = field(default_factory=CompareSection)
 
     def to_json(self) -> str:
         """Return the settings as JSON that ``from_tree`` reads back."""

@@ -15,11 +15,11 @@ from multiprocessing.connection import wait as ended
 from pathlib import Path
 from typing import Any, Final, final
 
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import on_behalf
 from fedpeft.experiment.config import from_json
 from fedpeft.experiment.recorder import Progress
-from fedpeft.experiment.run import Say, run_from_checkpoint, run_from_start
+from fedpeft.experiment.run import OnWarning, run_from_checkpoint, run_from_start
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import BadInput
 
@@ -46,8 +46,8 @@ def processes(jobs: Sequence[Job], asked: int, hardware: Hardware | None, fixed:
     return max(1, min(asked or (1 if alone else min(MOST, os.cpu_count() or 1)), len(jobs)))
 
 
-def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None], say: Say) -> None:
-    """Play ``jobs`` in ``count`` processes; ``watch`` is told of a job's number and progress. What fails is raised.
+def play(jobs: Sequence[Job], count: int, on_progress: Callable[[int, Progress], None], on_warning: OnWarning) -> None:
+    """Play ``jobs`` in ``count`` processes; ``on_progress`` is told of a job's number and progress. What fails is raised.
 
     The caller has claimed the folders. KeyboardInterrupt ends the processes at once; their runs can be resumed.
     """
@@ -60,7 +60,7 @@ def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None]
         try:
             while under_way:
                 done, under_way = wait(under_way, timeout=0.1)
-                _pass_on(told, watch, say)
+                _pass_on(told, on_progress, on_warning)
                 for future in done:
                     future.result()
         except BrokenProcessPool as error:
@@ -72,7 +72,7 @@ def play(jobs: Sequence[Job], count: int, watch: Callable[[int, Progress], None]
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        _pass_on(told, watch, say)
+        _pass_on(told, on_progress, on_warning)
 
 
 @contextmanager
@@ -88,20 +88,20 @@ def _no_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _pass_on(told: Any, watch: Callable[[int, Progress], None], say: Say) -> None:
+def _pass_on(told: Any, on_progress: Callable[[int, Progress], None], on_warning: OnWarning) -> None:
     while True:
         try:
             number, news = told.get_nowait()
         except queue.Empty:
             return
-        say(news) if isinstance(news, str) else watch(number, news)
+        on_warning(news) if isinstance(news, str) else on_progress(number, news)
 
 
 class _Here:
     """What a process keeps between its runs."""
 
     told: Any = None
-    last: Assembly | None = None
+    last: Federation | None = None
 
 
 def _begin(told: Any, stopped: Connection) -> None:
@@ -122,15 +122,15 @@ def _begin(told: Any, stopped: Connection) -> None:
 
 
 def _play(number: int, job: Job) -> None:
-    def watch(progress: Progress) -> None:
+    def on_progress(progress: Progress) -> None:
         _Here.told.put((number, progress))
 
-    def say(line: str) -> None:
+    def on_warning(line: str) -> None:
         _Here.told.put((number, line))
 
     with on_behalf(job.folder):
         if job.hardware is None:
-            run_from_checkpoint(job.folder, like=_Here.last, watch=watch, say=say)
+            run_from_checkpoint(job.folder, reuse=_Here.last, on_progress=on_progress, on_warning=on_warning)
         else:
-            _Here.last = assemble(from_json(job.settings), job.hardware, _Here.last)
-            run_from_start(_Here.last, job.folder, watch)
+            _Here.last = build(from_json(job.settings), job.hardware, _Here.last)
+            run_from_start(_Here.last, job.folder, on_progress)

@@ -11,7 +11,7 @@ from typing import Final, Self, final
 
 from pydantic_core import to_json
 
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint, Written
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, read
@@ -44,19 +44,19 @@ class Progress:
                 return self
 
 
-Watch = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 @final
-class Journal:
+class Recorder:
     """Takes down rows and states; a crash between two calls of ``save`` loses what came after the first.
 
     Opening cuts the ledger back to where ``begin`` left it; a run from its beginning writes its first row and state. A
     full disk raises BadInput and leaves the last checkpoint as it was.
     """
 
-    def __init__(self, assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> None:
-        self._folder, self._memories, self._watch = folder, begin.memories, watch
+    def __init__(self, assembly: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress) -> None:
+        self._folder, self._memories, self._on_progress = folder, begin.memories, on_progress
         self._digest = settings_digests(folder)[0]
         self._written = Written({begin.state.round: begin.files} if begin.files else {})
         self._stand = Progress(begin.state.round, assembly.config.federation.rounds)
@@ -67,7 +67,7 @@ class Journal:
         for row in read(folder / FILE):
             self._stand = self._stand.after(row)
         if begin.ledger:
-            watch(self._stand)
+            on_progress(self._stand)
             return
         with ExitStack() as undo:
             undo.push(self)
@@ -93,7 +93,7 @@ class Journal:
         except OSError as error:
             raise self._unsaved(error) from error
         self._stand = replace(self._stand, round=state.round)
-        self._watch(self._stand)
+        self._on_progress(self._stand)
 
     def _unsaved(self, error: OSError) -> BadInput:
         return BadInput(

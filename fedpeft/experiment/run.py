@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from fedpeft.engines import Site, launch
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.engines import ClientPool, launch
+from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.config import Config, from_json, renamed
-from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, Journal, Watch, settings_digests
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, OnProgress, Recorder, settings_digests
 from fedpeft.experiment.run_folder import HARDWARE, LABELS, beginning, check_is_run, clear
 from fedpeft.experiment.scoring import evaluation_row
 from fedpeft.federation import checkpoint
@@ -20,25 +20,25 @@ from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Memories
 from fedpeft.federation.server import federate, sample
 from fedpeft.ledger import FILE, ClientRow, RunRow, stream
-from fedpeft.training.evaluation import WHOLE
+from fedpeft.training.evaluation import FULL_CLIENT
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import BadInput, Engine, State
 
 T = TypeVar("T")
-Say = Callable[[str], None]
+OnWarning = Callable[[str], None]
 
 
-def start(assembly: Assembly, folder: Path, *, overwrite: bool = False, watch: Watch = lambda _: None) -> State:
+def start(assembly: Federation, folder: Path, *, overwrite: bool = False, on_progress: OnProgress = lambda _: None) -> State:
     """Run ``assembly`` from its beginning in ``folder`` and return the last state.
 
     A folder that exists raises BadInput unless ``overwrite``, and one that another process writes
     raises it always; nothing is written before all input has been checked.
     """
     with beginning(folder, overwrite=overwrite):
-        return run_from_start(assembly, folder, watch)
+        return run_from_start(assembly, folder, on_progress)
 
 
-def run_from_start(assembly: Assembly, folder: Path, watch: Watch) -> State:
+def run_from_start(assembly: Federation, folder: Path, on_progress: OnProgress) -> State:
     """Do what ``start`` does in a folder that is claimed; what an older run has left there is removed."""
     first = assembly.first_state()
     about = {
@@ -55,15 +55,15 @@ def run_from_start(assembly: Assembly, folder: Path, watch: Watch) -> State:
         except OSError as error:
             raise BadInput(f"{folder}: cannot be written ({error.strerror}); make room and start again") from error
         undo.pop_all()
-    return _play(assembly, folder, Checkpoint(first, Memories(), 0), watch)
+    return _play(assembly, folder, Checkpoint(first, Memories(), 0), on_progress)
 
 
 def resume(
     folder: Path | str,
     *,
-    like: Assembly | None = None,
-    watch: Watch = lambda _: None,
-    say: Say = lambda _: None,
+    reuse: Federation | None = None,
+    on_progress: OnProgress = lambda _: None,
+    on_warning: OnWarning = lambda _: None,
 ) -> State:
     """Go on with the run in ``folder`` from its last whole checkpoint, with the hardware choices it was started with.
 
@@ -72,22 +72,22 @@ def resume(
     folder = Path(folder)
     check_is_run(folder)
     with claimed(folder):
-        return run_from_checkpoint(folder, like=like, watch=watch, say=say)
+        return run_from_checkpoint(folder, reuse=reuse, on_progress=on_progress, on_warning=on_warning)
 
 
-def run_from_checkpoint(folder: Path, *, like: Assembly | None, watch: Watch, say: Say) -> State:
+def run_from_checkpoint(folder: Path, *, reuse: Federation | None, on_progress: OnProgress, on_warning: OnWarning) -> State:
     """Do what ``resume`` does in a folder that is claimed."""
     config, hardware, _ = read_settings(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), say)
-    assembly = assemble(config, hardware, like)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
+    assembly = build(config, hardware, reuse)
     _check_same(folder, assembly)
     method = assembly.method
-    if found and config.engine.kind != "local" and not method.expects(found.state, method.send(found.state, WHOLE)):
+    if found and config.engine.kind != "local" and not method.expects(found.state, method.send(found.state, FULL_CLIENT)):
         raise BadInput(
             f"{folder}: what method {config.method['name']!r} trains is kept by the clients of engine "
             f"{config.engine.kind!r} alone, and they are gone; start again with --overwrite"
         )
-    return _play(assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), watch)
+    return _play(assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), on_progress)
 
 
 def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
@@ -107,9 +107,9 @@ def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
     return content(CONFIG, from_json), content(HARDWARE, hardware), labels
 
 
-def _check_same(folder: Path, assembly: Assembly) -> None:
+def _check_same(folder: Path, assembly: Federation) -> None:
     """Raise BadInput where texts, weights or partition are not those that the run was started on."""
-    first = begun(folder)
+    first = run_row(folder)
     for what, given, now in (
         ("the texts", first and first.data_digest, assembly.dataset.digest()),
         ("the weights of the model", first and first.model_digest, assembly.loaded.digest),
@@ -122,7 +122,7 @@ def _check_same(folder: Path, assembly: Assembly) -> None:
             )
 
 
-def begun(folder: Path) -> RunRow | None:
+def run_row(folder: Path) -> RunRow | None:
     """Return the first row of a run's ledger; None where the run ended before it was written."""
     first = next(stream(folder / FILE), None) if (folder / FILE).exists() else None
     return first if isinstance(first, RunRow) else None
@@ -140,13 +140,13 @@ def finished(folder: Path, config: Config) -> bool:
     return checkpoint.manifest(folder / CHECKPOINTS, config.federation.rounds).exists()
 
 
-def _play(assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> State:
+def _play(assembly: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress) -> State:
     """Play the rounds that are left; after each of them ledger and checkpoint are on the disk."""
     config, federation = assembly.config, assembly.config.federation
 
     def body(engine: Engine) -> State:
         state = begin.state
-        with Journal(assembly, folder, begin, watch) as journal:
+        with Recorder(assembly, folder, begin, on_progress) as journal:
             for state in federate(
                 assembly.method,
                 begin.state,
@@ -163,10 +163,10 @@ def _play(assembly: Assembly, folder: Path, begin: Checkpoint, watch: Watch) -> 
         return state
 
     settings = json.dumps({"config": config.to_json(), "hardware": assembly.hardware.describe()})
-    return launch(config.engine.kind, Site(len(assembly.clients), assembly.worker, settings, rebuild, begin.memories), body)
+    return launch(config.engine.kind, ClientPool(len(assembly.clients), assembly.worker, settings, rebuild, begin.memories), body)
 
 
 def rebuild(settings: str) -> Worker:
     """Return, in another process, the worker that ``_play`` describes by ``settings``."""
     fields = json.loads(settings)
-    return assemble(from_json(fields["config"]), Hardware(**fields["hardware"])).worker
+    return build(from_json(fields["config"]), Hardware(**fields["hardware"])).worker

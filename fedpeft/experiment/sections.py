@@ -10,7 +10,7 @@ from fedpeft.mounting import Targets
 
 
 @dataclass(frozen=True)
-class DataChoice:
+class DataSection:
     """Which texts. ``source`` is ``pydocs`` or ``files``; with files, ``train`` (and ``validation``, ``test``) are paths.
 
     Files are ``.jsonl``, ``.ndjson``, ``.json`` (also an array), ``.csv`` or ``.tsv``, each also
@@ -40,7 +40,7 @@ CLIENTS = 20
 
 
 @dataclass(frozen=True)
-class PartitionChoice:
+class PartitionSection:
     """Who holds what: ``kind`` with its own numbers.
 
     ``iid``; ``dirichlet`` of ``alpha`` per class, redrawn until every client has ``min_examples``; ``shards`` sorted by
@@ -58,7 +58,7 @@ class PartitionChoice:
 
 
 @dataclass(frozen=True)
-class FederationChoice:
+class FederationSection:
     """``rounds``, ``clients_per_round``, and ``min_replies``: with fewer usable ones a round changes nothing."""
 
     rounds: Annotated[int, Ge(1)] = 20
@@ -67,7 +67,7 @@ class FederationChoice:
 
 
 @dataclass(frozen=True)
-class EvaluationChoice:
+class EvaluationSection:
     """When and on what: ``every`` so many rounds and after the last, on ``limit`` texts of ``split`` (None: all).
 
     ``per_client`` also scores every client on its own part of the test set.
@@ -80,16 +80,16 @@ class EvaluationChoice:
 
 
 @dataclass(frozen=True)
-class EngineChoice:
+class EngineSection:
     """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation.
 
-    ``cohort``: how many clients train side by side in this process where method and model can; ``auto`` finds out once,
+    ``stack``: how many clients train side by side in this process where method and model can; ``auto`` finds out once,
     by trying. With dropout in the base it is 1, as every client has a random stream of its own. Equality to the bit holds
     between runs with the same cohort.
     """
 
     kind: Literal["local", "flower"] = "local"
-    cohort: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    stack: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
 
 
 Reference = Literal["centralised", "local-only"]
@@ -97,7 +97,7 @@ Reference = Literal["centralised", "local-only"]
 
 
 @dataclass(frozen=True)
-class CompareChoice:
+class CompareSection:
     """What ``fedpeft compare`` runs.
 
     ``methods``, ``seeds``. ``recipe``: ``equal`` gives every method that has them the same ``targets`` and starting

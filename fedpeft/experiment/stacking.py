@@ -9,22 +9,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedpeft.federation.client import Holding, Worker
+from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import measured
 from fedpeft.methods.lora import LoRA
 from fedpeft.tasks import Encoded
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.types import Base, Client, NotStackable
-from fedpeft.wire.messages import Answer, Kind, Request
+from fedpeft.wire.messages import Kind, Request, Response
 
 GAIN: Final = 0.95
-"""A cohort must take at most this share of a lone client's time, per client."""
+"""A stack must take at most this share of a lone client's time, per client."""
 PATIENCE: Final = 4.0
 """Seconds that a trial may be expected to take, as many lone clients would."""
 TOKENS: Final = 5
 """Tokens that a text should have by which rows and length are told apart."""
 SHARE: Final = 0.5
-"""Share of the memory that a cohort may be expected to need, as many lone clients would."""
+"""Share of the memory that a stack may be expected to need, as many lone clients would."""
 
 
 def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) -> int:
@@ -44,7 +44,7 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
         ids = [client.id for client in most[:size]]
         start = time.perf_counter()
         answers = trial.handle(ids, [request] * size, [b""] * size)
-        return time.perf_counter() - start, Answer.decode(answers[0][0]).measured.peak_memory
+        return time.perf_counter() - start, Response.decode(answers[0][0]).measured.peak_memory
 
     once(1)  # makes the kernels for these shapes
     alone, peak = min(once(1), once(1))
@@ -71,17 +71,17 @@ def apart(worker: Worker, base: Base) -> bool:
     is not known to do, whatever the reason.
     """
     trial, request = _trial(worker, base)
-    text = _probe([ids for holding in worker.holdings.values() for ids in holding.train.ids])
+    text = _probe([ids for holding in worker.client_data.values() for ids in holding.train.ids])
     if text is None:
         return False
     rows = 3 if len(text) != 2 * 3 else 4  # of each of two clients
     own = Encoded([text] * rows, torch.zeros(rows, dtype=torch.int64))
-    first = next(iter(worker.holdings))
+    first = next(iter(worker.client_data))
     trial = replace(
         trial,
-        holdings={first: Holding(own, own)},
+        client_data={first: ClientData(own, own)},
         training=replace(trial.training, batch_size=rows),
-        hardware=replace(worker.hardware, grain=1),  # padded, it might be as long as there are rows
+        hardware=replace(worker.hardware, pad_to_multiple_of=1),  # padded, it might be as long as there are rows
     )
     try:
         trial.handle([first] * 2, [request] * 2, [b""] * 2)
@@ -109,16 +109,16 @@ def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
         worker,
         method=yardstick,
         training=replace(worker.training, steps=1),
-        activations=Activations(),
+        cache=ActivationCache(),
         step_alone=None,
     )
     return trial, request
 
 
 def sizes(count: int) -> list[int]:
-    """Return what deals ``count`` clients evenly into cohorts: 1, about 2, 4, 8 and so on, and all of them."""
-    cohorts = [max(1, count >> power) for power in range(count.bit_length())]
-    return sorted({-(-count // number) for number in cohorts})
+    """Return what deals ``count`` clients evenly into stacks: 1, about 2, 4, 8 and so on, and all of them."""
+    stacks = [max(1, count >> power) for power in range(count.bit_length())]
+    return sorted({-(-count // number) for number in stacks})
 
 
 def _memory(device: torch.device) -> int:

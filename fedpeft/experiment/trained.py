@@ -8,11 +8,11 @@ from typing import final
 
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.recorder import CHECKPOINTS, settings_digests
-from fedpeft.experiment.run import begun, read_settings
+from fedpeft.experiment.run import read_settings, run_row
 from fedpeft.federation import checkpoint
 from fedpeft.models import Loaded, export, load
 from fedpeft.tasks import Classification
-from fedpeft.training.evaluation import WHOLE, held, says
+from fedpeft.training.evaluation import FULL_CLIENT, mounted_state, predict_logits
 from fedpeft.training.hardware import Hardware, use
 from fedpeft.types import BadInput, LocalTask, Method, State
 
@@ -32,7 +32,7 @@ class Trained:
     @contextmanager
     def mounted(self) -> Iterator[LocalTask]:
         """Mount what was learnt on the model for the length of a ``with``."""
-        with held(self.method, self.state, self.loaded.model, self.hardware, self.config.seed) as local:
+        with mounted_state(self.method, self.state, self.loaded.model, self.hardware, self.config.seed) as local:
             yield local
 
     def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
@@ -41,7 +41,7 @@ class Trained:
             raise TypeError(f"predict takes a list of texts, not the text {texts!r}")
         examples = self.task.encode(texts, [self.task.labels[0]] * len(texts))
         with self.mounted():
-            best = says(self.loaded.model, self.task, examples, self.hardware).softmax(dim=1).max(dim=1)
+            best = predict_logits(self.loaded.model, self.task, examples, self.hardware).softmax(dim=1).max(dim=1)
         return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
@@ -57,21 +57,21 @@ class Trained:
             export.adapter(self.loaded, local, self.config.model.name, Path(folder))
 
 
-def open_run(folder: Path | str, say: Callable[[str], None] = lambda _: None) -> Trained:
+def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: None) -> Trained:
     """Return what the run in ``folder`` has learnt so far; BadInput for a folder without a run or without a checkpoint."""
     folder = Path(folder)
     config, hardware, labels = read_settings(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), say, mend=False)
+    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning, mend=False)
     if found is None:
         raise BadInput(f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}")
     method = config.build_method()
-    if not method.expects(found.state, method.send(found.state, WHOLE)):
+    if not method.expects(found.state, method.send(found.state, FULL_CLIENT)):
         raise BadInput(
             f"{folder}: method {config.method['name']!r} shares nothing, so there is no model of the whole federation"
         )
     use(hardware)
     loaded = load(config.model, labels, hardware, config.seed)
-    first = begun(folder)
+    first = run_row(folder)
     if first and first.model_digest != loaded.digest:
         raise BadInput(
             f"{folder}: the weights of {config.model.name} had digest {first.model_digest} when the run was started, and now "

@@ -153,7 +153,7 @@ def manifests(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def load(folder: Path, configs: Collection[str], say: Callable[[str], None], *, mend: bool = True) -> Checkpoint | None:
+def load(folder: Path, configs: Collection[str], on_warning: Callable[[str], None], *, mend: bool = True) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
     A damaged one is passed over, and ``say`` told so; ``mend`` deletes it, so that its files are
@@ -169,7 +169,7 @@ def load(folder: Path, configs: Collection[str], say: Callable[[str], None], *, 
             found = _read(path, configs)
         except _DAMAGE as error:
             if path.exists():  # otherwise the run has got further, and has dropped it
-                say(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+                on_warning(f"checkpoint {path} is damaged ({error}); falling back to the one before")
                 damaged.append(path)
         else:
             if mend and damaged:

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from fedpeft.federation.memory import carried, joined, parted
 from fedpeft.ledger import Measured, measured
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload, WireError
-from fedpeft.wire.messages import Answer, Kind, Request, decode, encode
+from fedpeft.wire.messages import Kind, Request, Response, decode, encode
 
 
 @final
 @dataclass(frozen=True)
-class Holding:
+class ClientData:
     """What one client holds: its training examples and, for scores of its own, its part of the test set."""
 
     train: Encoded
@@ -34,10 +34,10 @@ MountedForm = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Plays the clients in ``holdings`` with one method on one frozen model.
+    """Plays the clients in ``client_data`` with one method on one frozen model.
 
     ``head``: names of the head's parameters. ``config``: digest of what server and client must
-    agree on; a request for anything else raises WireError. ``activations``: what is kept of frozen
+    agree on; a request for anything else raises WireError. ``cache``: what is kept of frozen
     blocks between rounds. ``step_alone``: seconds of one step of a client alone, by what is mounted,
     found out when clients first train side by side with it; None where nobody wants to know.
     """
@@ -45,19 +45,19 @@ class Worker:
     method: Method
     model: nn.Module
     task: Classification
-    holdings: Mapping[int, Holding]
+    client_data: Mapping[int, ClientData]
     training: Training
     hardware: Hardware
     head: frozenset[str]
     seed: int
     config: bytes
-    activations: Activations = field(default_factory=Activations)
+    cache: ActivationCache = field(default_factory=ActivationCache)
     step_alone: dict[MountedForm, float] | None = field(default_factory=dict)
 
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
     ) -> Sequence[tuple[bytes, bytes]]:
-        """Answer one request for each of ``clients``, which train side by side as one cohort.
+        """Response one request for each of ``clients``, which train side by side as one stack.
 
         ``memories``: what each client holds as of the version its request assumes, empty for none. Returns (answer, new
         memory) for each, the memory empty where it stays as it was. Requests of different kinds or rounds, or for
@@ -66,9 +66,9 @@ class Worker:
         """
         asked = [Request.decode(blob, self.config) for blob in requests]
         if len({(request.kind, request.round) for request in asked}) != 1:
-            raise WireError("the requests of one cohort differ in kind or round")
+            raise WireError("the requests of one stack differ in kind or round")
         for client in clients:
-            if client not in self.holdings:
+            if client not in self.client_data:
                 raise WireError(f"client {client} is not held here")
         held = [decode(blob) if blob else {} for blob in memories]
         play = {Kind.TRAIN: self._train, Kind.EVALUATE: self._evaluate}[asked[0].kind]
@@ -86,7 +86,7 @@ class Worker:
             if not share.steps:
                 raise WireError(f"client {client} holds no examples to train on")
         order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
-        self.activations.learn(self.model, self._forward, shares[0].examples.take([0]))
+        self.cache.trace(self.model, self._forward, shares[0].examples.take([0]))
         context = Context([clients[k] for k in order], number, self.seed)
         down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
         own, kept = parted(memory)
@@ -114,7 +114,7 @@ class Worker:
                 shared_by=len(clients),
             )
             version = _version(number, asked[k].memory, stays, remembered)
-            answer = Answer(number, _row(up, row), figures, memory=version)
+            answer = Response(number, _row(up, row), figures, memory=version)
             answers[k] = answer.encode(), encode(_row(remembered, row)) if remembered else b""
         return answers
 
@@ -137,7 +137,7 @@ class Worker:
             self.training,
             self.head,
             self.hardware,
-            self.activations,
+            self.cache,
             optimizer,
         )
         return losses, optimizer.state() if self.training.keep_optimizer else {}
@@ -178,7 +178,7 @@ class Worker:
                 measured(self.hardware.torch_device) as meter,
                 self.method.mount(self.model, down, memory, context),
             ):
-                found = score(self.model, self.task, self.holdings[client].test, self.hardware)
+                found = score(self.model, self.task, self.client_data[client].test, self.hardware)
             figures = Measured(
                 examples=found.examples,
                 loss=found.loss_sum,
@@ -187,20 +187,20 @@ class Worker:
                 peak_memory=meter.peak_memory,
             )
             payload = {"counts": found.counts}
-            answer = Answer(request.round, payload, figures, memory=request.memory)
+            answer = Response(request.round, payload, figures, memory=request.memory)
             answers.append((answer.encode(), b""))
         return answers
 
     def _share(self, client: int, number: int) -> Share:
-        examples = self.holdings[client].train
+        examples = self.client_data[client].train
         return Share(examples, plan(len(examples), self.training, self.seed, client, number))
 
     def _with_states(self, clients: Sequence[int], shares: Sequence[Share]) -> list[Share]:
         """Return the shares with what is known of their examples, if it is of all: a part begins at one block."""
-        if not all(self.activations.keeps(client) for client in clients):
+        if not all(self.cache.keeps(client) for client in clients):
             return list(shares)
         states = (
-            self.activations.of(client, self.model, self._forward, share.examples)
+            self.cache.get(client, self.model, self._forward, share.examples)
             for client, share in zip(clients, shares, strict=True)
         )
         return [replace(share, states=own) for share, own in zip(shares, states, strict=True)]
@@ -215,7 +215,7 @@ class Worker:
         try:
             stacks = {name: _stacked([payload[name] for payload in payloads]) for name in names}
         except (KeyError, RuntimeError) as error:
-            raise WireError(f"the messages of one cohort differ in names or shapes: {error}") from error
+            raise WireError(f"the messages of one stack differ in names or shapes: {error}") from error
         return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Final, final
 
 from torch import Tensor
 
-from fedpeft.types import NEVER, Client, Payload, WireError
+from fedpeft.types import NO_MEMORY, Client, Payload, WireError
 
 RESERVED: Final = "@"
 """How the names begin of what a memory holds beside a method's part."""
@@ -27,21 +27,21 @@ def carried(number: int, before: int) -> int:
     >>> version = carried(7, before=3)
     >>> written(version), written_by_method(version)
     (7, 3)
-    >>> written_by_method(carried(7, before=NEVER)) == NEVER
+    >>> written_by_method(carried(7, before=NO_MEMORY)) == NO_MEMORY
     True
     """
-    older = written_by_method(before) - NEVER + 1  # at least 1, so that it shows
+    older = written_by_method(before) - NO_MEMORY + 1  # at least 1, so that it shows
     return (older << _SHIFT) + number
 
 
 def written(version: int) -> int:
-    """Return the round in which a memory of ``version`` was written, ``NEVER`` for none."""
+    """Return the round in which a memory of ``version`` was written, ``NO_MEMORY`` for none."""
     return version if version < 1 << _SHIFT else version % (1 << _SHIFT)
 
 
 def written_by_method(version: int) -> int:
-    """Return the round in which the method's part was written, ``NEVER`` where there is none."""
-    return version if version < 1 << _SHIFT else (version >> _SHIFT) - 1 + NEVER
+    """Return the round in which the method's part was written, ``NO_MEMORY`` where there is none."""
+    return version if version < 1 << _SHIFT else (version >> _SHIFT) - 1 + NO_MEMORY
 
 
 def as_told(client: Client) -> Client:
@@ -83,8 +83,8 @@ class Memories:
         self._versions: dict[int, dict[int, bytes]] = {}
 
     def get(self, client: int, version: int) -> bytes:
-        """Return a memory of ``client``, empty for ``NEVER``; Forgotten where it is not here."""
-        if version == NEVER:
+        """Return a memory of ``client``, empty for ``NO_MEMORY``; Forgotten where it is not here."""
+        if version == NO_MEMORY:
             return b""
         own = self._versions.get(client, {})
         if version not in own:
@@ -97,7 +97,7 @@ class Memories:
         """Return whether that version of the client's memory is here."""
         return version in self._versions.get(client, {})
 
-    def put(self, client: int, version: int, blob: bytes, assumed: int = NEVER) -> None:
+    def put(self, client: int, version: int, blob: bytes, assumed: int = NO_MEMORY) -> None:
         """Store a new memory and forget all others but the ``assumed`` one, from which it was made."""
         own = self._versions.get(client, {})
         self._versions[client] = {v: b for v, b in own.items() if v == assumed} | {version: blob}

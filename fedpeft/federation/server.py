@@ -13,7 +13,7 @@ from fedpeft.ledger import ClientRow, Measured
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
 from fedpeft.types import (
-    NEVER,
+    NO_MEMORY,
     Client,
     Engine,
     Lost,
@@ -24,7 +24,7 @@ from fedpeft.types import (
     Update,
     WireError,
 )
-from fedpeft.wire.messages import Answer, Kind, Request, check
+from fedpeft.wire.messages import Kind, Request, Response, check
 
 
 def sample(clients: Sequence[Client], count: int, seed: int, number: int) -> list[Client]:
@@ -51,7 +51,7 @@ def federate(
     Everyone of a cohort is asked, also where ``receive`` leaves some of their updates unread.
     """
     for number in rounds:
-        asked = [replace(client, memory=state.memories.get(client.id, NEVER)) for client in cohort(number)]
+        asked = [replace(client, memory=state.memories.get(client.id, NO_MEMORY)) for client in cohort(number)]
         talk = _Talk(method, state, engine, config, number)
         updates = talk.updates(asked)
         merged = method.receive(state, updates)
@@ -80,7 +80,7 @@ def poll(
     method: Method, state: State, engine: Engine, clients: Sequence[Client], *, config: bytes, labels: int
 ) -> dict[int, Scores]:
     """Return the scores of ``state`` on each client's own test examples; clients without any, or lost, are left out."""
-    asked = [replace(client, memory=state.memories.get(client.id, NEVER)) for client in clients]
+    asked = [replace(client, memory=state.memories.get(client.id, NO_MEMORY)) for client in clients]
 
     def request(client: Client) -> bytes:
         down = method.send(state, as_told(client))
@@ -91,13 +91,13 @@ def poll(
         match outcome:
             case Reply(client, blob):
                 with suppress(WireError):
-                    found[client.id] = _scores(Answer.decode(blob), client, state.round, labels)
+                    found[client.id] = _scores(Response.decode(blob), client, state.round, labels)
             case Lost():
                 pass
     return found
 
 
-def _scores(answer: Answer, client: Client, number: int, labels: int) -> Scores:
+def _scores(answer: Response, client: Client, number: int, labels: int) -> Scores:
     """Return the scores in an answer after ``number`` rounds; WireError where they cannot be."""
     due = {"counts": torch.empty(3, labels, dtype=torch.int64, device="meta")}
     check(answer, number, due, memory=client.memory)
@@ -165,11 +165,11 @@ class _Talk:
             if answer is None or lost is not None:
                 continue
             self.count += 1
-            if answer.memory != NEVER:
+            if answer.memory != NO_MEMORY:
                 self.memories[client.id] = answer.memory
             yield Update(client, measured.examples, answer.payload)
 
-    def _believed(self, answer: Answer, client: Client) -> Measured:
+    def _believed(self, answer: Response, client: Client) -> Measured:
         """Return what an answer says of this round as far as it can be true, of another nothing."""
         if answer.round != self.number:
             return Measured()
@@ -185,10 +185,10 @@ class _Talk:
         return last.blob
 
 
-def _answer(outcome: Reply | Lost) -> Answer:
+def _answer(outcome: Reply | Lost) -> Response:
     """Return what came back, before any check; of a lost client WireError says why."""
     match outcome:
         case Lost(_, reason):
             raise WireError(reason)
         case Reply(_, blob):
-            return Answer.decode(blob)
+            return Response.decode(blob)

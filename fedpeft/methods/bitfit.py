@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from torch import nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
-from fedpeft.mounting import forms, mounted, trainable, values
+from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -42,12 +42,12 @@ class BitFit:
         del memory, context
         trained = trainable(down)
         with mounted(model, trained):
-            yield LocalTask(trained, lambda: (values(trained), {}))
+            yield LocalTask(trained, lambda: (detached(trained), {}))
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect biases and head back."""
         del state
-        return forms(down)
+        return specs(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average biases and head."""

@@ -11,9 +11,9 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, mean, weight_of
-from fedpeft.algebra.importance import Importance, Score, Tally, strength
+from fedpeft.algebra.importance import Importance, Score, Tally, rank_norms
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, orthogonality
-from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
@@ -91,14 +91,14 @@ class FedARA:
             importance.update(active)
 
         def reply() -> tuple[Payload, Payload]:
-            return {**values(trained), "votes": importance.votes(budget)}, {}
+            return {**detached(trained), "votes": importance.votes(budget)}, {}
 
         with mounted(model, trained, self.scale):
             yield LocalTask(trained, reply, partial(deltas, trained, self.scale), after_backward)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect the live triplets and the head back, and one bit per live rank, packed into bytes."""
-        expected = forms(down)
+        expected = specs(down)
         del expected["budget"]
         return {**expected, "votes": torch.empty(-(-_count(state) // 8), dtype=torch.uint8, device="meta")}
 
@@ -114,9 +114,9 @@ class FedARA:
         if not merged:
             return replace(state, round=state.round + 1)
         shared = {name: _put(state, name, merged.get(name)) for name in state.shared}
-        strengths = [strength(parts) for _, parts in sorted(by_module(merged).items())]
+        strengths = [rank_norms(parts) for _, parts in sorted(by_module(merged).items())]
         budget = self.budget(state.round, sum(len(alive) for alive in state.server.values()))
-        living = tally.survivors(torch.cat([torch.zeros(0), *strengths]), self.threshold, budget)
+        living = tally.select_ranks(torch.cat([torch.zeros(0), *strengths]), self.threshold, budget)
         server, begin = dict(state.server), 0
         for name, alive in sorted(state.server.items(), key=lambda item: item[0].partition(":")[0]):
             end = begin + int(alive.sum())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, principal
-from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
-from fedpeft.types import NEVER, Base, Client, Context, Delta, LocalTask, Payload, State, Update
+from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
+from fedpeft.types import NO_MEMORY, Base, Client, Context, Delta, LocalTask, Payload, State, Update
 
 
 @final
@@ -45,7 +45,7 @@ class FeDeRA:
 
     def send(self, state: State, client: Client) -> Payload:
         """Send A, B and head, and once, to a client that has no memory of it, the anchor."""
-        return {**state.shared, **state.server} if client.memory == NEVER else state.shared
+        return {**state.shared, **state.server} if client.memory == NO_MEMORY else state.shared
 
     @contextmanager
     def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
@@ -56,12 +56,12 @@ class FeDeRA:
         anchor = {name.removesuffix("0"): tensor for name, tensor in (news or memory).items()}
         with mounted(model, anchor, -self.scale), mounted(model, trained, self.scale):
             difference = partial(_differences, anchor, trained, self.scale)
-            yield LocalTask(trained, lambda: (values(trained), news), difference)
+            yield LocalTask(trained, lambda: (detached(trained), news), difference)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""
         del state
-        return forms({name: tensor for name, tensor in down.items() if not _is_anchor(name)})
+        return specs({name: tensor for name, tensor in down.items() if not _is_anchor(name)})
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""

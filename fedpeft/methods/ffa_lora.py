@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, uniform
-from fedpeft.mounting import Targets, dense_layer, forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, dense_layer, detached, mounted, select, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -54,12 +54,12 @@ class FFALoRA:
             A = uniform(rank, dense_layer(model, name).shape[1], context.seed, name).to(parts["B"])
             drawn[f"{name}:A"] = A.expand(clients, -1, -1)
         with mounted(model, trained | drawn, self.scale):
-            yield LocalTask(trained, lambda: (values(trained), {}), partial(deltas, trained | drawn, self.scale))
+            yield LocalTask(trained, lambda: (detached(trained), {}), partial(deltas, trained | drawn, self.scale))
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect B and head back."""
         del state
-        return forms(down)
+        return specs(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average B and head."""

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from torch import nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
-from fedpeft.mounting import forms, mounted, trainable, values
+from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -39,12 +39,12 @@ class Full:
         del memory, context
         trained = trainable(down)
         with mounted(model, trained):
-            yield LocalTask(trained, lambda: (values(trained), {}))
+            yield LocalTask(trained, lambda: (detached(trained), {}))
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect every parameter back."""
         del state
-        return forms(down)
+        return specs(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the parameters."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft.methods.lora import LoRA
 from fedpeft.mounting import Targets
-from fedpeft.types import NEVER, Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Payload, State, Update
 
 
 @final
@@ -38,7 +38,7 @@ class LocalOnly:
 
     def send(self, state: State, client: Client) -> Payload:
         """Send the start to a client that has nothing of its own yet."""
-        return state.shared if client.memory == NEVER else {}
+        return state.shared if client.memory == NO_MEMORY else {}
 
     @contextmanager
     def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.algebra.lowrank import check_ranks, deltas, uniform
-from fedpeft.mounting import Targets, forms, mounted, select, trainable, values
+from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -49,12 +49,12 @@ class LoRA:
         del memory, context
         trained = trainable(down)
         with mounted(model, trained, self.scale):
-            yield LocalTask(trained, lambda: (values(trained), {}), partial(deltas, trained, self.scale))
+            yield LocalTask(trained, lambda: (detached(trained), {}), partial(deltas, trained, self.scale))
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""
         del state
-        return forms(down)
+        return specs(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""

@@ -16,13 +16,13 @@ from fedpeft.algebra.masks import positions, scatter
 from fedpeft.mounting import (
     Targets,
     dense_layer,
-    forms,
     mounted,
     oriented,
     replaced,
     select,
+    specs,
     trainable,
-    values,
+    detached,
 )
 from fedpeft.types import Base, Client, Context, LocalTask, NotStackable, Payload, State, Update
 
@@ -88,7 +88,7 @@ class Sparse:
         """Let W_0 + difference stand in for every masked matrix; one client at a time, as whole matrices change."""
         del memory
         if len(context.clients) > 1:
-            raise NotStackable("sparse values cannot carry several clients at once; use cohorts of 1")
+            raise NotStackable("sparse values cannot carry several clients at once; use a stack of 1")
         trained = trainable(down)
         masked: dict[str, Masked] = {}
         for name in by_module(down):
@@ -98,12 +98,12 @@ class Sparse:
         weights = {f"{name}.weight": partial(_tuned, model, name, delta) for name, delta in masked.items()}
         head = {name: tensor for name, tensor in trained.items() if ":" not in name}
         with replaced(model, weights), mounted(model, head):
-            yield LocalTask(trained, lambda: (values(trained), {}), lambda: masked)
+            yield LocalTask(trained, lambda: (detached(trained), {}), lambda: masked)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect the differences and the head back."""
         del state
-        return forms(down)
+        return specs(down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the differences and the head."""

@@ -1,6 +1,6 @@
 """Load the pre-trained classifier that a user names; what does not fit is found out here."""
 
-from fedpeft.models.choice import ModelChoice as ModelChoice
+from fedpeft.models.choice import ModelSection as ModelSection
 from fedpeft.models.choice import locate as locate
 from fedpeft.models.loading import Loaded as Loaded
 from fedpeft.models.loading import kernels as kernels

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fedpeft.models.causes import cause
-from fedpeft.models.choice import ModelChoice
+from fedpeft.models.choice import ModelSection
 from fedpeft.tasks import Classification
 from fedpeft.types import BadInput
 
@@ -18,7 +18,7 @@ TRIAL: Final = ("a", "some more words, so that the first text is padded")
 """Texts on which a model is tried."""
 
 
-def settle_padding(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> tuple[str, ...]:
+def settle_padding(tokenizer: Any, model: nn.Module, choice: ModelSection) -> tuple[str, ...]:
     """Name a padding token where the tokenizer has none, tell the model, and return what to say.
 
     A mask tells what is padding, but heads of decoders read the last token that is not the padding
@@ -69,7 +69,7 @@ def _named_by(config: Any) -> list[int | None]:
     return [getattr(text, "pad_token_id", None), *(ends if isinstance(ends, list) else [ends])]
 
 
-def check_vocabulary(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> None:
+def check_vocabulary(tokenizer: Any, model: nn.Module, choice: ModelSection) -> None:
     """Raise BadInput where the tokenizer has tokens beyond the rows of the embeddings.
 
     Marks that stand for no text, such as the place of an image (Gemma 3), may be beyond: text that
@@ -89,7 +89,7 @@ def check_vocabulary(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> N
         raise BadInput(f"model.name = {choice.name!r}: {sizes} ({first!r} has none); {remedy}")
 
 
-def check_lengths(tokenizer: Any, model: nn.Module, choice: ModelChoice) -> None:
+def check_lengths(tokenizer: Any, model: nn.Module, choice: ModelSection) -> None:
     """Raise BadInput for texts longer than the model takes, or so short that all is marks."""
     longest = _longest(tokenizer, model)
     marks = tokenizer.num_special_tokens_to_add()
@@ -105,7 +105,7 @@ def try_out(
     task: Classification,
     model: nn.Module,
     device: torch.device,
-    choice: ModelChoice,
+    choice: ModelSection,
 ) -> None:
     """Raise BadInput where the model cannot tell the labels of two short texts."""
     texts = task.encode(TRIAL, [task.labels[0]] * len(TRIAL))

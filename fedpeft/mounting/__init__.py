@@ -2,9 +2,9 @@
 
 from fedpeft.mounting.deltas import mounted_deltas
 from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select
-from fedpeft.mounting.mount import forms, mounted, overridden, replaced, trainable, values
+from fedpeft.mounting.mount import detached, mounted, overridden, replaced, specs, trainable
 from fedpeft.mounting.precision import cast_once
-from fedpeft.mounting.rows import rows_of
+from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
 
 __all__ = [
@@ -14,16 +14,16 @@ __all__ = [
     "changes",
     "dense_layer",
     "describe",
-    "forms",
+    "specs",
     "mounted",
     "mounted_deltas",
     "oriented",
     "overridden",
     "replaced",
-    "rows_of",
+    "row_owners",
     "select",
     "touched",
     "trace",
     "trainable",
-    "values",
+    "detached",
 ]

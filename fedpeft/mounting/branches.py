@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.mounting.rows import by_client, by_owner, present
+from fedpeft.mounting.rows import by_client, group_by_client, select_clients
 from fedpeft.types import WireError
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
@@ -64,14 +64,14 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     """Return a forward hook that adds scale * B diag(e) A x to a dense layer's output; ``e`` may be missing.
 
     ``parts``: A (K, r, in), B (K, out, r), e (K, r), or all of them without the client axis, the
-    same for all clients. Whose the rows of x, (rows, ..., in), are, ``rows_of`` says.
+    same for all clients. Whose the rows of x, (rows, ..., in), are, ``row_owners`` says.
     """
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         # Transposed before rows are gathered: what comes back to be added up per client is contiguous.
         down, up = _entries(A.mT, 2), _entries(B.mT, 2)
-        inner = torch.bmm(by_owner(args[0], len(down)), down)
+        inner = torch.bmm(group_by_client(args[0], len(down)), down)
         if e is not None:
             inner = inner * _entries(e, 1).unsqueeze(1)
         flat = output.reshape(len(down), -1, output.shape[-1])
@@ -84,7 +84,7 @@ def dense(difference: Tensor, scale: float) -> Hook:
     """Return a forward hook that adds scale * D x to a dense layer's output; the base is not written to.
 
     ``difference``: D, (K, out, in), or (out, in), the same for all clients, which takes one product
-    for the whole batch. Whose the rows of x, (rows, ..., in), are, ``rows_of`` says.
+    for the whole batch. Whose the rows of x, (rows, ..., in), are, ``row_owners`` says.
     """
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def dense(difference: Tensor, scale: float) -> Hook:
 
 def _entries(stack: Tensor, axes: int) -> Tensor:
     """Return what the batch needs of a (K, ...) stack; ``axes`` alone are of no client, a stack of one."""
-    return stack.unsqueeze(0) if stack.ndim == axes else present(stack)
+    return stack.unsqueeze(0) if stack.ndim == axes else select_clients(stack)
 
 
 def _linear(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,16 +139,16 @@ def stackable(module: nn.Module) -> bool:
 def stacked(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Return a forward for ``module`` in which the parameters in ``own``, each (K, ...), are the clients' own.
 
-    Whose the rows of its input, (rows, ..., in), are, ``rows_of`` says.
+    Whose the rows of its input, (rows, ..., in), are, ``row_owners`` says.
     """
     forward = _FORWARDS[type(module)]
 
     def run(x: Tensor) -> Tensor:
-        mine = {name: present(stack) for name, stack in own.items()}
+        mine = {name: select_clients(stack) for name, stack in own.items()}
         parts = max(len(tensor) for tensor in mine.values())
         columns = {name: tensor.unsqueeze(1) if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
         weight, bias = (columns.get(name, module._parameters.get(name)) for name in ("weight", "bias"))
-        y = forward(module, by_owner(x, parts), weight, bias)
+        y = forward(module, group_by_client(x, parts), weight, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return run

@@ -20,12 +20,12 @@ def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
 
 
-def values(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the values of ``parameters``, detached."""
     return {name: tensor.detach() for name, tensor in parameters.items()}
 
 
-def forms(payload: Payload) -> dict[str, Tensor]:
+def specs(payload: Payload) -> dict[str, Tensor]:
     """Return meta tensors of the names, shapes and dtypes of ``payload``."""
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in payload.items()}
 
@@ -103,7 +103,7 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     for name, module in changed.items():
         if not stackable(module):
             kind = type(module).__name__
-            raise NotStackable(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use cohorts of 1")
+            raise NotStackable(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use a stack of 1")
     with ExitStack() as undo:
         for name, module in changed.items():
             undo.enter_context(overridden(module, stacked(module, own[name])))

@@ -1,4 +1,4 @@
-"""Whose rows a batch holds: the clients of the cohort that take part in the forward pass under way."""
+"""Whose rows a batch holds: the clients of the stack that take part in the forward pass under way."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fedpeft.types import NotStackable
 
-Owners = slice | Tensor
-"""The clients of a batch: a slice of the cohort, in order and with equally many rows each; or every row's client, (rows,)."""
+RowOwners = slice | Tensor
+"""The clients of a batch: a slice of the stack, in order and with equally many rows each; or every row's client, (rows,)."""
 
-_OWNERS: ContextVar[Owners] = ContextVar("owners", default=slice(None))
+_OWNERS: ContextVar[RowOwners] = ContextVar("owners", default=slice(None))
 _ROWS: ContextVar[int | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
-def rows_of(owners: Owners, rows: int | None = None) -> Iterator[None]:
-    """Say, for the length of a ``with``, whose the rows of a batch are; ``rows``: how many it has, where it is known."""
+def row_owners(owners: RowOwners, rows: int | None = None) -> Iterator[None]:
+    """OnWarning, for the length of a ``with``, whose the rows of a batch are; ``rows``: how many it has, where it is known."""
     tokens = _OWNERS.set(owners), _ROWS.set(rows)
     try:
         yield
@@ -27,13 +27,13 @@ def rows_of(owners: Owners, rows: int | None = None) -> Iterator[None]:
         _ROWS.reset(tokens[1])
 
 
-def present(stack: Tensor) -> Tensor:
+def select_clients(stack: Tensor) -> Tensor:
     """Return the part of a (K, ...) stack that the batch needs: one for every client, or where these mix one for every row."""
     owners = _OWNERS.get()
     return stack[owners] if isinstance(owners, slice) else stack.index_select(0, owners)
 
 
-def by_owner(x: Tensor, parts: int) -> Tensor:
+def group_by_client(x: Tensor, parts: int) -> Tensor:
     """Return x, (parts * b, ..., in), as (parts, b * ..., in), to go with ``parts`` entries of a stack from ``present``.
 
     A layer that several clients feed with other rows than the batch's raises NotStackable.
@@ -53,7 +53,7 @@ def by_client(x: Tensor, clients: int) -> list[tuple[int, Tensor]]:
     owners, rows = _OWNERS.get(), _ROWS.get()
     if isinstance(owners, slice):
         numbers = range(clients)[owners]
-        runs = by_owner(x, len(numbers)).view(len(numbers), -1, *x.shape[1:])
+        runs = group_by_client(x, len(numbers)).view(len(numbers), -1, *x.shape[1:])
         return list(zip(numbers, runs, strict=True))
     if len(owners) != x.shape[0] or (rows is not None and x.shape[0] != rows):
         raise _strange(x)
@@ -62,4 +62,4 @@ def by_client(x: Tensor, clients: int) -> list[tuple[int, Tensor]]:
 
 
 def _strange(x: Tensor) -> NotStackable:
-    return NotStackable(f"a layer sees {x.shape[0]} rows, which are not those of the cohort's batch; use cohorts of 1")
+    return NotStackable(f"a layer sees {x.shape[0]} rows, which are not those of the stack's batch; use a stack of 1")

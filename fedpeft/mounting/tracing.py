@@ -74,7 +74,7 @@ def changes(before: Trace, now: Trace) -> set[Place]:
 
 @contextmanager
 def claimed(places: Collection[Place]) -> Iterator[None]:
-    """Say, for the length of a ``with``, that ``places`` are changed by what this package mounts."""
+    """OnWarning, for the length of a ``with``, that ``places`` are changed by what this package mounts."""
     _CLAIMED.update(places)
     try:
         yield

@@ -60,7 +60,7 @@ def unfinished(runs: Sequence[Summary]) -> str:
     return "unfinished: " + ", ".join(short) if short else ""
 
 
-def cohorts(runs: Sequence[Summary]) -> str:
+def stacks(runs: Sequence[Summary]) -> str:
     """Return how measured figures of clients that trained side by side are to be read; empty when none did."""
     most = max(run.side_by_side for run in runs)
     if most == 1:

@@ -87,7 +87,7 @@ def _small_print(compared: Comparison) -> list[str]:
         "± sample standard deviation over seeds; a number to target only where every seed reached it",
         "counted: weights (first round → last), MB (10^6 bytes, all clients); measured: s per client round, peak MB",
         f"{slowest} + its longest training alone",
-        words.cohorts(runs),
+        words.stacks(runs),
         words.losses(runs),
         words.unfinished(runs),
     ]

@@ -77,14 +77,14 @@ class Classification:
             torch.tensor([number[label] for label in labels]).long(),
         )
 
-    def collate(self, examples: Encoded, device: torch.device, grain: int = 1) -> Batch:
+    def collate(self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1) -> Batch:
         """Return a batch padded to its longest text: input_ids, attention_mask (n, L) and labels (n,).
 
-        ``grain``: L is the next multiple of it, but no more than ``max_length``, unless a text is longer.
+        ``pad_to_multiple_of``: L is the next multiple of it, but no more than ``max_length``, unless a text is longer.
         """
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(list(examples.ids), batch_first=True, padding_value=padding)
-        longest = min(-(-ids.shape[1] // grain) * grain, max(ids.shape[1], self.max_length))
+        longest = min(-(-ids.shape[1] // pad_to_multiple_of) * pad_to_multiple_of, max(ids.shape[1], self.max_length))
         ids = functional.pad(ids, (0, longest - ids.shape[1]), value=padding)
         lengths = torch.tensor([len(row) for row in examples.ids])
         mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()

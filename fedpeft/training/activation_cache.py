@@ -43,7 +43,7 @@ class Chain:
 
 
 @final
-class Activations:
+class ActivationCache:
     """Keeps, for some clients, what enters the lowest block on which anything is mounted, and lets passes begin there.
 
     Exact where the frozen part is deterministic, that is without dropout. A client's states are computed from its texts
@@ -64,7 +64,7 @@ class Activations:
         """Return whether the states of ``client`` are kept."""
         return client in self._clients
 
-    def learn(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
+    def trace(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
         """Find out how ``model`` is built, unless it is as it was; called each time before anything is mounted."""
         if not self._clients:
             return
@@ -79,7 +79,7 @@ class Activations:
         self._chain = _chain(model, calls, torch.Size([rows, length]))
         self._bare = trace(model)
 
-    def of(self, client: int, model: nn.Module, forward: Forward, texts: Encoded) -> Sequence[Tensor] | None:
+    def get(self, client: int, model: nn.Module, forward: Forward, texts: Encoded) -> Sequence[Tensor] | None:
         """Return what enters the lowest block for each of the client's ``texts``, (length, width); None where not kept."""
         if self._bare is None or client not in self._clients:
             return None
@@ -94,7 +94,7 @@ class Activations:
         return states
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
         """Let passes in the ``with`` begin at the lowest block if they are given what enters it (see ``entering``)."""
         with ExitStack() as undo:
             if self._looked and self._lowest > 0:
@@ -117,7 +117,7 @@ _ENTERING: ContextVar[Sequence[Tensor] | None] = ContextVar("entering", default=
 
 @contextmanager
 def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
-    """Say, for a pass in the ``with``, what enters the lowest block for each of its texts, (length, width), if known."""
+    """OnWarning, for a pass in the ``with``, what enters the lowest block for each of its texts, (length, width), if known."""
     token = _ENTERING.set(states)
     try:
         yield

@@ -24,7 +24,7 @@ TOKENS = 1280
 GRAIN = 4
 """For bf16 on CPU, where torch makes its kernels anew for every shape: a twelfth of a step, unless shapes come again."""
 EVERYTHING = 1 << 40
-"""On a GPU the whole cohort goes through at once."""
+"""On a GPU the whole stack goes through at once."""
 SHORT = 128
 """Tokens up to which eager attention beats torch's SDPA kernel on CPU."""
 
@@ -48,9 +48,9 @@ class Machine:
 class Hardware:
     """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``.
 
-    ``tokens``: how many go through the model together, padding included; a step of a cohort is cut into parts by length.
-    ``grain``: lengths and numbers of rows of the parts are multiples of it, as far as they can be (see ``Buckets``).
-    ``cohort``: clients that train side by side where the method can.
+    ``tokens``: how many go through the model together, padding included; a step of a stack is cut into parts by length.
+    ``pad_to_multiple_of``: lengths and numbers of rows of the parts are multiples of it, as far as they can be (see ``Buckets``).
+    ``stack``: clients that train side by side where the method can.
     """
 
     device: str
@@ -58,8 +58,8 @@ class Hardware:
     attention: Literal["eager", "sdpa"]
     threads: int
     tokens: int = TOKENS
-    grain: int = 1
-    cohort: int = 1
+    pad_to_multiple_of: int = 1
+    stack: int = 1
 
     @property
     def torch_device(self) -> torch.device:
@@ -75,7 +75,7 @@ class Hardware:
     @property
     def buckets(self) -> Buckets:
         """Return how examples are grouped; what a pass costs by itself is a rough guess, and a GPU never splits a step."""
-        return Buckets(self.tokens, self.tokens // 12, self.grain)
+        return Buckets(self.tokens, self.tokens // 12, self.pad_to_multiple_of)
 
     def shared_by(self, processes: int) -> "Hardware":
         """Return the choice for one of several processes that run at once, with its share of the threads."""
@@ -116,8 +116,8 @@ def resolve(
         precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
     fastest: Kernel = "eager" if cpu and max_length <= SHORT else "sdpa"
     attention = _kernel(machine.attention, kernels, fastest)
-    tokens, grain = TOKENS if cpu else EVERYTHING, GRAIN if cpu and precision == "bf16" else 1
-    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens, grain)
+    tokens, pad_to_multiple_of = TOKENS if cpu else EVERYTHING, GRAIN if cpu and precision == "bf16" else 1
+    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens, pad_to_multiple_of)
 
 
 def _kernel(asked: Attention, kernels: Kernels, fastest: Kernel) -> Kernel:

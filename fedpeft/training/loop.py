@@ -10,14 +10,14 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.mounting import rows_of
+from fedpeft.mounting import row_owners
 from fedpeft.seeds import derive, generator
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training.activation_cache import Activations, entering
+from fedpeft.training.activation_cache import ActivationCache, entering
 from fedpeft.training.bucketing import Buckets
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.optimizer import Kind, Optimizer, clip
-from fedpeft.training.threads import lanes
+from fedpeft.training.threads import thread_map
 from fedpeft.types import LocalTask, Payload
 
 
@@ -48,7 +48,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Share:
-    """One client's examples, the rows of each of its steps, and what is known of every example (see ``Activations``)."""
+    """One client's examples, the rows of each of its steps, and what is known of every example (see ``ActivationCache``)."""
 
     examples: Encoded
     steps: Sequence[Sequence[int]]
@@ -73,7 +73,7 @@ def fit(
     training: Training,
     head: frozenset[str],
     hardware: Hardware,
-    activations: Activations,
+    cache: ActivationCache,
     optimizer: Optimizer | None = None,
 ) -> Tensor:
     """Train ``local`` on K clients' shares, longest first; return their mean losses, (K,) float64.
@@ -85,10 +85,10 @@ def fit(
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
     buckets, count = _cut(shares, hardware)
 
-    def play(part: Part) -> tuple[Part, Tensor, Sequence[Tensor | None]]:
+    def play(part: MicroBatch) -> tuple[MicroBatch, Tensor, Sequence[Tensor | None]]:
         owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
-        with entering(part.states), rows_of(owners, len(part.examples)), hardware.autocast():
-            each = task.losses(model, task.collate(part.examples, device, buckets.grain))
+        with entering(part.states), row_owners(owners, len(part.examples)), hardware.autocast():
+            each = task.losses(model, task.collate(part.examples, device, buckets.pad_to_multiple_of))
         weighted = each * part.weights.to(device)
         if not trained:
             return part, weighted.detach(), ()
@@ -97,15 +97,15 @@ def fit(
     with (
         _training(model),
         hardware.computing(model),
-        activations.begun(),
-        lanes(count, trained) as at_once,
+        cache.reading(),
+        thread_map(count, trained) as at_once,
     ):
         for step in range(len(shares[0].steps)):
             active = slice(0, sum(step < len(share.steps) for share in shares))
             for parameter in trained:
                 parameter.grad = None
             batches = [(share, share.steps[step]) for share in shares[active]]
-            for part, weighted, gradients in at_once(play, parts(batches, buckets, count)):
+            for part, weighted, gradients in at_once(play, micro_batches(batches, buckets, count)):
                 losses.index_add_(0, part.clients.to(device), weighted.to(losses.dtype))
                 _add(trained, gradients)
             local.after_backward(active)
@@ -117,10 +117,10 @@ def fit(
 
 @final
 @dataclass(frozen=True)
-class Part:
-    """Some rows of one step of a cohort, which go through the model together.
+class MicroBatch:
+    """Some rows of one step of a stack, which go through the model together.
 
-    ``clients``: whose each row is, (n,); ``owners``: the same for ``rows_of``; ``weights``: of each row in its client's
+    ``clients``: whose each row is, (n,); ``owners``: the same for ``row_owners``; ``weights``: of each row in its client's
     mean loss, (n,). ``states``: what is known of each row, or None where it is not known of all.
     """
 
@@ -131,7 +131,7 @@ class Part:
     weights: Tensor
 
 
-def parts(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, count: int) -> Iterator[Part]:
+def micro_batches(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, count: int) -> Iterator[MicroBatch]:
     """Yield the batches of k clients in parts, formed by length, whoever's they are, for ``count`` lanes.
 
     Gradients are per client whatever the grouping. Within a part the rows of a client stay together.
@@ -146,7 +146,7 @@ def parts(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, coun
         clients = torch.tensor([k for _, k, _ in mine])
         weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
         states = [share.states[row] for share, _, row in mine if share.states is not None] if known else None
-        yield Part(Encoded(ids, labels), states, clients, _owners(clients), weights)
+        yield MicroBatch(Encoded(ids, labels), states, clients, _owners(clients), weights)
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -188,11 +188,11 @@ def _cut(shares: Sequence[Share], hardware: Hardware) -> tuple[Buckets, int]:
     the model's, of which there is one set: its parts are few, one after another.
     """
     if len(shares) == 1:
-        return replace(hardware.buckets, overhead=hardware.tokens), 1
-    return hardware.buckets, _at_once(shares, hardware, hardware.buckets)
+        return replace(hardware.buckets, overhead_tokens=hardware.tokens), 1
+    return hardware.buckets, _num_parallel(shares, hardware, hardware.buckets)
 
 
-def _at_once(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:
+def _num_parallel(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:
     """Return how many parts of a step are computed at once: all, as far as there are threads."""
     lengths = [len(share.examples.ids[row]) for share in shares for row in share.steps[0]]
     return min(hardware.threads, len(buckets.cheapest(lengths)))

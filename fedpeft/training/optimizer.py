@@ -88,11 +88,11 @@ class Optimizer:
 
     def _step_alike(self, active: slice, clocks: Mapping[str, Tensor]) -> None:
         """Move clients that have taken equally many steps, and so have one rate and one clock."""
-        warmth = min(1.0, (self._steps[active.start] + 1) / (self._warmup + 1))
+        lr_factor = min(1.0, (self._steps[active.start] + 1) / (self._warmup + 1))
         for rate in sorted(set(self._rates.values())):
             names = [n for n, p in self._parameters.items() if self._rates[n] == rate and p.grad is not None]
             if names:
-                self._move(names, active, rate * warmth, clocks)
+                self._move(names, active, rate * lr_factor, clocks)
             for name in names:
                 _count(self._moves[name], active)
         _count(self._steps, active)

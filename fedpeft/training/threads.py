@@ -13,7 +13,7 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 @contextmanager
-def lanes(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
+def thread_map(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
     """Yield a ``map`` that computes ``count`` items at once, on torch threads shared evenly, and gives results in order.
 
     One lane is Python's own ``map``, in the calling thread. A lane has the thread's own defaults: modes such as autocast or

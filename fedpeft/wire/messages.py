@@ -12,7 +12,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 
 from fedpeft.federation.memory import Forgotten, carried
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.types import NEVER, Payload, WireError
+from fedpeft.types import NO_MEMORY, Payload, WireError
 from fedpeft.wire import tensors as codec
 
 DIGEST = 16
@@ -81,7 +81,7 @@ class Request:
     round: int
     config: bytes
     payload: Payload
-    memory: int = NEVER
+    memory: int = NO_MEMORY
 
     def encode(self) -> bytes:
         """Return the request as bytes."""
@@ -110,7 +110,7 @@ class Request:
         if theirs != config:
             raise WireError(f"the request is for configuration {theirs.hex()}, this client has {config.hex()}")
         kind, number, memory = (int(found[name]) for name in ("@kind", "@round", "@memory"))
-        if kind not in set(Kind) or number < 0 or memory < NEVER:
+        if kind not in set(Kind) or number < 0 or memory < NO_MEMORY:
             raise WireError(f"not a request: kind {kind}, round {number}, memory of round {memory}")
         return Request(Kind(kind), number, theirs, fields, memory)
 
@@ -128,7 +128,7 @@ _ABOUT = ("round", "memory", "status")
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """What a client says back: the payload and, for the ledger, what it ``measured``.
 
     ``memory``: the version of the memory that the client holds now.
@@ -137,7 +137,7 @@ class Answer:
     round: int
     payload: Payload
     measured: Measured = field(default_factory=Measured)
-    memory: int = NEVER
+    memory: int = NO_MEMORY
     status: Status = Status.DONE
 
     def encode(self) -> bytes:
@@ -155,7 +155,7 @@ class Answer:
         )
 
     @staticmethod
-    def decode(blob: bytes) -> "Answer":
+    def decode(blob: bytes) -> "Response":
         """Read an answer; a message that is none raises WireError. What it says is not checked."""
         fields = decode(blob)
         about = _numbers(fields, "@about", _ABOUT, torch.int64)
@@ -167,7 +167,7 @@ class Answer:
         except ValueError as error:
             raise WireError(f"not an answer: {error}") from error
         measured = Measured(**{**counts, **reals, "loss": loss})
-        return Answer(about["round"], fields, measured, about["memory"], status)
+        return Response(about["round"], fields, measured, about["memory"], status)
 
 
 def _or_nan(real: float | None) -> float:
@@ -198,11 +198,11 @@ def forgotten(request: bytes, config: bytes) -> bytes:
     a request that cannot be read, or is for another one, raises WireError.
     """
     asked = Request.decode(request, config)
-    return Answer(asked.round, {}, status=Status.FORGOTTEN).encode()
+    return Response(asked.round, {}, status=Status.FORGOTTEN).encode()
 
 
 def check(
-    answer: Answer,
+    answer: Response,
     round_number: int,
     expected: Payload,
     *,

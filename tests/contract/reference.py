@@ -12,7 +12,7 @@ from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow
 from fedpeft.types import Client, Lost, Reply, State
 from fedpeft.wire.messages import decode
-from tests.tiny import Federation, Tapped, federation, small, unchanged
+from tests.tiny import Tapped, TinyFederation, federation, small, unchanged
 
 ROUNDS = 4
 BEGINS = [0, 3]
@@ -27,7 +27,7 @@ SINGLE = {("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)}
 class Reference:
     """``states[n]`` and ``memories[n]``: after n rounds."""
 
-    playing: Federation
+    playing: TinyFederation
     states: list[State]
     memories: list[Memories]
 
@@ -49,7 +49,7 @@ def going_on(
     change: Callable[[int, Reply | Lost], Reply | Lost] = unchanged,
     *,
     backwards: bool = False,
-) -> tuple[Federation, State]:
+) -> tuple[TinyFederation, State]:
     """Return a federation of fresh processes, and the state, as they are after ``begin`` rounds of the reference."""
     found = reference(name)
     kept = deepcopy(found.memories[begin])
@@ -76,15 +76,15 @@ def replayed(
     change: Callable[[int, Reply | Lost], Reply | Lost] = unchanged,
     *,
     backwards: bool = False,
-) -> tuple[Federation, State]:
+) -> tuple[TinyFederation, State]:
     """Return a federation, and the state, that play round ``begin`` of the reference again without training."""
     found = reference(name)
     engine = Replay({client: reply for client, (_, reply) in found.playing.engine.talks[begin].items()})
     playing = found.playing
-    return Federation(playing.method, playing.worker, Memories(), Tapped(engine, change, backwards)), found.states[begin]
+    return TinyFederation(playing.method, playing.worker, Memories(), Tapped(engine, change, backwards)), found.states[begin]
 
 
-def asked(playing: Federation, exchange: int, client: int) -> dict[str, Tensor]:
+def asked(playing: TinyFederation, exchange: int, client: int) -> dict[str, Tensor]:
     """Return what a client was sent, without the fields of the request."""
     fields = decode(playing.engine.talks[exchange][client][0])
     return {name: tensor for name, tensor in fields.items() if not name.startswith("@")}

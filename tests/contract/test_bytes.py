@@ -26,7 +26,7 @@ def test_equal_shapes_give_equal_lengths_whatever_the_values(name: str) -> None:
             form = tuple((part, tensor.dtype, tensor.shape) for part, tensor in sorted(decode(blob).items()))
             lengths.setdefault(form, set()).add(len(blob))
     assert all(len(found) == 1 for found in lengths.values())
-    assert len(lengths) < 2 * ROUNDS * 3, "some forms came more than once"
+    assert len(lengths) < 2 * ROUNDS * 3, "some specs came more than once"
 
 
 @pytest.mark.parametrize("name", CONSTANT)

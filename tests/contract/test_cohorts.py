@@ -10,11 +10,11 @@ from torch import Tensor
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Memories
 from fedpeft.methods import METHODS
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training
-from fedpeft.types import NEVER, Client, Payload, State, WireError
-from fedpeft.wire.messages import Answer, Kind, Request, decode
+from fedpeft.types import NO_MEMORY, Client, Payload, State, WireError
+from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests.contract.reference import BEGINS, SINGLE, reference
 from tests.tiny import CONFIG, SOFTMAX_BLIND, assert_same, bert, close, small, worker
 
@@ -28,19 +28,19 @@ ADAMW = Training(lr=1e-3, weight_decay=0.1, batch_size=4, warmup=1, head_lr=3e-3
 def requests(name: str, state: State, memories: Memories) -> dict[int, tuple[bytes, bytes]]:
     """Return every client's request for training and the memory that it assumes."""
     asked = {}
-    for client in (Client(k, memory=state.memories.get(k, NEVER)) for k in SIZES):
+    for client in (Client(k, memory=state.memories.get(k, NO_MEMORY)) for k in SIZES):
         down = small(name).send(state, client)
         blob = Request(Kind.TRAIN, state.round, CONFIG, down, client.memory).encode()
         asked[client.id] = (blob, memories.get(client.id, client.memory))
     return asked
 
 
-def handled(playing: Worker, asked: dict[int, tuple[bytes, bytes]], cohort: list[int]) -> dict[int, tuple[bytes, bytes]]:
-    """Return (answer, new memory) of the clients of one cohort, who wrote to no message: its tensors are views of it."""
-    found = playing.handle(cohort, [asked[k][0] for k in cohort], [asked[k][1] for k in cohort])
-    for blob in (blob for k in cohort for blob in asked[k] if blob):
+def handled(playing: Worker, asked: dict[int, tuple[bytes, bytes]], stack: list[int]) -> dict[int, tuple[bytes, bytes]]:
+    """Return (answer, new memory) of the clients of one stack, who wrote to no message: its tensors are views of it."""
+    found = playing.handle(stack, [asked[k][0] for k in stack], [asked[k][1] for k in stack])
+    for blob in (blob for k in stack for blob in asked[k] if blob):
         decode(blob)  # would find it damaged
-    return dict(zip(cohort, found, strict=True))
+    return dict(zip(stack, found, strict=True))
 
 
 def comparable(payload: Payload, training: Training) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
     together = handled(playing, asked, [0, 1, 2])
     for client in SIZES:
         (ours, kept), (theirs, their_kept) = together[client], handled(playing, asked, [client])[client]
-        side_by_side, alone = Answer.decode(ours), Answer.decode(theirs)
+        side_by_side, alone = Response.decode(ours), Response.decode(theirs)
         close(comparable(side_by_side.payload, training), comparable(alone.payload, training), 2e-5)
         close(decode(kept) if kept else {}, decode(their_kept) if their_kept else {}, 2e-5)
         ours_measured, theirs_measured = side_by_side.measured, alone.measured
@@ -71,7 +71,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
         for part in ("examples", "steps", "trained"):
             assert getattr(ours_measured, part) == getattr(theirs_measured, part)
     if training.steps is None:
-        assert [Answer.decode(together[k][0]).measured.steps for k in (0, 1, 2)] == [2, 3, 3]
+        assert [Response.decode(together[k][0]).measured.steps for k in (0, 1, 2)] == [2, 3, 3]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -79,20 +79,20 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
 def test_which_lane_is_faster_changes_no_bit(name: str, begin: int, precision: Literal["fp32", "bf16"]) -> None:
     """Of what is trained side by side, with hidden states kept or not, and of what is scored."""
     played = reference(name)
-    hardware = Hardware("cpu", precision, "eager", 3, tokens=24, grain=2)
+    hardware = Hardware("cpu", precision, "eager", 3, tokens=24, pad_to_multiple_of=2)
     asked = requests(name, played.states[begin], played.memories[begin])
-    cohorts = [[0, 1, 2]] if (name, begin) not in SINGLE else [[0], [1], [2]]
+    stacks = [[0, 1, 2]] if (name, begin) not in SINGLE else [[0], [1], [2]]
     scoring = {k: (_to_score(blob), memory) for k, (blob, memory) in asked.items()}
-    for kept in (Activations(), Activations(SIZES)):
-        lanes = replace(worker(small(name), bert(), SGD, SIZES), activations=kept, hardware=hardware)
+    for kept in (ActivationCache(), ActivationCache(SIZES)):
+        lanes = replace(worker(small(name), bert(), SGD, SIZES), cache=kept, hardware=hardware)
         alone = replace(lanes, hardware=replace(hardware, threads=1))
-        for cohort in cohorts:
-            first, again = (handled(lanes, asked, cohort) for _ in range(2))
-            for client in cohort:
+        for stack in stacks:
+            first, again = (handled(lanes, asked, stack) for _ in range(2))
+            for client in stack:
                 for blob, due in zip(first[client], again[client], strict=True):
                     assert_same(_bits(blob), _bits(due))
-            counted, due_counts = handled(lanes, scoring, cohort), handled(alone, scoring, cohort)
-            for client in cohort:
+            counted, due_counts = handled(lanes, scoring, stack), handled(alone, scoring, stack)
+            for client in stack:
                 assert_same(_bits(counted[client][0]), _bits(due_counts[client][0]))
 
 
@@ -106,13 +106,13 @@ def _bits(blob: bytes) -> Payload:
 
 
 @pytest.mark.parametrize("name", ["lora", "fedara"])
-def test_the_order_of_a_cohort_does_not_matter(name: str) -> None:
+def test_the_order_of_a_stack_does_not_matter(name: str) -> None:
     played = reference(name)
     playing = worker(small(name), bert(), SGD, SIZES)
     asked = requests(name, played.states[3], played.memories[3])
-    forwards, backwards = (handled(playing, asked, cohort) for cohort in ([0, 1, 2], [2, 1, 0]))
+    forwards, backwards = (handled(playing, asked, stack) for stack in ([0, 1, 2], [2, 1, 0]))
     for client in SIZES:
-        close(Answer.decode(forwards[client][0]).payload, Answer.decode(backwards[client][0]).payload, 2e-5)
+        close(Response.decode(forwards[client][0]).payload, Response.decode(backwards[client][0]).payload, 2e-5)
 
 
 @pytest.mark.parametrize(("name", "begin"), sorted(SINGLE))
@@ -120,12 +120,12 @@ def test_what_cannot_carry_k_clients_refuses_instead_of_broadcasting(name: str, 
     played = reference(name)
     playing = worker(small(name), bert(), SGD, SIZES)
     asked = requests(name, played.states[begin], played.memories[begin])
-    with pytest.raises(WireError, match="use cohorts of 1"):
+    with pytest.raises(WireError, match="use a stack of 1"):
         handled(playing, asked, [0, 1, 2])
-    assert Answer.decode(handled(playing, asked, [1])[1][0]).measured.examples == 11
+    assert Response.decode(handled(playing, asked, [1])[1][0]).measured.examples == 11
 
 
-def test_a_cohort_whose_messages_differ_is_refused() -> None:
+def test_a_stack_whose_messages_differ_is_refused() -> None:
     """In kind, round, names or shapes; and a client that nobody holds."""
     state = reference("lora").states[0]
     playing = worker(small("lora"), bert(), SGD, SIZES)

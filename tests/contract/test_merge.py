@@ -9,7 +9,7 @@ from torch import Tensor
 from fedpeft.engines.local import LocalEngine
 from fedpeft.methods import METHODS
 from fedpeft.types import Lost, Payload, Reply, State
-from fedpeft.wire.messages import Answer, decode
+from fedpeft.wire.messages import Response, decode
 from tests.contract.reference import BEGINS, asked, going_on, reference, replayed
 from tests.tiny import CONFIG, HEAD, SOFTMAX_BLIND, assert_same, assert_same_state, federation, small, weighted
 
@@ -57,7 +57,7 @@ def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) ->
             assert (merged - without).norm() > 30 * (merged - value).norm(), f"reply {left_out} does not show in {part}"
 
 
-def weight_of(answer: Answer, weighting: str) -> float:
+def weight_of(answer: Response, weighting: str) -> float:
     """Return what a reply counts in a mean."""
     return {"uniform": 1.0, "examples": float(answer.measured.examples)}[weighting]
 

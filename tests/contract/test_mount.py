@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.methods import METHODS
-from fedpeft.training.evaluation import held
-from fedpeft.types import NEVER, Client, Context, Payload, WireError
-from fedpeft.wire.messages import Answer, Request, decode, encode
+from fedpeft.training.evaluation import mounted_state
+from fedpeft.types import NO_MEMORY, Client, Context, Payload, WireError
+from fedpeft.wire.messages import Request, Response, decode, encode
 from tests.contract.reference import BEGINS, ROUNDS, SINGLE, asked, reference
 from tests.tiny import CONFIG, CPU, SEED, assert_same, base_of, logits, small
 
@@ -48,7 +48,7 @@ class Broken(Exception):
 def test_mounting_leaves_no_trace(name: str, begin: int, clients: int, breaks: bool, model: nn.Module) -> None:
     """Also where the body raises, and where mounting itself refuses to carry two clients."""
     state, memories = reference(name).states[begin], reference(name).memories[begin]
-    client = Client(0, memory=state.memories.get(0, NEVER))
+    client = Client(0, memory=state.memories.get(0, NO_MEMORY))
     blob = memories.get(0, client.memory)
     down, memory = (stacked(payload, clients) for payload in (small(name).send(state, client), decode(blob) if blob else {}))
     before, said = trace(model), logits(model)
@@ -70,7 +70,7 @@ def test_mounting_leaves_no_trace(name: str, begin: int, clients: int, breaks: b
 def test_the_model_starts_unchanged(name: str, model: nn.Module) -> None:
     """To 1e-5 in float32, for every one of them: FeDeRA's components are taken out of the base by its anchor."""
     method, said = small(name), logits(model)
-    with held(method, method.init(base_of(model), SEED), model, CPU, SEED):
+    with mounted_state(method, method.init(base_of(model), SEED), model, CPU, SEED):
         torch.testing.assert_close(logits(model), said, rtol=1e-5, atol=1e-5)
 
 
@@ -80,12 +80,12 @@ def test_the_model_is_another_once_trained(name: str, model: nn.Module) -> None:
     method, said = small(name), logits(model)
     start, state = (reference(name).states[n] for n in (0, ROUNDS))
     memory = decode(reference(name).memories[ROUNDS].get(0, 3)) if name == "local_only" else {}
-    client = Client(0, memory=3) if memory else Client(NEVER)
-    with held(method, state, model, CPU, SEED, client, memory):
+    client = Client(0, memory=3) if memory else Client(NO_MEMORY)
+    with mounted_state(method, state, model, CPU, SEED, client, memory):
         assert (logits(model) - said).abs().max() > 1e-2
     headless = {**state.shared, **{part: tensor for part, tensor in start.shared.items() if part.startswith("classifier")}}
     if name != "local_only":
-        with held(method, replace(state, shared=headless), model, CPU, SEED):
+        with mounted_state(method, replace(state, shared=headless), model, CPU, SEED):
             assert (logits(model) - said).abs().max() > 1e-3, "the adapter itself does something"
 
 
@@ -95,7 +95,7 @@ def test_what_is_expected_of_a_reply_is_what_an_honest_one_has(name: str) -> Non
     for exchange in range(ROUNDS):
         state = played.states[exchange]
         for client, answer in played.playing.answers(exchange).items():
-            down = small(name).send(state, Client(client, memory=state.memories.get(client, NEVER)))
+            down = small(name).send(state, Client(client, memory=state.memories.get(client, NO_MEMORY)))
             assert_same(asked(played.playing, exchange, client), down)
             assert small(name).expects(state, down).keys() == answer.payload.keys()
     assert all(row.lost is None for row in played.playing.rows)
@@ -106,7 +106,7 @@ def test_what_is_sent_and_answered_comes_through_the_wire_to_the_bit(name: str) 
     played = reference(name)
     for exchange in range(ROUNDS):
         for request, reply in played.playing.engine.talks[exchange].values():
-            down, up = Request.decode(request, CONFIG), Answer.decode(reply)
+            down, up = Request.decode(request, CONFIG), Response.decode(reply)
             assert_same(decode(encode(down.payload)), down.payload)
             assert_same(decode(encode(up.payload)), up.payload)
             assert (down.encode(), up.encode()) == (request, reply)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedpeft.ledger import COUNTS, Measured
 from fedpeft.methods import METHODS
 from fedpeft.types import Lost, Payload, Reply, WireError
-from fedpeft.wire.messages import Answer, decode, encode
+from fedpeft.wire.messages import Response, decode, encode
 from tests.contract.reference import replayed
 from tests.tiny import SIZES, assert_same_state
 
@@ -24,7 +24,7 @@ def altered(change: Callable[[str, Tensor], Mapping[str, Tensor]]) -> Callable[[
     """Return a damage: ``change`` says what stands in the place of the reply's first floating tensor."""
 
     def damage(blob: bytes) -> bytes:
-        answer = Answer.decode(blob)
+        answer = Response.decode(blob)
         payload = dict(answer.payload)
         name = min(name for name, tensor in payload.items() if tensor.is_floating_point())
         stands = change(name, payload.pop(name))
@@ -53,7 +53,7 @@ def measuring(**figures: Any) -> Callable[[bytes], bytes]:
     """Return a damage: the client says ``figures`` of itself."""
 
     def damage(blob: bytes) -> bytes:
-        answer = Answer.decode(blob)
+        answer = Response.decode(blob)
         return replace(answer, measured=replace(answer.measured, **figures)).encode()
 
     return damage
@@ -71,14 +71,14 @@ TENSORS: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 MESSAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "one tensor too many": (recoded({"x": torch.ones(1)}), "unexpected"),
-    "stale": (lambda b: replace(Answer.decode(b), round=BEGIN - 1).encode(), "stale"),
-    "of the future": (lambda b: replace(Answer.decode(b), round=BEGIN + 1).encode(), "stale"),
+    "stale": (lambda b: replace(Response.decode(b), round=BEGIN - 1).encode(), "stale"),
+    "of the future": (lambda b: replace(Response.decode(b), round=BEGIN + 1).encode(), "stale"),
     "from no example": (measuring(examples=0), "examples = 0"),
     "from more examples than there are": (measuring(examples=2**62), f"examples = {2**62}"),
     "of a loss that is no number": (measuring(loss=math.nan), "diverged"),
     "of less than no time": (measuring(seconds=-1.0), "seconds = -1.0"),
     "with a memory of another round": (
-        lambda b: replace(Answer.decode(b), memory=BEGIN + 7).encode(),
+        lambda b: replace(Response.decode(b), memory=BEGIN + 7).encode(),
         f"memory of round {BEGIN + 7}",
     ),
     "empty": (lambda _: b"", "damaged"),
@@ -96,7 +96,7 @@ MESSAGES: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
 def believed(blob: bytes) -> Measured:
     """Return what a ledger keeps of a refused reply: the figures that can be true."""
     try:
-        answer = Answer.decode(blob)
+        answer = Response.decode(blob)
     except WireError:
         return Measured()
     return answer.measured.sound(SIZES[VICTIM]) if answer.round == BEGIN else Measured()
@@ -138,7 +138,7 @@ def test_a_reply_that_is_wrong_as_a_whole_is_refused(name: str, kind: str) -> No
 
 def test_votes_of_another_length_are_refused() -> None:
     def longer(blob: bytes) -> bytes:
-        answer = Answer.decode(blob)
+        answer = Response.decode(blob)
         votes = torch.cat([answer.payload["votes"], torch.zeros(1, dtype=torch.uint8)])
         return replace(answer, payload={**answer.payload, "votes": votes}).encode()
 

@@ -17,8 +17,8 @@ from fedpeft.algebra.averaging import averaged
 from fedpeft.experiment.config import Config
 from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
-from fedpeft.mounting import mounted, trainable, values
-from fedpeft.training.evaluation import held, score
+from fedpeft.mounting import detached, mounted, trainable
+from fedpeft.training.evaluation import mounted_state, score
 from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
 from fedpeft.wire.messages import decode
 from tests.contract.reference import unmeasured
@@ -44,7 +44,7 @@ class HeadOnly:
         trained = trainable(down)
         times = memory.get("times", torch.zeros(len(context.clients), dtype=torch.int64)) + 1
         with mounted(model, trained):
-            yield LocalTask(trained, lambda: (values(trained), {"times": times}))
+            yield LocalTask(trained, lambda: (detached(trained), {"times": times}))
 
     def expects(self, state: State, down: Payload) -> Mapping[str, Any]:
         return METHODS["lora"]().expects(state, down)  # back comes what went down
@@ -66,7 +66,7 @@ def test_a_method_of_ones_own_runs_through_federation_checkpoint_and_evaluation(
     assert last.memories == {0: 3, 1: 3, 2: 3}
     assert decode(resumed.memories.get(1, 3))["times"] == 4
     said = logits(model)
-    with held(HeadOnly(), last, model, CPU, SEED):
+    with mounted_state(HeadOnly(), last, model, CPU, SEED):
         assert (logits(model) - said).abs().max() > 1e-2
         assert score(model, TASK, examples(20), CPU).examples == 20
 

@@ -174,7 +174,7 @@ class Ground:
             "name": "tiny",
             "model": {"name": str(self.model), "max_length": 16},
             "machine": {"device": "cpu", "precision": "fp32", "attention": "eager", "threads": 1},
-            "engine": {"cohort": 2},
+            "engine": {"stack": 2},
             "data": {"source": "files", "train": str(self.data)},
             "partition": {"kind": "dirichlet", "clients": 5, "alpha": 1.0, "min_examples": 8},
             "federation": {"rounds": 6, "clients_per_round": 2},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 
 from .builders import Ground, write_ground
 from .crashing import ROUNDS, Outcome
@@ -19,9 +19,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 @pytest.fixture(scope="session")
-def assembly(ground: Ground) -> Assembly:
+def assembly(ground: Ground) -> Federation:
     """A run of FeDeRA, whose clients remember something, with small states, so that the ledger outgrows them."""
-    return assemble(
+    return build(
         ground.chosen(
             {"method": {"name": "federa", "rank": 1, "targets": "0.attention.self.query"}},
             {"federation": {"rounds": ROUNDS}, "training": {"steps": 1, "batch_size": 4}},
@@ -31,7 +31,7 @@ def assembly(ground: Ground) -> Assembly:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(assembly: Assembly, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def undisturbed(assembly: Federation, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """What ``assembly`` ends in undisturbed."""
     return Outcome.of(assembly, tmp_path_factory.mktemp("undisturbed") / "run")
 

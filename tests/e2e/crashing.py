@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 from fedpeft.experiment import run as runs
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, settings_digests
 from fedpeft.federation import checkpoint
 from fedpeft.federation.client import Worker
@@ -116,13 +116,13 @@ class Outcome:
     instants: Instants
 
     @staticmethod
-    def of(assembly: Assembly, folder: Path) -> "Outcome":
+    def of(assembly: Federation, folder: Path) -> "Outcome":
         """Play ``assembly`` undisturbed in ``folder``."""
         with watched(Instants()) as instants:
             state = runs.start(assembly, folder)
         return Outcome(folder, state, unmeasured(folder), _last_files(folder), instants)
 
-    def assert_equal(self, assembly: Assembly, folder: Path, state: State) -> None:
+    def assert_equal(self, assembly: Federation, folder: Path, state: State) -> None:
         """Assert that the run in ``folder``, which ended in ``state``, is equal: tensors, ledger, checkpoint, no litter."""
         assert_same(state, self.state)
         assert unmeasured(folder) == self.rows
@@ -130,11 +130,11 @@ class Outcome:
         assert not [*folder.rglob("*.tmp")]
 
 
-def assert_resumes(folder: Path, assembly: Assembly, undisturbed: Outcome, says: Sequence[str] = ()) -> None:
+def assert_resumes(folder: Path, assembly: Federation, undisturbed: Outcome, says: Sequence[str] = ()) -> None:
     """Resume the run in ``folder`` and assert that it ends as the undisturbed one; ``says``: what it must say meanwhile."""
     told: list[str] = []
     with watched(Instants()):
-        state = runs.resume(folder, like=assembly, say=told.append)
+        state = runs.resume(folder, reuse=assembly, on_warning=told.append)
     undisturbed.assert_equal(assembly, folder, state)
     assert len(told) == len(says)
     for line, part in zip(told, says, strict=True):

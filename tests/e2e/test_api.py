@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft import api
 from fedpeft.experiment import run as runs
-from fedpeft.experiment.build import assemble
+from fedpeft.experiment.build import build
 from fedpeft.experiment.recorder import Progress
 from fedpeft.experiment.trained import open_run
 from fedpeft.types import BadInput
@@ -47,7 +47,7 @@ def test_a_dozen_lines_lead_from_data_to_a_trained_adapter(
 def test_the_parts_of_the_api_fit_together(ground: Ground, runs_folder: Path) -> None:
     config = ground.chosen({"federation": {"rounds": 3}, "evaluation": {"every": 2}})
     seen: list[Progress] = []
-    state = runs.start(assemble(config), runs_folder, watch=seen.append)
+    state = runs.start(build(config), runs_folder, on_progress=seen.append)
     assert [progress.round for progress in seen] == [0, 1, 2, 3]
     assert [progress.accuracy is None for progress in seen] == [True, True, False, False]
     assert [progress.bytes for progress in seen] == sorted(progress.bytes for progress in seen)

@@ -20,7 +20,7 @@ from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 
 from .builders import LABELS, OWN_WORDS, Ground, Outcome, cli_call, examples, to_toml
-from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, rows_of, table
+from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, row_owners, table
 
 LEARNING = ("--set", "federation.clients_per_round=3", "--set", "training.steps=4", "--set", "training.batch_size=16")
 Finished = tuple[Path, Outcome]
@@ -48,7 +48,7 @@ def test_run_prints_its_table_and_writes_sheets_and_figures(trained: Finished) -
     assert_reported(folder / "report")
     [line] = table(folder / "report" / "summary.csv")
     assert float(line["accuracy"]) == evaluations(folder)[-1].accuracy
-    clients = [row for row in rows_of(folder) if isinstance(row, ClientRow)]
+    clients = [row for row in row_owners(folder) if isinstance(row, ClientRow)]
     assert float(line["down_bytes"]) == sum(row.down for row in clients)
     assert float(line["up_bytes"]) == sum(row.up for row in clients)
 
@@ -98,8 +98,8 @@ def test_the_first_row_holds_all_that_was_resolved(trained: Finished) -> None:
         "attention": "eager",
         "threads": 1,
         "tokens": 1280,
-        "grain": 1,
-        "cohort": 2,
+        "pad_to_multiple_of": 1,
+        "stack": 2,
     }
     assert resolved.items() <= about(folder).resolved.items()
 

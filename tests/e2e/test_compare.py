@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.experiment.build import assemble
+from fedpeft.experiment.build import build
 from fedpeft.experiment.compare import grid, plan
 from fedpeft.experiment.config import from_tree, merge
 from fedpeft.experiment.recorder import settings_digests
@@ -19,7 +19,7 @@ from fedpeft.training import hardware
 from fedpeft.types import State
 
 from .builders import Ground, Outcome, assert_same, cli_call, examples, refused
-from .reading import SHORT, about, assert_reported, evaluations, rows_of, table
+from .reading import SHORT, about, assert_reported, evaluations, row_owners, table
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_compare_trains_every_row_on_its_own_terms(compared: tuple[Path, Outcome
     assert (alone.clients, alone.reference) == (5, True)
     steps = []
     for label in ("lora", "centralised"):
-        rows = [row for row in rows_of(root / f"{label}-s1") if isinstance(row, ClientRow)]
+        rows = [row for row in row_owners(root / f"{label}-s1") if isinstance(row, ClientRow)]
         steps.append(sum(row.measured.steps for row in rows))
     assert steps[0] == steps[1]
     ranks = {json.loads((root / f"{label}-s0" / "config.json").read_text())["method"]["rank"] for label in ("lora", "fedara")}
@@ -129,9 +129,9 @@ def test_the_runs_of_a_comparison_share_what_was_found_out_about_the_machine(
     fast = iter((True, False))
     monkeypatch.setattr(hardware, "_bf16_is_fast", lambda _: next(fast))
     config = ground.chosen({"machine": {"precision": "auto", "attention": "auto"}})
-    first = assemble(config)
+    first = build(config)
     assert first.hardware.precision == "bf16"
-    assert assemble(replace(config, method={"name": "bitfit"}), like=first).hardware == first.hardware
+    assert build(replace(config, method={"name": "bitfit"}), reuse=first).hardware == first.hardware
 
 
 def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
@@ -170,7 +170,7 @@ def test_compare_resume_takes_more_seeds_and_refuses_other_settings_before_anyth
 
 
 def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> None:
-    whole = assemble(ground.chosen({"evaluation": {"limit": 10}}))
+    whole = build(ground.chosen({"evaluation": {"limit": 10}}))
     commonest = whole.task.labels.index("birds")
     assert whole.run_row().majority == pytest.approx(float((whole.scored.labels == commonest).float().mean()))
     assert len(whole.scored) == 10

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.recorder import CHECKPOINTS
 from fedpeft.experiment.run import resume, start
 from fedpeft.federation.checkpoint import manifest
@@ -42,7 +42,7 @@ KILLS = 10
 class Case:
     """A run, and what it ends in undisturbed."""
 
-    assembly: Assembly
+    assembly: Federation
     undisturbed: Outcome
 
     def instants(self, seed: str) -> list[int]:
@@ -56,7 +56,7 @@ class Case:
         return lambda: start(self.assembly, folder)
 
     def resuming(self, folder: Path) -> Callable[[], object]:
-        return lambda: resume(folder, like=self.assembly)
+        return lambda: resume(folder, reuse=self.assembly)
 
     def assert_resumes(self, folder: Path) -> None:
         """Resume the run in ``folder`` and assert that it ends as the undisturbed one does."""
@@ -69,7 +69,7 @@ def case(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
     @cache
     def of(method: str, precision: str) -> Case:
-        assembly = assemble(
+        assembly = build(
             ground.chosen(
                 {"machine": {"precision": precision}, "method": {"name": method, **METHODS[method]}},
                 {"federation": {"rounds": ROUNDS}, "training": {"steps": 1, "batch_size": 4}},

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fedpeft.experiment import run as playing
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
 from fedpeft.experiment.run_folder import HARDWARE, LABELS
 from fedpeft.federation.checkpoint import manifest
@@ -39,7 +39,7 @@ def _truncate(path: Path) -> None:
 @pytest.mark.parametrize("name", [f"{ROUNDS:06d}.json", f"{ROUNDS:06d}.state"], ids=["manifest", "state"])
 @pytest.mark.parametrize("damage", [_truncate, lambda path: path.write_bytes(b""), Path.unlink], ids=["half", "empty", "gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
-    assembly: Assembly, undisturbed: Outcome, run: Path, name: str, damage: Callable[[Path], object]
+    assembly: Federation, undisturbed: Outcome, run: Path, name: str, damage: Callable[[Path], object]
 ) -> None:
     damage(run / CHECKPOINTS / name)
     gone = damage is Path.unlink and name.endswith(".json")  # without a manifest there is no checkpoint to speak of
@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
 
 def test_a_damaged_memory_falls_back_and_is_written_anew(ground: Ground, tmp_path: Path) -> None:
     """Clients that exchange nothing remember all they learn, so every round writes new memories."""
-    alone = assemble(
+    alone = build(
         ground.chosen(
             {"method": {"name": "local_only", "rank": 1}, "federation": {"rounds": ROUNDS}},
             {"training": {"steps": 1, "batch_size": 4}, "evaluation": {"every": ROUNDS, "limit": 8}},
@@ -136,7 +136,7 @@ def test_a_run_does_not_go_on_with_another_partition_or_other_weights(ground: Gr
         {"federation": {"rounds": 1}, "training": {"steps": 1}, "evaluation": {"limit": 8}},
     )
     folder = tmp_path / "run"
-    playing.start(assemble(config), folder)
+    playing.start(build(config), folder)
     assert cli_call("resume", folder).code == 0
     who.write_text(json.dumps({"anna": [0, 1, 2], "ben": [*range(40, 80)]}))
     refused(cli_call("resume", folder), str(folder), "the partition had digest")

@@ -31,7 +31,7 @@ from transformers import (
 
 from fedpeft.algebra.lowrank import LowRank
 from fedpeft.experiment import run as runs
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.config import from_json, from_tree
 from fedpeft.experiment.trained import Trained, open_run
 from fedpeft.ledger import FILE, EvaluationRow
@@ -150,14 +150,14 @@ def exported(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Every method, trained until its adapters have moved."""
     place = tmp_path_factory.mktemp("export")
     bases = {"gpt2": write_gpt2(place / "gpt2")}
-    for name, build in BASES.items():
-        bases[name] = _written(place / name, build)
+    for name, base in BASES.items():
+        bases[name] = _written(place / name, base)
     found: dict[str, Exported] = {}
-    assembly: Assembly | None = None
+    assembly: Federation | None = None
     for name, method in (LOW_RANK | OTHERS).items():
         model = {"name": str(bases.get(name.partition(" ")[0], ground.model))}
         config = ground.chosen({"model": model, "method": method, "training": {"lr": 0.02}, "evaluation": {"every": 6}})
-        assembly = assemble(config, like=assembly)
+        assembly = build(config, reuse=assembly)
         runs.start(assembly, place / "runs" / name)
         found[name] = _exported(place / "runs" / name)
     return found
@@ -290,7 +290,7 @@ def test_methods_without_factors_are_exported_merged_only(exported: dict[str, Ex
 
 def test_a_reference_without_a_global_model_is_neither_exported_nor_asked(ground: Ground, tmp_path: Path) -> None:
     config = ground.chosen({"method": {"name": "local_only"}, "federation": {"rounds": 1}, "evaluation": {"limit": 8}})
-    runs.start(assemble(config), tmp_path / "alone")
+    runs.start(build(config), tmp_path / "alone")
     for arguments in (("export", tmp_path / "alone", tmp_path / "made"), ("predict", tmp_path / "alone", "fish0")):
         refused(cli_call(*arguments), "'local_only'")
     assert not (tmp_path / "made").exists()
@@ -500,7 +500,7 @@ def test_a_folder_that_exists_is_refused_and_left_alone(exported: dict[str, Expo
 def test_an_opened_run_scores_what_its_ledger_says(exported: dict[str, Exported]) -> None:
     one = exported["fedara"]
     rows = [row for row in ledger(one.folder / FILE) if isinstance(row, EvaluationRow)]
-    assembly = assemble(one.trained.config)
+    assembly = build(one.trained.config)
     said = one.trained.predict(assembly.dataset.test.texts)
     right = [label == there for (label, _), there in zip(said, assembly.dataset.test.labels, strict=True)]
     assert sum(right) / len(right) == pytest.approx(rows[-1].accuracy)

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
 from fedpeft.experiment.run_folder import HARDWARE, LABELS
 from fedpeft.federation.checkpoint import manifest
@@ -45,7 +45,7 @@ def sizes(undisturbed: Outcome) -> tuple[int, int, int]:
 
 
 def test_a_disk_that_fills_up_half_way_ends_a_run_with_its_last_good_state(
-    ground: Ground, assembly: Assembly, undisturbed: Outcome, runs: Path
+    ground: Ground, assembly: Federation, undisturbed: Outcome, runs: Path
 ) -> None:
     settings, saved, first_row = sizes(undisturbed)
     room = first_row + ((undisturbed.folder / FILE).stat().st_size - first_row) // 2
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_half_way_ends_a_run_with_its_last_good_state(
 
 
 def test_a_disk_full_at_the_first_checkpoint_ends_a_run_that_can_be_resumed(
-    ground: Ground, assembly: Assembly, undisturbed: Outcome, runs: Path
+    ground: Ground, assembly: Federation, undisturbed: Outcome, runs: Path
 ) -> None:
     settings, saved, first_row = sizes(undisturbed)
     room = max(settings, 1) + 1
@@ -69,7 +69,7 @@ def test_a_disk_full_at_the_first_checkpoint_ends_a_run_that_can_be_resumed(
     assert_resumes(runs / "tiny", assembly, undisturbed)
 
 
-def test_a_disk_full_from_the_start_leaves_no_half_made_run(ground: Ground, assembly: Assembly, runs: Path) -> None:
+def test_a_disk_full_from_the_start_leaves_no_half_made_run(ground: Ground, assembly: Federation, runs: Path) -> None:
     with file_limit(300):
         refused(cli_call("run", ground.config, "--runs", runs, *_options(assembly)), str(runs / "tiny"))
     assert not (runs / "tiny").exists()
@@ -92,7 +92,7 @@ def test_a_disk_full_while_exporting_leaves_no_half_of_a_folder(
 
 @pytest.mark.parametrize("part", range(6))
 def test_a_disk_full_at_any_instant_ends_a_run_that_resumes_to_the_same_end(
-    ground: Ground, assembly: Assembly, undisturbed: Outcome, runs: Path, part: int
+    ground: Ground, assembly: Federation, undisturbed: Outcome, runs: Path, part: int
 ) -> None:
     """At six random instants, one from each sixth of the run's own: a write fails, and so does every later one."""
     first, last = undisturbed.instants.configured + 1, undisturbed.instants.count
@@ -104,7 +104,7 @@ def test_a_disk_full_at_any_instant_ends_a_run_that_resumes_to_the_same_end(
     assert_resumes(runs / "tiny", assembly, undisturbed)
 
 
-def test_a_folder_that_takes_no_ledger_any_more_is_named(assembly: Assembly, undisturbed: Outcome, tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_ledger_any_more_is_named(assembly: Federation, undisturbed: Outcome, tmp_path: Path) -> None:
     folder = shutil.copytree(undisturbed.folder, tmp_path / "run")
     manifest(folder / CHECKPOINTS, ROUNDS).unlink()
     with mock.patch.object(Ledger, "cut", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))):
@@ -146,7 +146,7 @@ def full_disk_from(fatal: int) -> Iterator[None]:
             yield
 
 
-def _options(assembly: Assembly) -> list[str]:
+def _options(assembly: Federation) -> list[str]:
     """Return the ``--set`` options that lead from the ground's configuration to the assembly's."""
     config = assembly.config
     values = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, dynamic_module_utils
 from transformers.utils import import_utils
 
-from fedpeft.models import Loaded, ModelChoice, causes, kernels, load, locate
+from fedpeft.models import Loaded, ModelSection, causes, kernels, load, locate
 from fedpeft.seeds import derive
 from fedpeft.tasks import Classification
 from fedpeft.training.hardware import Hardware, Machine, resolve
@@ -36,7 +36,7 @@ SEED = 5
 
 def opened(folder: Path, labels: tuple[str, ...] = ANIMALS, **choice: Any) -> Loaded:
     """Return what ``load`` makes of a folder."""
-    return load(ModelChoice(str(folder), **{"max_length": 16, **choice}), labels, CPU, SEED)
+    return load(ModelSection(str(folder), **{"max_length": 16, **choice}), labels, CPU, SEED)
 
 
 def refusal(folder: Path, *needles: str, **choice: Any) -> BadInput:
@@ -150,7 +150,7 @@ def test_the_digest_tells_checkpoints_with_other_heads_apart_but_not_seeds(tmp_p
     save_file(weights, other / zoo.WEIGHTS, {"format": "pt"})
     assert opened(folder).digest != opened(other).digest
     bare = zoo.write(tmp_path / "bare", "bert")
-    choice = ModelChoice(str(bare), max_length=16)
+    choice = ModelSection(str(bare), max_length=16)
     one, another = (load(choice, ANIMALS, CPU, seed) for seed in (1, 2))
     assert one.digest == another.digest
     name = "classifier.weight"
@@ -344,7 +344,7 @@ def test_the_kernels_of_a_family_are_those_that_transformers_builds(
             found.append(kernel)
         except ValueError:
             pass
-    assert list(kernels(ModelChoice(str(folder)))) == found
+    assert list(kernels(ModelSection(str(folder)))) == found
 
 
 def test_the_kernel_is_the_fastest_that_the_model_has() -> None:
@@ -487,7 +487,7 @@ def test_code_that_a_model_brings_along_is_never_run_unasked(
 
 
 def test_code_that_a_model_brings_along_runs_where_it_is_trusted(foreign: Path) -> None:
-    trusted = ModelChoice(str(foreign), trust_remote_code=True)
+    trusted = ModelSection(str(foreign), trust_remote_code=True)
     assert kernels(trusted) == ("eager", "sdpa")
     loaded = opened(foreign, trust_remote_code=True)
     assert (foreign.parent / "ran").exists()
@@ -540,7 +540,7 @@ def test_a_model_that_was_fetched_before_needs_no_hub(
     zoo.write(kept / "snapshots" / "c0ffee", "bert")
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("c0ffee")
-    loaded = load(ModelChoice("some/model", max_length=16), ANIMALS, CPU, SEED)
+    loaded = load(ModelSection("some/model", max_length=16), ANIMALS, CPU, SEED)
     assert loaded.digest == opened(kept / "snapshots" / "c0ffee").digest
     assert len(unreachable) == 1
 

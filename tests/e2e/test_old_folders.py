@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from fedpeft.experiment import config
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, settings_digests
 from fedpeft.experiment.run_folder import HARDWARE
 from fedpeft.federation.checkpoint import manifest
@@ -48,31 +48,31 @@ def settings_of(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / CONFIG).read_text()))
 
 
-def test_the_digest_here_is_the_one_that_the_old_version_took(assembly: Assembly) -> None:
+def test_the_digest_here_is_the_one_that_the_old_version_took(assembly: Federation) -> None:
     text = assembly.config.to_json()
     assert old_digest(json.loads(text)) == blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def test_a_run_of_the_old_version_ends_as_it_would_have(run: Path, assembly: Assembly, undisturbed: Outcome) -> None:
+def test_a_run_of_the_old_version_ends_as_it_would_have(run: Path, assembly: Federation, undisturbed: Outcome) -> None:
     as_of_old(run, settings_of(run))
     assert_resumes(run, assembly, undisturbed)
 
 
 def test_a_field_that_the_old_version_did_not_know_takes_its_default(
-    run: Path, assembly: Assembly, undisturbed: Outcome
+    run: Path, assembly: Federation, undisturbed: Outcome
 ) -> None:
     settings = settings_of(run)
     del settings["machine"]["cache"], settings["training"]["momentum"], settings["reference"]
     del settings["engine"]["kind"]
     as_of_old(run, settings)
     hardware = json.loads((run / HARDWARE).read_text())
-    del hardware["grain"]
+    del hardware["pad_to_multiple_of"]
     (run / HARDWARE).write_text(json.dumps(hardware))
     assert_resumes(run, assembly, undisturbed)
 
 
 def test_a_field_that_had_another_name_or_is_gone_is_read(
-    run: Path, assembly: Assembly, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+    run: Path, assembly: Federation, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {"training.rate": "training.lr", "stack": "engine.cohort", "training.old": None}
     monkeypatch.setattr(config, "RENAMED", {**names, "hardware.parts": "hardware.tokens"})
@@ -102,7 +102,7 @@ def test_settings_that_were_changed_by_hand_are_still_refused(run: Path) -> None
     refused(cli_call("resume", run), str(run), "configuration", "--overwrite")
 
 
-def test_the_form_of_the_file_does_not_matter(run: Path, assembly: Assembly, undisturbed: Outcome) -> None:
+def test_the_form_of_the_file_does_not_matter(run: Path, assembly: Federation, undisturbed: Outcome) -> None:
     settings = settings_of(run)
     upside_down = dict(reversed(settings.items()))
     (run / CONFIG).write_text(json.dumps(upside_down, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft import api
-from fedpeft.experiment.build import Assembly
+from fedpeft.experiment.build import Federation
 from fedpeft.experiment.claim import COMMAND, LOCKS, claimed, on_behalf
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
 from fedpeft.experiment.run import resume, start
@@ -110,14 +110,14 @@ def test_of_two_starts_at_once_the_second_is_refused_before_anything_slow(
 
     tried: list[str] = []
 
-    def slow(*_: object, **__: object) -> Assembly:
+    def slow(*_: object, **__: object) -> Federation:
         if not tried:
             tried.append("")
             tried.append(begin())
         raise BadInput("the first one fails, too")
 
     for module in (assembly, batch, api):
-        monkeypatch.setattr(module, "assemble", slow)
+        monkeypatch.setattr(module, "build", slow)
     assert "the first one fails" in begin()
     assert PROCESS in tried[1]
     assert not runs.exists()
@@ -135,7 +135,7 @@ def test_a_start_that_fails_leaves_the_run_that_it_would_have_replaced(
 
 
 def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(
-    assembly: Assembly, undisturbed: Outcome, runs: Path
+    assembly: Federation, undisturbed: Outcome, runs: Path
 ) -> None:
     runs.mkdir()
     (runs / COMMAND).write_text(" 4711 here")
@@ -175,7 +175,7 @@ def frozen_once(happened: Callable[[], bool], *arguments: str | Path) -> Iterato
         process.communicate()  # returns when its own processes have ended, too: they hold its stdout
 
 
-def test_a_killed_run_is_resumed_and_one_at_work_is_not(assembly: Assembly, undisturbed: Outcome, runs: Path) -> None:
+def test_a_killed_run_is_resumed_and_one_at_work_is_not(assembly: Federation, undisturbed: Outcome, runs: Path) -> None:
     folder = with_run(undisturbed, runs)
     with frozen_once((folder / COMMAND).exists, "resume", folder) as process:
         refused(cli_call("resume", folder), f"{folder}: process {process.pid} is writing")

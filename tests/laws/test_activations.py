@@ -28,11 +28,11 @@ from transformers import (
 from fedpeft.federation.client import Worker
 from fedpeft.methods import METHODS
 from fedpeft.models import spare_last_block
-from fedpeft.mounting import describe, mounted, trainable, values
-from fedpeft.training.activation_cache import Activations, fitting
+from fedpeft.mounting import describe, detached, mounted, trainable
+from fedpeft.training.activation_cache import ActivationCache, fitting
 from fedpeft.training.loop import Training
 from fedpeft.types import Client, Context, LocalTask, Method, Payload
-from fedpeft.wire.messages import Answer, Kind, Request
+from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import BERT, COMMON, DISTIL, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, played
 from tests.tiny import CONFIG, CPU, SEED, TASK, close, examples, shaken
 
@@ -78,15 +78,15 @@ def request(playing: Worker, method: Method, family: str) -> bytes:
     return Request(Kind.TRAIN, 0, CONFIG, method.send(state, Client(0))).encode()
 
 
-def trained(playing: Worker, blob: bytes, cohort: tuple[int, ...] = (0, 1, 2)) -> dict[int, Mapping[str, Tensor]]:
-    found = playing.handle(cohort, [blob] * len(cohort), [b""] * len(cohort))
-    return {client: Answer.decode(answer).payload for client, (answer, _) in zip(cohort, found, strict=True)}
+def trained(playing: Worker, blob: bytes, stack: tuple[int, ...] = (0, 1, 2)) -> dict[int, Mapping[str, Tensor]]:
+    found = playing.handle(stack, [blob] * len(stack), [b""] * len(stack))
+    return {client: Response.decode(answer).payload for client, (answer, _) in zip(stack, found, strict=True)}
 
 
-def assert_like(playing: Worker, plain: Worker, blob: bytes, cohort: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Assert that a cohort ends in what it ends in without anything kept."""
-    expected = trained(plain, blob, cohort)
-    for client, payload in trained(playing, blob, cohort).items():
+def assert_like(playing: Worker, plain: Worker, blob: bytes, stack: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Assert that a stack ends in what it ends in without anything kept."""
+    expected = trained(plain, blob, stack)
+    for client, payload in trained(playing, blob, stack).items():
         close(payload, expected[client], 1e-6)
 
 
@@ -110,14 +110,14 @@ def part_of(model: nn.Module, block: int) -> nn.Module:
     return next(module for module in blocks_of(model)[block].modules() if not list(module.children()))
 
 
-@pytest.mark.parametrize("grain", [1, 8])
+@pytest.mark.parametrize("pad_to_multiple_of", [1, 8])
 @pytest.mark.parametrize("lowest", [1, 2, 3])
 @pytest.mark.parametrize("family", DEEP)
-def test_a_run_with_kept_states_equals_the_run_without(family: str, lowest: int, grain: int) -> None:
+def test_a_run_with_kept_states_equals_the_run_without(family: str, lowest: int, pad_to_multiple_of: int) -> None:
     method = from_block(lowest)
     plain = working(method, four_blocks(family), family)
-    plain = replace(plain, hardware=replace(CPU, grain=grain))
-    kept = replace(plain, activations=Activations(SIZES, rows=4))
+    plain = replace(plain, hardware=replace(CPU, pad_to_multiple_of=pad_to_multiple_of))
+    kept = replace(plain, cache=ActivationCache(SIZES, rows=4))
     below, first = (Calls(part_of(plain.model, block)) for block in (lowest - 1, lowest))
     blob = request(plain, method, family)
     expected = trained(plain, blob)
@@ -130,10 +130,10 @@ def test_a_run_with_kept_states_equals_the_run_without(family: str, lowest: int,
     assert first.rows == 2 * sum(SIZES.values())
 
 
-def test_only_the_clients_named_are_kept_and_one_stranger_makes_its_cohort_begin_at_the_bottom() -> None:
+def test_only_the_clients_named_are_kept_and_one_stranger_makes_its_stack_begin_at_the_bottom() -> None:
     method = from_block(2)
     plain = working(method, four_blocks("bert"))
-    kept = replace(plain, activations=Activations([0, 1]))
+    kept = replace(plain, cache=ActivationCache([0, 1]))
     calls = Calls(part_of(kept.model, 0))
     blob = request(plain, method, "bert")
     expected = trained(plain, blob)
@@ -149,7 +149,7 @@ def test_only_the_clients_named_are_kept_and_one_stranger_makes_its_cohort_begin
 def test_states_do_not_depend_on_what_ran_before() -> None:
     """So a resumed run, which has none, ends in the same bits."""
     method = from_block(2)
-    one, other = (replace(working(method, four_blocks("bert")), activations=Activations(SIZES)) for _ in range(2))
+    one, other = (replace(working(method, four_blocks("bert")), cache=ActivationCache(SIZES)) for _ in range(2))
     blob = request(one, method, "bert")
     for client in SIZES:
         trained(one, blob, (client,))
@@ -160,7 +160,7 @@ def test_states_do_not_depend_on_what_ran_before() -> None:
 def test_what_is_mounted_lower_or_higher_than_before_is_computed_again() -> None:
     """What entered one block is not what enters another."""
     plain = working(from_block(3), four_blocks("bert"))
-    kept = replace(plain, activations=Activations(SIZES))
+    kept = replace(plain, cache=ActivationCache(SIZES))
     for lowest in (3, 2, 3, 1, 0, 1):
         method = from_block(lowest)
         blob = request(plain, method, "bert")
@@ -170,7 +170,7 @@ def test_what_is_mounted_lower_or_higher_than_before_is_computed_again() -> None
 def test_what_is_kept_of_a_base_or_of_texts_that_have_changed_is_forgotten() -> None:
     method = from_block(2)
     plain = working(method, four_blocks("bert"))
-    kept = replace(plain, activations=Activations(SIZES))
+    kept = replace(plain, cache=ActivationCache(SIZES))
     blob = request(plain, method, "bert")
     trained(kept, blob)
     first = blocks_of(plain.model)[0]
@@ -188,15 +188,15 @@ def test_what_is_kept_of_a_base_or_of_texts_that_have_changed_is_forgotten() -> 
         assert any((after[name] - before[name]).abs().max() > 1e-3 for name in after)
         assert_like(kept, plain, blob)
         before = after
-    others = {client: plain.holdings[(client + 1) % 3] for client in SIZES}
-    assert_like(replace(kept, holdings=others), replace(plain, holdings=others), blob)
+    others = {client: plain.client_data[(client + 1) % 3] for client in SIZES}
+    assert_like(replace(kept, client_data=others), replace(plain, client_data=others), blob)
 
 
 @pytest.mark.parametrize("block", ["first", "lowest"])
 def test_a_forward_that_others_gave_a_block_is_used_and_is_there_afterwards(block: str) -> None:
     method = from_block(2)
     plain = working(method, four_blocks("bert"))
-    kept = replace(plain, activations=Activations(SIZES))
+    kept = replace(plain, cache=ActivationCache(SIZES))
     module = blocks_of(plain.model)[0 if block == "first" else 2]
     blob = request(plain, method, "bert")
     before = trained(plain, blob)[0]
@@ -377,7 +377,7 @@ class Strange:
         trained = trainable(down)
         usual = {name: tensor for name, tensor in trained.items() if name != "own"}
         with STRANGE[self.kind](model, trained["own"]), mounted(model, usual):
-            yield LocalTask(trained, lambda: (values(trained), {}))
+            yield LocalTask(trained, lambda: (detached(trained), {}))
 
 
 def strange_bert() -> nn.Module:
@@ -396,12 +396,12 @@ def test_what_is_mounted_in_a_way_that_is_not_known_is_trained_all_the_same(kind
     down = Request.decode(blob, CONFIG).payload
     asked = Request(Kind.TRAIN, 0, CONFIG, {**down, "own": torch.zeros(16)}).encode()
     other: Any = replace(plain, method=strange)  # type: ignore[arg-type]
-    activations = Activations(SIZES)
+    activations = ActivationCache(SIZES)
     for _ in range(2):
         for client in SIZES:
-            assert_like(replace(plain, activations=activations), plain, blob, (client,))
+            assert_like(replace(plain, cache=activations), plain, blob, (client,))
             expected = trained(other, asked, (client,))[client]
-            found = trained(replace(other, activations=activations), asked, (client,))[client]
+            found = trained(replace(other, cache=activations), asked, (client,))[client]
             assert found["own"].abs().max() > 1e-6, "what is trained moves"
             close(found, expected, 1e-6)
 
@@ -427,10 +427,10 @@ class InPlace:
 def test_a_parameter_of_the_base_that_is_trained_where_it_lies_moves() -> None:
     plain: Any = replace(working(from_block(3), strange_bert()), method=InPlace())  # type: ignore[arg-type]
     blob = Request(Kind.TRAIN, 0, CONFIG, {}).encode()
-    activations = Activations(SIZES)
+    activations = ActivationCache(SIZES)
     for _ in range(2):
         expected = trained(plain, blob, (0,))[0]
-        found = trained(replace(plain, activations=activations), blob, (0,))[0]
+        found = trained(replace(plain, cache=activations), blob, (0,))[0]
         assert found["own"].abs().max() > 1e-6
         close(found, expected, 1e-6)
 
@@ -445,7 +445,7 @@ class AsSent:
     def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
         trained = trainable(down)
         with mounted(model, trained):
-            yield LocalTask(trained, lambda: (values(trained), {}))
+            yield LocalTask(trained, lambda: (detached(trained), {}))
 
 
 THIRD = "bert.encoder.layer.2.output.dense"
@@ -458,18 +458,18 @@ KNOWN: Mapping[str, Payload] = {
 }
 
 
-@pytest.mark.parametrize("cohort", [(1,), (0, 1, 2)], ids=["alone", "three at once"])
+@pytest.mark.parametrize("stack", [(1,), (0, 1, 2)], ids=["alone", "three at once"])
 @pytest.mark.parametrize("kind", KNOWN)
-def test_what_this_package_mounts_is_known_and_blocks_below_are_not_computed(kind: str, cohort: tuple[int, ...]) -> None:
+def test_what_this_package_mounts_is_known_and_blocks_below_are_not_computed(kind: str, stack: tuple[int, ...]) -> None:
     plain: Any = replace(working(from_block(3), four_blocks("bert")), method=AsSent())  # type: ignore[arg-type]
-    kept = replace(plain, activations=Activations(SIZES))
+    kept = replace(plain, cache=ActivationCache(SIZES))
     calls = Calls(part_of(plain.model, 1))
     blob = Request(Kind.TRAIN, 0, CONFIG, KNOWN[kind]).encode()
-    assert_like(kept, plain, blob, cohort)
+    assert_like(kept, plain, blob, stack)
     calls.rows = 0
-    trained(kept, blob, cohort)
+    trained(kept, blob, stack)
     assert calls.rows == 0
-    assert_like(kept, plain, blob, cohort)
+    assert_like(kept, plain, blob, stack)
 
 
 class Mixing(nn.Module):
@@ -510,13 +510,13 @@ def toy(turned: bool) -> Any:
         torch.manual_seed(3)
         model = shaken(Toy(turned))
     alone = Training(optimizer="sgd", lr=0.2, batch_size=1, epochs=2)  # the toy knows of no padding
-    held = played("bert", AsSent(), SIZES, alone).holdings  # type: ignore[arg-type]
+    held = played("bert", AsSent(), SIZES, alone).client_data  # type: ignore[arg-type]
     head = frozenset({"head.weight", "head.bias"})
     return Worker(
         method=AsSent(),  # type: ignore[arg-type]
         model=model,
         task=TASK,
-        holdings=held,
+        client_data=held,
         training=alone,
         hardware=CPU,
         head=head,
@@ -528,7 +528,7 @@ def toy(turned: bool) -> Any:
 @pytest.mark.parametrize("turned", [False, True], ids=["rows first", "length first"])
 def test_blocks_into_which_other_than_a_vector_a_token_goes_form_no_chain(turned: bool) -> None:
     plain = toy(turned)
-    kept = replace(plain, activations=Activations(SIZES, rows=1))
+    kept = replace(plain, cache=ActivationCache(SIZES, rows=1))
     calls = Calls(part_of(plain.model, 0))
     blob = Request(Kind.TRAIN, 0, CONFIG, {"blocks.2.dense.bias": torch.zeros(16)}).encode()
     trained(kept, blob, (0,))
@@ -541,7 +541,7 @@ def test_blocks_into_which_other_than_a_vector_a_token_goes_form_no_chain(turned
 
 def test_what_is_mounted_on_a_module_that_is_never_called_may_be_used_anywhere() -> None:
     plain = toy(turned=False)
-    kept = replace(plain, activations=Activations(SIZES, rows=1))
+    kept = replace(plain, cache=ActivationCache(SIZES, rows=1))
     weight = plain.model.table.weight.detach()
     blob = Request(Kind.TRAIN, 0, CONFIG, {"table.weight": weight}).encode()
     for _ in range(2):
@@ -552,7 +552,7 @@ def test_what_is_mounted_on_a_module_that_is_never_called_may_be_used_anywhere()
 def test_blocks_that_are_used_many_times_form_no_chain() -> None:
     method: Method = METHODS["lora"](targets="all-linear", rank=2)  # type: ignore[call-arg]
     plain = played("albert", method, SIZES, SGD)
-    kept = replace(plain, activations=Activations(SIZES))
+    kept = replace(plain, cache=ActivationCache(SIZES))
     blob = request(plain, method, "albert")
     expected = trained(plain, blob)
     for client, payload in trained(kept, blob).items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedpeft.experiment.build import Assembly, agreement, assemble
+from fedpeft.experiment.build import Federation, agreement, build
 from tests.e2e.builders import Ground, write_ground
 
 
@@ -21,31 +21,31 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 
 @pytest.fixture(scope="module")
-def here(ground: Ground) -> Assembly:
+def here(ground: Ground) -> Federation:
     """The federation as one machine builds it."""
-    return assemble(ground.chosen())
+    return build(ground.chosen())
 
 
-def digest(here: Assembly, *trees: Mapping[str, Any], ground: Ground) -> bytes:
+def digest(here: Federation, *trees: Mapping[str, Any], ground: Ground) -> bytes:
     """Return what a machine with other settings agrees to, on the same texts and weights."""
     config = ground.chosen(*trees)
     return agreement(config, config.build_method(), here.dataset.labels, here.loaded.digest)
 
 
 def test_the_same_model_in_another_folder_agrees_and_other_weights_do_not(
-    ground: Ground, here: Assembly, tmp_path: Path
+    ground: Ground, here: Federation, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(ground.model, tmp_path / "copy")
     elsewhere = {"model": {"name": str(copy)}}
-    assert assemble(ground.chosen(elsewhere)).worker.config == here.worker.config
+    assert build(ground.chosen(elsewhere)).worker.config == here.worker.config
     weights = load_file(copy / "model.safetensors")
     name = min(weights)
     weights[name] = weights[name] + torch.full_like(weights[name], 1e-3)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    assert assemble(ground.chosen(elsewhere)).worker.config != here.worker.config
+    assert build(ground.chosen(elsewhere)).worker.config != here.worker.config
 
 
-def test_what_changes_no_work_of_a_client_is_not_agreed_on(ground: Ground, here: Assembly) -> None:
+def test_what_changes_no_work_of_a_client_is_not_agreed_on(ground: Ground, here: Federation) -> None:
     """LoRA knows no rounds; a default is the same written or not."""
     same: list[dict[str, Any]] = [
         {"name": "another"},
@@ -59,7 +59,7 @@ def test_what_changes_no_work_of_a_client_is_not_agreed_on(ground: Ground, here:
         assert digest(here, tree, ground=ground) == here.worker.config, tree
 
 
-def test_what_changes_the_work_of_a_client_is_agreed_on(ground: Ground, here: Assembly) -> None:
+def test_what_changes_the_work_of_a_client_is_agreed_on(ground: Ground, here: Federation) -> None:
     others: list[dict[str, Any]] = [
         {"method": {"rank": 5}},
         {"method": {"name": "ffa_lora", "rank": 4}},

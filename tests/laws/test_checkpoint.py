@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedpeft.federation import checkpoint
 from fedpeft.federation.memory import Memories
-from fedpeft.types import NEVER, BadInput, State, WireError
+from fedpeft.types import NO_MEMORY, BadInput, State, WireError
 from fedpeft.wire import messages as wire
 from fedpeft.wire.messages import encode
 from tests.strategies import PAYLOADS, bits
@@ -192,7 +192,7 @@ def test_clients_that_keep_their_memory_elsewhere_are_new_after_a_resume(tmp_pat
     found = loaded(tmp_path)
     assert found.state.memories == {1: 1}
     assert found.memories.get(1, 1) == b"here"
-    assert found.memories.get(2, NEVER) == b""
+    assert found.memories.get(2, NO_MEMORY) == b""
 
 
 class Spy:

@@ -26,7 +26,7 @@ with claimed(Path(sys.argv[1])):
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def mounted_state(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Let another process claim ``folder`` for the length of a ``with``."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], stdin=pipe, stdout=pipe, text=True) as process:
@@ -45,7 +45,7 @@ def assert_held(folder: Path, by: str) -> None:
 
 
 def test_the_second_is_refused_by_the_name_of_folder_and_process(tmp_path: Path) -> None:
-    with held(tmp_path) as process:
+    with mounted_state(tmp_path) as process:
         assert_held(tmp_path, f"process {process.pid}")
     with claimed(tmp_path):
         pass
@@ -53,7 +53,7 @@ def test_the_second_is_refused_by_the_name_of_folder_and_process(tmp_path: Path)
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     (tmp_path / "kept").touch()
-    with held(tmp_path) as process:
+    with mounted_state(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (tmp_path / COMMAND).exists()

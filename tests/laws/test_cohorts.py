@@ -8,10 +8,10 @@ import torch
 from fedpeft.federation.client import Worker
 from fedpeft.methods import METHODS
 from fedpeft.mounting import describe
-from fedpeft.training.evaluation import says
+from fedpeft.training.evaluation import predict_logits
 from fedpeft.training.loop import Training
-from fedpeft.types import NEVER, Base, Client, Method, Payload, State
-from fedpeft.wire.messages import Answer, Kind, Request
+from fedpeft.types import NO_MEMORY, Base, Client, Method, Payload, State
+from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import FAMILIES, played
 from tests.tiny import CONFIG, CPU, SEED, TASK, close
 
@@ -36,12 +36,12 @@ PAIRS = [(family, name) for family in FAMILIES for name in SETTINGS if (family, 
 
 def requests(method: Method, base: Base) -> tuple[bytes, State]:
     state = method.init(base, SEED)
-    return Request(Kind.TRAIN, 0, CONFIG, method.send(state, Client(0)), NEVER).encode(), state
+    return Request(Kind.TRAIN, 0, CONFIG, method.send(state, Client(0)), NO_MEMORY).encode(), state
 
 
-def answers(playing: Worker, cohort: list[int], blob: bytes) -> dict[int, Answer]:
-    found = playing.handle(cohort, [blob] * len(cohort), [b""] * len(cohort))
-    return {client: Answer.decode(answer) for client, (answer, _) in zip(cohort, found, strict=True)}
+def answers(playing: Worker, stack: list[int], blob: bytes) -> dict[int, Response]:
+    found = playing.handle(stack, [blob] * len(stack), [b""] * len(stack))
+    return {client: Response.decode(answer) for client, (answer, _) in zip(stack, found, strict=True)}
 
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
@@ -52,7 +52,7 @@ def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name:
     blob, state = requests(method, describe(playing.model, FAMILIES[family].head))
     alone = {client: answers(playing, [client], blob)[client] for client in SIZES}
     assert max(_moved(state, answer.payload) for answer in alone.values()) > 0.01
-    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=60, threads=2, grain=4)):
+    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=60, threads=2, pad_to_multiple_of=4)):
         together = answers(replace(playing, hardware=hardware), [0, 1, 2], blob)
         for client in SIZES:
             close(together[client].payload, alone[client].payload, 2e-5)
@@ -65,10 +65,10 @@ def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name:
 def test_scores_do_not_depend_on_what_is_scored_together(family: str) -> None:
     """Nor on padding: in parts of a few tokens, two at once, in grains."""
     playing = played(family, METHODS["bitfit"](), {0: 23}, SGD)
-    texts = playing.holdings[0].test
-    alone = torch.cat([says(playing.model, TASK, texts.take([row]), CPU) for row in range(len(texts))])
-    for hardware in (CPU, replace(CPU, tokens=60, threads=2, grain=4)):
-        torch.testing.assert_close(says(playing.model, TASK, texts, hardware), alone, rtol=1e-5, atol=1e-5)
+    texts = playing.client_data[0].test
+    alone = torch.cat([predict_logits(playing.model, TASK, texts.take([row]), CPU) for row in range(len(texts))])
+    for hardware in (CPU, replace(CPU, tokens=60, threads=2, pad_to_multiple_of=4)):
+        torch.testing.assert_close(predict_logits(playing.model, TASK, texts, hardware), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_client_that_diverges_takes_nobody_along() -> None:
@@ -77,14 +77,14 @@ def test_a_client_that_diverges_takes_nobody_along() -> None:
     playing = played("bert", method, SIZES, SGD)
     blob, state = requests(method, describe(playing.model, FAMILIES["bert"].head))
     spoilt = {name: torch.full_like(tensor, torch.inf) for name, tensor in state.shared.items()}
-    bad = Request(Kind.TRAIN, 0, CONFIG, spoilt, NEVER).encode()
+    bad = Request(Kind.TRAIN, 0, CONFIG, spoilt, NO_MEMORY).encode()
     alone = {client: answers(playing, [client], blob)[client] for client in (0, 2)}
     for tokens in (1024, 40):
         mixed = replace(playing, hardware=replace(CPU, tokens=tokens))
         found = mixed.handle([0, 1, 2], [blob, bad, blob], [b""] * 3)
-        assert not _finite(Answer.decode(found[1][0]).payload)
+        assert not _finite(Response.decode(found[1][0]).payload)
         for client in (0, 2):
-            close(Answer.decode(found[client][0]).payload, alone[client].payload, 2e-5)
+            close(Response.decode(found[client][0]).payload, alone[client].payload, 2e-5)
 
 
 def _moved(state: State, payload: Payload) -> float:

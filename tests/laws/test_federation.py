@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedpeft.federation.replies import in_order
 from fedpeft.federation.server import federate, poll, sample
 from fedpeft.ledger import ClientRow, Measured
-from fedpeft.training.evaluation import held, score
+from fedpeft.training.evaluation import mounted_state, score
 from fedpeft.types import BadInput, Client, Lost, Reply, State, Update
-from fedpeft.wire.messages import Answer, Request, decode, encode
+from fedpeft.wire.messages import Request, Response, decode, encode
 from tests.tiny import (
     CONFIG,
     CPU,
@@ -84,7 +84,7 @@ class Echo:
             asked = Request.decode(request(client), CONFIG)
             payload = {name: tensor + client.id for name, tensor in asked.payload.items()}
             figures = Measured(examples=1, loss=0.0)
-            yield Reply(client, Answer(asked.round, payload, figures).encode())
+            yield Reply(client, Response(asked.round, payload, figures).encode())
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def test_polling_scores_every_client_as_it_holds_the_state_and_changes_nothing(n
     for client in playing.clients():
         known = replace(client, memory=state.memories.get(client.id, -1))
         memory = playing.memories.get(client.id, known.memory)
-        with held(playing.method, state, playing.worker.model, CPU, SEED, known, decode(memory) if memory else None):
-            expected = score(playing.worker.model, TASK, playing.worker.holdings[client.id].test, CPU)
+        with mounted_state(playing.method, state, playing.worker.model, CPU, SEED, known, decode(memory) if memory else None):
+            expected = score(playing.worker.model, TASK, playing.worker.client_data[client.id].test, CPU)
         assert torch.equal(found[client.id].counts, expected.counts)
         assert found[client.id].loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
 
@@ -153,8 +153,8 @@ def test_polling_leaves_out_who_is_lost_or_has_nothing_to_score() -> None:
         return Lost(outcome.client, "silence") if outcome.client.id == 0 else outcome
 
     playing = federation(small("lora"), change)
-    idle = replace(playing.worker.holdings[1], test=examples(4).take([]))
-    playing.worker.holdings[1] = idle  # type: ignore[index]
+    idle = replace(playing.worker.client_data[1], test=examples(4).take([]))
+    playing.worker.client_data[1] = idle  # type: ignore[index]
     found = poll(playing.method, playing.start, playing.engine, playing.clients(), config=CONFIG, labels=3)
     assert found.keys() == {2}
 
@@ -311,7 +311,7 @@ def test_polling_leaves_out_scores_that_cannot_be(kind: str) -> None:
     def change(_: int, outcome: Reply | Lost) -> Reply | Lost:
         if outcome.client.id != 1:
             return outcome
-        answer = Answer.decode(outcome.blob)
+        answer = Response.decode(outcome.blob)
         counts = IMPOSSIBLE[kind](answer.payload["counts"])
         return Reply(outcome.client, replace(answer, payload={"counts": counts}).encode())
 

@@ -1,4 +1,4 @@
-"""Scores are AdaLoRA's recursion, votes are one bit a rank, and the survivors are who the rule says."""
+"""Scores are AdaLoRA's recursion, votes are one bit a rank, and the select_ranks are who the rule says."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpeft.algebra.importance import Importance, Score, Tally, pack, survivors, unpack
+from fedpeft.algebra.importance import Importance, Score, Tally, pack, select_ranks, unpack
 
 CLIENTS, STEPS, BETA1, BETA2 = 2, 4, 0.8, 0.6
 
@@ -90,7 +90,7 @@ def test_a_client_votes_for_its_best_ranks_over_all_modules(budget: int) -> None
         assert unpack(ballot, 5).nonzero().flatten().tolist() == sorted(best)
 
 
-def test_a_cohort_without_any_rank_left_votes_with_empty_ballots() -> None:
+def test_a_stack_without_any_rank_left_votes_with_empty_ballots() -> None:
     """One for each client: the reply has a client axis whatever is in it, be it nothing."""
     head = {"classifier.bias": nn.Parameter(torch.zeros(CLIENTS, 3))}
     for trained in (head, dict[str, nn.Parameter]()):
@@ -161,22 +161,22 @@ def test_who_abstains_keeps_no_rank_alive_and_kills_none() -> None:
     """Of those with an opinion rank 1 has 3 of 4 and rank 0 has 1 of 4; with 6 more of 10 it would be 7 and 9."""
     opinions: list[tuple[list[int], float]] = [([1, 3], 3.0), ([0, 3], 1.0)]
     for ballots in (opinions, [([*ALL], 6.0), *opinions], [*opinions, ([*ALL], 6.0)]):
-        assert tallied(*ballots).survivors(RISING, 0.5, 3).tolist() == [False, True, False, True]
+        assert tallied(*ballots).select_ranks(RISING, 0.5, 3).tolist() == [False, True, False, True]
 
 
 def test_shares_of_those_with_an_opinion_are_exact() -> None:
     """3 of 4 are 0.75, whoever abstains; but 3/5 over 4/5 are less in float64."""
     assert (3 / 5) / (4 / 5) < 0.75 == 3 / 4
     tally = tallied(([0], 3.0), ([1], 1.0), (ALL, 1.0))
-    assert tally.survivors(RISING, 0.75, 4).tolist() == [True, False, False, False]
+    assert tally.select_ranks(RISING, 0.75, 4).tolist() == [True, False, False, False]
 
 
 def test_where_all_abstain_the_strongest_live_and_where_none_is_strong_all() -> None:
     """Never the first by number: that would be the first modules of the alphabet."""
     nobody = tallied((ALL, 2.0), (ALL, 1.0))
-    assert nobody.survivors(RISING, 0.5, 2).tolist() == [False, False, True, True]
-    assert nobody.survivors(torch.zeros(4), 0.5, 2).tolist() == [True] * 4
-    assert Tally(0).survivors(torch.zeros(0), 0.5, 2).tolist() == []
+    assert nobody.select_ranks(RISING, 0.5, 2).tolist() == [False, False, True, True]
+    assert nobody.select_ranks(torch.zeros(4), 0.5, 2).tolist() == [True] * 4
+    assert Tally(0).select_ranks(torch.zeros(0), 0.5, 2).tolist() == []
 
 
 COARSE = st.integers(0, 3).map(lambda part: part / 3)
@@ -190,7 +190,7 @@ def test_survivors_are_the_most_voted_for_above_the_threshold(
     """Few different numbers, so that ties are common: they go to the stronger rank, then to the earlier one."""
     order = sorted(range(len(ranks)), key=lambda rank: (-ranks[rank][0], -ranks[rank][1], rank))
     expected = {rank for rank in order[:budget] if ranks[rank][0] >= threshold}
-    votes, strength = torch.tensor(ranks, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    alive = survivors(votes, strength, threshold, budget)
+    votes, rank_norms = torch.tensor(ranks, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    alive = select_ranks(votes, rank_norms, threshold, budget)
     assert alive.dtype == torch.bool
     assert set(alive.nonzero().flatten().tolist()) == expected

@@ -19,10 +19,10 @@ from fedpeft.methods.fedara import FedARA
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
-from fedpeft.mounting import forms, mounted, trainable, values
+from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.training.loop import Training
-from fedpeft.types import NEVER, Base, Client, Context, LocalTask, Lost, Method, Payload, Reply, State, Update
-from fedpeft.wire.messages import Answer, Kind, Request, decode
+from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Lost, Method, Payload, Reply, State, Update
+from fedpeft.wire.messages import Kind, Request, Response, decode
 from fedpeft.wrappers.staged import Staged
 from tests.contract.reference import unmeasured
 from tests.tiny import (
@@ -30,7 +30,7 @@ from tests.tiny import (
     HEAD,
     SEED,
     TARGETS,
-    Federation,
+    TinyFederation,
     assert_same,
     assert_same_state,
     base_of,
@@ -74,7 +74,7 @@ def test_the_warm_up_of_plain_sgd_goes_on_too() -> None:
     close(ends[0].shared, ends[1].shared, 1e-6)
 
 
-def changing(playing: Federation) -> Callable[[int], list[Client]]:
+def changing(playing: TinyFederation) -> Callable[[int], list[Client]]:
     """Return cohorts by round: clients 0 and 1, then 1 and 2, then 2 and 0, and in every fourth all."""
 
     def cohort(number: int) -> list[Client]:
@@ -125,7 +125,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, training: Training) -> 
         [(alone, kept_alone)] = playing.worker.handle([k], [asked[k][0]], [asked[k][1]])
         blob, kept = together[k]
         blind = "key.bias" if training.optimizer == "adamw" else "nothing"  # see SOFTMAX_BLIND
-        up, up_alone = Answer.decode(blob).payload, Answer.decode(alone).payload
+        up, up_alone = Response.decode(blob).payload, Response.decode(alone).payload
         close(without(up, blind), without(up_alone, blind), 2e-5)
         close(without(decode(kept), blind), without(decode(kept_alone), blind), 2e-5)
         assert int(decode(kept)["@steps"]) == steps[k] + (2, 3, 3)[k]
@@ -170,7 +170,7 @@ def test_what_is_kept_is_two_moments_and_a_count_of_every_tensor_and_the_steps()
     assert decode(plain.memories.get(1, plain.play(1).memories[1])).keys() == {"@steps"}
 
 
-def moves(playing: Federation, state: State, client: int = 0) -> dict[str, int]:
+def moves(playing: TinyFederation, state: State, client: int = 0) -> dict[str, int]:
     """Return how many steps of ``client`` moved each tensor since its state began."""
     kept = decode(playing.memories.get(client, state.memories[client]))
     return {name.removeprefix("@moves/"): int(kept[name]) for name in kept if name.startswith("@moves/")}
@@ -242,15 +242,15 @@ class Seldom:
 
     @contextmanager
     def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
-        held = memory.get("round", torch.full((len(context.clients),), NEVER))
+        held = memory.get("round", torch.full((len(context.clients),), NO_MEMORY))
         assert torch.equal(held, down["believed"])
         trained = trainable(without(down, "believed"))
         number = torch.full((len(context.clients),), context.round)
         with mounted(model, trained):
-            yield LocalTask(trained, lambda: (values(trained), {"round": number} if context.round == 2 else {}))
+            yield LocalTask(trained, lambda: (detached(trained), {"round": number} if context.round == 2 else {}))
 
     def expects(self, state: State, down: Payload) -> Payload:
-        return forms(without(down, "believed"))
+        return specs(without(down, "believed"))
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         return averaged(state, updates, "uniform")
@@ -314,11 +314,11 @@ def test_a_client_that_has_nothing_to_train_keeps_nothing() -> None:
 
     blob = Request(Kind.TRAIN, 0, CONFIG, {}).encode()
 
-    def answers(clients: Sequence[int]) -> list[Answer]:
+    def answers(clients: Sequence[int]) -> list[Response]:
         method: Any = AsItIs()
         found = worker(method, bert(), ADAMW).handle(clients, [blob] * len(clients), [b""] * len(clients))
         assert [kept for _, kept in found] == [b""] * len(clients)
-        return [Answer.decode(answer) for answer, _ in found]
+        return [Response.decode(answer) for answer, _ in found]
 
     together, alone = answers([0, 1, 2]), [answers([client])[0] for client in SIZES]
     assert [answer.measured.trained for answer in together] == [0, 0, 0]

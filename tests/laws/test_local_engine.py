@@ -9,18 +9,18 @@ import pytest
 from torch import Tensor, nn
 
 from fedpeft.engines.local import LocalEngine
-from fedpeft.experiment import stacking as cohorts
+from fedpeft.experiment import stacking as stacks
 from fedpeft.experiment.stacking import apart, sizes, widest
-from fedpeft.federation.client import Holding, MountedForm, Worker
+from fedpeft.federation.client import ClientData, MountedForm, Worker
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import Measured, Measurement
 from fedpeft.mounting import describe
 from fedpeft.tasks import Classification, Encoded
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training, fit
-from fedpeft.types import NEVER, Client, LocalTask, Lost, NotStackable, Reply, WireError
-from fedpeft.wire.messages import Answer, Kind, Request, Status
+from fedpeft.types import NO_MEMORY, Client, LocalTask, Lost, NotStackable, Reply, WireError
+from fedpeft.wire.messages import Kind, Request, Response, Status
 from tests.contract.reference import unmeasured
 from tests.families import FAMILIES, played
 from tests.tiny import (
@@ -28,8 +28,8 @@ from tests.tiny import (
     CPU,
     SEED,
     SIZES,
-    Federation,
     Tapped,
+    TinyFederation,
     assert_same_state,
     base_of,
     bert,
@@ -48,13 +48,13 @@ class Listening:
     """A worker that says whom it was asked to play together."""
 
     worker: Worker
-    cohorts: list[list[int]] = field(default_factory=list)
+    stacks: list[list[int]] = field(default_factory=list)
     refuses: type[WireError] | None = None
 
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
     ) -> Sequence[tuple[bytes, bytes]]:
-        self.cohorts.append(list(clients))
+        self.stacks.append(list(clients))
         if self.refuses and len(clients) > 1:
             raise self.refuses("no")
         return self.worker.handle(clients, requests, memories)
@@ -64,33 +64,33 @@ def listening(refuses: type[WireError] | None = None) -> Listening:
     return Listening(worker(small("lora"), bert(), Training(steps=1, batch_size=4), TEN), refuses=refuses)
 
 
-def engine(playing: Listening, cohort: int) -> LocalEngine:
-    return LocalEngine(playing, Memories(), cohort)  # type: ignore[arg-type]
+def engine(playing: Listening, stack: int) -> LocalEngine:
+    return LocalEngine(playing, Memories(), stack)  # type: ignore[arg-type]
 
 
 def request(rank: int = 3) -> bytes:
     state = small("lora", rank=rank).init(base_of(bert()), SEED)
-    return Request(Kind.TRAIN, 0, CONFIG, state.shared, NEVER).encode()
+    return Request(Kind.TRAIN, 0, CONFIG, state.shared, NO_MEMORY).encode()
 
 
 def test_cohorts_are_as_large_as_asked_for_and_the_last_one_smaller() -> None:
     playing = listening()
     blob = request()
     found = list(engine(playing, 4).exchange([Client(k) for k in range(10)], lambda _: blob))
-    assert playing.cohorts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert playing.stacks == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert sorted(reply.client.id for reply in found) == list(range(10))
 
 
-def test_only_requests_of_one_form_meet_in_a_cohort_and_the_answers_are_those_of_each_alone() -> None:
+def test_only_requests_of_one_form_meet_in_a_stack_and_the_answers_are_those_of_each_alone() -> None:
     playing = listening()
     blobs = {k: request(rank=3 if k % 3 else 2) for k in range(10)}
     found = {reply.client.id: reply for reply in engine(playing, 3).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])}
-    assert sorted(sorted(cohort) for cohort in playing.cohorts) == [[0, 3, 6], [1, 2, 4], [5, 7, 8], [9]]
+    assert sorted(sorted(stack) for stack in playing.stacks) == [[0, 3, 6], [1, 2, 4], [5, 7, 8], [9]]
     for client in (0, 1, 9):
         [(alone, _)] = playing.worker.handle([client], [blobs[client]], [b""])
         reply = found[client]
         assert isinstance(reply, Reply)
-        close(Answer.decode(reply.blob).payload, Answer.decode(alone).payload, 2e-5)
+        close(Response.decode(reply.blob).payload, Response.decode(alone).payload, 2e-5)
 
 
 def test_no_client_waits_for_its_like_past_two_cohorts() -> None:
@@ -107,14 +107,14 @@ def test_what_cannot_be_kept_apart_is_tried_once_and_then_played_one_by_one() ->
     whole = engine(playing, 4)
     for _ in range(2):
         assert all(isinstance(reply, Reply) for reply in whole.exchange(clients, lambda _: blob))
-    assert [cohort for cohort in playing.cohorts if len(cohort) > 1] == [[0, 1, 2, 3]]
-    assert [cohort for cohort in playing.cohorts if len(cohort) == 1] == [[k] for k in range(10)] * 2
+    assert [stack for stack in playing.stacks if len(stack) > 1] == [[0, 1, 2, 3]]
+    assert [stack for stack in playing.stacks if len(stack) == 1] == [[k] for k in range(10)] * 2
 
 
 def test_a_refused_request_costs_its_own_client_alone() -> None:
     playing = listening()
     good = request()
-    blobs = dict.fromkeys(range(4), good) | {2: Request(Kind.TRAIN, 0, b"x" * 16, {}, NEVER).encode()}
+    blobs = dict.fromkeys(range(4), good) | {2: Request(Kind.TRAIN, 0, b"x" * 16, {}, NO_MEMORY).encode()}
     found = {reply.client.id: reply for reply in engine(playing, 4).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])}
     assert [k for k, reply in found.items() if isinstance(reply, Lost)] == [2]
     damaged = {**blobs, 2: good[:-1] + bytes([good[-1] ^ 1])}
@@ -125,7 +125,7 @@ def test_a_refused_request_costs_its_own_client_alone() -> None:
 def test_seconds_are_shared_out_by_steps() -> None:
     playing = worker(small("lora"), bert(), Training(epochs=1, batch_size=2), {0: 2, 1: 8})
     blob = request()
-    few, many = (Answer.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""]))
+    few, many = (Response.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""]))
     assert (few.measured.steps, many.measured.steps) == (1, 4)
     assert many.measured.seconds == pytest.approx(4 * few.measured.seconds)
 
@@ -147,7 +147,7 @@ def test_the_size_is_one_of_those_that_deal_the_clients_evenly() -> None:
 
 @dataclass
 class Timed:
-    """A worker whose steps take what is written down for each size of a cohort, on a clock of its own."""
+    """A worker whose steps take what is written down for each size of a stack, on a clock of its own."""
 
     hardware: Hardware
     seconds: dict[int, float]
@@ -161,7 +161,7 @@ class Timed:
         self.tried.append(len(clients))
         self.now += self.seconds[len(clients)]
         figures = Measured(examples=1, peak_memory=self.memory)
-        return [(Answer(0, {}, figures).encode(), b"")] * len(clients)
+        return [(Response(0, {}, figures).encode(), b"")] * len(clients)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,13 @@ class Timed:
     ],
     ids=["all", "half gains", "none gains", "all would try one's patience", "all would fill the memory", "cannot"],
 )
-def test_the_largest_cohort_that_gains_is_chosen(
+def test_the_largest_stack_that_gains_is_chosen(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], memory: int, due: int
 ) -> None:
     trial = Timed(CPU, seconds, memory)
-    monkeypatch.setattr(cohorts, "_trial", lambda *_: (trial, b""))
-    monkeypatch.setattr(cohorts, "_memory", lambda _: 2 * 3 * 300)
-    monkeypatch.setattr(cohorts, "measured", lambda _: nullcontext(Measurement()))
+    monkeypatch.setattr(stacks, "_trial", lambda *_: (trial, b""))
+    monkeypatch.setattr(stacks, "_memory", lambda _: 2 * 3 * 300)
+    monkeypatch.setattr(stacks, "measured", lambda _: nullcontext(Measurement()))
     monkeypatch.setattr("time.perf_counter", lambda: trial.now)
     playing = listening().worker
     clients = [Client(k, examples=8) for k in TEN]
@@ -192,13 +192,13 @@ def test_the_largest_cohort_that_gains_is_chosen(
     assert trial.tried == []
 
 
-def stacked(name: str, step_alone: dict[MountedForm, float] | None) -> Federation:
+def stacked(name: str, step_alone: dict[MountedForm, float] | None) -> TinyFederation:
     """Return a federation whose three clients train side by side, hidden states kept."""
     playing = worker(small(name), bert())
-    playing = replace(playing, activations=Activations(SIZES), step_alone=step_alone)
+    playing = replace(playing, cache=ActivationCache(SIZES), step_alone=step_alone)
     memories = Memories()
     engine = Tapped(LocalEngine(playing, memories, 3))
-    return Federation(playing.method, playing, memories, engine)
+    return TinyFederation(playing.method, playing, memories, engine)
 
 
 @pytest.mark.parametrize("name", ["lora", "bitfit", "federa", "fedara", "local_only", "slora"])
@@ -243,7 +243,7 @@ def test_seconds_alone_are_steps_times_a_step_alone_and_of_a_client_alone_its_ow
     def handled(clients: list[int]) -> list[Measured]:
         memories = [b""] * len(clients)
         answers = playing.handle(clients, [blob] * len(clients), memories)
-        return [Answer.decode(answer).measured for answer, _ in answers]
+        return [Response.decode(answer).measured for answer, _ in answers]
 
     handled([0, 1])
     assert playing.step_alone is not None
@@ -265,24 +265,24 @@ def test_an_error_that_is_no_refusal_names_client_and_round_and_keeps_its_traceb
     """Of client 1 the labels are beyond those of the model."""
     playing = worker(small("lora"), bert())
     whole = examples(7)
-    broken = Holding(Encoded(whole.ids, whole.labels + 9), whole)
-    playing = replace(playing, holdings={**playing.holdings, 1: broken})
+    broken = ClientData(Encoded(whole.ids, whole.labels + 9), whole)
+    playing = replace(playing, client_data={**playing.client_data, 1: broken})
     blob = request()
-    for cohort, named in ((1, "client 1"), (3, "client 0, 1, 2")):
+    for stack, named in ((1, "client 1"), (3, "client 0, 1, 2")):
         clients = [Client(number) for number in range(3)]
         with pytest.raises(IndexError) as caught:
-            list(LocalEngine(playing, Memories(), cohort).exchange(clients, lambda _: blob))
+            list(LocalEngine(playing, Memories(), stack).exchange(clients, lambda _: blob))
         assert caught.value.__notes__ == [f"raised by the work of {named} in round 0"]
         assert caught.traceback[-1].name == "cross_entropy"
 
 
 def test_a_client_without_examples_is_lost_and_no_other() -> None:
     playing = worker(small("lora"), bert())
-    empty = Holding(examples(4).take([]), examples(4))
-    playing = replace(playing, holdings={**playing.holdings, 1: empty})
+    empty = ClientData(examples(4).take([]), examples(4))
+    playing = replace(playing, client_data={**playing.client_data, 1: empty})
     blob, clients = request(), [Client(number) for number in range(3)]
-    for cohort in (1, 3):
-        engine = LocalEngine(playing, Memories(), cohort)
+    for stack in (1, 3):
+        engine = LocalEngine(playing, Memories(), stack)
         found = {outcome.client.id: outcome for outcome in engine.exchange(clients, lambda _: blob)}
         assert found[1] == Lost(clients[1], "client 1 holds no examples to train on")
         assert isinstance(found[0], Reply)
@@ -296,7 +296,7 @@ def test_a_client_that_lacks_the_memory_it_is_asked_for_says_so() -> None:
     blob = Request(Kind.TRAIN, 6, CONFIG, down, memory=4).encode()
     [outcome] = LocalEngine(playing, Memories(), 3).exchange([knowing], lambda _: blob)
     assert isinstance(outcome, Reply)
-    assert Answer.decode(outcome.blob) == Answer(6, {}, status=Status.FORGOTTEN)
+    assert Response.decode(outcome.blob) == Response(6, {}, status=Status.FORGOTTEN)
     stranger = Request(Kind.TRAIN, 6, b"x" * 16, down, memory=4).encode()
     [outcome] = LocalEngine(playing, Memories(), 3).exchange([knowing], lambda _: stranger)
     assert isinstance(outcome, Lost)

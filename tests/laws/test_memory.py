@@ -15,18 +15,18 @@ from fedpeft.federation.memory import (
     written,
     written_by_method,
 )
-from fedpeft.types import NEVER, Client
+from fedpeft.types import NO_MEMORY, Client
 
 
 def test_no_memory_is_empty_and_a_version_that_is_not_there_is_refused() -> None:
     memories = Memories()
-    assert memories.get(3, NEVER) == b""
+    assert memories.get(3, NO_MEMORY) == b""
     with pytest.raises(Forgotten, match="client 3 holds no memory of round 0, only of none"):
         memories.get(3, 0)
     memories.put(3, 2, b"two")
     with pytest.raises(Forgotten, match=r"round 0, only of \[2\]"):
         memories.get(3, 0)
-    assert memories.get(3, NEVER) == b""
+    assert memories.get(3, NO_MEMORY) == b""
     assert memories.holds(3, 2)
     assert not memories.holds(3, 0)
     assert not memories.holds(4, 2)
@@ -60,7 +60,7 @@ def test_clients_do_not_see_each_others_memories() -> None:
 @given(st.lists(st.booleans(), max_size=30))
 def test_whichever_replies_are_lost_the_server_and_the_client_agree(arrivals: list[bool]) -> None:
     """The client stores a memory in every round; the server knows of those whose reply arrived."""
-    memories, server, made_from = Memories(), NEVER, b""
+    memories, server, made_from = Memories(), NO_MEMORY, b""
     for number, arrives in enumerate(arrivals):
         assert memories.get(1, server) == made_from
         blob = made_from + bytes([number])
@@ -77,7 +77,7 @@ ROUNDS = st.integers(0, 2**31 - 3)
 def test_a_version_tells_when_a_memory_was_written_and_when_the_methods_part_was(
     first: int, later: list[tuple[int, bool]]
 ) -> None:
-    version, methods = NEVER, NEVER
+    version, methods = NO_MEMORY, NO_MEMORY
     for number, news in [(first, False), *later]:
         version = number if news else carried(number, version)
         methods = number if news else methods
@@ -87,10 +87,10 @@ def test_a_version_tells_when_a_memory_was_written_and_when_the_methods_part_was
 
 
 def test_a_round_alone_is_a_version_whose_rounds_are_the_same() -> None:
-    for version in (NEVER, 0, 7, 2**31):
+    for version in (NO_MEMORY, 0, 7, 2**31):
         assert written(version) == written_by_method(version) == version
     assert carried(7, 3) == carried(7, carried(5, 3))
-    assert len({carried(7, NEVER), carried(7, 3), carried(8, 3), 7, 3}) == 5
+    assert len({carried(7, NO_MEMORY), carried(7, 3), carried(8, 3), 7, 3}) == 5
 
 
 def test_the_methods_part_is_carried_along_unless_it_is_new() -> None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from fedpeft.algebra.importance import pack
 from fedpeft.methods.fedara import FedARA
 from fedpeft.mounting import describe
-from fedpeft.training.evaluation import held
+from fedpeft.training.evaluation import mounted_state
 from fedpeft.training.loop import Training
 from fedpeft.types import Client, State, Update
-from fedpeft.wire.messages import Answer
+from fedpeft.wire.messages import Response
 from tests.tiny import (
     CPU,
     SEED,
@@ -177,7 +177,7 @@ def test_a_dead_module_is_neither_sent_nor_mounted_nor_expected() -> None:
     down = METHOD.send(state, Client(0))
     assert {part.partition(":")[0] for part in down if ":" in part} == set(LAYERS) - {dead}
     assert METHOD.expects(state, down).keys() == down.keys() - {"budget"} | {"votes"}
-    with held(METHOD, state, model, CPU, SEED) as local:
+    with mounted_state(METHOD, state, model, CPU, SEED) as local:
         hooked = {name for name, module in model.named_modules() if module._forward_hooks}
         assert hooked == set(LAYERS) - {dead}
         assert not any(part.startswith(dead) for part in local.trainable)
@@ -253,7 +253,7 @@ def test_a_client_votes_reach_their_own_module_where_one_name_begins_another() -
     reply = {**{part: tensor for part, tensor in down.items() if part != "budget"}, "votes": votes}
     after = method.receive(state, [Update(Client(0), 1, reply)])
     assert {name: mask.tolist() for name, mask in after.server.items()} == {"fc:alive": [True] * 2, "fc2:alive": [False] * 2}
-    with held(method, state, model, CPU, SEED) as local:
+    with mounted_state(method, state, model, CPU, SEED) as local:
         for part, parameter in local.trainable.items():
             parameter.grad = torch.full_like(parameter, 1.0 if part.startswith("fc2:") else 0.1)
             parameter.data.fill_(1.0)
@@ -270,20 +270,20 @@ def test_the_merge_is_that_of_the_replies_worked_out() -> None:
     answers = list(playing.answers(2).values())
     weights = [float(answer.measured.examples) for answer in answers]
     means = weighted([{k: v for k, v in answer.payload.items() if k != "votes"} for answer in answers], weights)
-    strength: list[float] = []
+    rank_norms: list[float] = []
     for name in LAYERS:
         if f"{name}:e" in means:
             A, B, e = (means[f"{name}:{part}"] for part in "ABe")
-            strength += [float(e[i].abs() * A[i].norm() * B[:, i].norm()) for i in range(len(e))]
+            rank_norms += [float(e[i].abs() * A[i].norm() * B[:, i].norm()) for i in range(len(e))]
     bits = [bin_of(answer) for answer in answers]
-    votes = [sum(w for w, row in zip(weights, bits, strict=True) if row[i] == "1") / sum(weights) for i in range(len(strength))]
-    order = sorted(range(len(votes)), key=lambda i: (-votes[i], -strength[i]))[: budgets(8, TOTAL, 0.25, 1, 2)[2]]
+    votes = [sum(w for w, row in zip(weights, bits, strict=True) if row[i] == "1") / sum(weights) for i in range(len(rank_norms))]
+    order = sorted(range(len(votes)), key=lambda i: (-votes[i], -rank_norms[i]))[: budgets(8, TOTAL, 0.25, 1, 2)[2]]
     living = {i for i in order if votes[i] >= 0.5}
     places = alive(before).nonzero().flatten().tolist()
     assert {places[i] for i in living} == set(alive(after).nonzero().flatten().tolist())
 
 
-def bin_of(answer: Answer) -> str:
+def bin_of(answer: Response) -> str:
     return "".join(f"{byte:08b}" for byte in answer.payload["votes"].tolist())
 
 
@@ -291,7 +291,7 @@ def test_the_scale_is_kept_when_ranks_drop() -> None:
     playing = federation(METHOD)
     after = playing.play(5)
     merged = bert()
-    with held(METHOD, after, playing.worker.model, CPU, SEED) as local:
+    with mounted_state(METHOD, after, playing.worker.model, CPU, SEED) as local:
         said, deltas = logits(playing.worker.model), local.deltas()
     for name in LAYERS:
         mask = after.server[f"{name}:alive"]
@@ -309,7 +309,7 @@ def test_the_orthogonality_term_pulls_a_and_b_before_the_step() -> None:
     weight = 0.7
     method = replace(METHOD, orthogonality=weight)
     state = method.init(base_of(bert()), SEED)
-    with held(method, state, bert(), CPU, SEED) as local:
+    with mounted_state(method, state, bert(), CPU, SEED) as local:
         for parameter in local.trainable.values():
             parameter.grad = torch.zeros_like(parameter)
         local.after_backward(slice(0, 1))

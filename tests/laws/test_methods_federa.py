@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fedpeft.algebra.lowrank import Split
 from fedpeft.mounting import dense_layer
-from fedpeft.training.evaluation import held
-from fedpeft.types import NEVER, Client, Payload, State
+from fedpeft.training.evaluation import mounted_state
+from fedpeft.types import NO_MEMORY, Client, Payload, State
 from fedpeft.wire.messages import decode
 from tests.tiny import CPU, SEED, base_of, bert, federation, logits, small
 
@@ -83,7 +83,7 @@ def test_the_deltas_are_the_difference_to_the_pre_trained_matrix() -> None:
     playing = federation(small("federa"))
     after = playing.play(1)
     differences, _ = changed(after)
-    with held(playing.method, after, playing.worker.model, CPU, SEED) as local:
+    with mounted_state(playing.method, after, playing.worker.model, CPU, SEED) as local:
         deltas = local.deltas()
         said = logits(playing.worker.model)
     assert sorted(deltas) == LAYERS
@@ -104,11 +104,11 @@ def test_the_deltas_are_the_difference_to_the_pre_trained_matrix() -> None:
 def test_a_client_that_has_the_anchor_trains_as_one_that_is_sent_it() -> None:
     method = small("federa")
     state = federation(method).play(1)
-    knowing, new = Client(0, memory=0), Client(0, memory=NEVER)
+    knowing, new = Client(0, memory=0), Client(0, memory=NO_MEMORY)
     model = bert()
 
     def said(client: Client, memory: Payload) -> Tensor:
-        with held(method, state, model, CPU, SEED, client, memory):
+        with mounted_state(method, state, model, CPU, SEED, client, memory):
             return logits(model)
 
     assert torch.equal(said(knowing, state.server), said(new, {}))

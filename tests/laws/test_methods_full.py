@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeft.mounting import describe
-from fedpeft.training.evaluation import held
+from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import BadInput, Client
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family
 from tests.tiny import CPU, HEAD, SEED, bert, federation, small
@@ -43,7 +43,7 @@ def test_bitfit_touches_biases_and_the_head_only() -> None:
     assert "bert.embeddings.LayerNorm.bias" in BIASES
     model = playing.worker.model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with held(playing.method, after, model, CPU, SEED):
+    with mounted_state(playing.method, after, model, CPU, SEED):
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]) == (name not in BIASES | HEAD) or name.endswith("key.bias")
 

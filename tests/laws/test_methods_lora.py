@@ -7,7 +7,7 @@ from torch import Tensor
 from fedpeft.algebra.lowrank import uniform
 from fedpeft.methods import METHODS
 from fedpeft.mounting import select
-from fedpeft.training.evaluation import held
+from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import BadInput, Client, Payload
 from fedpeft.wire.messages import decode
 from tests.tiny import CPU, SEED, TARGETS, assert_same, base_of, bert, examples, federation, logits, small, weighted
@@ -39,7 +39,7 @@ def test_ffas_merge_is_exact_and_loras_is_not(name: str) -> None:
     answers = list(playing.answers(1).values())
     payloads = [answer.payload for answer in answers]
     weights = [float(answer.measured.examples) for answer in answers]
-    with held(playing.method, after, playing.worker.model, CPU, SEED) as local:
+    with mounted_state(playing.method, after, playing.worker.model, CPU, SEED) as local:
         deltas = local.deltas()
     assert sorted(deltas) == LAYERS
     for module in LAYERS:
@@ -56,7 +56,7 @@ def test_ffa_never_sends_a_and_never_changes_it() -> None:
         for blob in (blob for pair in talk.values() for blob in pair):
             own = {name for name in decode(blob) if not name.startswith("@")}
             assert own == {f"{module}:B" for module in LAYERS} | {"classifier.weight", "classifier.bias"}
-    with held(playing.method, after, playing.worker.model, CPU, SEED) as local:
+    with mounted_state(playing.method, after, playing.worker.model, CPU, SEED) as local:
         for module, delta in local.deltas().items():
             factors = delta.factors()
             assert factors is not None
@@ -69,7 +69,7 @@ def test_ffas_a_is_the_seeds_own() -> None:
     state = federation(method).play(1)
 
     def factor(seed: int) -> Tensor:
-        with held(method, state, model, CPU, seed) as local:
+        with mounted_state(method, state, model, CPU, seed) as local:
             factors = local.deltas()[LAYERS[0]].factors()
         assert factors is not None
         return factors[1]
@@ -127,6 +127,6 @@ def test_a_local_only_client_goes_on_from_its_own_and_hears_nothing_of_the_other
     said = []
     for client in (0, 1):
         memory = decode(together.memories.get(client, 2))
-        with held(together.method, state, together.worker.model, CPU, SEED, Client(client, memory=2), memory):
+        with mounted_state(together.method, state, together.worker.model, CPU, SEED, Client(client, memory=2), memory):
             said.append(logits(together.worker.model, rows))
     assert (said[0] - said[1]).abs().max() > 1e-3

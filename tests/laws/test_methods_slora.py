@@ -17,9 +17,9 @@ from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import dense_layer, describe
-from fedpeft.training.evaluation import held
+from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import BadInput, Client
-from fedpeft.wire.messages import Answer, Request
+from fedpeft.wire.messages import Request, Response
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import (
     CONFIG,
@@ -81,7 +81,7 @@ def test_sparse_values_change_their_entries_of_the_matrix_and_nothing_else(name:
         for flat in where.tolist():
             dense_layer(expected, layer)[flat // width, flat % width] += 0.1
         assert int((difference != 0).sum()) == len(where) == round(0.3 * out * width)
-    with held(method, state, model, CPU, SEED) as local:
+    with mounted_state(method, state, model, CPU, SEED) as local:
         torch.testing.assert_close(says(model, ids), says(expected, ids), rtol=1e-5, atol=1e-5)
         for layer, delta in local.deltas().items():
             assert delta.factors() is None
@@ -95,7 +95,7 @@ def test_no_position_travels() -> None:
     playing.play(2)
     for talk in playing.engine.talks:
         for request, reply in talk.values():
-            for payload in (Request.decode(request, CONFIG).payload, Answer.decode(reply).payload):
+            for payload in (Request.decode(request, CONFIG).payload, Response.decode(reply).payload):
                 assert payload.keys() == {f"{name}:values" for name in LAYERS} | HEAD
                 for name in LAYERS:
                     values = payload[f"{name}:values"]
@@ -115,12 +115,12 @@ def test_the_first_stage_lasts_its_share_of_the_rounds(rounds: int, share: float
     for number in range(rounds + 1):
         kinds = {part.partition(":")[2] for part in method.send(state, Client(0)) if ":" in part}
         assert kinds == ({"values"} if number < until else {"A", "B"})
-        with held(method, state, bert(), CPU, SEED) as local:
+        with mounted_state(method, state, bert(), CPU, SEED) as local:
             assert local.trainable.keys() == state.shared.keys()
         state = method.receive(state, ())
 
 
-def difference(answers: Iterable[Answer], name: str) -> Tensor:
+def difference(answers: Iterable[Response], name: str) -> Tensor:
     """Return the (out, in) difference that the plain mean of the clients' values stands for, in float64."""
     flat = torch.zeros(32 * 32, dtype=torch.float64)
     values = [answer.payload[f"{name}:values"].double() for answer in answers]
@@ -159,9 +159,9 @@ def test_the_bridge_keeps_the_head_and_the_base_stays_as_it_was() -> None:
     for part in HEAD:
         assert torch.equal(bridged.shared[part], merged.shared[part])
     model = bert()
-    with held(last_of_first, merged, model, CPU, SEED):
+    with mounted_state(last_of_first, merged, model, CPU, SEED):
         before = logits(model)
-    with held(method, bridged, model, CPU, SEED):
+    with mounted_state(method, bridged, model, CPU, SEED):
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def test_each_stage_trains_at_its_own_rate() -> None:
     for number, rate in ((0, 5.0), (2, 1.0)):
         while state.round < number:
             state = method.receive(state, ())
-        with held(method, state, bert(), CPU, SEED) as local:
+        with mounted_state(method, state, bert(), CPU, SEED) as local:
             assert math.isclose(local.rate, rate)
 
 
@@ -244,7 +244,7 @@ def test_all_clients_train_the_same_entries() -> None:
     playing = federation(small("sparse"))
     after = playing.play(2)
     model = bert()
-    with held(playing.method, after, model, CPU, SEED):
+    with mounted_state(playing.method, after, model, CPU, SEED):
         for name in LAYERS:
             inside = torch.zeros(32 * 32, dtype=torch.bool)
             inside[positions((32, 32), 0.2, SEED, name)] = True

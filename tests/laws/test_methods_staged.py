@@ -5,7 +5,7 @@ import torch
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.local_only import LocalOnly
 from fedpeft.types import State
-from fedpeft.wire.messages import Answer, decode
+from fedpeft.wire.messages import Response, decode
 from fedpeft.wrappers.staged import Staged
 from tests.tiny import SEED, TARGETS, assert_same, base_of, bert, federation
 
@@ -45,7 +45,7 @@ def test_the_first_stages_memory_is_seen_by_the_first_stage() -> None:
 def test_a_reply_is_that_of_the_stage_under_way() -> None:
     playing = federation(Staged(LocalOnly(TARGETS, 2), FEDERA, crossing, 1))
     playing.play(2)
-    first, second = (Answer.decode(playing.engine.talks[exchange][1][1]).payload for exchange in (0, 1))
+    first, second = (Response.decode(playing.engine.talks[exchange][1][1]).payload for exchange in (0, 1))
     assert first == {}
     assert any(name.endswith(":A") for name in second)
     assert all(torch.isfinite(tensor).all() for tensor in second.values())

@@ -24,17 +24,17 @@ from fedpeft.mounting import (
     oriented,
     overridden,
     replaced,
-    rows_of,
+    row_owners,
     select,
     trainable,
-    values,
+    detached,
 )
 from fedpeft.mounting.deltas import Total
 from fedpeft.seeds import generator
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.loop import Share, Training, fit
 from fedpeft.types import BadInput, Base, LocalTask, NotStackable, WireError
-from fedpeft.wire.messages import Answer, Kind, Request
+from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family, says, texts
 from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, base_of, bert, deberta, examples, shaken, small, worker
 
@@ -78,7 +78,7 @@ def test_branches_equal_weights_with_the_difference_merged_in(name: str, triplet
     assert (expected - says(model, ids)).abs().max() > 0.02, "the difference shows"
     with mounted(model, tensors, SCALE):
         torch.testing.assert_close(says(model, ids), expected, rtol=1e-5, atol=1e-5)
-        with rows_of(slice(0, 2)):
+        with row_owners(slice(0, 2)):
             torch.testing.assert_close(says(model, ids[:4]), expected[:4], rtol=1e-5, atol=1e-5)
     with mounted(model, {part: tensor[1:2] for part, tensor in tensors.items()}, SCALE):
         torch.testing.assert_close(says(model, ids[2:4]), expected[2:4], rtol=1e-5, atol=1e-5)
@@ -230,7 +230,7 @@ class Twins(nn.Module):
     """Two dense layers with one weight."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.second.weight = self.first.weight
 
@@ -276,7 +276,7 @@ def test_parameters_of_k_clients_act_on_their_own_rows(kind: str) -> None:
         expected.append(other(x[2 * k : 2 * k + 2]))
     with mounted(model, own):
         torch.testing.assert_close(model(x), torch.cat(expected))
-        with rows_of(slice(0, 2)):
+        with row_owners(slice(0, 2)):
             torch.testing.assert_close(model(x[:4]), torch.cat(expected[:2]))
         torch.testing.assert_close(model(x[:, 0]), torch.cat(expected)[:, 0])
 
@@ -298,8 +298,8 @@ def test_a_layer_whose_rows_are_not_the_batchs_refuses_several_clients() -> None
     lora = small("lora", targets="query|key|value")
     playing = worker(lora, model)
     blob = Request(Kind.TRAIN, 0, CONFIG, lora.init(base_of(model), SEED).shared).encode()
-    assert Answer.decode(playing.handle([0], [blob], [b""])[0][0]).measured.steps == 2
-    with pytest.raises(WireError, match="cohorts of 1"):
+    assert Response.decode(playing.handle([0], [blob], [b""])[0][0]).measured.steps == 2
+    with pytest.raises(WireError, match="a stack of 1"):
         playing.handle([0, 1], [blob, blob], [b"", b""])
 
 
@@ -331,7 +331,7 @@ def test_trainable_copies_and_values_detach() -> None:
     parameters["x"].data.add_(1)
     assert tensors["x"].tolist() == [[1.0, 1.0]]
     assert parameters["x"].requires_grad
-    found = values(parameters)["x"]
+    found = detached(parameters)["x"]
     assert found.tolist() == [[2.0, 2.0]]
     assert not found.requires_grad
 
@@ -411,11 +411,11 @@ def test_dense_branches_and_everyones_equal_weights_with_the_difference_merged_i
     assert (expected - before).abs().max() > 0.005, "the difference shows"
     with mounted(model, tensors, SCALE):
         torch.testing.assert_close(says(model, ids), expected, rtol=1e-5, atol=1e-5)
-        with rows_of(slice(1, 3), 4):
+        with row_owners(slice(1, 3), 4):
             torch.testing.assert_close(says(model, ids[2:]), expected[2:], rtol=1e-5, atol=1e-5)
         owners = torch.tensor([0, 2, 2, 2, 0])
         mixed = torch.cat([says(each[k], ids[row : row + 1]) for row, k in enumerate(owners.tolist())])
-        with rows_of(owners, 5):
+        with row_owners(owners, 5):
             torch.testing.assert_close(says(model, ids[:5]), mixed, rtol=1e-5, atol=1e-5)
     one = {part: tensor[1:2] if len(tensor) == K else tensor for part, tensor in tensors.items()}
     with mounted(model, one, SCALE):
@@ -452,11 +452,11 @@ def test_factors_of_everyone_and_of_each_are_told_side_by_side() -> None:
     torch.testing.assert_close(total.dense()[1], differences(sets[0], 1)["m"] + differences(sets[1], 1)["m"])
 
 
-class Products(TorchDispatchMode):
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the matrix products, and the copies of rows of a stack."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = self.gathered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -476,7 +476,7 @@ def test_what_is_everyones_takes_no_more_products_however_many_clients_there_are
     for owners in (slice(0, 1), slice(0, 3), torch.tensor([0, 0, 1, 2, 2, 2])):
         with Products() as plain:
             model(x)
-        with mounted(model, branch), rows_of(owners, 6), Products() as found:
+        with mounted(model, branch), row_owners(owners, 6), Products() as found:
             model(x)
         assert found.count == plain.count + due
         assert found.gathered == 0
@@ -486,7 +486,7 @@ def test_what_is_everyones_takes_no_more_products_however_many_clients_there_are
 def test_a_dense_branch_is_trained_by_its_own_clients_rows(owners: slice | Tensor) -> None:
     model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(6, 5, 4, generator=generator(8, "x"))
     own = trainable({"0:dense": torch.zeros(2, 3, 4)})["0:dense"]
-    with mounted(model, {"0:dense": own}, SCALE), rows_of(owners, 6):
+    with mounted(model, {"0:dense": own}, SCALE), row_owners(owners, 6):
         torch.autograd.backward(model(x).square().sum())
     assert own.grad is not None
     of = torch.tensor([0, 0, 0, 1, 1, 1]) if isinstance(owners, slice) else owners
@@ -500,10 +500,10 @@ def test_a_dense_branch_is_trained_by_its_own_clients_rows(owners: slice | Tenso
 def test_a_dense_branch_whose_rows_are_not_the_batchs_refuses_several_clients_but_not_everyones() -> None:
     model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(5, 4)
     for owners in (slice(0, 2), torch.tensor([0, 0, 1, 1])):
-        refused = pytest.raises(NotStackable, match="use cohorts of 1")
-        with refused, mounted(model, {"0:dense": torch.ones(2, 3, 4)}), rows_of(owners, 4):
+        refused = pytest.raises(NotStackable, match="use a stack of 1")
+        with refused, mounted(model, {"0:dense": torch.ones(2, 3, 4)}), row_owners(owners, 4):
             model(x)
-        with mounted(model, {"0:dense": torch.ones(3, 4)}), rows_of(owners, 4):
+        with mounted(model, {"0:dense": torch.ones(3, 4)}), row_owners(owners, 4):
             assert model(x).shape == (5, 3)
 
 
@@ -530,7 +530,7 @@ def test_a_branch_that_does_not_fit_its_layer_is_refused(kind: str) -> None:
     tensors = {f"0:{part}": torch.ones(shape) for part, shape in shapes.items()}
     with pytest.raises(WireError, match=words), mounted(model, tensors):
         pass
-    assert not model[0]._forward_hooks  # type: ignore[index,union-attr]
+    assert not model[0]._forward_hooks  # type: ignore[index]
 
 
 def test_a_branch_and_a_parameter_for_other_numbers_of_clients_are_refused() -> None:
@@ -554,7 +554,7 @@ def test_a_forward_that_others_gave_a_module_is_neither_bypassed_nor_lost() -> N
     bias = torch.randn(2, 3)
     with mounted(model, {"0.bias": bias[:1]}):
         torch.testing.assert_close(model(x), 10 * functional.linear(x, layer.weight, bias[0]))
-    with pytest.raises(NotStackable, match="use cohorts of 1"), mounted(model, {"0.bias": bias}):
+    with pytest.raises(NotStackable, match="use a stack of 1"), mounted(model, {"0.bias": bias}):
         pass
     assert vars(layer)["forward"] is theirs
     with overridden(layer, lambda rows: -theirs(rows)):
@@ -613,7 +613,7 @@ def test_two_parameters_that_enter_as_a_sum_move_as_each_would_alone() -> None:
                     one, other = torch.autograd.grad(loss, list(own.values()))
                 assert one.data_ptr() == other.data_ptr(), "so it is"
             before = {name: tensor.detach().clone() for name, tensor in own.items()}
-            fit(model, local, TASK, [share], rates, HEAD, CPU, Activations())
+            fit(model, local, TASK, [share], rates, HEAD, CPU, ActivationCache())
         moved.append([own[name].detach() - before[name] for name in own])
     # Two equal gradients g have the norm sqrt(2) |g|, so each is clipped to the length 0.02 / sqrt(2).
     torch.testing.assert_close(moved[1][0], moved[1][1])

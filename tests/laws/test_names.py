@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from fedpeft.cli import progress
 from fedpeft.data import Dataset, Rows, by_key
-from fedpeft.data import view as holdings
+from fedpeft.data import view as client_data
 from fedpeft.report import figures, tables
 from fedpeft.report.comparison import compare
 from fedpeft.report.names import literal
@@ -74,7 +74,7 @@ def test_what_would_act_on_the_terminal_is_written_out() -> None:
 @pytest.mark.parametrize("name", ODD)
 def test_a_partitions_table_shows_names_as_they_are(name: str) -> None:
     data = dataset([name, "other"])
-    lines = printed(holdings.table(data, by_key(data))).splitlines()
+    lines = printed(client_data.table(data, by_key(data))).splitlines()
     assert f"data/{literal(name)}: 2 clients" in lines[0]
     own = next(line for line in lines[2:] if line.strip().startswith(literal(name)))
     assert own.rstrip().endswith(f"{literal(name)} 100%")
@@ -84,7 +84,7 @@ def test_a_partitions_table_shows_names_as_they_are(name: str) -> None:
 def test_a_partitions_picture_shows_names_as_they_are(tmp_path: Path, drawn: list[Figure]) -> None:
     for names in ([*ODD, LONG], ["$\\frac{$", LONG]):
         data = dataset(names)
-        holdings.picture(data, by_key(data), tmp_path / "who.png")
+        client_data.picture(data, by_key(data), tmp_path / "who.png")
         axes = drawn.pop().axes[0]
         shown = [literal(name, 40) for name in sorted(names)]
         for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
@@ -98,7 +98,7 @@ def test_a_partitions_picture_shows_names_as_they_are(tmp_path: Path, drawn: lis
 def test_a_picture_of_thousands_of_clients_is_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     data = dataset([f"user {number}" for number in range(2500)])
     few = replace(data, train=replace(data.train, labels=("a", "b") * 2500))
-    holdings.picture(few, by_key(few), tmp_path / "who.png")
+    client_data.picture(few, by_key(few), tmp_path / "who.png")
     names = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
     assert names == sorted(few.train.keys[:2500])[::11]  # 2500 = 10.4 * 240
 

@@ -27,7 +27,7 @@ DEALS: dict[str, Deal] = {
 }
 
 
-def rows_of(labels: list[int], keys: list[int] | None = None) -> Rows:
+def row_owners(labels: list[int], keys: list[int] | None = None) -> Rows:
     return Rows(
         texts=tuple(f"text {n}" for n in range(len(labels))),
         labels=tuple(f"label {label}" for label in labels),
@@ -40,7 +40,7 @@ def dataset(train: Rows, test: Rows) -> Dataset:
 
 
 def cycle(examples: int, labels: int) -> Rows:
-    return rows_of([n % labels for n in range(examples)], [n % 7 for n in range(examples)])
+    return row_owners([n % labels for n in range(examples)], [n % 7 for n in range(examples)])
 
 
 def scattered(labels: int, train: int, test: int, seed: int) -> Dataset:
@@ -48,7 +48,7 @@ def scattered(labels: int, train: int, test: int, seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
     first = [*range(labels), *rng.integers(labels, size=train - labels).tolist()]
     keys = rng.integers(10, size=train + test).tolist()
-    return dataset(rows_of(first, keys[:train]), rows_of(rng.integers(labels, size=test).tolist(), keys[train:]))
+    return dataset(row_owners(first, keys[:train]), row_owners(rng.integers(labels, size=test).tolist(), keys[train:]))
 
 
 datasets = st.builds(scattered, st.integers(1, 4), st.integers(40, 80), st.integers(0, 30), st.integers(0, 2**32))
@@ -179,7 +179,7 @@ def test_by_key_gives_a_key_its_rows(data: Dataset) -> None:
 
 
 def test_by_key_keeps_the_largest_keys() -> None:
-    data = dataset(rows_of([0] * 9, [4, 4, 3, 3, 2, 2, 2, 1, 0]), rows_of([0, 0], [5, 3]))
+    data = dataset(row_owners([0] * 9, [4, 4, 3, 3, 2, 2, 2, 1, 0]), row_owners([0, 0], [5, 3]))
     partition = by_key(data, 2)
     assert partition.names == ("key 2", "key 3")  # key 3 before key 4, which has as many rows
     assert [rows.tolist() for rows in partition.train] == [[4, 5, 6], [2, 3]]
@@ -324,5 +324,5 @@ def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
 )
 def test_numbers_out_of_range_are_refused(deal: Callable[[Dataset], Partition], message: str) -> None:
     with pytest.raises(BadInput) as caught:
-        deal(dataset(cycle(100, 2), rows_of([0, 1])))
+        deal(dataset(cycle(100, 2), row_owners([0, 1])))
     assert str(caught.value).startswith(message)

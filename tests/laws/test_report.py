@@ -1,4 +1,4 @@
-"""A report says what the ledgers say: every expected number here is worked out by hand from the rows beside it."""
+"""A report says what the ledgers on_warning: every expected number here is worked out by hand from the rows beside it."""
 
 import csv
 import json

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from fedpeft.mounting import mounted, replaced
 from fedpeft.seeds import derive
 from fedpeft.tasks import Encoded
-from fedpeft.training.activation_cache import Activations
+from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.bucketing import Buckets
-from fedpeft.training.loop import Share, Training, fit, own_randomness, parts, plan
+from fedpeft.training.loop import Share, Training, fit, micro_batches, own_randomness, plan
 from fedpeft.training.optimizer import Optimizer, clip
 from fedpeft.types import LocalTask, Payload
-from fedpeft.wire.messages import Answer, Kind, Request
+from fedpeft.wire.messages import Kind, Request, Response
 from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, assert_same, base_of, bert, examples, small, worker
 
 K = 3
@@ -64,14 +64,14 @@ def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
     reference = [constructor([{"params": [p], "lr": rates[name]} for name, p in own.items()], **theirs) for own in alone]
     for step in range(max(STOPS)):
         active = slice(0, sum(step < stop for stop in STOPS))
-        warmth = min(1.0, (step + 1) / 3)
+        lr_factor = min(1.0, (step + 1) / 3)
         for name, parameter in stacked.items():
             parameter.grad = gradient(name, step)
         before = {name: parameter.detach().clone() for name, parameter in stacked.items()}
         optimizer.step(active)
         for k in range(K)[active]:
             for group, (name, parameter) in zip(reference[k].param_groups, alone[k].items(), strict=True):
-                group["lr"] = rates[name] * warmth
+                group["lr"] = rates[name] * lr_factor
                 parameter.grad = gradient(name, step)[k].clone()
             reference[k].step()
         for name, parameter in stacked.items():
@@ -210,7 +210,7 @@ def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
 
 @given(
     batches=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=9), min_size=1, max_size=5),
-    buckets=st.builds(Buckets, most=st.integers(1, 100), overhead=st.integers(0, 100), grain=st.sampled_from((1, 4))),
+    buckets=st.builds(Buckets, max_tokens=st.integers(1, 100), overhead_tokens=st.integers(0, 100), pad_to_multiple_of=st.sampled_from((1, 4))),
     lanes=st.integers(1, 3),
 )
 @settings(max_examples=200, deadline=None)
@@ -218,7 +218,7 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
     batches: list[list[int]], buckets: Buckets, lanes: int
 ) -> None:
     own = [examples(12, seed=k) for k in range(len(batches))]
-    found = list(parts([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], buckets, lanes))
+    found = list(micro_batches([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], buckets, lanes))
     dealt = [
         (k, ids.tolist(), int(label))
         for part in found
@@ -227,7 +227,7 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
     due = [(k, own[k].ids[row].tolist(), int(own[k].labels[row])) for k, batch in enumerate(batches) for row in batch]
     assert sorted(dealt) == sorted(due)
     lengths = [[len(ids) for ids in part.examples.ids] for part in found]
-    assert all(len(part) * buckets.padded(max(part)) <= buckets.most or len(part) == 1 for part in lengths)
+    assert all(len(part) * buckets.padded(max(part)) <= buckets.max_tokens or len(part) == 1 for part in lengths)
     assert all(max(a) <= min(b) for a, b in pairwise(sorted(lengths, key=lambda part: (min(part), max(part)))))
     for part in found:
         assert part.clients.tolist() == sorted(part.clients.tolist())
@@ -240,10 +240,10 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
             assert torch.equal(part.owners, part.clients)
 
 
-@pytest.mark.parametrize(("grain", "length"), [(1, 5), (4, 8), (5, 5), (64, 16)])
-def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(grain: int, length: int) -> None:
+@pytest.mark.parametrize(("pad_to_multiple_of", "length"), [(1, 5), (4, 8), (5, 5), (64, 16)])
+def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(pad_to_multiple_of: int, length: int) -> None:
     ids = [torch.arange(1, 4), torch.arange(1, 6)]
-    batch = TASK.collate(Encoded(ids, torch.tensor([0, 1])), CPU.torch_device, grain)
+    batch = TASK.collate(Encoded(ids, torch.tensor([0, 1])), CPU.torch_device, pad_to_multiple_of)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
     for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], ids, strict=True):
         assert row.tolist() == own.tolist() + [TASK.tokenizer.pad_token_id] * (length - len(own))
@@ -256,7 +256,7 @@ def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> No
     share = Share(examples(7), [[0, 1, 2], [3], [4, 5, 6]])
     local = LocalTask(own, lambda: ({}, {}))
     with mounted(model, own):
-        found = fit(model, local, TASK, [share], Training(lr=1e-12), HEAD, CPU, Activations())
+        found = fit(model, local, TASK, [share], Training(lr=1e-12), HEAD, CPU, ActivationCache())
     losses = []
     with torch.no_grad():
         for rows in share.steps:
@@ -282,7 +282,7 @@ def test_a_tensor_that_is_used_transposed_moves_as_one_that_is_not(optimizer: Li
         own, model = nn.Parameter(turn(weight).clone().unsqueeze(0)), bert()
         with replaced(model, {"classifier.weight": partial(_turned, turn, own)}):
             local = LocalTask({"own": own}, lambda: ({}, {}))
-            fit(model, local, TASK, [share], Training(optimizer, lr=0.1), HEAD, CPU, Activations())
+            fit(model, local, TASK, [share], Training(optimizer, lr=0.1), HEAD, CPU, ActivationCache())
         ended.append(turn(own.detach().squeeze(0)))
     assert (ended[0] - weight).abs().max() > 0.05
     torch.testing.assert_close(ended[0], ended[1])
@@ -303,7 +303,7 @@ def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str
             training,
             HEAD,
             CPU,
-            Activations(),
+            ActivationCache(),
         )
     far = {part: float((trained[part] - down[part]).detach().norm()) for part in trained}
     return {"head": far["classifier.weight"], "adapter": sum(far[part] for part in far if ":" in part)}
@@ -340,7 +340,7 @@ def test_the_hook_after_backward_sees_gradients_before_they_are_clipped_and_who_
     shares = [Share(examples(4), [[0, 1], [2, 3]]), Share(examples(4, seed=1), [[0, 1]])]
     with mounted(model, own):
         local = LocalTask(own, lambda: ({}, {}), after_backward=look)
-        fit(model, local, TASK, shares, Training(optimizer="sgd", lr=0.1, clip=1e-6), HEAD, CPU, Activations())
+        fit(model, local, TASK, shares, Training(optimizer="sgd", lr=0.1, clip=1e-6), HEAD, CPU, ActivationCache())
     assert [active for active, _ in seen] == [slice(0, 2), slice(0, 1)]
     assert all(norm > 1e-3 for _, norm in seen)
     assert torch.equal(own["classifier.weight"].detach(), torch.stack([weight, weight])), "what the hook did is what is stepped"
@@ -361,7 +361,7 @@ def test_dropout_has_a_stream_of_its_own_and_torchs_goes_on_untouched() -> None:
         playing = worker(method, bert(hidden_dropout_prob=0.3))
         torch.rand(disturb)
         blob = Request(Kind.TRAIN, 0, CONFIG, method.init(base_of(playing.model), SEED).shared).encode()
-        return Answer.decode(playing.handle([client], [blob], [b""])[0][0]).payload
+        return Response.decode(playing.handle([client], [blob], [b""])[0][0]).payload
 
     assert_same(answer(0), answer(5))
 

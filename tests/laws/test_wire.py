@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fedpeft.federation.memory import Forgotten
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.types import NEVER, Lost, Reply, WireError
+from fedpeft.types import NO_MEMORY, Lost, Reply, WireError
 from fedpeft.wire import tensors as codec
 from fedpeft.wire.messages import (
     DIGEST,
-    Answer,
     Kind,
     Request,
+    Response,
     Status,
     check,
     decode,
@@ -294,7 +294,7 @@ def test_whatever_is_done_to_a_message_is_read_as_some_payload_or_refused(
         with suppress(WireError):
             Request.decode(blob, CONFIG)
         with suppress(WireError):
-            Answer.decode(blob)
+            Response.decode(blob)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -394,7 +394,7 @@ def test_two_names_of_one_tensor_are_sent_as_two() -> None:
 
 
 @settings(deadline=None)
-@given(PAYLOADS, st.sampled_from(Kind), NUMBER, st.integers(NEVER, 2**63 - 1))
+@given(PAYLOADS, st.sampled_from(Kind), NUMBER, st.integers(NO_MEMORY, 2**63 - 1))
 def test_a_request_comes_back_as_it_was(payload: dict[str, Tensor], kind: Kind, number: int, memory: int) -> None:
     blob = Request(kind, number, CONFIG, payload, memory).encode()
     found = Request.decode(blob, CONFIG)
@@ -408,12 +408,12 @@ def test_a_request_comes_back_as_it_was(payload: dict[str, Tensor], kind: Kind, 
 def test_an_answer_comes_back_as_it_was(
     payload: dict[str, Tensor], number: int, memory: int, status: Status, figures: Measured
 ) -> None:
-    answer = Answer(number, payload, figures, memory, status)
-    found = Answer.decode(answer.encode())
+    answer = Response(number, payload, figures, memory, status)
+    found = Response.decode(answer.encode())
     assert repr(found.measured) == repr(figures)  # unlike ==, repr takes NaN for NaN
     assert (found.round, found.memory, found.status) == (number, memory, status)
     assert known(dict(found.payload)) == known(payload)
-    assert len(answer.encode()) == len(Answer(0, payload).encode())
+    assert len(answer.encode()) == len(Response(0, payload).encode())
 
 
 def test_a_request_for_another_configuration_is_refused_and_both_are_named() -> None:
@@ -427,7 +427,7 @@ def test_a_request_for_another_configuration_is_refused_and_both_are_named() -> 
 FIELDS = {
     "@kind": torch.tensor(0),
     "@round": torch.tensor(0),
-    "@memory": torch.tensor(NEVER),
+    "@memory": torch.tensor(NO_MEMORY),
     "@config": torch.tensor(list(CONFIG), dtype=torch.uint8),
     "@about": torch.zeros(3, dtype=torch.int64),
     "@counts": torch.zeros(len(COUNTS), dtype=torch.int64),
@@ -435,7 +435,7 @@ FIELDS = {
 }
 READERS: dict[str, Callable[[bytes], object]] = {
     **dict.fromkeys(["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)),
-    **dict.fromkeys(["@about", "@counts", "@measures"], Answer.decode),
+    **dict.fromkeys(["@about", "@counts", "@measures"], Response.decode),
 }
 WRONG: dict[str, Callable[[Tensor], Any]] = {
     "missing": lambda tensor: None,
@@ -465,7 +465,7 @@ def test_a_message_whose_own_fields_are_missing_or_of_another_form_is_refused(na
         {"@kind": torch.tensor(True)},
         {"@round": torch.tensor(-1)},
         {"@round": torch.tensor(3, dtype=torch.int32)},
-        {"@memory": torch.tensor(NEVER - 1)},
+        {"@memory": torch.tensor(NO_MEMORY - 1)},
         {"@memory": torch.tensor(False)},
         {"@config": torch.tensor(list(CONFIG))},
         {"@config": torch.full((DIGEST,), 256)},
@@ -508,45 +508,45 @@ UNSOUND: dict[str, list[float | None]] = {
 """Values of every figure that cannot be true."""
 
 
-def judged(answer: Answer, memory: int = NEVER, examples: int = 0) -> None:
+def judged(answer: Response, memory: int = NO_MEMORY, examples: int = 0) -> None:
     """Check an answer of round 5 that is due without a payload, as it comes out of the bytes."""
-    check(Answer.decode(answer.encode()), 5, {}, memory=memory, examples=examples)
+    check(Response.decode(answer.encode()), 5, {}, memory=memory, examples=examples)
 
 
 @pytest.mark.parametrize("name", [part.name for part in fields(Measured)])
 def test_an_answer_with_a_figure_that_cannot_be_true_is_refused_by_name(name: str) -> None:
-    judged(Answer(5, {}, SOUND))
+    judged(Response(5, {}, SOUND))
     for value in UNSOUND[name]:
         wrong: dict[str, Any] = {name: value}
         with pytest.raises(WireError, match=name):
-            judged(Answer(5, {}, replace(SOUND, **wrong)))
+            judged(Response(5, {}, replace(SOUND, **wrong)))
 
 
 def test_a_loss_that_is_no_number_is_refused_as_diverged() -> None:
     for loss in (None, math.nan, math.inf):
         with pytest.raises(WireError, match="diverged"):
-            judged(Answer(5, {}, replace(SOUND, loss=loss)))
+            judged(Response(5, {}, replace(SOUND, loss=loss)))
 
 
 def test_no_client_has_more_examples_than_the_server_knows_it_to_hold() -> None:
     for held in (0, 40, 41):  # 0: nobody knows
-        judged(Answer(5, {}, SOUND), examples=held)
+        judged(Response(5, {}, SOUND), examples=held)
     with pytest.raises(WireError, match="examples = 40: the client holds 39"):
-        judged(Answer(5, {}, SOUND), examples=39)
+        judged(Response(5, {}, SOUND), examples=39)
 
 
-@pytest.mark.parametrize("assumed", [NEVER, 2])
+@pytest.mark.parametrize("assumed", [NO_MEMORY, 2])
 def test_a_memory_is_of_the_version_assumed_or_of_this_round(assumed: int) -> None:
     for version in (assumed, 5):
-        judged(Answer(5, {}, SOUND, version), assumed)
-    for version in {NEVER, 0, 2, 3, 4, 6, 2**62} - {assumed}:
+        judged(Response(5, {}, SOUND, version), assumed)
+    for version in {NO_MEMORY, 0, 2, 3, 4, 6, 2**62} - {assumed}:
         with pytest.raises(WireError, match=f"memory of round {version}"):
-            judged(Answer(5, {}, SOUND, version), assumed)
+            judged(Response(5, {}, SOUND, version), assumed)
 
 
 def test_a_client_that_lacks_its_memory_says_so_and_which_round_it_is() -> None:
     request = Request(Kind.TRAIN, 5, CONFIG, {"a": torch.ones(3)}, memory=2).encode()
-    found = Answer.decode(forgotten(request, CONFIG))
+    found = Response.decode(forgotten(request, CONFIG))
     assert (found.round, found.status, found.payload) == (5, Status.FORGOTTEN, {})
     with pytest.raises(Forgotten, match="no memory of round 2"):
         check(found, 5, {"a": torch.ones(3)}, memory=2)
@@ -558,4 +558,4 @@ def test_a_client_that_lacks_its_memory_says_so_and_which_round_it_is() -> None:
 
 def test_an_answer_of_an_unknown_status_is_refused() -> None:
     with pytest.raises(WireError, match="not an answer"):
-        Answer.decode(encode({**FIELDS, "@about": torch.tensor([5, NEVER, 77])}))
+        Response.decode(encode({**FIELDS, "@about": torch.tensor([5, NO_MEMORY, 77])}))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from fedpeft.engines import Site
+from fedpeft.engines import ClientPool
 from fedpeft.engines.flower import FlowerEngine, launch
 from fedpeft.engines.local import LocalEngine
 from fedpeft.experiment import run as runs
-from fedpeft.experiment.build import Assembly, assemble
+from fedpeft.experiment.build import Federation, build
 from fedpeft.federation.server import federate, sample
 from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
@@ -26,7 +26,7 @@ KEPT = ("lora", "federa")
 Ended = tuple[State, list[dict[str, object]]]
 
 
-def play(assembly: Assembly, engine: Engine) -> Ended:
+def play(assembly: Federation, engine: Engine) -> Ended:
     """Return the last state of a short run and its rows, what is measured left out."""
     rows: list[ClientRow] = []
     first = assembly.first_state()
@@ -46,16 +46,16 @@ def play(assembly: Assembly, engine: Engine) -> Ended:
     return state, [{k: v for k, v in to_json(row).items() if k not in MEASURED} for row in rows]
 
 
-def assemblies(ground: Ground) -> dict[str, Assembly]:
+def assemblies(ground: Ground) -> dict[str, Federation]:
     """Return a federation of five clients for every method, and two whose optimizers go on."""
-    made: dict[str, Assembly] = {}
+    made: dict[str, Federation] = {}
     for name in METHODS:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
-        made[name] = assemble(ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings))
+        made[name] = build(ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings))
     for name in KEPT:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})
-        made[f"{name}, optimizer kept"] = assemble(kept)
+        made[f"{name}, optimizer kept"] = build(kept)
     return made
 
 
@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
     """Print, per method, how many rows there were, how much the state moved and what differs between the engines."""
     made = assemblies(write_ground(folder))
 
-    def settings(assembly: Assembly) -> str:
+    def settings(assembly: Federation) -> str:
         return json.dumps({"config": assembly.config.to_json(), "hardware": assembly.hardware.describe()})
 
     def body(engine: Engine) -> dict[str, Ended]:
@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
         return {name: play(one, replace(engine, config=settings(one))) for name, one in made.items()}
 
     first = next(iter(made.values()))
-    flower = launch(Site(5, first.worker, settings(first), runs.rebuild), body)
+    flower = launch(ClientPool(5, first.worker, settings(first), runs.rebuild), body)
     told = {}
     for name, one in made.items():
         local = play(one, LocalEngine(one.worker))

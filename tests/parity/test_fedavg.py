@@ -118,14 +118,14 @@ def local_training(
 def fedavg(
     start: Mapping[str, Tensor],
     prepare: Callable[[nn.Module], dict[str, nn.Parameter]],
-    holdings: Mapping[int, Encoded],
+    client_data: Mapping[int, Encoded],
     case: Case,
 ) -> dict[str, Tensor]:
     """Return the parameters after two rounds of federated averaging, algorithm 1 of McMahan et al. 2017."""
     shared = dict(start)
     for number in range(ROUNDS):
         results = []
-        for client, examples in holdings.items():
+        for client, examples in client_data.items():
             model = bert()
             trained = prepare(model)
             with torch.no_grad():
@@ -133,9 +133,9 @@ def fedavg(
                     parameter.copy_(shared[name]).requires_grad_()
             local_training(model, trained, examples, batches(len(examples), case.training, client, number), case)
             results.append({name: parameter.detach().clone() for name, parameter in trained.items()})
-        total = sum(len(examples) for examples in holdings.values())
+        total = sum(len(examples) for examples in client_data.values())
         shared = {
-            name: torch.stack([len(e) / total * r[name] for e, r in zip(holdings.values(), results, strict=True)]).sum(0)
+            name: torch.stack([len(e) / total * r[name] for e, r in zip(client_data.values(), results, strict=True)]).sum(0)
             for name in shared
         }
     return shared
@@ -154,7 +154,7 @@ def test_the_federation_equals_fedavg_written_out(name: str, kind: str) -> None:
     playing = federation(method, training=case.training, sizes=SIZES)
     start = deepcopy(method.init(base_of(bert()), SEED).shared)
     ours = playing.play(ROUNDS).shared
-    theirs = fedavg(start, prepare, {client: held.train for client, held in playing.worker.holdings.items()}, case)
+    theirs = fedavg(start, prepare, {client: held.train for client, held in playing.worker.client_data.items()}, case)
     assert ours.keys() == theirs.keys()
     for part, tensor in theirs.items():
         if case.training.optimizer == "adamw" and part.endswith(SOFTMAX_BLIND):
@@ -171,6 +171,6 @@ def test_one_client_with_one_round_is_plain_training() -> None:
     playing = federation(Full(), training=case.training, sizes={0: 11})
     model = bert()
     trained = in_full(model.requires_grad_())
-    local_training(model, trained, playing.worker.holdings[0].train, batches(11, case.training, 0, 0), case)
+    local_training(model, trained, playing.worker.client_data[0].train, batches(11, case.training, 0, 0), case)
     for part, tensor in playing.play(1).shared.items():
         torch.testing.assert_close(tensor, trained[part].detach(), rtol=1e-6, atol=1e-6, msg=part)

@@ -1,4 +1,4 @@
-"""The local engine with cohorts of one and Flower's simulation end in the same state, to the bit.
+"""The local engine with stacks of one and Flower's simulation end in the same state, to the bit.
 
 The simulation needs Ray, and a process of its own. What nodes and servers may do wrong is played
 without either: there a grid in this process calls the app of the clients.
@@ -27,7 +27,7 @@ from fedpeft.engines.local import LocalEngine
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
-from fedpeft.types import NEVER, BadInput, Client, Engine, State
+from fedpeft.types import NO_MEMORY, BadInput, Client, Engine, State
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -293,7 +293,7 @@ def test_a_node_takes_the_place_of_one_that_has_left_but_of_none_that_is_there()
 
 def address(**changes: Any) -> ConfigRecord:
     """Return for whom a request is, with changes."""
-    return ConfigRecord({"config": "a configuration", "client": 1, "memory": NEVER, **changes})
+    return ConfigRecord({"config": "a configuration", "client": 1, "memory": NO_MEMORY, **changes})
 
 
 def request(**changes: Any) -> RecordDict:

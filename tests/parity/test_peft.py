@@ -15,7 +15,7 @@ from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import mounted, select
 from fedpeft.seeds import generator
-from fedpeft.training.evaluation import held
+from fedpeft.training.evaluation import mounted_state
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import CPU, SEED, TARGETS, base_of, bert, federation, logits, small
 
@@ -72,7 +72,7 @@ def test_a_trained_loras_deltas_are_what_peft_merges() -> None:
     method = LoRA(TARGETS, RANK, ALPHA / RANK)
     after = federation(method).play(2)
     model = bert()
-    with held(method, after, model, CPU, SEED) as local:
+    with mounted_state(method, after, model, CPU, SEED) as local:
         deltas, said = local.deltas(), logits(model)
     tensors = {part: tensor.unsqueeze(0) for part, tensor in after.shared.items() if ":" in part}
     theirs = filled(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0), tensors)
@@ -131,7 +131,7 @@ def test_federas_start_is_pefts_pissa() -> None:
         torch.testing.assert_close(sign * B, their_b, rtol=1e-3, atol=1e-4)
         residual = model.get_parameter(f"{name}.weight") - ALPHA / RANK * B @ A
         torch.testing.assert_close(residual, layer.base_layer.weight.detach(), rtol=1e-4, atol=1e-5)
-    with held(method, start, model, CPU, SEED):
+    with mounted_state(method, start, model, CPU, SEED):
         torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_sparse_values_are_shiras() -> None:
         layer.shira_weight["default"].data.copy_(dense[flat])
     for part in ("classifier.weight", "classifier.bias"):
         theirs.get_parameter(f"base_model.model.{part}").data.copy_(after.shared[part])
-    with held(method, after, model, CPU, SEED):
+    with mounted_state(method, after, model, CPU, SEED):
         torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
     assert (logits(theirs) - logits(model)).abs().max() > 1e-2
 
@@ -188,7 +188,7 @@ def test_fedaras_scores_are_adaloras() -> None:
     method = small("fedara", rank=RANK)
     start = method.init(base_of(bert()), SEED)
     config = AdaLoraConfig(init_r=RANK, target_r=1, tinit=0, tfinal=0, beta1=0.85, beta2=0.85, total_step=10)
-    with scores_of(config, start.shared) as (allocator, theirs), held(method, start, bert(), CPU, SEED) as local:
+    with scores_of(config, start.shared) as (allocator, theirs), mounted_state(method, start, bert(), CPU, SEED) as local:
         own = {part: parameter for part, parameter in local.trainable.items() if ":" in part}
         for step in range(3):
             draw = generator(step, "gradients")
