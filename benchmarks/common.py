@@ -47,17 +47,28 @@ def ratio(above: Figure, below: Figure) -> Figure:
     return Figure(tuple(a / b for a, b in zip(above.values, below.values, strict=True)))
 
 
-def interleaved(repeats: int, **contenders: Callable[[], Mapping[str, float]]) -> dict[str, dict[str, Figure]]:
+def interleaved(
+    repeats: int, **contenders: Callable[[], Mapping[str, float]]
+) -> dict[str, dict[str, Figure]]:
     """Measure the contenders in turn, ``repeats`` times over: contender -> name -> figure."""
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in contenders}
     for number in range(repeats):
         for name, measure in contenders.items():
             found[name].append(measure())
-            print(f"  {number + 1}/{repeats} {name}: {dict(found[name][-1])}", file=sys.stderr, flush=True)
-    return {name: {key: Figure(tuple(one[key] for one in measured)) for key in measured[0]} for name, measured in found.items()}
+            print(
+                f"  {number + 1}/{repeats} {name}: {dict(found[name][-1])}",
+                file=sys.stderr,
+                flush=True,
+            )
+    return {
+        name: {key: Figure(tuple(one[key] for one in measured)) for key in measured[0]}
+        for name, measured in found.items()
+    }
 
 
-def in_process(module: str, settings: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
+def in_process(
+    module: str, settings: Mapping[str, Any], python: str = sys.executable
+) -> dict[str, Any]:
     """Run ``python -m module SETTINGS`` and return the JSON object of its last line, with ``began``: when it was started.
 
     How OpenMP's threads wait is left to the module, fedpeft's choice or the library's own, which is faster for rivals.
@@ -81,7 +92,9 @@ def apart_by(folder: Path, rival: str) -> float:
     """Return how far final adapters in ``folder``, a rival's and fedpeft's, are apart, relative to the largest value."""
     theirs, mine = (load_file(folder / f"{name}.safetensors") for name in (rival, "fedpeft"))
     if theirs.keys() != mine.keys():
-        raise SystemExit(f"{rival} and fedpeft trained different tensors: {theirs.keys() ^ mine.keys()}")
+        raise SystemExit(
+            f"{rival} and fedpeft trained different tensors: {theirs.keys() ^ mine.keys()}"
+        )
     largest = max(float(tensor.abs().max()) for tensor in mine.values())
     return max(float((theirs[name] - mine[name]).abs().max()) for name in mine) / largest
 
@@ -106,7 +119,9 @@ def machine() -> dict[str, str]:
     return found
 
 
-def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], **details: object) -> None:
+def report(
+    name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], **details: object
+) -> None:
     """Print one table with the machine under it, and write both with ``details`` to ``benchmarks/results/<name>.json``."""
     table = Table(*columns, title=name, box=None, title_justify="left")
     for row in rows:
@@ -119,7 +134,10 @@ def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     content = {
         "columns": columns,
         "rows": [[str(cell) for cell in row] for row in rows],
-        "values": [[list(cell.values) if isinstance(cell, Figure) else cell for cell in row] for row in rows],
+        "values": [
+            [list(cell.values) if isinstance(cell, Figure) else cell for cell in row]
+            for row in rows
+        ],
         "machine": about,
         **details,
     }

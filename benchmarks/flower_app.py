@@ -15,7 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 import numpy as np
 import torch
@@ -28,7 +32,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import rival
 
-SETTINGS: dict[str, Any] = json.loads(sys.argv[1] if len(sys.argv) > 1 and sys.argv[1].startswith("{") else os.environ["BENCH"])
+SETTINGS: dict[str, Any] = json.loads(
+    sys.argv[1] if len(sys.argv) > 1 and sys.argv[1].startswith("{") else os.environ["BENCH"]
+)
 os.environ["BENCH"] = json.dumps(SETTINGS)  # worker processes read it here
 
 
@@ -50,7 +56,9 @@ def model() -> Any:
 @cache
 def tokenised(client: int) -> list[list[int]]:
     """Return the token ids of a client's texts, once per process."""
-    return rival.tokenised(federation()["clients"][client]["texts"], federation()["setting"]["length"])
+    return rival.tokenised(
+        federation()["clients"][client]["texts"], federation()["setting"]["length"]
+    )
 
 
 def put(arrays: dict[str, np.ndarray]) -> None:
@@ -62,7 +70,11 @@ def put(arrays: dict[str, np.ndarray]) -> None:
 
 def precision() -> Any:
     """Return the context of forward passes."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if SETTINGS["precision"] == "bf16" else nullcontext()
+    return (
+        torch.autocast("cpu", dtype=torch.bfloat16)
+        if SETTINGS["precision"] == "bf16"
+        else nullcontext()
+    )
 
 
 client_app = ClientApp()
@@ -89,7 +101,9 @@ def train(message: Message, context: Context) -> Message:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    arrays = ArrayRecord({name: parameter.detach() for name, parameter in rival.trained(net).items()})
+    arrays = ArrayRecord(
+        {name: parameter.detach() for name, parameter in rival.trained(net).items()}
+    )
     metrics = MetricRecord({"num-examples": len(ids)})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
@@ -113,21 +127,40 @@ def serve(grid: Grid, context: Context) -> None:
 
     strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=setting["clients"],
                       min_available_nodes=setting["clients"])  # fmt: skip
-    result = strategy.start(grid=grid, initial_arrays=ArrayRecord(dict(first)), num_rounds=setting["rounds"], evaluate_fn=ended)
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(dict(first)),
+        num_rounds=setting["rounds"],
+        evaluate_fn=ended,
+    )
     outcome["arrays"] = {name: array.numpy() for name, array in result.arrays.items()}
 
 
 def main() -> None:
     """Run the simulation with Flower's own engine and print when each round ended and what came out."""
     resources: Any = {"client_resources": {"num_cpus": SETTINGS["threads"], "num_gpus": 0.0}}
-    run_simulation(server_app, client_app, federation()["setting"]["clients"], backend_config=resources)
+    run_simulation(
+        server_app, client_app, federation()["setting"]["clients"], backend_config=resources
+    )
     put(outcome["arrays"])
     if SETTINGS["out"]:
-        save_file({name: torch.from_numpy(array.copy()) for name, array in outcome["arrays"].items()}, SETTINGS["out"])
+        save_file(
+            {name: torch.from_numpy(array.copy()) for name, array in outcome["arrays"].items()},
+            SETTINGS["out"],
+        )
     print(
-        json.dumps({"ends": ends, "accuracy": rival.accuracy(model(), federation()["test"], SETTINGS["precision"] == "bf16")})
+        json.dumps(
+            {
+                "ends": ends,
+                "accuracy": rival.accuracy(
+                    model(), federation()["test"], SETTINGS["precision"] == "bf16"
+                ),
+            }
+        )
     )
 
 
 if __name__ == "__main__":
-    importlib.import_module("benchmarks.flower_app").main()  # so that workers find the app by its importable name
+    importlib.import_module(
+        "benchmarks.flower_app"
+    ).main()  # so that workers find the app by its importable name

@@ -34,7 +34,9 @@ def main(
 ) -> None:
     """Print the table of costs."""
     repeats, setting = (1, quick(Setting())) if look else (repeats, replace(Setting(), rounds=3))
-    found = interleaved(repeats, **{name: partial(costs, replace(setting, method=name)) for name in METHODS})
+    found = interleaved(
+        repeats, **{name: partial(costs, replace(setting, method=name)) for name in METHODS}
+    )
     base = found["full"]["seconds"].median
     rows = [
         (
@@ -47,8 +49,18 @@ def main(
         )
         for name, cost in found.items()
     ]
-    values = {name: {key: list(figure.values) for key, figure in cost.items()} for name, cost in found.items()}
-    columns = ("method", "s per client round", "over full", "peak MB of the process", "MB down", "MB up")
+    values = {
+        name: {key: list(figure.values) for key, figure in cost.items()}
+        for name, cost in found.items()
+    }
+    columns = (
+        "method",
+        "s per client round",
+        "over full",
+        "peak MB of the process",
+        "MB down",
+        "MB up",
+    )
     report("methods", columns, rows, setting=asdict(setting), repeats=repeats, figures=values)
 
 

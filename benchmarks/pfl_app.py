@@ -40,7 +40,13 @@ class Classifier(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = rival.lora(len(FEDERATION["labels"]), SETTING["rank"], 0.0, SETTINGS["attention"], AMP or torch.float32)
+        self.net = rival.lora(
+            len(FEDERATION["labels"]),
+            SETTING["rank"],
+            0.0,
+            SETTINGS["attention"],
+            AMP or torch.float32,
+        )
         for module in self.net.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False  # autocast casts
@@ -58,7 +64,9 @@ class Classifier(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits.float(), labels)
 
     @torch.no_grad()
-    def metrics(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Weighted]:
+    def metrics(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> dict[str, Weighted]:
         """Return the accuracy of a batch."""
         self.eval()
         said = self.net(input_ids=input_ids, attention_mask=attention_mask).logits.argmax(1)
@@ -77,7 +85,11 @@ class Planned(Dataset):  # type: ignore[misc]
 
     def iter(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Yield the batches of the client's next round, or one batch to pfl's evaluation, which the first round always has."""
-        batches = next(self.rounds) if batch_size == SETTING["batch"] else [list(range(len(self.ids)))[:batch_size]]
+        batches = (
+            next(self.rounds)
+            if batch_size == SETTING["batch"]
+            else [list(range(len(self.ids)))[:batch_size]]
+        )
         for rows in batches:
             yield {**rival.collate([self.ids[row] for row in rows]), "labels": self.targets[rows]}
 
@@ -88,7 +100,9 @@ class Clock(TrainingProcessCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Metrics]:
+    def after_central_iteration(
+        self, aggregate_metrics: Any, model: Any, *, central_iteration: int
+    ) -> tuple[bool, Metrics]:
         """Take the time."""
         del aggregate_metrics, model, central_iteration
         self.ends.append(time.time())
@@ -112,7 +126,9 @@ def main() -> None:
     )
     clock = Clock()
     FederatedAveraging().run(
-        NNAlgorithmParams(rounds, evaluation_frequency=10**9, train_cohort_size=clients, val_cohort_size=0),
+        NNAlgorithmParams(
+            rounds, evaluation_frequency=10**9, train_cohort_size=clients, val_cohort_size=0
+        ),
         SimulatedBackend(data, data, postprocessors=[WeightByDatapoints()]),
         model,
         NNTrainHyperParams(
@@ -126,8 +142,18 @@ def main() -> None:
         send_metrics_to_platform=False,
     )
     if SETTINGS["out"]:
-        save_file({name: tensor.detach() for name, tensor in rival.trained(net.net).items()}, SETTINGS["out"])
-    print(json.dumps({"ends": clock.ends, "accuracy": rival.accuracy(net.net, FEDERATION["test"], AMP is not None)}))
+        save_file(
+            {name: tensor.detach() for name, tensor in rival.trained(net.net).items()},
+            SETTINGS["out"],
+        )
+    print(
+        json.dumps(
+            {
+                "ends": clock.ends,
+                "accuracy": rival.accuracy(net.net, FEDERATION["test"], AMP is not None),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -30,12 +30,18 @@ KEPT = "with states kept"
 def seconds(whole: Federation, state: State) -> Callable[[], dict[str, float]]:
     """Return what measures the wall time of a client step from ``state``, messages included; a first call is left out."""
     engine = LocalEngine(whole.worker, stack=whole.hardware.stack)
-    request = Request(Kind.TRAIN, state.round, whole.worker.config, whole.method.send(state, Client(0))).encode()
+    request = Request(
+        Kind.TRAIN, state.round, whole.worker.config, whole.method.send(state, Client(0))
+    ).encode()
 
     def measure() -> dict[str, float]:
         began = time.perf_counter()
         list(engine.exchange(whole.clients, lambda _: request))
-        return {"step": (time.perf_counter() - began) / len(whole.clients) / (whole.config.training.steps or 1)}
+        return {
+            "step": (time.perf_counter() - began)
+            / len(whole.clients)
+            / (whole.config.training.steps or 1)
+        }
 
     measure()
     return measure
@@ -43,7 +49,9 @@ def seconds(whole: Federation, state: State) -> Callable[[], dict[str, float]]:
 
 def halved(state: State) -> State:
     """Return the state with the lower half of the modules dead."""
-    names = sorted(state.server, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
+    names = sorted(
+        state.server, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()]
+    )
     dead = {name: torch.zeros_like(state.server[name]) for name in names[: len(names) // 2]}
     return replace(state, server={**state.server, **dead})
 
@@ -55,7 +63,14 @@ def learned(setting: Setting, rounds: int) -> State:
     state = whole.first_state()
     config = whole.worker.config
     for after in federate(
-        whole.method, state, engine, lambda _: whole.clients, range(rounds), config=config, min_replies=1, record=lambda _: None
+        whole.method,
+        state,
+        engine,
+        lambda _: whole.clients,
+        range(rounds),
+        config=config,
+        min_replies=1,
+        record=lambda _: None,
     ):
         state = after
     return state
@@ -70,7 +85,9 @@ def main(
     setting = replace(Setting(), method="fedara")
     whole = setting.assembly()
     first, pruned = whole.first_state(), learned(setting, rounds)
-    kept = replace(whole, worker=replace(whole.worker, cache=ActivationCache(range(len(whole.clients)))))
+    kept = replace(
+        whole, worker=replace(whole.worker, cache=ActivationCache(range(len(whole.clients))))
+    )
     found = interleaved(
         repeats,
         **{
@@ -79,14 +96,29 @@ def main(
             f"lower half dead, {KEPT}": seconds(kept, halved(first)),
         },
     )
-    found |= interleaved(repeats, **{"learned mask": seconds(whole, pruned)})  # apart: what is kept is of one lowest block
-    kept = replace(whole, worker=replace(whole.worker, cache=ActivationCache(range(len(whole.clients)))))
+    found |= interleaved(
+        repeats, **{"learned mask": seconds(whole, pruned)}
+    )  # apart: what is kept is of one lowest block
+    kept = replace(
+        whole, worker=replace(whole.worker, cache=ActivationCache(range(len(whole.clients))))
+    )
     found |= interleaved(repeats, **{f"learned mask, {KEPT}": seconds(kept, pruned)})
-    rows = [(name, one["step"], ratio(one["step"], found["first round"]["step"])) for name, one in found.items()]
+    rows = [
+        (name, one["step"], ratio(one["step"], found["first round"]["step"]))
+        for name, one in found.items()
+    ]
     ranks = {name.removesuffix(":alive"): int(alive.sum()) for name, alive in pruned.server.items()}
-    report("pruning", ("", "s per client step", "over the first round"), rows, setting=asdict(setting), ranks_left=ranks)
+    report(
+        "pruning",
+        ("", "s per client step", "over the first round"),
+        rows,
+        setting=asdict(setting),
+        ranks_left=ranks,
+    )
     dead = [name for name, left in ranks.items() if left == 0]
-    typer.echo(f"ranks left by the learned mask: {sum(ranks.values())}; dead modules: {', '.join(dead) or 'none'}")
+    typer.echo(
+        f"ranks left by the learned mask: {sum(ranks.values())}; dead modules: {', '.join(dead) or 'none'}"
+    )
 
 
 if __name__ == "__main__":

@@ -26,23 +26,38 @@ def folder() -> Path:
 def lora(labels: int, rank: int, dropout: float, attention: str, dtype: torch.dtype) -> Any:
     """Return MiniLM in ``dtype`` with LoRA on query and value and a classifier of its own."""
     config = AutoConfig.from_pretrained(
-        folder(), num_labels=labels, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+        folder(),
+        num_labels=labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     base = AutoModelForSequenceClassification.from_pretrained(
         folder(), config=config, attn_implementation=attention, dtype=dtype
     )
     targets, heads = ["query", "value"], ["classifier"]
-    adapter = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=heads)
+    adapter = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=targets,
+        modules_to_save=heads,
+    )
     return get_peft_model(base, adapter)
 
 
 def trained(net: Any) -> dict[str, Tensor]:
     """Return the trained parameters by fedpeft's names for them."""
-    return {_name(name): parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    return {
+        _name(name): parameter
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def _name(theirs: str) -> str:
-    ours = theirs.removeprefix("base_model.model.").replace("classifier.modules_to_save.default", "classifier")
+    ours = theirs.removeprefix("base_model.model.").replace(
+        "classifier.modules_to_save.default", "classifier"
+    )
     return ours.replace(".lora_A.default.weight", ":A").replace(".lora_B.default.weight", ":B")
 
 
@@ -61,7 +76,12 @@ def collate(ids: list[list[int]]) -> dict[str, Tensor]:
     """Return a batch padded to its longest text."""
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-    return {"input_ids": tokens, "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])}
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.tensor(
+            [[1] * len(row) + [0] * (longest - len(row)) for row in ids]
+        ),
+    }
 
 
 @torch.no_grad()

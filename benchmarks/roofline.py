@@ -39,7 +39,10 @@ def peak(dtype: torch.dtype, device: torch.device, rows: int = 1024) -> float:
     """Return the FLOP/s of the best of some matrix products of MiniLM's and larger sizes."""
     best = 0.0
     for inner, outer in ((384, 384), (384, 1536), (1536, 384), (1024, 1024)):
-        x, w = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(outer, inner, dtype=dtype, device=device)
+        x, w = (
+            torch.randn(rows, inner, dtype=dtype, device=device),
+            torch.randn(outer, inner, dtype=dtype, device=device),
+        )
         count = max(1, int(2e9 if device.type == "cpu" else 2e12) // (2 * rows * inner * outer))
         for _ in range(5):
             _wait(device)
@@ -71,14 +74,20 @@ def seconds(whole: Federation, count: int, number: int = 0) -> float:
 
 def flops(whole: Federation, count: int, number: int) -> tuple[float, float]:
     """Return the FLOPs of a client step of a round, the mean over its real tokens: those done, and the plain model's."""
-    sizes = {name: layer.numel() for name, layer in whole.loaded.base.layers.items() if not HEAD.search(name)}
+    sizes = {
+        name: layer.numel()
+        for name, layer in whole.loaded.base.layers.items()
+        if not HEAD.search(name)
+    }
     lengths = [
         [len(whole.worker.client_data[client].train.ids[row]) for row in rows]
         for client in range(count)
         for rows in batches(whole, client, number)
     ]
     tokens, texts = mean(map(sum, lengths)), mean(map(len, lengths))
-    spared, below = (sum(size for name, size in sizes.items() if part.search(name)) for part in (SPARED, BELOW))
+    spared, below = (
+        sum(size for name, size in sizes.items() if part.search(name)) for part in (SPARED, BELOW)
+    )
     plain = 4 * sum(sizes.values()) * tokens
     return plain - 4 * spared * (tokens - texts) - 2 * below * tokens, plain
 
@@ -93,7 +102,10 @@ def profile(whole: Federation) -> list[tuple[str, str]]:
         seconds(chosen, 8)
     found = sorted(seen.key_averages(), key=lambda one: one.self_cpu_time_total, reverse=True)
     total = sum(one.self_cpu_time_total for one in found)
-    return [(one.key.removeprefix("aten::"), f"{one.self_cpu_time_total / total:.1%}") for one in found[:16]]
+    return [
+        (one.key.removeprefix("aten::"), f"{one.self_cpu_time_total / total:.1%}")
+        for one in found[:16]
+    ]
 
 
 def _with(whole: Federation, **changes: Any) -> Federation:
@@ -115,23 +127,46 @@ def shares(whole: Federation, repeats: int) -> Iterator[tuple[Any, ...]]:
             for amount, share in zip(flops(chosen, 8, number), (done, plain), strict=True):
                 share.append(amount / took[-1] / best[-1])
         gigaflops = Figure(tuple(value / 1e9 for value in best))
-        yield precision, stack, gigaflops, *(Figure(tuple(values)) for values in (took, done, plain))
+        yield (
+            precision,
+            stack,
+            gigaflops,
+            *(Figure(tuple(values)) for values in (took, done, plain)),
+        )
 
 
 def main(
     look: Annotated[bool, typer.Option("--quick", help="One repetition.")] = False,
     repeats: Annotated[int, typer.Option(help="Repetitions.")] = 5,
-    where: Annotated[bool, typer.Option("--profile", help="Print where a step of a stack of 8 goes, in one lane.")] = False,
+    where: Annotated[
+        bool,
+        typer.Option("--profile", help="Print where a step of a stack of 8 goes, in one lane."),
+    ] = False,
 ) -> None:
     """Print the share of the peak for one client at a time and for whole stacks, in every number format there is."""
-    formats = {precision: replace(Setting(), precision=precision).assembly() for precision in ("fp32", "bf16")}
+    formats = {
+        precision: replace(Setting(), precision=precision).assembly()
+        for precision in ("fp32", "bf16")
+    }
     if where:
         for precision, whole in formats.items():
-            report(f"profile_{precision}", ("operation", "share of the time"), profile(whole), setting=asdict(Setting()))
+            report(
+                f"profile_{precision}",
+                ("operation", "share of the time"),
+                profile(whole),
+                setting=asdict(Setting()),
+            )
         return
     repeats = 1 if look else repeats
     rows = [row for whole in formats.values() for row in shares(whole, repeats)]
-    columns = ("format", "stack", "peak, GFLOP/s", "s per client step", "share of the peak", "with the plain model's FLOPs")
+    columns = (
+        "format",
+        "stack",
+        "peak, GFLOP/s",
+        "s per client step",
+        "share of the peak",
+        "with the plain model's FLOPs",
+    )
     report("roofline", columns, rows, setting=asdict(Setting()), repeats=repeats)
 
 

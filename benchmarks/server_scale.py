@@ -35,7 +35,9 @@ class Echo:
 
     answer: Callable[[Client], bytes]
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply]:
         """Build every client's request and yield its answer."""
         for client in clients:
             request(client)
@@ -62,10 +64,16 @@ def play(method: str, count: int) -> dict[str, Any]:
                 record=ledger.append,
             ):
                 ledger.sync()
-        told = sum(isinstance(row, ClientRow) and not row.lost for row in stream(Path(folder) / FILE))
+        told = sum(
+            isinstance(row, ClientRow) and not row.lost for row in stream(Path(folder) / FILE)
+        )
     if told != count:
         raise SystemExit(f"{count - told} of {count} clients were lost")
-    return {"seconds": meter.seconds, "peak": meter.peak_memory / 1e6, "message": len(answers[0]) / 1e6}
+    return {
+        "seconds": meter.seconds,
+        "peak": meter.peak_memory / 1e6,
+        "message": len(answers[0]) / 1e6,
+    }
 
 
 def _answer(due: Payload, state: State, number: int) -> bytes:
@@ -74,14 +82,20 @@ def _answer(due: Payload, state: State, number: int) -> bytes:
     for name, form in due.items():
         start = state.shared.get(name)
         same = start is not None and start.shape == form.shape
-        payload[name] = start + number / 100 if same and start is not None else torch.ones(form.shape, dtype=form.dtype)
+        payload[name] = (
+            start + number / 100
+            if same and start is not None
+            else torch.ones(form.shape, dtype=form.dtype)
+        )
     return Response(0, payload, Measured(examples=1 + number, loss=0.0)).encode()
 
 
 def main(
     look: Annotated[bool, typer.Option("--quick", help="Up to 100 clients, once.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved runs.")] = 5,
-    most_full: Annotated[int, typer.Option(help="Clients of full fine-tuning at most: 91 MB each way.")] = 1_000,
+    most_full: Annotated[
+        int, typer.Option(help="Clients of full fine-tuning at most: 91 MB each way.")
+    ] = 1_000,
 ) -> None:
     """Print seconds and peak memory of a round over the number of clients."""
     repeats, counts = (1, COUNTS[:2]) if look else (repeats, COUNTS)
@@ -98,8 +112,17 @@ def main(
         first = found[f"{method} {counts[0]}"]
         more = one["peak"].median / first["peak"].median
         each = Figure(tuple(1000 * value / int(count) for value in one["seconds"].values))
-        rows.append((method, count, one["seconds"], each, f"{one['peak'].median:.0f}", f"{more:.2f}"))
-    columns = ("method", "clients", "s", "ms per client", "peak MB of the process", f"over {counts[0]} clients")
+        rows.append(
+            (method, count, one["seconds"], each, f"{one['peak'].median:.0f}", f"{more:.2f}")
+        )
+    columns = (
+        "method",
+        "clients",
+        "s",
+        "ms per client",
+        "peak MB of the process",
+        f"over {counts[0]} clients",
+    )
     report("server_scale", columns, rows, setting=asdict(Setting()), repeats=repeats)
 
 

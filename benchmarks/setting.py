@@ -55,7 +55,10 @@ class Setting:
             "partition": {"kind": "dirichlet", "alpha": 1.0, "clients": self.clients},
             "federation": {"rounds": self.rounds, "clients_per_round": self.clients},
             "training": {"lr": self.lr, "steps": self.steps, "batch_size": self.batch},
-            "method": {"name": self.method, **{name: value for name, value in given.items() if name in own}},
+            "method": {
+                "name": self.method,
+                **{name: value for name, value in given.items() if name in own},
+            },
             "engine": {"stack": self.stack},
             "evaluation": {"limit": 500},
         }
@@ -67,7 +70,9 @@ class Setting:
         folder = Path("benchmarks/results") / f"minilm-{self.layers}"
         if not (folder / "config.json").exists():
             AutoTokenizer.from_pretrained(locate("minilm")).save_pretrained(folder)
-            AutoModel.from_pretrained(locate("minilm"), num_hidden_layers=self.layers).save_pretrained(folder)
+            AutoModel.from_pretrained(
+                locate("minilm"), num_hidden_layers=self.layers
+            ).save_pretrained(folder)
         return str(folder)
 
     def assembly(self, hardware: Hardware | None = None) -> Federation:
@@ -86,8 +91,16 @@ class Setting:
             }
             for client, rows in enumerate(whole.partition.train)
         ]
-        test = {"ids": [ids.tolist() for ids in whole.scored.ids], "labels": whole.scored.labels.tolist()}
-        content = {"labels": list(labels), "clients": clients, "test": test, "setting": asdict(self)}
+        test = {
+            "ids": [ids.tolist() for ids in whole.scored.ids],
+            "labels": whole.scored.labels.tolist(),
+        }
+        content = {
+            "labels": list(labels),
+            "clients": clients,
+            "test": test,
+            "setting": asdict(self),
+        }
         (folder / "federation.json").write_text(json.dumps(content))
         first = {name: tensor.contiguous() for name, tensor in whole.first_state().shared.items()}
         save_file(first, folder / "first.safetensors")
@@ -95,7 +108,13 @@ class Setting:
 
 def batches(whole: Federation, client: int, number: int = 0) -> list[list[int]]:
     """Return the rows of every step of one client in one round."""
-    return plan(len(whole.worker.client_data[client].train), whole.config.training, whole.config.seed, client, number)
+    return plan(
+        len(whole.worker.client_data[client].train),
+        whole.config.training,
+        whole.config.seed,
+        client,
+        number,
+    )
 
 
 def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:
@@ -103,7 +122,12 @@ def figures(found: Mapping[str, Any], setting: Setting) -> dict[str, float]:
     ends = found["ends"]
     steady = median(b - a for a, b in pairwise(ends))
     steps = setting.clients * setting.steps
-    return {"round": steady, "step": steady / steps, "start": ends[0] - found["began"], "accuracy": found["accuracy"]}
+    return {
+        "round": steady,
+        "step": steady / steps,
+        "start": ends[0] - found["began"],
+        "accuracy": found["accuracy"],
+    }
 
 
 def quick(setting: Setting) -> Setting:

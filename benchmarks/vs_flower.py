@@ -20,13 +20,21 @@ from benchmarks.setting import Setting, figures, quick
 def flower(setting: Setting, folder: Path, **choice: Any) -> Callable[[], dict[str, float]]:
     """Return what measures the app; ``choice``: threads per worker process, precision, attention kernel, dropout."""
     exact = (choice["precision"], choice["dropout"]) == ("fp32", 0.0)
-    settings = {"folder": str(folder), "out": str(folder / "flower.safetensors") if exact else "", **choice}
+    settings = {
+        "folder": str(folder),
+        "out": str(folder / "flower.safetensors") if exact else "",
+        **choice,
+    }
     return lambda: figures(in_process("benchmarks.flower_app", settings), setting)
 
 
 def ours(setting: Setting, folder: Path) -> Callable[[], dict[str, float]]:
     """Return what measures fedpeft."""
-    settings = asdict(replace(setting, out=str(folder / "fedpeft.safetensors") if setting.precision == "fp32" else ""))
+    settings = asdict(
+        replace(
+            setting, out=str(folder / "fedpeft.safetensors") if setting.precision == "fp32" else ""
+        )
+    )
     return lambda: figures(in_process("benchmarks.fedpeft_run", settings), setting)
 
 
@@ -44,9 +52,13 @@ def main(
             repeats,
             no_dropout=flower(setting, folder, **plain, dropout=0.0),
             workers=flower(setting, folder, **{**plain, "threads": 1}, dropout=0.0),
-            workers_eager=flower(setting, folder, **{**plain, "threads": 1, "attention": "eager"}, dropout=0.0),
+            workers_eager=flower(
+                setting, folder, **{**plain, "threads": 1, "attention": "eager"}, dropout=0.0
+            ),
             fp32=ours(replace(setting, precision="fp32"), folder),
-            workers_bf16=flower(setting, folder, threads=1, precision="bf16", attention="eager", dropout=0.0),
+            workers_bf16=flower(
+                setting, folder, threads=1, precision="bf16", attention="eager", dropout=0.0
+            ),
             auto=ours(setting, folder),
             defaults=flower(setting, folder, **plain, dropout=0.1),
         )
@@ -56,12 +68,23 @@ def main(
     rows = [
         _row("fp32, no dropout", found["no_dropout"], found["fp32"]),
         _row("the same, the app with one-thread workers, its better kernel", best, found["fp32"]),
-        _row("bf16, no dropout, the app with one-thread workers, eager", found["workers_bf16"], found["auto"]),
+        _row(
+            "bf16, no dropout, the app with one-thread workers, eager",
+            found["workers_bf16"],
+            found["auto"],
+        ),
         _row("each at its own defaults", found["defaults"], found["auto"]),
         ("start of the program to the end of round 1, s", *start, ratio(*start), ""),
     ]
     columns = ("", "Flower app, s per client step", "fedpeft", "ratio", "accuracy of both")
-    report("vs_flower", columns, rows, setting=asdict(setting), repeats=repeats, largest_relative_difference=apart)
+    report(
+        "vs_flower",
+        columns,
+        rows,
+        setting=asdict(setting),
+        repeats=repeats,
+        largest_relative_difference=apart,
+    )
     typer.echo(f"final adapters in fp32, largest difference over the largest value: {apart:.1e}")
 
 

@@ -32,7 +32,10 @@ def environment() -> str:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, TORCH], check=True)
-        subprocess.run([*pip, TORCH, "pfl[pytorch]==0.6.0", *(f"{name}=={version(name)}" for name in SAME)], check=True)
+        subprocess.run(
+            [*pip, TORCH, "pfl[pytorch]==0.6.0", *(f"{name}=={version(name)}" for name in SAME)],
+            check=True,
+        )
         (ENVIRONMENT / ".ready").touch()
     return str(python.absolute())
 
@@ -49,8 +52,15 @@ def main(
 
         def theirs(precision: str, attention: str) -> Callable[[], dict[str, float]]:
             out = f"{name}/pfl.safetensors" if precision == "fp32" else ""
-            choice = {"precision": precision, "attention": attention, "threads": torch.get_num_threads(), "out": out}
-            return lambda: figures(in_process("benchmarks.pfl_app", {"folder": name, **choice}, python), setting)
+            choice = {
+                "precision": precision,
+                "attention": attention,
+                "threads": torch.get_num_threads(),
+                "out": out,
+            }
+            return lambda: figures(
+                in_process("benchmarks.pfl_app", {"folder": name, **choice}, python), setting
+            )
 
         def ours(precision: str) -> Callable[[], dict[str, float]]:
             out = f"{name}/fedpeft.safetensors" if precision == "fp32" else ""
@@ -70,9 +80,24 @@ def main(
     for label in ("bf16_eager", "fp32_eager", "fp32_sdpa"):
         one, mine = found[label], found[label[:4]]
         accuracies = f"{one['accuracy'].median:.3f} and {mine['accuracy'].median:.3f}"
-        rows.append((label.replace("_", ", "), one["step"], mine["step"], ratio(one["step"], mine["step"]), accuracies))
+        rows.append(
+            (
+                label.replace("_", ", "),
+                one["step"],
+                mine["step"],
+                ratio(one["step"], mine["step"]),
+                accuracies,
+            )
+        )
     columns = ("", "pfl-research 0.6, s per client step", "fedpeft", "ratio", "accuracy of both")
-    report("vs_pfl", columns, rows, setting=asdict(setting), repeats=repeats, largest_relative_difference=apart)
+    report(
+        "vs_pfl",
+        columns,
+        rows,
+        setting=asdict(setting),
+        repeats=repeats,
+        largest_relative_difference=apart,
+    )
     typer.echo(f"final adapters in fp32, largest difference over the largest value: {apart:.1e}")
 
 

@@ -31,7 +31,9 @@ class HeadOnly:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Put the sent head in the place of the model's; it is trained and goes up."""
         del memory, context
         trained = trainable(down)

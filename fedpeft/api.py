@@ -15,7 +15,11 @@ __all__ = ["Progress", "Trained", "open_run", "resume", "train"]
 
 
 def train(
-    settings: Mapping[str, Any], folder: Path | str, *, overwrite: bool = False, on_progress: OnProgress = lambda _: None
+    settings: Mapping[str, Any],
+    folder: Path | str,
+    *,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda _: None,
 ) -> Trained:
     """Run the federation that ``settings`` describe, nested as in a TOML file, in ``folder``; return what it has learnt.
 

@@ -11,3 +11,7 @@ class WireError(Exception):
 
 class NotStackable(WireError):
     """Several clients cannot be kept apart side by side here, though one by one they can."""
+
+
+class Forgotten(WireError):
+    """A client lacks the memory that a request assumes; the next request has to assume none."""

@@ -7,10 +7,6 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from fedpeft.errors import BadInput as BadInput  # noqa: PLC0414  # said here, too
-from fedpeft.errors import NotStackable as NotStackable  # noqa: PLC0414
-from fedpeft.errors import WireError as WireError  # noqa: PLC0414
-
 Payload = Mapping[str, Tensor]
 """Named tensors: what crosses the wire either way, and what a client remembers. Scalars are 0-d int64 or float64.
 
@@ -137,7 +133,9 @@ class Method(Protocol):
         """Return what goes down to ``client``."""
         ...
 
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> AbstractContextManager[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> AbstractContextManager[LocalTask]:
         """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``.
 
         Both are for reading: they may be views of a message that other clients get, too. What is mounted may be called
@@ -178,6 +176,8 @@ class Lost:
 class Engine(Protocol):
     """How bytes travel between the server and its clients."""
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
         """Send every client its request (built when it is needed) and yield each one's answer, in any order."""
         ...

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterator
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers: a test that asks a hub is a fault
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before anything imports transformers: a test that asks a hub is a fault
+)
 
 import pytest
 import torch

@@ -36,7 +36,11 @@ BERT: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-COMMON: dict[str, Any] = {"max_position_embeddings": 24, "num_labels": 3, "attn_implementation": "eager"}
+COMMON: dict[str, Any] = {
+    "max_position_embeddings": 24,
+    "num_labels": 3,
+    "attn_implementation": "eager",
+}
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DISTIL: dict[str, Any] = {
     "vocab_size": 60,
@@ -56,10 +60,17 @@ GPT2: dict[str, Any] = {
     "num_labels": 3,
     "pad_token_id": 0,
 }
-GPT2_PLAIN: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "eager"}
+GPT2_PLAIN: dict[str, Any] = {
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "attn_implementation": "eager",
+}
 
 
-_LLAMA: Callable[[LlamaConfig], nn.Module] = LlamaForSequenceClassification  # its __init__ is untyped
+_LLAMA: Callable[[LlamaConfig], nn.Module] = (
+    LlamaForSequenceClassification  # its __init__ is untyped
+)
 
 
 @dataclass(frozen=True)
@@ -81,21 +92,33 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "roberta": Family(
         lambda: RobertaForSequenceClassification(RobertaConfig(**BERT, **COMMON, **NO_DROPOUT)),
-        frozenset(f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")),
+        frozenset(
+            f"classifier.{layer}.{part}"
+            for layer in ("dense", "out_proj")
+            for part in ("weight", "bias")
+        ),
         8,
         12,
     ),
     "albert": Family(
         lambda: AlbertForSequenceClassification(
-            AlbertConfig(**BERT, **COMMON, **NO_DROPOUT, embedding_size=8, classifier_dropout_prob=0.0)
+            AlbertConfig(
+                **BERT, **COMMON, **NO_DROPOUT, embedding_size=8, classifier_dropout_prob=0.0
+            )
         ),
         frozenset({"classifier.weight", "classifier.bias"}),
         4,
         8,
     ),
     "distilbert": Family(
-        lambda: DistilBertForSequenceClassification(DistilBertConfig(**DISTIL, **COMMON, seq_classif_dropout=0.0)),
-        frozenset(f"{layer}.{part}" for layer in ("pre_classifier", "classifier") for part in ("weight", "bias")),
+        lambda: DistilBertForSequenceClassification(
+            DistilBertConfig(**DISTIL, **COMMON, seq_classif_dropout=0.0)
+        ),
+        frozenset(
+            f"{layer}.{part}"
+            for layer in ("pre_classifier", "classifier")
+            for part in ("weight", "bias")
+        ),
         8,
         12,
     ),
@@ -129,7 +152,9 @@ def says(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def played(name: str, method: Method, sizes: Mapping[int, int], training: Training, **changes: Any) -> Worker:
+def played(
+    name: str, method: Method, sizes: Mapping[int, int], training: Training, **changes: Any
+) -> Worker:
     """Return a worker on a tiny model of a family whose clients hold ``sizes`` random texts of 3 to 10 tokens."""
     held = {}
     for client, size in sizes.items():

@@ -6,7 +6,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
 from fedpeft.engines.local import LocalEngine
 from fedpeft.federation.client import ClientData, Worker
@@ -42,7 +47,15 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "federa": {"targets": TARGETS, "rank": 3, "scale": 2.0},
     "sparse": {"targets": TARGETS, "density": 0.2},
     "slora": {"targets": TARGETS, "rank": 3, "density": 0.2, "rounds": 4, "stage1": 0.5},
-    "fedara": {"targets": TARGETS, "rank": 4, "scale": 2.0, "rounds": 5, "warmup": 0.0, "settled": 0.2, "deviation": 0.5},
+    "fedara": {
+        "targets": TARGETS,
+        "rank": 4,
+        "scale": 2.0,
+        "rounds": 5,
+        "warmup": 0.0,
+        "settled": 0.2,
+        "deviation": 0.5,
+    },
     "local_only": {"targets": TARGETS, "rank": 3, "scale": 2.0},
 }
 """Small settings for every row of METHODS; a new method needs a row here."""
@@ -134,9 +147,14 @@ def logits(model: nn.Module, rows: Encoded | None = None) -> Tensor:
         return TASK.logits(model, TASK.collate(rows or examples(8), CPU.torch_device))
 
 
-def worker(method: Method, model: nn.Module, training: Training = SGD, sizes: Mapping[int, int] = SIZES) -> Worker:
+def worker(
+    method: Method, model: nn.Module, training: Training = SGD, sizes: Mapping[int, int] = SIZES
+) -> Worker:
     """Return a worker that holds ``sizes`` random examples for every client."""
-    held = {client: ClientData(examples(size, client), examples(4, client + 100)) for client, size in sizes.items()}
+    held = {
+        client: ClientData(examples(size, client), examples(4, client + 100))
+        for client, size in sizes.items()
+    }
     return Worker(
         method=method,
         model=model,
@@ -168,7 +186,9 @@ class Tapped:
     backwards: bool = False
     talks: list[dict[int, tuple[bytes, bytes]]] = field(default_factory=list)
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
         """Pass on requests and replies."""
         sent: dict[int, bytes] = {}
 
@@ -178,8 +198,15 @@ class Tapped:
 
         number, talk = len(self.talks), dict[int, tuple[bytes, bytes]]()
         self.talks.append(talk)
-        outcomes = [self.change(number, outcome) for outcome in self.engine.exchange(clients, listening)]
-        talk.update({outcome.client.id: (sent.get(outcome.client.id, b""), outcome.blob) for outcome in outcomes})
+        outcomes = [
+            self.change(number, outcome) for outcome in self.engine.exchange(clients, listening)
+        ]
+        talk.update(
+            {
+                outcome.client.id: (sent.get(outcome.client.id, b""), outcome.blob)
+                for outcome in outcomes
+            }
+        )
         yield from reversed(outcomes) if self.backwards else outcomes
 
 
@@ -201,7 +228,10 @@ class TinyFederation:
 
     def clients(self, _: int = 0) -> list[Client]:
         """Return everyone."""
-        return [Client(number, examples=len(holding.train)) for number, holding in self.worker.client_data.items()]
+        return [
+            Client(number, examples=len(holding.train))
+            for number, holding in self.worker.client_data.items()
+        ]
 
     def play(
         self,
@@ -226,7 +256,10 @@ class TinyFederation:
 
     def answers(self, exchange: int) -> dict[int, Response]:
         """Return what every client said in exchange number ``exchange``."""
-        return {client: Response.decode(reply) for client, (_, reply) in self.engine.talks[exchange].items()}
+        return {
+            client: Response.decode(reply)
+            for client, (_, reply) in self.engine.talks[exchange].items()
+        }
 
 
 def federation(
@@ -240,13 +273,17 @@ def federation(
 ) -> TinyFederation:
     """Return a federation on a fresh tiny encoder."""
     playing, kept = worker(method, bert(), training, sizes), memories or Memories()
-    return TinyFederation(method, playing, kept, Tapped(LocalEngine(playing, kept), change, backwards))
+    return TinyFederation(
+        method, playing, kept, Tapped(LocalEngine(playing, kept), change, backwards)
+    )
 
 
 def weighted(payloads: Sequence[Payload], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return the weighted mean in float64 by plain torch: what every average is compared with."""
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    stacks = {name: torch.stack([payload[name].double() for payload in payloads]) for name in payloads[0]}
+    stacks = {
+        name: torch.stack([payload[name].double() for payload in payloads]) for name in payloads[0]
+    }
     return {name: torch.tensordot(share, stack, dims=1) for name, stack in stacks.items()}
 
 
@@ -270,4 +307,6 @@ def close(left: Payload, right: Payload, tolerance: float) -> None:
     """Assert that two payloads have the same names and values within ``tolerance``, naming the tensor that is off."""
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name].double(), right[name].double(), rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            left[name].double(), right[name].double(), rtol=tolerance, atol=tolerance, msg=name
+        )

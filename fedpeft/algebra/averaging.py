@@ -32,7 +32,10 @@ class Mean:
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean in the dtypes that were added; empty when nothing was."""
-        return {name: (total / self._weight).to(self._dtypes[name]) for name, total in self._sums.items()}
+        return {
+            name: (total / self._weight).to(self._dtypes[name])
+            for name, total in self._sums.items()
+        }
 
 
 def weight_of(update: Update, weighting: Weighting) -> float:
@@ -41,7 +44,9 @@ def weight_of(update: Update, weighting: Weighting) -> float:
 
 
 def mean(
-    updates: Iterable[Update], weighting: Weighting, read: Callable[[Update], Payload] = lambda update: update.payload
+    updates: Iterable[Update],
+    weighting: Weighting,
+    read: Callable[[Update], Payload] = lambda update: update.payload,
 ) -> dict[str, Tensor]:
     """Return the mean over ``updates`` of what ``read`` takes from each; empty when there was none."""
     total = Mean()
@@ -52,4 +57,6 @@ def mean(
 
 def averaged(state: State, updates: Iterable[Update], weighting: Weighting) -> State:
     """Return the next state: each shared tensor that came back is its mean over the replies, and a silent round keeps all."""
-    return replace(state, round=state.round + 1, shared={**state.shared, **mean(updates, weighting)})
+    return replace(
+        state, round=state.round + 1, shared={**state.shared, **mean(updates, weighting)}
+    )

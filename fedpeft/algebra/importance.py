@@ -50,7 +50,9 @@ class Importance:
         """Return S_i = I(e_i) + mean_j I(b_ji) + mean_j I(a_ij) of every rank, (K, n), modules in alphabetical order."""
         parts = {name: self._of(name) for name in self._tensors}
         groups = by_module(parts)
-        return torch.cat([g["e"] + g["B"].mean(1) + g["A"].mean(2) for _, g in sorted(groups.items())], dim=1)
+        return torch.cat(
+            [g["e"] + g["B"].mean(1) + g["A"].mean(2) for _, g in sorted(groups.items())], dim=1
+        )
 
     def votes(self, budget: int) -> Tensor:
         """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8.

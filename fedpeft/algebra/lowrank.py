@@ -8,8 +8,9 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from fedpeft.errors import BadInput
 from fedpeft.seeds import generator
-from fedpeft.types import BadInput, Delta, Payload
+from fedpeft.types import Delta, Payload
 
 Split = Literal["sqrt", "left", "right"]
 """Where the singular values go: half each, all to B (left), or all to A (right)."""
@@ -84,7 +85,9 @@ def orthogonality(tensors: Payload) -> Tensor:
     total = torch.zeros(())
     for parts in by_module(tensors).values():
         for gram in (parts["A"] @ parts["A"].mT, parts["B"].mT @ parts["B"]):
-            total = total + (gram - torch.eye(gram.shape[-1]).to(gram)).norm(dim=(-2, -1)).sum().to(total)
+            total = total + (gram - torch.eye(gram.shape[-1]).to(gram)).norm(dim=(-2, -1)).sum().to(
+                total
+            )
     return total
 
 

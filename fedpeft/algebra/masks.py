@@ -6,7 +6,9 @@ from torch import Tensor
 from fedpeft.seeds import generator
 
 
-def positions(shape: torch.Size | tuple[int, ...], density: float, seed: int, module: str) -> Tensor:
+def positions(
+    shape: torch.Size | tuple[int, ...], density: float, seed: int, module: str
+) -> Tensor:
     """Return the sorted flat positions, int64 (n,), of the ``density`` share of entries that are trained; at least one.
 
     One random, data-independent draw without replacement per matrix (SLoRA, section 4: uniform density over layers).

@@ -29,13 +29,25 @@ out = Console(emoji=False)
 DEMO = Path(str(files("fedpeft") / "demo.toml"))
 
 Config = Annotated[Path, typer.Argument(help="A TOML file.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="A run's folder, such as runs/mine.", show_default=False)]
-Set = Annotated[list[str], typer.Option("--set", help="Override a field: --set training.lr=0.003 (repeatable).")]
+Folder = Annotated[
+    Path, typer.Argument(help="A run's folder, such as runs/mine.", show_default=False)
+]
+Set = Annotated[
+    list[str], typer.Option("--set", help="Override a field: --set training.lr=0.003 (repeatable).")
+]
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are kept.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace run folders that exist.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with run folders that exist.")]
-Jobs = Annotated[int, typer.Option(min=0, help="Runs at once, each on its share of the cores; 0: as many as there are cores.")]
-Target = Annotated[float | None, typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's.")]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Runs at once, each on its share of the cores; 0: as many as there are cores."
+    ),
+]
+Target = Annotated[
+    float | None,
+    typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's."),
+]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
@@ -74,7 +86,9 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def run(config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
+def run(
+    config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False
+) -> None:
     """Train one federation with one method."""
     from fedpeft.cli import parsing as arguments
     from fedpeft.experiment.build import build
@@ -108,7 +122,9 @@ def resume(run: Folder) -> None:
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="A TOML file; default: the built-in demo.", show_default=False)] = DEMO,
+    config: Annotated[
+        Path, typer.Argument(help="A TOML file; default: the built-in demo.", show_default=False)
+    ] = DEMO,
     methods: Annotated[str, typer.Option(help="Comma-separated, instead of compare.methods.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated, instead of compare.seeds.")] = "",
     settings: Set = [],
@@ -139,8 +155,12 @@ def compare(
 @app.command()
 def sweep(
     config: Config,
-    values: Annotated[list[str], typer.Argument(help="training.lr=1e-3,3e-3 ... (every combination is run)")],
-    methods: Annotated[str, typer.Option(help="Comma-separated: sweep each of these methods of the comparison.")] = "",
+    values: Annotated[
+        list[str], typer.Argument(help="training.lr=1e-3,3e-3 ... (every combination is run)")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: sweep each of these methods of the comparison.")
+    ] = "",
     settings: Set = [],
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
@@ -152,13 +172,17 @@ def sweep(
     from fedpeft.experiment.compare import grid
 
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
-    planned = grid(arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods))
+    planned = grid(
+        arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods)
+    )
     root = runs / f"{planned[0].config.name}-sweep"
     folders = _play(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", None, 1e6)
 
 
-def _play(planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int) -> list[Path]:
+def _play(
+    planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int
+) -> list[Path]:
     """Play many planned runs, with a bar for each, and return their folders."""
     from fedpeft.experiment.batch import play
 
@@ -211,7 +235,9 @@ def partition(
 def export(
     run: Folder,
     folder: Annotated[Path, typer.Argument(help="A folder to be made.", show_default=False)],
-    merge: Annotated[bool, typer.Option("--merge", help="The whole model with the adapters merged in.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole model with the adapters merged in.")
+    ] = False,
 ) -> None:
     """Write what a run has learnt as a peft adapter, or merged as a transformers model."""
     from fedpeft.experiment.trained import open_run
@@ -223,7 +249,9 @@ def export(
 
 
 @app.command()
-def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]) -> None:
+def predict(
+    run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]
+) -> None:
     """Label texts with what a run has learnt."""
     from fedpeft.experiment.trained import open_run
     from fedpeft.report.names import literal
@@ -236,7 +264,9 @@ def predict(run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or a folder of them.", show_default=False)],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders, or a folder of them.", show_default=False)
+    ],
     to: Annotated[Path, typer.Option(help="Where CSV and PNG files go.")] = Path("report"),
     target: Target = None,
     bandwidth: Bandwidth = 1e6,

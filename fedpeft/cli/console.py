@@ -56,9 +56,15 @@ def _nearest(character: str) -> str:
         return character
     if character in NEAREST:
         return NEAREST[character]
-    if "\N{BOX DRAWINGS LIGHT HORIZONTAL}" <= character <= "\N{BOX DRAWINGS HEAVY LEFT AND LIGHT RIGHT}":
+    if (
+        "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
+        <= character
+        <= "\N{BOX DRAWINGS HEAVY LEFT AND LIGHT RIGHT}"
+    ):
         return _line(unicodedata.name(character))
-    parts = unicodedata.normalize("NFKD", character)  # a letter and its marks, or what a ligature stands for
+    parts = unicodedata.normalize(
+        "NFKD", character
+    )  # a letter and its marks, or what a ligature stands for
     if parts == character:
         return "?"
     return "".join(_nearest(part) for part in parts if not unicodedata.combining(part))
@@ -83,7 +89,9 @@ def show_nearest(*streams: TextIO) -> None:
     """Let ``streams`` print the nearest of what their encoding lacks, where they would raise UnicodeEncodeError."""
     codecs.register_error(HANDLER, _replace)
     for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):  # what a notebook or a test puts in its place takes any text
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # what a notebook or a test puts in its place takes any text
             stream.reconfigure(errors=HANDLER)
 
 

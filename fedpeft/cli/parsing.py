@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.config import merge, parse_set, read, value
-from fedpeft.types import BadInput
 
 
 def tree(path: Path, settings: Sequence[str]) -> dict[str, Any]:
@@ -23,7 +23,9 @@ def seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadInput(f"compare.seeds = {text!r}: write whole numbers, such as --seeds 0,1,2") from error
+        raise BadInput(
+            f"compare.seeds = {text!r}: write whole numbers, such as --seeds 0,1,2"
+        ) from error
 
 
 def values(assignments: Sequence[str]) -> dict[str, list[Any]]:
@@ -33,8 +35,12 @@ def values(assignments: Sequence[str]) -> dict[str, list[Any]]:
         key, _, tried = assignment.partition("=")
         key = key.strip()
         if not all(key.split(".")) or not tried:
-            raise BadInput(f"{key!r}: write what to try as section.field=value,value, such as training.lr=0.001,0.003")
+            raise BadInput(
+                f"{key!r}: write what to try as section.field=value,value, such as training.lr=0.001,0.003"
+            )
         if key in found:
-            raise BadInput(f"{key}: is given twice; write its values in one, such as training.lr=0.001,0.003")
+            raise BadInput(
+                f"{key}: is given twice; write its values in one, such as training.lr=0.001,0.003"
+            )
         found[key] = [value(part) for part in tried.split(",")]
     return found

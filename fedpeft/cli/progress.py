@@ -24,7 +24,9 @@ def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None
             task = bar.add_task(name, total=None, stand="")
 
             def watch(progress: Any) -> None:
-                accuracy = "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}  "
+                accuracy = (
+                    "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}  "
+                )
                 stand = f"{accuracy}{progress.bytes / 1e6:.1f} MB"
                 bar.update(task, completed=progress.round, total=progress.rounds, stand=stand)
 

@@ -1,7 +1,15 @@
 """Where texts come from (``pydocs``, ``files``) and who holds which of them (``partitions``)."""
 
 from fedpeft.data.files import from_files, read
-from fedpeft.data.partitions import Partition, by_key, dirichlet, from_file, iid, label_counts, shards
+from fedpeft.data.partitions import (
+    Partition,
+    by_key,
+    dirichlet,
+    from_file,
+    iid,
+    label_counts,
+    shards,
+)
 from fedpeft.data.pydocs import pydocs
 from fedpeft.data.rows import Dataset, Rows
 

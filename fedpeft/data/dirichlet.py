@@ -14,13 +14,15 @@ holds, and start again unless then the other two do.
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
-from fedpeft.types import BadInput
 
 ATTEMPTS = 10_000
 
 
-def shares(sizes: NDArray[np.int64], clients: int, alpha: float, min_examples: int, seed: int) -> NDArray[np.float64]:
+def shares(
+    sizes: NDArray[np.int64], clients: int, alpha: float, min_examples: int, seed: int
+) -> NDArray[np.float64]:
     """Return each client's share of each label, (labels, clients); rows sum to 1.
 
     The rows are independent draws from Dir(alpha, ..., alpha), given that each client gets at least ``min_examples`` of

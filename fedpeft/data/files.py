@@ -13,8 +13,8 @@ from fedpeft.data.paths import matching, nearest
 from fedpeft.data.records import ending, records
 from fedpeft.data.rows import Dataset, Rows, stratified
 from fedpeft.data.separated import delimiter as delimiter_of
+from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
-from fedpeft.types import BadInput
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -57,7 +57,9 @@ def from_files(
     whole = _read(train, columns)
     rows = replace(whole, numbers=tuple(range(len(whole))))
     if len(set(rows.labels)) == 1:
-        raise BadInput(f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; a classifier needs two or more")
+        raise BadInput(
+            f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; a classifier needs two or more"
+        )
     if test is None:
         rows, test_rows = _held_out(rows, "test", test_fraction, seed)
     else:
@@ -101,7 +103,9 @@ def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows,
         raise BadInput(f"data.{split}_fraction = {fraction}: must lie between 0 and 1, as 0.1 does")
     kept, taken = stratified(rows, fraction, derive(seed, split))
     if not taken:
-        raise BadInput(f"data.{split}: every label has a single row in train, none to spare; name a file for {split}")
+        raise BadInput(
+            f"data.{split}: every label has a single row in train, none to spare; name a file for {split}"
+        )
     return kept, taken
 
 

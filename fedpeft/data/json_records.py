@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 Record = Mapping[str, object]
 

@@ -14,8 +14,8 @@ from fedpeft.data.dirichlet import counts, shares
 from fedpeft.data.integers import ordered
 from fedpeft.data.paths import existing, readable
 from fedpeft.data.rows import Dataset, Rows
+from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
-from fedpeft.types import BadInput
 
 Indices = NDArray[np.int64]
 
@@ -39,7 +39,9 @@ class Partition:
         """Return 16 hex digits of the SHA-256 of who holds what: equal digests mean equal partitions, under any names."""
         whole = sha256()
         for rows in (*self.train, *self.test):
-            whole.update(len(rows).to_bytes(8, "little") + np.ascontiguousarray(rows, dtype="<i8").tobytes())
+            whole.update(
+                len(rows).to_bytes(8, "little") + np.ascontiguousarray(rows, dtype="<i8").tobytes()
+            )
         return whole.hexdigest()[:16]
 
 
@@ -50,11 +52,16 @@ def iid(dataset: Dataset, clients: int, seed: int) -> Partition:
     """
     _check(dataset, clients)
     rng = np.random.default_rng(derive(seed, "iid"))
-    train, test = (np.array_split(rng.permutation(len(split)), clients) for split in (dataset.train, dataset.test))
+    train, test = (
+        np.array_split(rng.permutation(len(split)), clients)
+        for split in (dataset.train, dataset.test)
+    )
     return _partition(train, test)
 
 
-def dirichlet(dataset: Dataset, clients: int, seed: int, *, alpha: float, min_examples: int = 1) -> Partition:
+def dirichlet(
+    dataset: Dataset, clients: int, seed: int, *, alpha: float, min_examples: int = 1
+) -> Partition:
     """Deal each label's rows, of train and of test, by shares drawn from Dir(alpha) over the clients.
 
     The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing until every client has
@@ -88,7 +95,9 @@ def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int 
     dealt = rng.permutation(len(cut)).reshape(clients, shards_per_client)
     train = [np.concatenate([cut[shard] for shard in hand]) for hand in dealt]
     held = label_counts(dataset.train, _partition(train, []))  # (clients, labels)
-    return _partition(train, _deal(_codes(dataset.test, dataset.labels), (held / held.sum(axis=0)).T, rng))
+    return _partition(
+        train, _deal(_codes(dataset.test, dataset.labels), (held / held.sum(axis=0)).T, rng)
+    )
 
 
 def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
@@ -101,9 +110,13 @@ def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
     """
     rows = Counter(dataset.train.keys)
     if not rows:
-        raise BadInput("partition.kind = 'by_key': the data has no keys; name the column that holds them in data.key")
+        raise BadInput(
+            "partition.kind = 'by_key': the data has no keys; name the column that holds them in data.key"
+        )
     if clients is not None and not 1 <= clients <= len(rows):
-        raise BadInput(f"partition.clients = {clients}: train has {len(rows)} keys; choose 1 to {len(rows)} clients")
+        raise BadInput(
+            f"partition.clients = {clients}: train has {len(rows)} keys; choose 1 to {len(rows)} clients"
+        )
     names = sorted(sorted(rows, key=lambda name: (-rows[name], name))[:clients])
     return _partition(_holding(dataset.train, names), _holding(dataset.test, names), names)
 
@@ -124,7 +137,9 @@ def from_file(dataset: Dataset, path: Path) -> Partition:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON: {error}") from error
     if not isinstance(clients, tuple) or not clients:
-        raise BadInput(f'{path}: must hold a JSON object of client names and row numbers, as {{"anna": [0, 1]}}')
+        raise BadInput(
+            f'{path}: must hold a JSON object of client names and row numbers, as {{"anna": [0, 1]}}'
+        )
     numbers = dataset.train.numbers or range(len(dataset.train))
     row_at = {number: row for row, number in enumerate(numbers)}
     held_out = len(dataset.validation.numbers) + len(dataset.test.numbers)
@@ -160,7 +175,9 @@ def _check(dataset: Dataset, clients: int, field: str = "clients", each: int = 1
         name, value = ("clients", clients) if clients < 1 else (field, each)
         raise BadInput(f"partition.{name} = {value}: must be 1 or more")
     if clients > examples:
-        raise BadInput(f"partition.clients = {clients}: train has only {examples} examples; at most {examples} clients")
+        raise BadInput(
+            f"partition.clients = {clients}: train has only {examples} examples; at most {examples} clients"
+        )
     if clients * each > examples:
         most = examples // clients
         raise BadInput(
@@ -168,7 +185,9 @@ def _check(dataset: Dataset, clients: int, field: str = "clients", each: int = 1
         )
 
 
-def _partition(train: Sequence[Indices], test: Sequence[Indices], names: Sequence[str] = ()) -> Partition:
+def _partition(
+    train: Sequence[Indices], test: Sequence[Indices], names: Sequence[str] = ()
+) -> Partition:
     """Return the partition with sorted rows; no ``test`` gives nobody test rows, no ``names`` numbers the clients."""
     empty = [np.empty(0, dtype=np.int64)] * len(train)
     return Partition(
@@ -206,10 +225,14 @@ def _holding(split: Rows, names: Iterable[str]) -> list[Indices]:
 def _own(path: Path, name: str, rows: object, examples: int, holder: dict[int, str]) -> list[int]:
     """Return a client's rows as checked integers and enter them in ``holder`` (row -> client)."""
     if not isinstance(rows, list) or not rows:
-        raise BadInput(f"{path}: client {name!r} must hold a list of at least one row number, not {rows!r:.40}")
+        raise BadInput(
+            f"{path}: client {name!r} must hold a list of at least one row number, not {rows!r:.40}"
+        )
     for row in rows:
         if type(row) is not int or not 0 <= row < examples:
-            raise BadInput(f"{path}: client {name!r} holds row {row!r}, but train has rows 0 to {examples - 1}")
+            raise BadInput(
+                f"{path}: client {name!r} holds row {row!r}, but train has rows 0 to {examples - 1}"
+            )
         if row in holder:
             raise BadInput(f"{path}: row {row} is held by {holder[row]!r} and by {name!r}")
         holder[row] = name

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from glob import glob
 from pathlib import Path
 
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 
 def matching(pattern: Path) -> list[Path]:

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 from fedpeft.data.rows import Dataset, Rows, stratified
+from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
-from fedpeft.types import BadInput
 
 SHORTEST = 30
 """Docstrings of fewer characters are left out: they say too little to be told apart."""
@@ -29,7 +29,9 @@ def pydocs(seed: int = 0) -> Dataset:
     Raises BadInput where the standard library is installed without its source files.
     """
     rows = _collect(Path(sysconfig.get_path("stdlib")))
-    mixed = rows.take(sorted(range(len(rows)), key=lambda row: derive(seed, "pydocs", rows.texts[row])))
+    mixed = rows.take(
+        sorted(range(len(rows)), key=lambda row: derive(seed, "pydocs", rows.texts[row]))
+    )
     rest, test = stratified(mixed, 0.2, derive(seed, "pydocs", "test"))
     train, validation = stratified(rest, 0.125, derive(seed, "pydocs", "validation"))
     return Dataset("pydocs", train, validation, test)
@@ -40,9 +42,15 @@ def _collect(library: Path) -> Rows:
 
     The code is parsed, never run; what was found is kept in the user's cache for as long as the sources stay as they are.
     """
-    sources = [(str(source), chapter, module) for module, chapter in _chapters() for source in _sources(library, module)]
+    sources = [
+        (str(source), chapter, module)
+        for module, chapter in _chapters()
+        for source in _sources(library, module)
+    ]
     if not sources:
-        raise BadInput(f"data.source = 'pydocs': {library} holds no Python source; give files of your own instead")
+        raise BadInput(
+            f"data.source = 'pydocs': {library} holds no Python source; give files of your own instead"
+        )
     kept = _cache() / f"pydocs-{_stamp(sources)}.json"
     with suppress(OSError, ValueError, TypeError):
         texts, labels, keys = json.loads(kept.read_bytes())
@@ -82,7 +90,9 @@ def _stamp(sources: Sequence[tuple[str, str, str]]) -> str:
 def _chapters() -> list[tuple[str, str]]:
     """Return every top-level module with its chapter, in alphabetical order."""
     text = resources.files("fedpeft.data").joinpath("chapters.toml").read_text(encoding="utf-8")
-    return sorted((module, chapter) for chapter, modules in tomllib.loads(text).items() for module in modules)
+    return sorted(
+        (module, chapter) for chapter, modules in tomllib.loads(text).items() for module in modules
+    )
 
 
 def _sources(library: Path, module: str) -> Iterator[Path]:

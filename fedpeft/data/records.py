@@ -7,7 +7,7 @@ from pathlib import Path
 from fedpeft.data.json_records import Located, json_records
 from fedpeft.data.paths import readable
 from fedpeft.data.separated import separated
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 JSON = (".jsonl", ".ndjson", ".json")
 SEPARATED = {".csv": ",", ".tsv": "\t"}

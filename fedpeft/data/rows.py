@@ -57,7 +57,10 @@ class Dataset:
 
     def digest(self) -> str:
         """Return 16 hex digits of the SHA-256 of all rows in order: equal digests mean equal data, under any name."""
-        splits = [[split.texts, split.labels, split.keys] for split in (self.train, self.validation, self.test)]
+        splits = [
+            [split.texts, split.labels, split.keys]
+            for split in (self.train, self.validation, self.test)
+        ]
         return sha256(json.dumps(splits).encode()).hexdigest()[:16]
 
     def majority(self, labels: Sequence[str]) -> float:
@@ -72,7 +75,10 @@ def stratified(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     Of a label's n rows, round(``fraction`` * n) are taken, but at least one and never the last. Which ones depends on
     ``seed`` and on the label's set of texts, not on their order.
     """
-    quota = {label: min(max(1, round(fraction * size)), size - 1) for label, size in Counter(rows.labels).items()}
+    quota = {
+        label: min(max(1, round(fraction * size)), size - 1)
+        for label, size in Counter(rows.labels).items()
+    }
     taken = set[int]()
     for row in sorted(range(len(rows)), key=lambda row: derive(seed, rows.texts[row])):
         if quota[rows.labels[row]] > 0:

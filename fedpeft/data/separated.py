@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpeft.data.json_records import Located
 from fedpeft.data.paths import nearest
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 MARKS = (";", "\t", "|", ",")
 """What people's columns are separated by."""

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft.data import Dataset, Partition, label_counts
+from fedpeft.errors import BadInput
 from fedpeft.report.names import MOST, literal, plain
-from fedpeft.types import BadInput
 
 MOST_NAMED = 240
 """Clients or labels that a picture makes room for; of more, every second, third ... is named."""
@@ -26,7 +26,9 @@ def table(dataset: Dataset, partition: Partition) -> Table:
     shown.add_column("mostly")
     for name, test, row in zip(partition.names, partition.test, counts, strict=True):
         total, top = int(row.sum()), np.argsort(-row, kind="stable")[:3]
-        mostly = ", ".join(f"{dataset.labels[label]} {row[label] / total:.0%}" for label in top if row[label])
+        mostly = ", ".join(
+            f"{dataset.labels[label]} {row[label] / total:.0%}" for label in top if row[label]
+        )
         numbers = (str(total), str(len(test)), str(int((row > 0).sum())))
         # As Text, since a string would be read as markup: "[/x]" or ":fire:".
         shown.add_row(Text(literal(name)), *numbers, Text(literal(mostly)))
@@ -38,7 +40,9 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
-        raise BadInput("the picture needs matplotlib; get it with: pip install 'fedpeft[plots]'") from error
+        raise BadInput(
+            "the picture needs matplotlib; get it with: pip install 'fedpeft[plots]'"
+        ) from error
     counts = label_counts(dataset.train, partition)
     clients, labels = counts.shape
     label_names = [literal(label, MOST) for label in dataset.labels]

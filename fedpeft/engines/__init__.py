@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from fedpeft.engines.pool import ClientPool
-from fedpeft.types import BadInput, Engine
+from fedpeft.errors import BadInput
+from fedpeft.types import Engine
 
 T = TypeVar("T")
 
@@ -24,7 +25,9 @@ def find(kind: str) -> Any:
     try:
         return import_module(ENGINES[kind])
     except ModuleNotFoundError as error:
-        raise BadInput(f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'") from error
+        raise BadInput(
+            f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'"
+        ) from error
 
 
 __all__ = ["ENGINES", "ClientPool", "find", "launch"]

@@ -34,10 +34,11 @@ from flwr.simulation import run_simulation
 
 from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
 from fedpeft.engines.pool import ClientPool
+from fedpeft.errors import BadInput, WireError
 from fedpeft.federation.client import Worker
-from fedpeft.federation.memory import written
-from fedpeft.types import NO_MEMORY, BadInput, Client, Engine, Lost, Reply, WireError
+from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Reply
 from fedpeft.wire.messages import Response
+from fedpeft.wire.versions import written
 
 T = TypeVar("T")
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -72,7 +73,9 @@ class FlowerEngine:
     window: int = 2
     poll: float = 0.02
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
         """Send every client its request, ``window`` at a time, and yield the answers as they come.
 
         A client is lost, with the reason, if it has no node, if Flower refuses its request, and if
@@ -161,7 +164,9 @@ def connect(
     return FlowerEngine(grid, ended, nodes, config)
 
 
-_workers: Final[dict[str, Worker]] = {}  # the last configuration's worker, for as long as the actor lives
+_workers: Final[
+    dict[str, Worker]
+] = {}  # the last configuration's worker, for as long as the actor lives
 
 
 @final
@@ -179,7 +184,9 @@ class _Play:
         return Message(RecordDict({"answer": record(answer)}), reply_to=message)
 
     def _play(self, content: RecordDict, state: RecordDict) -> bytes:
-        config, client, version = (str(content["to"][name]) for name in ("config", "client", "memory"))
+        config, client, version = (
+            str(content["to"][name]) for name in ("config", "client", "memory")
+        )
         held = arrays(state, config)
         if version not in {str(NO_MEMORY), *held}:
             here = sorted(written(int(known)) for known in held)
@@ -192,7 +199,9 @@ class _Play:
         memory = b"".join(array.data for array in assumed.values())
         request = blob(content, "request")
         [(answer, kept)] = _workers[config].handle([int(client)], [request], [memory])
-        if kept:  # beside it stays the one that the server goes on to assume should this answer be lost
+        if (
+            kept
+        ):  # beside it stays the one that the server goes on to assume should this answer be lost
             newest = str(Response.decode(answer).memory)
             state[config] = ArrayRecord({**assumed, newest: record(kept)["blob"]})
         return answer
@@ -213,8 +222,14 @@ def client_app(build: Build) -> ClientApp:
 @contextlib.contextmanager
 def _surroundings(ended: threading.Event) -> Iterator[str]:
     """Keep Flower and Ray offline, quiet and in a folder of their own; then put everything back and set ``ended``."""
-    with tempfile.TemporaryDirectory(prefix="fl", ignore_cleanup_errors=True) as folder, warnings.catch_warnings():
-        for message in (r"unclosed file <_io\.\w+ name='/dev/null'", r"subprocess \d+ is still running"):
+    with (
+        tempfile.TemporaryDirectory(prefix="fl", ignore_cleanup_errors=True) as folder,
+        warnings.catch_warnings(),
+    ):
+        for message in (
+            r"unclosed file <_io\.\w+ name='/dev/null'",
+            r"subprocess \d+ is still running",
+        ):
             warnings.filterwarnings("ignore", message, ResourceWarning)  # Ray 2.55, 2026-11
         before, log = dict(os.environ), logging.getLogger("flwr")
         level = log.level
@@ -245,11 +260,17 @@ def launch(site: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
             outcome.set_exception(error)
 
     with _surroundings(ended) as folder:
-        ray: dict[str, ConfigRecordValues] = {"address": "local", "num_cpus": actors, "object_store_memory": 1 << 30}
+        ray: dict[str, ConfigRecordValues] = {
+            "address": "local",
+            "num_cpus": actors,
+            "object_store_memory": 1 << 30,
+        }
         ray |= {"log_to_driver": False, "logging_level": "ERROR", "_temp_dir": folder}
         actor: dict[str, ConfigRecordValues] = {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1}
         app = client_app(site.rebuild)
-        run_simulation(server, app, site.clients, backend_config={"client_resources": actor, "init_args": ray})
+        run_simulation(
+            server, app, site.clients, backend_config={"client_resources": actor, "init_args": ray}
+        )
     if not outcome.done():
         raise RuntimeError("the Flower simulation ended before the run began")
     return outcome.result()

@@ -9,7 +9,7 @@ from typing import Final, final
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.types import WireError
+from fedpeft.errors import WireError
 
 BYTES: Final = "fedpeft.bytes"
 """Our stype: the data is a message of ``wire``, not a saved NumPy array."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar, final
 
 from fedpeft.engines.pool import ClientPool
+from fedpeft.errors import Forgotten, NotStackable, WireError
 from fedpeft.federation.client import Worker
-from fedpeft.federation.memory import Forgotten, Memories
-from fedpeft.types import Client, Engine, Lost, NotStackable, Reply, WireError
+from fedpeft.federation.memory import Memories
+from fedpeft.types import Client, Engine, Lost, Reply
 from fedpeft.wire.messages import Form, Response, forgotten, form
 
 T = TypeVar("T")
@@ -38,7 +39,9 @@ class LocalEngine:
     stack: int = 1
     single: set[Forms] = field(default_factory=set)
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
         """Ask the clients, stack by stack; a request that a client refuses makes it lost.
 
         Requests are held back until there are enough of one form for a stack, but not past twice as many clients.
@@ -62,8 +65,14 @@ class LocalEngine:
                 continue
             waiting.setdefault(kind, []).append(asked)
             since.setdefault(kind, number)
-            full = {kind} if len(waiting[kind]) >= (1 if kind in self.single else self.stack) else set[Forms]()
-            for due in full | {old for old, first in since.items() if number - first >= 2 * self.stack}:
+            full = (
+                {kind}
+                if len(waiting[kind]) >= (1 if kind in self.single else self.stack)
+                else set[Forms]()
+            )
+            for due in full | {
+                old for old, first in since.items() if number - first >= 2 * self.stack
+            }:
                 del since[due]
                 yield from self._play(waiting.pop(due), due)
         for kind, group in waiting.items():
@@ -80,7 +89,9 @@ class LocalEngine:
         """Let ``group`` train side by side; one by one where that cannot be, and where it never can be, remember that."""
         try:
             found = self.worker.handle(
-                [asked.client.id for asked in group], [asked.request for asked in group], [asked.memory for asked in group]
+                [asked.client.id for asked in group],
+                [asked.request for asked in group],
+                [asked.memory for asked in group],
             )
         except WireError as error:
             if len(group) == 1:
@@ -93,7 +104,9 @@ class LocalEngine:
             return
         for asked, (answer, kept) in zip(group, found, strict=True):
             if kept:
-                self.memories.put(asked.client.id, Response.decode(answer).memory, kept, asked.client.memory)
+                self.memories.put(
+                    asked.client.id, Response.decode(answer).memory, kept, asked.client.memory
+                )
             yield Reply(asked.client, answer)
 
 

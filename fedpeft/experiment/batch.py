@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment import parallel
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed
@@ -13,10 +14,15 @@ from fedpeft.experiment.compare import Planned
 from fedpeft.experiment.config import differences
 from fedpeft.experiment.parallel import Job, processes
 from fedpeft.experiment.recorder import CONFIG, OnProgress
-from fedpeft.experiment.run import OnWarning, finished, read_settings, run_from_checkpoint, run_from_start
+from fedpeft.experiment.run import (
+    OnWarning,
+    finished,
+    read_settings,
+    run_from_checkpoint,
+    run_from_start,
+)
 from fedpeft.experiment.run_folder import beginning
 from fedpeft.training.hardware import Hardware
-from fedpeft.types import BadInput
 
 
 def play(
@@ -37,11 +43,16 @@ def play(
     as the machine has cores.
     """
     with ExitStack() as claims:
-        for run in sorted(runs, key=lambda run: run.folder(root)):  # in one order: of two commands one gets them all
+        for run in sorted(
+            runs, key=lambda run: run.folder(root)
+        ):  # in one order: of two commands one gets them all
             claims.enter_context(_claim(run, run.folder(root), overwrite=overwrite, resume=resume))
         last, hardware = _at_the_door(runs, root, on_warning, resume=resume)
         left = [run for run in runs if _is_left(run, run.folder(root), hardware)]
-        planned = [Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root))) for run in left]
+        planned = [
+            Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root)))
+            for run in left
+        ]
         _play_jobs(left, planned, last, jobs, on_progress, on_warning)
     return [run.folder(root) for run in runs]
 
@@ -63,19 +74,25 @@ def _play_jobs(
     fixed = any(run.config.machine.threads for run in left)
     count = processes(planned, asked, last and last.hardware, fixed)
     if count > 1:
-        shares = [replace(job, hardware=job.hardware and job.hardware.shared_by(count)) for job in planned]
+        shares = [
+            replace(job, hardware=job.hardware and job.hardware.shared_by(count)) for job in planned
+        ]
         watches = [on_progress(run) for run in left]
         parallel.play(shares, count, lambda number, progress: watches[number](progress), on_warning)
         return
     for run, job in zip(left, planned, strict=True):
         if job.hardware is None:
-            run_from_checkpoint(job.folder, reuse=last, on_progress=on_progress(run), on_warning=on_warning)
+            run_from_checkpoint(
+                job.folder, reuse=last, on_progress=on_progress(run), on_warning=on_warning
+            )
         else:
             last = build(run.config, job.hardware, last)
             run_from_start(last, job.folder, on_progress(run))
 
 
-def _claim(run: Planned, folder: Path, *, overwrite: bool, resume: bool) -> AbstractContextManager[None]:
+def _claim(
+    run: Planned, folder: Path, *, overwrite: bool, resume: bool
+) -> AbstractContextManager[None]:
     """Return the claim on the folder of ``run``; none where it is finished already and left as it is."""
     if not (resume and (folder / CONFIG).exists()):
         return beginning(folder, overwrite=overwrite or resume)
@@ -83,7 +100,9 @@ def _claim(run: Planned, folder: Path, *, overwrite: bool, resume: bool) -> Abst
     now = json.loads(run.config.to_json())
     if found != now:
         apart = next(differences(found, now))
-        raise BadInput(f"{folder}: was made with other settings ({apart}); remove it, or choose another name")
+        raise BadInput(
+            f"{folder}: was made with other settings ({apart}); remove it, or choose another name"
+        )
     return nullcontext() if finished(folder, run.config) else claimed(folder)
 
 

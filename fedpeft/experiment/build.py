@@ -12,6 +12,7 @@ from typing import final
 import torch
 
 from fedpeft import data, engines
+from fedpeft.errors import BadInput
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.sections import CLIENTS, DataSection
 from fedpeft.experiment.stacking import apart, widest
@@ -22,7 +23,7 @@ from fedpeft.seeds import generator
 from fedpeft.tasks import Classification, Encoded
 from fedpeft.training.activation_cache import ActivationCache, fitting
 from fedpeft.training.hardware import Hardware, resolve, use
-from fedpeft.types import BadInput, Client, Method, State
+from fedpeft.types import Client, Method, State
 
 WORTH = 2.0
 """Visits of a text over a run from which it pays to keep its hidden states."""
@@ -65,7 +66,9 @@ class Federation:
     @property
     def clients(self) -> list[Client]:
         """Return the clients as the server knows them."""
-        return [Client(number, examples=len(rows)) for number, rows in enumerate(self.partition.train)]
+        return [
+            Client(number, examples=len(rows)) for number, rows in enumerate(self.partition.train)
+        ]
 
     def first_state(self) -> State:
         """Return the state before the first round."""
@@ -85,16 +88,23 @@ class Federation:
             clients_per_round=min(config.federation.clients_per_round, len(self.partition.train)),
             rounds=config.federation.rounds,
             reference=config.reference,
-            majority=self.dataset.majority([self.task.labels[i] for i in self.scored.labels.tolist()]),
+            majority=self.dataset.majority(
+                [self.task.labels[i] for i in self.scored.labels.tolist()]
+            ),
             model_digest=self.loaded.digest,
             partition_digest=self.partition.digest(),
             settings=json.loads(config.to_json()),
-            resolved={**self.hardware.describe(), "processor": platform.processor() or platform.machine()},
+            resolved={
+                **self.hardware.describe(),
+                "processor": platform.processor() or platform.machine(),
+            },
             versions={name: version(name) for name in ("fedpeft", "torch", "transformers")},
         )
 
 
-def build(config: Config, hardware: Hardware | None = None, reuse: Federation | None = None) -> Federation:
+def build(
+    config: Config, hardware: Hardware | None = None, reuse: Federation | None = None
+) -> Federation:
     """Build what ``config`` describes.
 
     ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``reuse``: an assembly whose data,
@@ -107,19 +117,31 @@ def build(config: Config, hardware: Hardware | None = None, reuse: Federation | 
     if chosen is None:
         chosen = resolve(config.machine, config.model.max_length, kernels(config.model))
     use(chosen)
-    dataset = reuse.dataset if reuse and reuse.config.data == config.data else read_data(config.data)
+    dataset = (
+        reuse.dataset if reuse and reuse.config.data == config.data else read_data(config.data)
+    )
     partition = divide(config, dataset)
     count, clients = config.federation.clients_per_round, len(partition.train)
     if count > clients:
-        raise BadInput(f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}")
+        raise BadInput(
+            f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}"
+        )
     if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
-        raise BadInput("evaluation.per_client = true: no client holds test texts, as a partition of kind 'file' deals none")
-    if reuse and reuse.dataset is dataset and _model_settings(reuse.config, reuse.hardware) == _model_settings(config, chosen):
+        raise BadInput(
+            "evaluation.per_client = true: no client holds test texts, as a partition of kind 'file' deals none"
+        )
+    if (
+        reuse
+        and reuse.dataset is dataset
+        and _model_settings(reuse.config, reuse.hardware) == _model_settings(config, chosen)
+    ):
         loaded, task, train, test = reuse.loaded, reuse.task, reuse.train, reuse.test
     else:
         loaded = load(config.model, dataset.labels, chosen, config.seed)
         task = Classification(dataset.labels, loaded.tokenizer, config.model.max_length)
-        train, test = (task.encode(rows.texts, rows.labels) for rows in (dataset.train, dataset.test))
+        train, test = (
+            task.encode(rows.texts, rows.labels) for rows in (dataset.train, dataset.test)
+        )
     client_data = {
         number: ClientData(train.take(mine.tolist()), test.take(own.tolist()))
         for number, (mine, own) in enumerate(zip(partition.train, partition.test, strict=True))
@@ -138,7 +160,9 @@ def build(config: Config, hardware: Hardware | None = None, reuse: Federation | 
         config=digest,
         cache=_kept(config, client_data, loaded, chosen),
     )
-    whole = Federation(config, dataset, partition, chosen, loaded, task, train, test, method, worker)
+    whole = Federation(
+        config, dataset, partition, chosen, loaded, task, train, test, method, worker
+    )
     settled = hardware or (reuse and _stack_settings(reuse.config) == _stack_settings(config))
     return whole if settled else _with_stack(whole)
 
@@ -155,7 +179,13 @@ def _model_settings(config: Config, hardware: Hardware) -> tuple[object, ...]:
 
 def _stack_settings(config: Config) -> tuple[object, ...]:
     """Return the settings on which the choice of the stack depends."""
-    return config.machine, config.engine, config.model, config.federation.clients_per_round, config.training.batch_size
+    return (
+        config.machine,
+        config.engine,
+        config.model,
+        config.federation.clients_per_round,
+        config.training.batch_size,
+    )
 
 
 def _with_stack(whole: Federation) -> Federation:
@@ -165,7 +195,11 @@ def _with_stack(whole: Federation) -> Federation:
     """
     config, base, count = whole.config, whole.loaded.base, whole.config.federation.clients_per_round
     size = count if config.engine.stack == "auto" else config.engine.stack
-    if config.engine.kind != "local" or config.model.dropout > 0 or (size > 1 and not apart(whole.worker, base)):
+    if (
+        config.engine.kind != "local"
+        or config.model.dropout > 0
+        or (size > 1 and not apart(whole.worker, base))
+    ):
         size = 1
     elif config.engine.stack == "auto":
         size = widest(whole.worker, base, whole.clients, count)
@@ -173,12 +207,18 @@ def _with_stack(whole: Federation) -> Federation:
     return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
 
 
-def _kept(config: Config, client_data: Mapping[int, ClientData], loaded: Loaded, hardware: Hardware) -> ActivationCache:
+def _kept(
+    config: Config, client_data: Mapping[int, ClientData], loaded: Loaded, hardware: Hardware
+) -> ActivationCache:
     """Return what keeps the hidden states of frozen blocks; of no client where that would not pay or not be exact."""
     federation, training = config.federation, config.training
     texts = {client: holding.train for client, holding in client_data.items()}
     total = sum(len(own) for own in texts.values())
-    own_texts = training.steps * training.batch_size if training.steps else training.epochs * total / len(texts)
+    own_texts = (
+        training.steps * training.batch_size
+        if training.steps
+        else training.epochs * total / len(texts)
+    )
     visits = federation.rounds * federation.clients_per_round * own_texts / total
     width = getattr(loaded.model.config, "hidden_size", None)
     if config.model.dropout > 0 or visits < WORTH or width is None:
@@ -212,7 +252,9 @@ def divide(config: Config, dataset: data.Dataset) -> data.Partition:
         case "iid":
             return data.iid(dataset, clients, seed)
         case "dirichlet":
-            return data.dirichlet(dataset, clients, seed, alpha=choice.alpha, min_examples=choice.min_examples)
+            return data.dirichlet(
+                dataset, clients, seed, alpha=choice.alpha, min_examples=choice.min_examples
+            )
         case "shards":
             return data.shards(dataset, clients, seed, shards_per_client=choice.shards_per_client)
         case "by_key":

@@ -44,7 +44,9 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         with _locked(folder, COMMAND):
             empty = never_begun(folder)
-            if (folder / PROCESS).exists():  # left by a killed command: is its process still at work?
+            if (
+                folder / PROCESS
+            ).exists():  # left by a killed command: is its process still at work?
                 with _locked(folder, PROCESS):
                     pass
             yield
@@ -89,7 +91,9 @@ def _acquire(folder: Path, name: str) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError) as error:
-            reason = str(error.strerror)  # of a folder that its last owner has removed meanwhile: try again
+            reason = str(
+                error.strerror
+            )  # of a folder that its last owner has removed meanwhile: try again
             continue
         except (OSError, ValueError) as error:  # ValueError: a name that this system cannot write
             reason = str(error.strerror if isinstance(error, OSError) else error)
@@ -97,7 +101,9 @@ def _acquire(folder: Path, name: str) -> int:
         if _is_taken(path, descriptor):
             return descriptor
     if folder.is_dir():
-        raise BadInput(f"{folder}: cannot be written ({reason}); make the folder writable, with room")
+        raise BadInput(
+            f"{folder}: cannot be written ({reason}); make the folder writable, with room"
+        )
     raise BadInput(f"{folder}: cannot be made ({reason}); choose another place with --runs")
 
 
@@ -114,7 +120,9 @@ def _is_taken(path: Path, descriptor: int) -> bool:
     except BaseException:
         os.close(descriptor)
         raise
-    os.close(descriptor)  # its last owner has just removed it: what we have locked is no longer there
+    os.close(
+        descriptor
+    )  # its last owner has just removed it: what we have locked is no longer there
     return False
 
 
@@ -163,7 +171,9 @@ def _holder(descriptor: int) -> str:
 
 def _release(path: Path, descriptor: int) -> None:
     """Remove the lock's file and end the lock."""
-    if sys.platform == "win32":  # an open file cannot be removed, and neither can one that another has opened meanwhile
+    if (
+        sys.platform == "win32"
+    ):  # an open file cannot be removed, and neither can one that another has opened meanwhile
         os.close(descriptor)
         with suppress(OSError):
             path.unlink()

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, final, get_args
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.build import divide, read_data
 from fedpeft.experiment.checking import Tree, nearest
 from fedpeft.experiment.config import METHOD, Config, from_tree, merge, nested
 from fedpeft.experiment.sections import CLIENTS, CompareSection, Reference
 from fedpeft.methods import constructors
-from fedpeft.types import BadInput
 
 SETTLED: Final = ("name", "label", "reference", "seed", "compare")
 """Fields that ``[compare.settings.<label>]`` cannot set, as the comparison itself does."""
@@ -36,7 +36,9 @@ def plan(tree: Tree) -> list[Planned]:
     """Return the runs of a comparison: methods, then references, for every seed; all settings are checked here."""
     rows, seeds = _rows(tree), from_tree(tree).compare.seeds
     return [
-        Planned(label, _alone(merge(settings, {"label": label, "seed": seed}))) for seed in seeds for label, settings in rows
+        Planned(label, _alone(merge(settings, {"label": label, "seed": seed})))
+        for seed in seeds
+        for label, settings in rows
     ]
 
 
@@ -54,7 +56,9 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
     for label, settings in _rows(tree) if methods else [("", tree)]:
         for chosen in itertools.product(*values.values()):
             pairs = dict(zip(values, chosen, strict=True))
-            name = " ".join([*filter(None, [label]), *(f"{key}={value}" for key, value in pairs.items())])
+            name = " ".join(
+                [*filter(None, [label]), *(f"{key}={value}" for key, value in pairs.items())]
+            )
             overrides = [nested(key, value) for key, value in pairs.items()]
             scored = {"label": name, "evaluation": {"split": "validation"}}
             try:
@@ -72,7 +76,9 @@ def _check_apart(planned: Sequence[Planned]) -> None:
     for run in planned:
         other = labels.setdefault(run.folder(Path()), run.label)
         if other != run.label:
-            raise BadInput(f"{run.label!r} and {other!r} would share a folder's name; sweep them one by one")
+            raise BadInput(
+                f"{run.label!r} and {other!r} would share a folder's name; sweep them one by one"
+            )
 
 
 def _alone(tree: Tree) -> Config:
@@ -83,13 +89,19 @@ def _alone(tree: Tree) -> Config:
 def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     """Return the rows of a comparison, methods then references, with the settings of each."""
     choice = from_tree(tree).compare
-    for what, given in (("methods", choice.methods), ("references", choice.references), ("seeds", choice.seeds)):
+    for what, given in (
+        ("methods", choice.methods),
+        ("references", choice.references),
+        ("seeds", choice.seeds),
+    ):
         if len(set(given)) < len(given) or not (given or what == "references"):
             raise BadInput(f"compare.{what} = {list(given)}: name at least one, and each once")
     rows = [(name, _playing(tree, choice, name)) for name in choice.methods]
     rows += [(reference, _reference(tree, choice, reference)) for reference in choice.references]
     labels = [label for label, _ in rows]
-    for name in choice.settings.keys() - set(labels) - constructors().keys() - set(get_args(Reference)):
+    for name in (
+        choice.settings.keys() - set(labels) - constructors().keys() - set(get_args(Reference))
+    ):
         raise BadInput(f"unknown key 'compare.settings.{name}'; {nearest(name, labels)}")
     return [(label, _with_own_settings(settings, choice, label)) for label, settings in rows]
 
@@ -112,7 +124,9 @@ def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
     if chosen != method:
-        raise BadInput(f"{where}.method.name = {chosen!r}: these are settings of {method!r}; take that out")
+        raise BadInput(
+            f"{where}.method.name = {chosen!r}: these are settings of {method!r}; take that out"
+        )
     return merged
 
 

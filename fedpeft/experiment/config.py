@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 from annotated_types import Ge, Le
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import Tree, adapter, check_finite, checked, nearest
 from fedpeft.experiment.sections import (
     CompareSection,
@@ -24,7 +25,7 @@ from fedpeft.methods import constructors
 from fedpeft.models import ModelSection
 from fedpeft.training.hardware import Machine
 from fedpeft.training.loop import Training
-from fedpeft.types import BadInput, Method
+from fedpeft.types import Method
 
 METHOD: Final = "lora"
 """The method where a configuration names none."""
@@ -70,7 +71,9 @@ class Config:
         known = constructors()
         name = fields.pop("name", METHOD)
         if not isinstance(name, str) or name not in known:
-            raise BadInput(f"method.name = {name!r} is not a method; {nearest(str(name), list(known))}")
+            raise BadInput(
+                f"method.name = {name!r} is not a method; {nearest(str(name), list(known))}"
+            )
         constructor = known[name]
         own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
         if "rounds" in own:
@@ -83,13 +86,20 @@ def read(path: Path) -> Tree:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        others = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        others = (
+            [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        )
         raise BadInput(f"{path}: no such file; {nearest(str(path), others)}") from error
     except IsADirectoryError as error:
         raise BadInput(f"{path}: is a folder, not a TOML file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"{path}: not a TOML file: {error}") from error
-    for section, key in (("data", "train"), ("data", "validation"), ("data", "test"), ("partition", "file")):
+    for section, key in (
+        ("data", "train"),
+        ("data", "validation"),
+        ("data", "test"),
+        ("partition", "file"),
+    ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str(_full(Path(tree[section][key]), path.parent))
     name = tree["model"].get("name") if isinstance(tree.get("model"), dict) else None
@@ -103,7 +113,9 @@ def parse_set(assignment: str) -> Tree:
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        raise BadInput(f"--set {assignment}: write it as section.field=value, such as training.lr=0.001")
+        raise BadInput(
+            f"--set {assignment}: write it as section.field=value, such as training.lr=0.001"
+        )
     return nested(key, value(text))
 
 
@@ -128,7 +140,9 @@ def merge(*trees: Tree) -> dict[str, Any]:
         for key, value in tree.items():
             below = merged.get(key)
             if isinstance(value, Mapping) and isinstance(below, Mapping):
-                renamed = key == "method" and value.get("name", below.get("name")) != below.get("name")
+                renamed = key == "method" and value.get("name", below.get("name")) != below.get(
+                    "name"
+                )
                 merged[key] = dict(value) if renamed else merge(below, value)
             else:
                 merged[key] = value
@@ -142,7 +156,9 @@ def from_tree(tree: Tree) -> Config:
     if "name" not in config.method:
         config = replace(config, method={"name": METHOD, **config.method})
     if not re.fullmatch(r"\w[\w .,=-]*", config.name):
-        raise BadInput(f"name = {config.name!r}: names a folder; choose letters, digits, '-' and '_', such as 'run'")
+        raise BadInput(
+            f"name = {config.name!r}: names a folder; choose letters, digits, '-' and '_', such as 'run'"
+        )
     federation = config.federation
     if federation.min_replies > federation.clients_per_round:
         raise BadInput(
@@ -151,11 +167,17 @@ def from_tree(tree: Tree) -> Config:
         )
     config.build_method()
     if config.data.source == "files" and config.data.train is None:
-        raise BadInput("data.train is missing: with data.source = 'files', name the file of the training texts")
+        raise BadInput(
+            "data.train is missing: with data.source = 'files', name the file of the training texts"
+        )
     if config.data.source == "pydocs" and config.data.train is not None:
-        raise BadInput(f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; did you mean 'files'?")
+        raise BadInput(
+            f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; did you mean 'files'?"
+        )
     if config.partition.kind == "file" and config.partition.file is None:
-        raise BadInput("partition.file is missing: with partition.kind = 'file', name the JSON file of client -> rows")
+        raise BadInput(
+            "partition.file is missing: with partition.kind = 'file', name the JSON file of client -> rows"
+        )
     return config
 
 

@@ -15,13 +15,13 @@ from multiprocessing.connection import wait as ended
 from pathlib import Path
 from typing import Any, Final, final
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import on_behalf
 from fedpeft.experiment.config import from_json
 from fedpeft.experiment.recorder import Progress
 from fedpeft.experiment.run import OnWarning, run_from_checkpoint, run_from_start
 from fedpeft.training.hardware import Hardware
-from fedpeft.types import BadInput
 
 MOST: Final = 4
 """Processes at most, as each holds a model of its own."""
@@ -46,7 +46,12 @@ def processes(jobs: Sequence[Job], asked: int, hardware: Hardware | None, fixed:
     return max(1, min(asked or (1 if alone else min(MOST, os.cpu_count() or 1)), len(jobs)))
 
 
-def play(jobs: Sequence[Job], count: int, on_progress: Callable[[int, Progress], None], on_warning: OnWarning) -> None:
+def play(
+    jobs: Sequence[Job],
+    count: int,
+    on_progress: Callable[[int, Progress], None],
+    on_warning: OnWarning,
+) -> None:
     """Play ``jobs`` in ``count`` processes; ``on_progress`` is told of a job's number and progress. What fails is raised.
 
     The caller has claimed the folders. KeyboardInterrupt ends the processes at once; their runs can be resumed.
@@ -56,7 +61,9 @@ def play(jobs: Sequence[Job], count: int, on_progress: Callable[[int, Progress],
     stopped, stop = context.Pipe(duplex=False)
     with ProcessPoolExecutor(count, context, _begin, (told, stopped)) as pool:
         with _no_interrupts():  # a process inherits that, from its first instruction on
-            under_way: set[Future[None]] = {pool.submit(_play, number, job) for number, job in enumerate(jobs)}
+            under_way: set[Future[None]] = {
+                pool.submit(_play, number, job) for number, job in enumerate(jobs)
+            }
         try:
             while under_way:
                 done, under_way = wait(under_way, timeout=0.1)
@@ -88,7 +95,9 @@ def _no_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _pass_on(told: Any, on_progress: Callable[[int, Progress], None], on_warning: OnWarning) -> None:
+def _pass_on(
+    told: Any, on_progress: Callable[[int, Progress], None], on_warning: OnWarning
+) -> None:
     while True:
         try:
             number, news = told.get_nowait()
@@ -130,7 +139,9 @@ def _play(number: int, job: Job) -> None:
 
     with on_behalf(job.folder):
         if job.hardware is None:
-            run_from_checkpoint(job.folder, reuse=_Here.last, on_progress=on_progress, on_warning=on_warning)
+            run_from_checkpoint(
+                job.folder, reuse=_Here.last, on_progress=on_progress, on_warning=on_warning
+            )
         else:
             _Here.last = build(from_json(job.settings), job.hardware, _Here.last)
             run_from_start(_Here.last, job.folder, on_progress)

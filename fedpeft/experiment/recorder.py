@@ -11,11 +11,13 @@ from typing import Final, Self, final
 
 from pydantic_core import to_json
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint, Written
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, read
-from fedpeft.types import BadInput, State
+from fedpeft.types import State
+from fedpeft.wire.durable import sync
 
 CHECKPOINTS: Final = "checkpoints"
 """The folder of checkpoints inside a run's folder."""
@@ -55,7 +57,9 @@ class Recorder:
     full disk raises BadInput and leaves the last checkpoint as it was.
     """
 
-    def __init__(self, assembly: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress) -> None:
+    def __init__(
+        self, assembly: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
+    ) -> None:
         self._folder, self._memories, self._on_progress = folder, begin.memories, on_progress
         self._digest = settings_digests(folder)[0]
         self._written = Written({begin.state.round: begin.files} if begin.files else {})
@@ -73,7 +77,7 @@ class Recorder:
             undo.push(self)
             self.record(assembly.run_row())
             self.save(begin.state)
-            checkpoint.sync(folder)
+            sync(folder)
             undo.pop_all()
 
     def record(self, row: Row) -> None:
@@ -104,7 +108,12 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         with suppress(OSError) if error else nullcontext():  # a full disk has been told of already
             self._ledger.close()
 

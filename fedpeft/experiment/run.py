@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedpeft.engines import ClientPool, launch
+from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.config import Config, from_json, renamed
@@ -22,13 +23,20 @@ from fedpeft.federation.server import federate, sample
 from fedpeft.ledger import FILE, ClientRow, RunRow, stream
 from fedpeft.training.evaluation import FULL_CLIENT
 from fedpeft.training.hardware import Hardware
-from fedpeft.types import BadInput, Engine, State
+from fedpeft.types import Engine, State
+from fedpeft.wire.durable import write
 
 T = TypeVar("T")
 OnWarning = Callable[[str], None]
 
 
-def start(assembly: Federation, folder: Path, *, overwrite: bool = False, on_progress: OnProgress = lambda _: None) -> State:
+def start(
+    assembly: Federation,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda _: None,
+) -> State:
     """Run ``assembly`` from its beginning in ``folder`` and return the last state.
 
     A folder that exists raises BadInput unless ``overwrite``, and one that another process writes
@@ -51,9 +59,11 @@ def run_from_start(assembly: Federation, folder: Path, on_progress: OnProgress) 
             clear(folder)
             undo.callback(clear, folder)
             for name, content in about.items():
-                checkpoint.write(folder / name, json.dumps(content, indent=1).encode())
+                write(folder / name, json.dumps(content, indent=1).encode())
         except OSError as error:
-            raise BadInput(f"{folder}: cannot be written ({error.strerror}); make room and start again") from error
+            raise BadInput(
+                f"{folder}: cannot be written ({error.strerror}); make room and start again"
+            ) from error
         undo.pop_all()
     return _play(assembly, folder, Checkpoint(first, Memories(), 0), on_progress)
 
@@ -72,22 +82,32 @@ def resume(
     folder = Path(folder)
     check_is_run(folder)
     with claimed(folder):
-        return run_from_checkpoint(folder, reuse=reuse, on_progress=on_progress, on_warning=on_warning)
+        return run_from_checkpoint(
+            folder, reuse=reuse, on_progress=on_progress, on_warning=on_warning
+        )
 
 
-def run_from_checkpoint(folder: Path, *, reuse: Federation | None, on_progress: OnProgress, on_warning: OnWarning) -> State:
+def run_from_checkpoint(
+    folder: Path, *, reuse: Federation | None, on_progress: OnProgress, on_warning: OnWarning
+) -> State:
     """Do what ``resume`` does in a folder that is claimed."""
     config, hardware, _ = read_settings(folder)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
     assembly = build(config, hardware, reuse)
     _check_same(folder, assembly)
     method = assembly.method
-    if found and config.engine.kind != "local" and not method.expects(found.state, method.send(found.state, FULL_CLIENT)):
+    if (
+        found
+        and config.engine.kind != "local"
+        and not method.expects(found.state, method.send(found.state, FULL_CLIENT))
+    ):
         raise BadInput(
             f"{folder}: what method {config.method['name']!r} trains is kept by the clients of engine "
             f"{config.engine.kind!r} alone, and they are gone; start again with --overwrite"
         )
-    return _play(assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), on_progress)
+    return _play(
+        assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), on_progress
+    )
 
 
 def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
@@ -98,7 +118,9 @@ def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
         try:
             return read((folder / name).read_text(encoding="utf-8"))
         except (BadInput, OSError, ValueError, TypeError, AttributeError) as error:
-            raise BadInput(f"{folder / name}: cannot be read ({error}); start again with --overwrite") from error
+            raise BadInput(
+                f"{folder / name}: cannot be read ({error}); start again with --overwrite"
+            ) from error
 
     def hardware(text: str) -> Hardware:
         return Hardware(**renamed({"hardware": json.loads(text)})["hardware"])
@@ -132,7 +154,9 @@ def check_learnt(folder: Path) -> None:
     """Raise BadInput where no reply of a run was of any use."""
     lost = [row.lost for row in stream(folder / FILE) if isinstance(row, ClientRow)]
     if lost and None not in lost:
-        raise BadInput(f"{folder}: nothing was learnt, as none of {len(lost)} replies could be used; the last one: {lost[-1]}")
+        raise BadInput(
+            f"{folder}: nothing was learnt, as none of {len(lost)} replies could be used; the last one: {lost[-1]}"
+        )
 
 
 def finished(folder: Path, config: Config) -> bool:
@@ -163,7 +187,11 @@ def _play(assembly: Federation, folder: Path, begin: Checkpoint, on_progress: On
         return state
 
     settings = json.dumps({"config": config.to_json(), "hardware": assembly.hardware.describe()})
-    return launch(config.engine.kind, ClientPool(len(assembly.clients), assembly.worker, settings, rebuild, begin.memories), body)
+    return launch(
+        config.engine.kind,
+        ClientPool(len(assembly.clients), assembly.worker, settings, rebuild, begin.memories),
+        body,
+    )
 
 
 def rebuild(settings: str) -> Worker:

@@ -5,11 +5,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.claim import LOCKS, claimed, never_begun
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
 from fedpeft.federation import checkpoint
 from fedpeft.ledger import FILE
-from fedpeft.types import BadInput
 
 HARDWARE: Final = "hardware.json"
 """What was resolved automatically for the machine."""
@@ -38,7 +38,9 @@ def beginning(folder: Path, *, overwrite: bool) -> Iterator[None]:
     Raises BadInput where ``refuse_existing`` does, and where another process writes the folder. Where
     no run begins in the end, no folder is left behind.
     """
-    refuse_existing(folder, overwrite)  # first, so that not even a lock gets into a folder of the user's
+    refuse_existing(
+        folder, overwrite
+    )  # first, so that not even a lock gets into a folder of the user's
     with claimed(folder):
         refuse_existing(folder, overwrite)  # and again, as it may have become a run in between
         yield

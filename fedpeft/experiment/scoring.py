@@ -15,22 +15,34 @@ from fedpeft.types import NO_MEMORY, Engine, State
 from fedpeft.wire.messages import decode
 
 
-def evaluation_row(assembly: Federation, state: State, engine: Engine, memories: Memories) -> EvaluationRow:
+def evaluation_row(
+    assembly: Federation, state: State, engine: Engine, memories: Memories
+) -> EvaluationRow:
     """Score ``state`` on the server's texts, and on the clients' own where the settings ask for it.
 
     A method to which nothing goes up has no global model: its score is the mean over the clients' own models, each on
     the server's texts (on the client's own where the memories are elsewhere), and ``clients_scored`` says how many.
     """
     began = time.perf_counter()
-    if assembly.method.expects(state, assembly.method.send(state, FULL_CLIENT)) or not state.memories:
+    if (
+        assembly.method.expects(state, assembly.method.send(state, FULL_CLIENT))
+        or not state.memories
+    ):
         row = _row(assembly, state, [score_whole(assembly, state)])
     else:
-        each = _own_models(assembly, state, memories) or list(_own_scores(assembly, state, engine).values())
+        each = _own_models(assembly, state, memories) or list(
+            _own_scores(assembly, state, engine).values()
+        )
         row = replace(_row(assembly, state, each), clients_scored=len(each))
     if assembly.config.evaluation.per_client:
         own = sorted(scores.accuracy for scores in _own_scores(assembly, state, engine).values())
         worst = own[: max(1, len(own) // 10)]
-        row = replace(row, client_mean=fmean(own or [0.0]), client_worst_tenth=fmean(worst or [0.0]), clients_scored=len(own))
+        row = replace(
+            row,
+            client_mean=fmean(own or [0.0]),
+            client_worst_tenth=fmean(worst or [0.0]),
+            clients_scored=len(own),
+        )
     return replace(row, seconds=time.perf_counter() - began)
 
 

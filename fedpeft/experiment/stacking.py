@@ -9,12 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fedpeft.errors import NotStackable
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import measured
 from fedpeft.methods.lora import LoRA
 from fedpeft.tasks import Encoded
 from fedpeft.training.activation_cache import ActivationCache
-from fedpeft.types import Base, Client, NotStackable
+from fedpeft.types import Base, Client
 from fedpeft.wire.messages import Kind, Request, Response
 
 GAIN: Final = 0.95
@@ -33,7 +34,9 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
     Measured on one step of LoRA each, the yardstick of model and machine; what a method cannot carry, the engine finds out
     when it tries.
     """
-    most = sorted(clients, key=lambda client: client.examples, reverse=True)[:count]  # full batches first
+    most = sorted(clients, key=lambda client: client.examples, reverse=True)[
+        :count
+    ]  # full batches first
     if len(most) == 1:
         return 1
     trial, request = _trial(worker, base)
@@ -48,7 +51,9 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
 
     once(1)  # makes the kernels for these shapes
     alone, peak = min(once(1), once(1))
-    each = (peak - before.peak_memory) or peak  # some systems tell the peak since the process began alone
+    each = (
+        peak - before.peak_memory
+    ) or peak  # some systems tell the peak since the process began alone
     memory = SHARE * _memory(worker.hardware.torch_device) - before.peak_memory
     for size in sorted(sizes(len(most)), reverse=True)[:-1]:
         if size * alone > PATIENCE or size * each > memory:
@@ -81,11 +86,15 @@ def apart(worker: Worker, base: Base) -> bool:
         trial,
         client_data={first: ClientData(own, own)},
         training=replace(trial.training, batch_size=rows),
-        hardware=replace(worker.hardware, pad_to_multiple_of=1),  # padded, it might be as long as there are rows
+        hardware=replace(
+            worker.hardware, pad_to_multiple_of=1
+        ),  # padded, it might be as long as there are rows
     )
     try:
         trial.handle([first] * 2, [request] * 2, [b""] * 2)
-    except Exception:  # NotStackable as a rule; a model that fails alone, too, fails again in training
+    except (
+        Exception
+    ):  # NotStackable as a rule; a model that fails alone, too, fails again in training
         return False
     return True
 
@@ -103,8 +112,12 @@ def _probe(texts: Sequence[Tensor]) -> Tensor | None:
 
 def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
     """Return a worker that takes one step with LoRA on every dense layer, and its request."""
-    yardstick = LoRA(targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values())))
-    request = Request(Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared).encode()
+    yardstick = LoRA(
+        targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values()))
+    )
+    request = Request(
+        Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared
+    ).encode()
     trial = replace(
         worker,
         method=yardstick,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.recorder import CHECKPOINTS, settings_digests
 from fedpeft.experiment.run import read_settings, run_row
@@ -14,7 +15,7 @@ from fedpeft.models import Loaded, export, load
 from fedpeft.tasks import Classification
 from fedpeft.training.evaluation import FULL_CLIENT, mounted_state, predict_logits
 from fedpeft.training.hardware import Hardware, use
-from fedpeft.types import BadInput, LocalTask, Method, State
+from fedpeft.types import LocalTask, Method, State
 
 
 @final
@@ -32,7 +33,9 @@ class Trained:
     @contextmanager
     def mounted(self) -> Iterator[LocalTask]:
         """Mount what was learnt on the model for the length of a ``with``."""
-        with mounted_state(self.method, self.state, self.loaded.model, self.hardware, self.config.seed) as local:
+        with mounted_state(
+            self.method, self.state, self.loaded.model, self.hardware, self.config.seed
+        ) as local:
             yield local
 
     def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
@@ -41,8 +44,15 @@ class Trained:
             raise TypeError(f"predict takes a list of texts, not the text {texts!r}")
         examples = self.task.encode(texts, [self.task.labels[0]] * len(texts))
         with self.mounted():
-            best = predict_logits(self.loaded.model, self.task, examples, self.hardware).softmax(dim=1).max(dim=1)
-        return [(self.task.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+            best = (
+                predict_logits(self.loaded.model, self.task, examples, self.hardware)
+                .softmax(dim=1)
+                .max(dim=1)
+            )
+        return [
+            (self.task.labels[i], p)
+            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
         """Write the adapters as a folder for peft, or with ``merge`` the whole model as one for transformers.
@@ -63,7 +73,9 @@ def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: N
     config, hardware, labels = read_settings(folder)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning, mend=False)
     if found is None:
-        raise BadInput(f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}")
+        raise BadInput(
+            f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}"
+        )
     method = config.build_method()
     if not method.expects(found.state, method.send(found.state, FULL_CLIENT)):
         raise BadInput(

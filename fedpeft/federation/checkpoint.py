@@ -1,7 +1,6 @@
 """Save and resume: state, memories and the length of the ledger, made one by a manifest that is renamed into place last."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,8 +9,10 @@ from typing import final
 
 import torch
 
+from fedpeft.errors import BadInput, WireError
 from fedpeft.federation.memory import Memories
-from fedpeft.types import BadInput, State, WireError
+from fedpeft.types import State
+from fedpeft.wire.durable import write
 from fedpeft.wire.messages import decode, digest, encode
 
 KEEP = 2
@@ -144,7 +145,9 @@ def is_ours(name: str) -> bool:
     >>> is_ours("000012.state"), is_ours("client-3-000011.memory.tmp"), is_ours("notes.json")
     (True, True, False)
     """
-    return re.fullmatch(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?", name) is not None
+    return (
+        re.fullmatch(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?", name) is not None
+    )
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -153,7 +156,9 @@ def manifests(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def load(folder: Path, configs: Collection[str], on_warning: Callable[[str], None], *, mend: bool = True) -> Checkpoint | None:
+def load(
+    folder: Path, configs: Collection[str], on_warning: Callable[[str], None], *, mend: bool = True
+) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
     A damaged one is passed over, and ``say`` told so; ``mend`` deletes it, so that its files are
@@ -169,7 +174,9 @@ def load(folder: Path, configs: Collection[str], on_warning: Callable[[str], Non
             found = _read(path, configs)
         except _DAMAGE as error:
             if path.exists():  # otherwise the run has got further, and has dropped it
-                on_warning(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+                on_warning(
+                    f"checkpoint {path} is damaged ({error}); falling back to the one before"
+                )
                 damaged.append(path)
         else:
             if mend and damaged:
@@ -201,31 +208,6 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
     for client, version in state.memories.items():
         memories.put(client, version, blobs[_memory_file(client, version)])
     return Checkpoint(state, memories, content["ledger"], content["files"])
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name, to the disk, then renamed. I/O errors raise OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable, where the system lets a folder be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _prune(folder: Path) -> None:

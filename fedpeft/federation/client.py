@@ -7,15 +7,16 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from fedpeft.federation.memory import carried, joined, parted
+from fedpeft.errors import WireError
 from fedpeft.ledger import Measured, measured
 from fedpeft.tasks import Classification, Encoded
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
-from fedpeft.types import Context, LocalTask, Method, Payload, WireError
+from fedpeft.types import Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response, decode, encode
+from fedpeft.wire.versions import carried, joined, parted
 
 
 @final
@@ -79,7 +80,9 @@ class Worker:
             error.add_note(f"raised by the work of client {whose} in round {asked[0].round}")
             raise
 
-    def _train(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
+    def _train(
+        self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]
+    ) -> list[tuple[bytes, bytes]]:
         number = asked[0].round
         shares = [self._share(client, number) for client in clients]
         for client, share in zip(clients, shares, strict=True):
@@ -88,9 +91,15 @@ class Worker:
         order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
         self.cache.trace(self.model, self._forward, shares[0].examples.take([0]))
         context = Context([clients[k] for k in order], number, self.seed)
-        down, memory = self._stack([asked[k].payload for k in order]), self._stack([held[k] for k in order])
+        down, memory = (
+            self._stack([asked[k].payload for k in order]),
+            self._stack([held[k] for k in order]),
+        )
         own, kept = parted(memory)
-        with measured(self.hardware.torch_device) as meter, own_randomness(self.seed, context.clients[0], number):  # noqa: SIM117
+        with (
+            measured(self.hardware.torch_device) as meter,
+            own_randomness(self.seed, context.clients[0], number),
+        ):  # noqa: SIM117
             with self.method.mount(self.model, down, own, context) as local:
                 ready = self._with_states(context.clients, [shares[k] for k in order])
                 losses, kept = self._fit(local, ready, kept)
@@ -169,7 +178,9 @@ class Worker:
             self.step_alone[form] = meter.seconds
         return self.step_alone[form]
 
-    def _evaluate(self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]) -> list[tuple[bytes, bytes]]:
+    def _evaluate(
+        self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]
+    ) -> list[tuple[bytes, bytes]]:
         answers = []
         for client, request, own in zip(clients, asked, held, strict=True):
             context = Context([client], request.round, self.seed)
@@ -215,7 +226,9 @@ class Worker:
         try:
             stacks = {name: _stacked([payload[name] for payload in payloads]) for name in names}
         except (KeyError, RuntimeError) as error:
-            raise WireError(f"the messages of one stack differ in names or shapes: {error}") from error
+            raise WireError(
+                f"the messages of one stack differ in names or shapes: {error}"
+            ) from error
         return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
 
 

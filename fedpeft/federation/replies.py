@@ -7,7 +7,8 @@ from dataclasses import replace
 from os import SEEK_END
 from typing import IO, final
 
-from fedpeft.types import BadInput, Client, Lost, Reply
+from fedpeft.errors import BadInput
+from fedpeft.types import Client, Lost, Reply
 
 HELD = 256 * 2**20
 """Bytes of replies before their turn that are held in memory."""
@@ -50,7 +51,9 @@ class _Early:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._held: dict[int, tuple[Reply | Lost, int, int]] = {}  # the rest, where its bytes begin, how many
+        self._held: dict[
+            int, tuple[Reply | Lost, int, int]
+        ] = {}  # the rest, where its bytes begin, how many
 
     def __contains__(self, client: int) -> bool:
         return client in self._held

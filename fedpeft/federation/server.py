@@ -7,24 +7,14 @@ from typing import final
 
 import torch
 
-from fedpeft.federation.memory import Forgotten, as_told
+from fedpeft.errors import Forgotten, WireError
 from fedpeft.federation.replies import in_order
 from fedpeft.ledger import ClientRow, Measured
 from fedpeft.seeds import generator
 from fedpeft.tasks import Scores
-from fedpeft.types import (
-    NO_MEMORY,
-    Client,
-    Engine,
-    Lost,
-    Method,
-    Payload,
-    Reply,
-    State,
-    Update,
-    WireError,
-)
+from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Method, Payload, Reply, State, Update
 from fedpeft.wire.messages import Kind, Request, Response, check
+from fedpeft.wire.versions import as_told
 
 
 def sample(clients: Sequence[Client], count: int, seed: int, number: int) -> list[Client]:
@@ -51,7 +41,10 @@ def federate(
     Everyone of a cohort is asked, also where ``receive`` leaves some of their updates unread.
     """
     for number in rounds:
-        asked = [replace(client, memory=state.memories.get(client.id, NO_MEMORY)) for client in cohort(number)]
+        asked = [
+            replace(client, memory=state.memories.get(client.id, NO_MEMORY))
+            for client in cohort(number)
+        ]
         talk = _Talk(method, state, engine, config, number)
         updates = talk.updates(asked)
         merged = method.receive(state, updates)
@@ -65,7 +58,9 @@ def federate(
         for row in rows:
             record(row)
         if merged.round != number + 1:
-            raise ValueError(f"{type(method).__name__}.receive gave a state of round {merged.round} after round {number}")
+            raise ValueError(
+                f"{type(method).__name__}.receive gave a state of round {merged.round} after round {number}"
+            )
         known = {**state.memories, **memories}
         state = replace(merged, memories=_without(known, talk.forgetful))
         yield state
@@ -77,7 +72,13 @@ def _without(memories: Mapping[int, int], forgetful: set[int]) -> dict[int, int]
 
 
 def poll(
-    method: Method, state: State, engine: Engine, clients: Sequence[Client], *, config: bytes, labels: int
+    method: Method,
+    state: State,
+    engine: Engine,
+    clients: Sequence[Client],
+    *,
+    config: bytes,
+    labels: int,
 ) -> dict[int, Scores]:
     """Return the scores of ``state`` on each client's own test examples; clients without any, or lost, are left out."""
     asked = [replace(client, memory=state.memories.get(client.id, NO_MEMORY)) for client in clients]
@@ -135,7 +136,9 @@ class _Talk:
     memories: dict[int, int] = field(default_factory=dict)
     forgetful: set[int] = field(default_factory=set)  # who lacks what its request assumed
     count: int = 0
-    _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)  # bytes down, what is due
+    _under_way: dict[int, tuple[int, Payload]] = field(
+        default_factory=dict
+    )  # bytes down, what is due
     _last: _Sent | None = None
 
     def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
@@ -178,9 +181,13 @@ class _Talk:
     def _request(self, client: Client) -> bytes:
         down = self.method.send(self.state, as_told(client))
         last = self._last
-        if last is None or last.down is not down or last.memory != client.memory:  # many get the very same
+        if (
+            last is None or last.down is not down or last.memory != client.memory
+        ):  # many get the very same
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
-            self._last = last = _Sent(down, client.memory, blob, self.method.expects(self.state, down))
+            self._last = last = _Sent(
+                down, client.memory, blob, self.method.expects(self.state, down)
+            )
         self._under_way[client.id] = len(last.blob), last.due
         return last.blob
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, final
 
+from fedpeft.errors import BadInput
 from fedpeft.ledger.rows import Row, from_json, to_json
-from fedpeft.types import BadInput
 
 FILE = "ledger.jsonl"
 """The ledger's name inside a run's folder."""
@@ -51,7 +51,9 @@ class Ledger:
         """
         size = os.fstat(self._file.fileno()).st_size
         if size < length:
-            raise BadInput(f"{self._path}: has {size} bytes, but the checkpoint was written when it had {length}")
+            raise BadInput(
+                f"{self._path}: has {size} bytes, but the checkpoint was written when it had {length}"
+            )
         self._file.truncate(length)
         self._file.seek(length)
 
@@ -62,7 +64,12 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -74,7 +81,11 @@ def stream(path: Path) -> Iterator[Row]:
     """
     try:
         with path.open("rb") as lines:
-            yield from (_row(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n"))
+            yield from (
+                _row(path, number, line)
+                for number, line in enumerate(lines, 1)
+                if line.endswith(b"\n")
+            )
     except OSError as error:
         raise BadInput(f"{path}: no ledger to read here ({error.strerror})") from error
 

@@ -46,7 +46,9 @@ def measured(device: torch.device = _CPU) -> Iterator[Measurement]:
         if on_cuda:
             torch.cuda.synchronize(device)
         result.seconds = perf_counter() - start
-        result.peak_memory = torch.cuda.max_memory_allocated(device) if on_cuda else _resident_peak()
+        result.peak_memory = (
+            torch.cuda.max_memory_allocated(device) if on_cuda else _resident_peak()
+        )
 
 
 def _resident_peak() -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
+from fedpeft.errors import BadInput
 from fedpeft.methods.bitfit import BitFit
 from fedpeft.methods.fedara import FedARA
 from fedpeft.methods.federa import FeDeRA
@@ -12,7 +13,7 @@ from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.types import BadInput, Method
+from fedpeft.types import Method
 
 METHODS: Mapping[str, type[Method]] = {
     "full": Full,

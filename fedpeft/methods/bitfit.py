@@ -8,8 +8,9 @@ from typing import ClassVar, final
 from torch import nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.errors import BadInput
 from fedpeft.mounting import detached, mounted, specs, trainable
-from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
 @final
@@ -28,7 +29,9 @@ class BitFit:
         del seed
         biases = {name: value for name, value in base.parameters.items() if name.endswith(".bias")}
         if not biases.keys() - base.head:
-            raise BadInput("method.name = 'bitfit' matches nothing: the model has no biases; choose 'lora' or 'full'")
+            raise BadInput(
+                "method.name = 'bitfit' matches nothing: the model has no biases; choose 'lora' or 'full'"
+            )
         return State(0, biases | base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
@@ -37,7 +40,9 @@ class BitFit:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Put the sent biases in the place of the model's; all are trained and go up."""
         del memory, context
         trained = trainable(down)

@@ -66,18 +66,29 @@ class FedARA:
         """Return how many of ``total`` ranks may live after round ``number``: AdaLoRA's cubic schedule, in rounds."""
         begin, end = self.warmup * self.rounds, (1 - self.settled) * self.rounds
         last = max(1, round(self.kept * total))
-        left = min(1.0, max(0.0, 1 - (number + 1 - begin) / (end - begin))) if end > begin else float(number + 1 < begin)
+        left = (
+            min(1.0, max(0.0, 1 - (number + 1 - begin) / (end - begin)))
+            if end > begin
+            else float(number + 1 < begin)
+        )
         return last + round((total - last) * left**3)
 
     def send(self, state: State, client: Client) -> Payload:
         """Send the live triplets of every module that has any, the head, and how many ranks the client may vote for."""
         del client
-        budget = torch.tensor(self.budget(state.round, sum(len(alive) for alive in state.server.values())))
+        budget = torch.tensor(
+            self.budget(state.round, sum(len(alive) for alive in state.server.values()))
+        )
         live = {name: _take(state, name) for name in state.shared}
-        return {**{name: tensor for name, tensor in live.items() if tensor.numel()}, "budget": budget}
+        return {
+            **{name: tensor for name, tensor in live.items() if tensor.numel()},
+            "budget": budget,
+        }
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Mount a branch on every module that is still alive; score its ranks as they train, and vote."""
         del memory
         tensors = dict(down)
@@ -100,7 +111,10 @@ class FedARA:
         """Expect the live triplets and the head back, and one bit per live rank, packed into bytes."""
         expected = specs(down)
         del expected["budget"]
-        return {**expected, "votes": torch.empty(-(-_count(state) // 8), dtype=torch.uint8, device="meta")}
+        return {
+            **expected,
+            "votes": torch.empty(-(-_count(state) // 8), dtype=torch.uint8, device="meta"),
+        }
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the live triplets and the head; a rank dies when too few clients voted for it, and stays dead."""
@@ -132,7 +146,11 @@ def _count(state: State) -> int:
 
 def _alive(state: State, name: str) -> Tensor | slice:
     """Return the index of what lives along the rank axis of tensor ``name``: all of it, for the head."""
-    return state.server.get(f"{name.partition(':')[0]}:alive", slice(None)) if ":" in name else slice(None)
+    return (
+        state.server.get(f"{name.partition(':')[0]}:alive", slice(None))
+        if ":" in name
+        else slice(None)
+    )
 
 
 def _take(state: State, name: str) -> Tensor:

@@ -40,15 +40,23 @@ class FeDeRA:
         check_ranks(layers, self.rank)
         start: dict[str, Tensor] = {}
         for name, weight in layers.items():
-            start[f"{name}:B"], start[f"{name}:A"] = principal(weight / self.scale, self.rank, self.split)
-        return State(0, start | base.heads(), server={f"{name}0": factor.clone() for name, factor in start.items()})
+            start[f"{name}:B"], start[f"{name}:A"] = principal(
+                weight / self.scale, self.rank, self.split
+            )
+        return State(
+            0,
+            start | base.heads(),
+            server={f"{name}0": factor.clone() for name, factor in start.items()},
+        )
 
     def send(self, state: State, client: Client) -> Payload:
         """Send A, B and head, and once, to a client that has no memory of it, the anchor."""
         return {**state.shared, **state.server} if client.memory == NO_MEMORY else state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Mount the anchor as a frozen branch of scale -s beside the trained one; the anchor stays with the client."""
         del context
         trained = trainable({name: tensor for name, tensor in down.items() if not _is_anchor(name)})
@@ -76,6 +84,10 @@ def _differences(anchor: Payload, trained: Payload, scale: float) -> dict[str, D
     """Return scale * (B A - B_0 A_0) to W_0 as factors of rank 2 r: [B, -B_0] [A; A_0]."""
     first = by_module(anchor)
     return {
-        name: LowRank(torch.cat([now["A"], first[name]["A"]], 1), torch.cat([now["B"], -first[name]["B"]], 2), scale)
+        name: LowRank(
+            torch.cat([now["A"], first[name]["A"]], 1),
+            torch.cat([now["B"], -first[name]["B"]], 2),
+            scale,
+        )
         for name, now in by_module(trained).items()
     }

@@ -35,7 +35,10 @@ class FFALoRA:
         del seed
         layers = select(base, self.targets)
         check_ranks(layers, self.rank)
-        B = {f"{name}:B": weight.new_zeros(weight.shape[0], self.rank) for name, weight in layers.items()}
+        B = {
+            f"{name}:B": weight.new_zeros(weight.shape[0], self.rank)
+            for name, weight in layers.items()
+        }
         return State(0, B | base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
@@ -44,7 +47,9 @@ class FFALoRA:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Redraw every A from the seed and mount it, frozen, beside the B that is trained."""
         del memory
         trained = trainable(down)
@@ -54,7 +59,11 @@ class FFALoRA:
             A = uniform(rank, dense_layer(model, name).shape[1], context.seed, name).to(parts["B"])
             drawn[f"{name}:A"] = A.expand(clients, -1, -1)
         with mounted(model, trained | drawn, self.scale):
-            yield LocalTask(trained, lambda: (detached(trained), {}), partial(deltas, trained | drawn, self.scale))
+            yield LocalTask(
+                trained,
+                lambda: (detached(trained), {}),
+                partial(deltas, trained | drawn, self.scale),
+            )
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect B and head back."""

@@ -34,7 +34,9 @@ class Full:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Put the sent parameters in the place of the model's; all are trained and go up."""
         del memory, context
         trained = trainable(down)

@@ -41,7 +41,9 @@ class LocalOnly:
         return state.shared if client.memory == NO_MEMORY else {}
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Mount the client's own factors and head, or the start; what is trained stays."""
         with self.lora.mount(model, memory or down, {}, context) as task:
             yield replace(task, reply=lambda: ({}, task.reply()[0]))

@@ -24,7 +24,9 @@ class LoRA:
     ``weighting``: by examples (FedAvg) or uniform.
     """
 
-    paper: ClassVar[str] = "LoRA: Hu et al. 2021, arXiv 2106.09685; FedIT: Zhang et al. 2023, arXiv 2305.05644"
+    paper: ClassVar[str] = (
+        "LoRA: Hu et al. 2021, arXiv 2106.09685; FedIT: Zhang et al. 2023, arXiv 2305.05644"
+    )
     targets: Targets = "attention"
     rank: Annotated[int, Ge(1)] = 8
     scale: Annotated[float, Gt(0)] = 1.0
@@ -34,8 +36,14 @@ class LoRA:
         """Draw A, (r, in), from the seed; B, (out, r), is 0, so the model starts unchanged."""
         layers = select(base, self.targets)
         check_ranks(layers, self.rank)
-        A = {f"{name}:A": uniform(self.rank, weight.shape[1], seed, name) for name, weight in layers.items()}
-        B = {f"{name}:B": weight.new_zeros(weight.shape[0], self.rank) for name, weight in layers.items()}
+        A = {
+            f"{name}:A": uniform(self.rank, weight.shape[1], seed, name)
+            for name, weight in layers.items()
+        }
+        B = {
+            f"{name}:B": weight.new_zeros(weight.shape[0], self.rank)
+            for name, weight in layers.items()
+        }
         return State(0, A | B | base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
@@ -44,12 +52,16 @@ class LoRA:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Mount a branch on every module that has factors; all factors and the head are trained and go up."""
         del memory, context
         trained = trainable(down)
         with mounted(model, trained, self.scale):
-            yield LocalTask(trained, lambda: (detached(trained), {}), partial(deltas, trained, self.scale))
+            yield LocalTask(
+                trained, lambda: (detached(trained), {}), partial(deltas, trained, self.scale)
+            )
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""

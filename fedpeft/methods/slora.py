@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting
 from fedpeft.algebra.lowrank import Split, check_ranks, principal, uniform
+from fedpeft.errors import BadInput
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import Targets, select
-from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 from fedpeft.wrappers.staged import Staged
 
 
@@ -83,7 +84,9 @@ class SLoRA:
         """Send the masked values in stage 1, the factors in stage 2, and the head."""
         return self.stages.send(state, client)
 
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> AbstractContextManager[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> AbstractContextManager[LocalTask]:
         """Mount as the stage under way does."""
         return self.stages.mount(model, down, memory, context)
 

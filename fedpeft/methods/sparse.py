@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.algebra.masks import positions, scatter
+from fedpeft.errors import NotStackable
 from fedpeft.mounting import (
     Targets,
     dense_layer,
+    detached,
     mounted,
     oriented,
     replaced,
     select,
     specs,
     trainable,
-    detached,
 )
-from fedpeft.types import Base, Client, Context, LocalTask, NotStackable, Payload, State, Update
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
 @final
@@ -63,7 +64,9 @@ class Sparse:
         """All differences are 0, so the model starts unchanged; the server keeps the seed of the mask and the shapes."""
         layers = select(base, self.targets)
         start = {
-            f"{name}:values": weight.new_zeros(len(positions(weight.shape, self.density, seed, name)))
+            f"{name}:values": weight.new_zeros(
+                len(positions(weight.shape, self.density, seed, name))
+            )
             for name, weight in layers.items()
         }
         extent = {f"{name}:shape": torch.tensor(weight.shape) for name, weight in layers.items()}
@@ -75,7 +78,9 @@ class Sparse:
         found = {}
         for name, parts in by_module(state.shared).items():
             shape = torch.Size(state.server[f"{name}:shape"].tolist())
-            found[name] = scatter(parts["values"], positions(shape, self.density, seed, name), shape)
+            found[name] = scatter(
+                parts["values"], positions(shape, self.density, seed, name), shape
+            )
         return found
 
     def send(self, state: State, client: Client) -> Payload:
@@ -84,18 +89,26 @@ class Sparse:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Let W_0 + difference stand in for every masked matrix; one client at a time, as whole matrices change."""
         del memory
         if len(context.clients) > 1:
-            raise NotStackable("sparse values cannot carry several clients at once; use a stack of 1")
+            raise NotStackable(
+                "sparse values cannot carry several clients at once; use a stack of 1"
+            )
         trained = trainable(down)
         masked: dict[str, Masked] = {}
         for name in by_module(down):
             shape = dense_layer(model, name).shape
-            where = positions(shape, self.density, context.seed, name).to(trained[f"{name}:values"].device)
+            where = positions(shape, self.density, context.seed, name).to(
+                trained[f"{name}:values"].device
+            )
             masked[name] = Masked(trained[f"{name}:values"], where, shape)
-        weights = {f"{name}.weight": partial(_tuned, model, name, delta) for name, delta in masked.items()}
+        weights = {
+            f"{name}.weight": partial(_tuned, model, name, delta) for name, delta in masked.items()
+        }
         head = {name: tensor for name, tensor in trained.items() if ":" not in name}
         with replaced(model, weights), mounted(model, head):
             yield LocalTask(trained, lambda: (detached(trained), {}), lambda: masked)

@@ -5,10 +5,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fedpeft.errors import BadInput
 from fedpeft.models.causes import cause
 from fedpeft.models.choice import ModelSection
 from fedpeft.tasks import Classification
-from fedpeft.types import BadInput
 
 ROLES: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Special tokens that stand in texts; a family may name others, such as the place of an image."""

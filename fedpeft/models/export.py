@@ -16,10 +16,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.federation import checkpoint
+from fedpeft.errors import BadInput
 from fedpeft.models import Loaded, locate
 from fedpeft.mounting import oriented
-from fedpeft.types import BadInput, Delta, LocalTask
+from fedpeft.types import Delta, LocalTask
+from fedpeft.wire.durable import sync
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the base model's modules."""
@@ -236,9 +237,9 @@ def _whole(folder: Path) -> Iterator[Path]:
         place.mkdir()
         yield place
         for path in [*place.rglob("*"), place]:
-            checkpoint.sync(path)
+            sync(path)
         place.rename(folder)
-        checkpoint.sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         remedy = "make room, or choose another place"

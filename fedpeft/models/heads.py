@@ -8,7 +8,7 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 POOLER: Final = re.compile(r"(^|\.)pooler\.")
 """Parts of a base model that only classifiers use, so that checkpoints of other tasks lack them."""

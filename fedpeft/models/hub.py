@@ -7,8 +7,8 @@ from typing import Final
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from fedpeft.errors import BadInput
 from fedpeft.models.choice import PACKAGED
-from fedpeft.types import BadInput
 
 PATIENCE: Final = 8.0
 """Seconds that the hub has for an answer, whatever it says."""

@@ -19,10 +19,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from fedpeft.errors import BadInput
 from fedpeft.models.causes import absent, cause, chain, line, quiet
 from fedpeft.models.choice import ModelSection, locate
 from fedpeft.models.hub import fetched, unfetched
-from fedpeft.types import BadInput
 
 CLASSIFIER: Final = AutoModelForSequenceClassification.__name__
 ADAPTER: Final = "adapter_config.json"

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fedpeft.errors import WireError
 from fedpeft.mounting.rows import by_client, group_by_client, select_clients
-from fedpeft.types import WireError
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
@@ -113,7 +113,9 @@ def _conv1d(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _plus(functional.layer_norm(x, module.normalized_shape, eps=module.eps) * weight.to(x.dtype), bias)
+    return _plus(
+        functional.layer_norm(x, module.normalized_shape, eps=module.eps) * weight.to(x.dtype), bias
+    )
 
 
 def _plus(product: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,8 +148,13 @@ def stacked(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[[Tensor], 
     def run(x: Tensor) -> Tensor:
         mine = {name: select_clients(stack) for name, stack in own.items()}
         parts = max(len(tensor) for tensor in mine.values())
-        columns = {name: tensor.unsqueeze(1) if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
-        weight, bias = (columns.get(name, module._parameters.get(name)) for name in ("weight", "bias"))
+        columns = {
+            name: tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
+            for name, tensor in mine.items()
+        }
+        weight, bias = (
+            columns.get(name, module._parameters.get(name)) for name in ("weight", "bias")
+        )
         y = forward(module, group_by_client(x, parts), weight, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.types import BadInput, Base, WireError
+from fedpeft.errors import BadInput, WireError
+from fedpeft.types import Base
 
 WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
 """Words that stand for a pattern: every dense layer inside an attention block; every dense layer."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.algebra.lowrank import by_module
+from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting.branches import branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_layer
 from fedpeft.mounting.tracing import Place, claimed
-from fedpeft.types import NotStackable, Payload, WireError
+from fedpeft.types import Payload
 
 
 def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
@@ -50,9 +51,13 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
                 undo.callback(handle.remove)
                 undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
         if len(clients) > 1:
-            raise WireError(f"the message's tensors are for different numbers of clients: {sorted(clients)}")
+            raise WireError(
+                f"the message's tensors are for different numbers of clients: {sorted(clients)}"
+            )
         if all(len(tensor) == 1 for tensor in plain.values()):
-            undo.enter_context(replaced(model, {name: partial(_first, tensor) for name, tensor in plain.items()}))
+            undo.enter_context(
+                replaced(model, {name: partial(_first, tensor) for name, tensor in plain.items()})
+            )
         else:
             undo.enter_context(_side_by_side(model, plain))
         yield
@@ -95,7 +100,9 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
 def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     """Give modules whose parameters are in ``plain``, (K, ...), a forward that keeps the K clients apart."""
     own: dict[str, dict[str, Tensor]] = {}
-    for name, places in _places(dict(model.named_parameters(remove_duplicate=False)), plain).items():
+    for name, places in _places(
+        dict(model.named_parameters(remove_duplicate=False)), plain
+    ).items():
         for place in places:
             home, _, attribute = place.rpartition(".")
             own.setdefault(home, {})[attribute] = plain[name]
@@ -103,7 +110,9 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
     for name, module in changed.items():
         if not stackable(module):
             kind = type(module).__name__
-            raise NotStackable(f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use a stack of 1")
+            raise NotStackable(
+                f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use a stack of 1"
+            )
     with ExitStack() as undo:
         for name, module in changed.items():
             undo.enter_context(overridden(module, stacked(module, own[name])))

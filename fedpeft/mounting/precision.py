@@ -24,7 +24,9 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     that have changed since; what is mounted stays as it is.
     """
     copies = _COPIES.setdefault(model, {}).setdefault(dtype, {})
-    frozen = {name: parameter for name, parameter in _own_parameters(model) if not parameter.requires_grad}
+    frozen = {
+        name: parameter for name, parameter in _own_parameters(model) if not parameter.requires_grad
+    }
     try:
         for name, parameter in frozen.items():
             now = entry(parameter)
@@ -45,8 +47,14 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     dense ones.
     """
     for prefix, module in model.named_modules():
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        if matrix(module) is None and not all(isinstance(parameter, nn.Parameter) for parameter in own.values()):
+        own = {
+            name: parameter
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        if matrix(module) is None and not all(
+            isinstance(parameter, nn.Parameter) for parameter in own.values()
+        ):
             continue
         for name, parameter in own.items():
             if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32:

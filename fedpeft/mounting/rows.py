@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from fedpeft.types import NotStackable
+from fedpeft.errors import NotStackable
 
 RowOwners = slice | Tensor
 """The clients of a batch: a slice of the stack, in order and with equally many rows each; or every row's client, (rows,)."""
@@ -62,4 +62,6 @@ def by_client(x: Tensor, clients: int) -> list[tuple[int, Tensor]]:
 
 
 def _strange(x: Tensor) -> NotStackable:
-    return NotStackable(f"a layer sees {x.shape[0]} rows, which are not those of the stack's batch; use a stack of 1")
+    return NotStackable(
+        f"a layer sees {x.shape[0]} rows, which are not those of the stack's batch; use a stack of 1"
+    )

@@ -17,11 +17,15 @@ Entry = tuple[object, object]
 Trace = Mapping[Place, Entry]
 """All places of a model that decide how it computes, with what they hold."""
 
-_CONTAINERS: Final = frozenset(name for name, held in vars(nn.Module()).items() if isinstance(held, dict))
+_CONTAINERS: Final = frozenset(
+    name for name, held in vars(nn.Module()).items() if isinstance(held, dict)
+)
 """Where torch keeps a module's parameters, buffers, submodules and hooks of every kind."""
 
 _GLOBAL: Final = {
-    name: held for name, held in vars(torch_module).items() if name.startswith("_global") and isinstance(held, dict)
+    name: held
+    for name, held in vars(torch_module).items()
+    if name.startswith("_global") and isinstance(held, dict)
 }
 """Hooks that torch calls for every module there is."""
 

@@ -39,7 +39,11 @@ def target(terms: Terms) -> str:
     """Return which accuracy 'to target' means, and where it comes from."""
     if terms.target is None:
         return "no target: nothing was evaluated"
-    source = "as asked" if terms.given else f"{100 * SHARE_OF_MEDIAN:.0f} % of the median method's final accuracy"
+    source = (
+        "as asked"
+        if terms.given
+        else f"{100 * SHARE_OF_MEDIAN:.0f} % of the median method's final accuracy"
+    )
     return f"target: accuracy {100 * terms.target:.1f} % ({source})"
 
 
@@ -50,13 +54,19 @@ def losses(runs: Sequence[Summary]) -> str:
         return ""
     named = reasons.most_common(3)
     rest = reasons.total() - sum(count for _, count in named)
-    shares = [f"{count} x {reason}" for reason, count in named] + ([f"{rest} x other (runs.csv)"] if rest else [])
+    shares = [f"{count} x {reason}" for reason, count in named] + (
+        [f"{rest} x other (runs.csv)"] if rest else []
+    )
     return "lost replies: " + ", ".join(shares)
 
 
 def unfinished(runs: Sequence[Summary]) -> str:
     """Return which runs did fewer rounds than they set out to; empty when all are complete."""
-    short = [f"{run.run.name} ({run.rounds} of {run.run.rounds} rounds)" for run in runs if run.rounds < run.run.rounds]
+    short = [
+        f"{run.run.name} ({run.rounds} of {run.run.rounds} rounds)"
+        for run in runs
+        if run.rounds < run.run.rounds
+    ]
     return "unfinished: " + ", ".join(short) if short else ""
 
 

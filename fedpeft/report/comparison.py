@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 
+from fedpeft.errors import BadInput
 from fedpeft.ledger import RunRow
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import FEDADAPTER_LINK, SLORA_LINK, Terms, agree
-from fedpeft.types import BadInput
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def compare(
     groups = _by_method(runs)
     terms = agree([group for _, group in groups], target, bandwidth, budget)
     lines = [_line(label, group, terms) for label, group in groups]
-    lines.sort(key=lambda line: -1.0 if line.mean.accuracy is None else line.mean.accuracy, reverse=True)
+    lines.sort(
+        key=lambda line: -1.0 if line.mean.accuracy is None else line.mean.accuracy, reverse=True
+    )
     return Comparison(tuple(lines), terms, runs[0].run.majority)
 
 
@@ -105,7 +107,9 @@ def _check_comparable(runs: Sequence[Summary]) -> None:
             )
     splits = sorted({run.split for run in runs if run.split is not None})
     if len(splits) > 1:
-        raise BadInput(f"report: runs are scored on different splits ({', '.join(splits)}); report them apart")
+        raise BadInput(
+            f"report: runs are scored on different splits ({', '.join(splits)}); report them apart"
+        )
 
 
 def _by_method(runs: Sequence[Summary]) -> list[tuple[str, list[Summary]]]:
@@ -122,7 +126,11 @@ def _by_method(runs: Sequence[Summary]) -> list[tuple[str, list[Summary]]]:
         for run in group:
             alike.setdefault(_apart_from_seed(run.run), []).append(run)
         for some in alike.values():
-            for runs_of_one in [some] if len({run.run.seed for run in some}) == len(some) else [[run] for run in some]:
+            for runs_of_one in (
+                [some]
+                if len({run.run.seed for run in some}) == len(some)
+                else [[run] for run in some]
+            ):
                 name = f"{method} ({runs_of_one[0].run.name})"
                 again = sum(label.startswith(name) for label, _ in groups)
                 groups.append((f"{name} {again + 1}" if again else name, runs_of_one))
@@ -137,7 +145,9 @@ def _apart_from_seed(run: RunRow) -> str:
 
 def _line(label: str, runs: Sequence[Summary], terms: Terms) -> Line:
     each = tuple(_numbers(run, terms) for run in runs)
-    return Line(label, tuple(runs), each, _combined(each, fmean), _combined(each, _sample_deviation))
+    return Line(
+        label, tuple(runs), each, _combined(each, fmean), _combined(each, _sample_deviation)
+    )
 
 
 def _numbers(run: Summary, terms: Terms) -> Numbers:

@@ -54,5 +54,17 @@ def _curves(compared: Comparison) -> Iterable[Sequence[object]]:
         for run in line.runs:
             for point in run.curve:
                 cost = point.cost
-                spending = [cost.bytes / 1e6, cost.modelled(compared.terms.bandwidth), cost.modelled(SLORA_LINK)]
-                yield [line.label, run.run.name, run.run.seed, point.round, *spending, point.accuracy, point.macro_f1]
+                spending = [
+                    cost.bytes / 1e6,
+                    cost.modelled(compared.terms.bandwidth),
+                    cost.modelled(SLORA_LINK),
+                ]
+                yield [
+                    line.label,
+                    run.run.name,
+                    run.run.seed,
+                    point.round,
+                    *spending,
+                    point.accuracy,
+                    point.macro_f1,
+                ]

@@ -6,11 +6,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+from fedpeft.errors import BadInput
 from fedpeft.report import captions as words
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.names import MOST, literal, plain
 from fedpeft.report.summary import Point
-from fedpeft.types import BadInput
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,9 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401, PLC0415
     except ImportError as error:
-        raise BadInput("figures need matplotlib: pip install 'fedpeft[plots]', or ask for a report without") from error
+        raise BadInput(
+            "figures need matplotlib: pip install 'fedpeft[plots]', or ask for a report without"
+        ) from error
 
 
 def save(compared: Comparison, out: Path) -> list[Path]:
@@ -89,7 +91,12 @@ def _views(bandwidth: float) -> Iterable[View]:
     link = f"{bandwidth / 1e6:.3g} MB/s"
     return (
         View("accuracy_over_rounds.png", "rounds", lambda point: point.round, logarithmic=False),
-        View("accuracy_over_megabytes.png", "MB moved by all clients, down and up", _megabytes, logarithmic=True),
+        View(
+            "accuracy_over_megabytes.png",
+            "MB moved by all clients, down and up",
+            _megabytes,
+            logarithmic=True,
+        ),
         View(
             "accuracy_over_time.png",
             f"modelled minutes: per round the slowest transfer at {link} + the slowest training",
@@ -127,7 +134,13 @@ def _draw(compared: Comparison, view: View, path: Path) -> Path:
     for line, stroke in zip(compared.lines, _strokes(compared.lines), strict=True):
         _plot(axes, line, stroke, view)
     majority = 100 * compared.majority
-    axes.axhline(majority, color="#777777", linestyle="--", linewidth=1, label=f"majority class  {majority:.1f}")
+    axes.axhline(
+        majority,
+        color="#777777",
+        linestyle="--",
+        linewidth=1,
+        label=f"majority class  {majority:.1f}",
+    )
     if view.logarithmic:
         _label_decades(axes)
     _dress(axes, compared, view)
@@ -144,8 +157,18 @@ def _plot(axes: "Axes", line: Line, stroke: Stroke, view: View) -> None:
     if not shown:
         axes.axhline(drawn.mean[-1], color=stroke.colour, linestyle=stroke.style, label=label)
         return
-    x, mean, spread = ([column[at] for at in shown] for column in (drawn.x, drawn.mean, drawn.spread))
-    axes.plot(x, mean, color=stroke.colour, linestyle=stroke.style, marker=stroke.marker, markersize=3.5, label=label)
+    x, mean, spread = (
+        [column[at] for at in shown] for column in (drawn.x, drawn.mean, drawn.spread)
+    )
+    axes.plot(
+        x,
+        mean,
+        color=stroke.colour,
+        linestyle=stroke.style,
+        marker=stroke.marker,
+        markersize=3.5,
+        label=label,
+    )
     low = [centre - width for centre, width in zip(mean, spread, strict=True)]
     high = [centre + width for centre, width in zip(mean, spread, strict=True)]
     axes.fill_between(x, low, high, color=stroke.colour, alpha=0.15, linewidth=0)
@@ -171,7 +194,9 @@ def _dress(axes: "Axes", compared: Comparison, view: View) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     seeds = max(len(line.runs) for line in compared.lines)
-    heading = "final accuracy, %" + (f"\n(mean of {seeds} seeds,\nband ± 1 s.d.)" if seeds > 1 else "")
+    heading = "final accuracy, %" + (
+        f"\n(mean of {seeds} seeds,\nband ± 1 s.d.)" if seeds > 1 else ""
+    )
     # By numbers at first: a legend leaves out what is called "_so", as matplotlib calls its own.
     numbers = [f"{number}" for number in range(len(axes.lines))]
     legend = axes.legend(

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import final
 
+from fedpeft.errors import BadInput
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Row, RunRow, read
-from fedpeft.types import BadInput
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,11 @@ class Summary:
 
     def within(self, budget: int | None) -> Point | None:
         """Return the last evaluation before the traffic exceeded ``budget`` bytes."""
-        fits = (point for point in reversed(self.curve) if budget is not None and point.cost.bytes <= budget)
+        fits = (
+            point
+            for point in reversed(self.curve)
+            if budget is not None and point.cost.bytes <= budget
+        )
         return next(fits, None)
 
 
@@ -120,7 +124,9 @@ def summarise(folder: Path) -> Summary:
     rows = read(folder / FILE)
     run = rows[0] if rows else None
     if not isinstance(run, RunRow):
-        raise BadInput(f"{folder / FILE}: does not open with the row of its run; was the run started here?")
+        raise BadInput(
+            f"{folder / FILE}: does not open with the row of its run; was the run started here?"
+        )
     if run.reference:
         rows = [replace(row, down=0, up=0) if isinstance(row, ClientRow) else row for row in rows]
     asked = [row for row in rows if isinstance(row, ClientRow)]

@@ -34,7 +34,9 @@ def equal_terms(compared: Comparison) -> Table:
         ("method", lambda line: literal(line.label)),
         (
             f"accuracy %\nafter {rounds} rounds",
-            lambda line: _percent(line.mean.equal_rounds_accuracy, line.spread.equal_rounds_accuracy),
+            lambda line: _percent(
+                line.mean.equal_rounds_accuracy, line.spread.equal_rounds_accuracy
+            ),
         ),
         ("MB\nby then", lambda line: _megabytes(line.mean.equal_rounds_bytes)),
         (
@@ -49,9 +51,16 @@ def equal_terms(compared: Comparison) -> Table:
 
 
 def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, title_justify="left", caption_justify="left")
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, padding=0, title_justify="left", caption_justify="left"
+    )
     for place, (heading, _) in enumerate(columns):
-        table.add_column(Text(heading), justify="right" if place else "left", vertical="bottom", no_wrap=place > 0)
+        table.add_column(
+            Text(heading),
+            justify="right" if place else "left",
+            vertical="bottom",
+            no_wrap=place > 0,
+        )
     for line in lines:
         table.add_row(*(Text(cell(line)) for _, cell in columns))
     return table
@@ -64,13 +73,19 @@ def _columns(terms: Terms) -> list[Column]:
         ("accuracy\n%", lambda line: _percent(line.mean.accuracy, line.spread.accuracy)),
         ("macro\nF1 %", lambda line: _percent(line.mean.macro_f1)),
         ("over\nmajority", lambda line: _gain(line.mean.over_majority)),
-        ("trained\nweights", lambda line: _trained(line.mean.trained_first, line.mean.trained_last)),
+        (
+            "trained\nweights",
+            lambda line: _trained(line.mean.trained_first, line.mean.trained_last),
+        ),
         ("MB\ndown", lambda line: _megabytes(line.mean.down_bytes)),
         ("MB\nup", lambda line: _megabytes(line.mean.up_bytes)),
         ("rounds\nto\ntarget", lambda line: _rounds(line.mean.rounds_to_target)),
         ("MB\nto\ntarget", lambda line: _megabytes(line.mean.bytes_to_target)),
         (f"modelled\nmin at\n{link}", lambda line: _minutes(line.mean.modelled_seconds_to_target)),
-        ("modelled\nmin at\n5 Mbit/s", lambda line: _minutes(line.mean.modelled_seconds_to_target_slora)),
+        (
+            "modelled\nmin at\n5 Mbit/s",
+            lambda line: _minutes(line.mean.modelled_seconds_to_target_slora),
+        ),
         ("s per\nclient\nround", lambda line: _number(line.mean.seconds_per_client_round)),
         ("peak\nMB", lambda line: _megabytes(line.mean.peak_memory_bytes)),
         ("lost", lambda line: f"{sum(sum(run.lost.values()) for run in line.runs)}"),
@@ -125,7 +140,10 @@ def _minutes(seconds: float | None) -> str:
 def _count(weights: float | None) -> str:
     if weights is None:
         return ABSENT
-    unit, name = next(((unit, name) for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if weights >= unit), (1, ""))
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if weights >= unit),
+        (1, ""),
+    )
     return f"{_number(weights / unit)}{name}"
 
 

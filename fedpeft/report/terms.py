@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median_low
 
+from fedpeft.errors import BadInput
 from fedpeft.report.summary import Summary
-from fedpeft.types import BadInput
 
 FEDADAPTER_LINK = 1e6
 """Bytes per second: 1 MB/s down and up, as in FedAdapter."""
@@ -38,12 +38,18 @@ class Terms:
 def check(target: float | None, bandwidth: float) -> None:
     """Raise BadInput for a target that is no share of 1, or a bandwidth that is not positive."""
     if target is not None and not 0 < target <= 1:
-        raise BadInput(f"target = {target:g}: an accuracy is above 0 and at most 1; did you mean {target / 100:g}?")
+        raise BadInput(
+            f"target = {target:g}: an accuracy is above 0 and at most 1; did you mean {target / 100:g}?"
+        )
     if bandwidth <= 0:
-        raise BadInput(f"bandwidth = {bandwidth:g}: give bytes per second, such as {FEDADAPTER_LINK:g}")
+        raise BadInput(
+            f"bandwidth = {bandwidth:g}: give bytes per second, such as {FEDADAPTER_LINK:g}"
+        )
 
 
-def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth: float, budget: int | None) -> Terms:
+def agree(
+    methods: Sequence[Sequence[Summary]], target: float | None, bandwidth: float, budget: int | None
+) -> Terms:
     """Return the terms for ``methods``, each a sequence of its runs over seeds.
 
     ``target`` defaults to ``SHARE_OF_MEDIAN`` of the median method's mean final accuracy (of two middle ones the
@@ -53,7 +59,9 @@ def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth:
     """
     check(target, bandwidth)
     evaluated = [[run for run in method if run.final] for method in methods]
-    voting = [method for method in evaluated if any(run.federated for run in method)] or list(filter(None, evaluated))
+    voting = [method for method in evaluated if any(run.federated for run in method)] or list(
+        filter(None, evaluated)
+    )
     given = target is not None
     if not voting:
         return Terms(target, given, bandwidth, None, budget)
@@ -65,5 +73,7 @@ def agree(methods: Sequence[Sequence[Summary]], target: float | None, bandwidth:
         given=given,
         bandwidth=bandwidth,
         rounds=max(common, default=None),
-        budget=min(max(run.cost.bytes for run in method) for method in voting) if budget is None else budget,
+        budget=min(max(run.cost.bytes for run in method) for method in voting)
+        if budget is None
+        else budget,
     )

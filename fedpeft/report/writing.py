@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Group
 from rich.text import Text
 
+from fedpeft.errors import BadInput
 from fedpeft.report import csv_files as sheets
 from fedpeft.report import figures, tables
 from fedpeft.report.comparison import compare
 from fedpeft.report.summary import summarise
 from fedpeft.report.terms import FEDADAPTER_LINK
-from fedpeft.types import BadInput
 
 
 def write(

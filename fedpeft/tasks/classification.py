@@ -25,7 +25,9 @@ class Encoded:
 
     def take(self, rows: Sequence[int]) -> "Encoded":
         """Return the examples at ``rows``."""
-        return Encoded([self.ids[row] for row in rows], self.labels[torch.as_tensor(rows, dtype=torch.int64)])
+        return Encoded(
+            [self.ids[row] for row in rows], self.labels[torch.as_tensor(rows, dtype=torch.int64)]
+        )
 
 
 @final
@@ -56,7 +58,11 @@ class Scores:
         """Return the mean over the labels that occur of F1 = 2 right / (said + is)."""
         right, said, there = self.counts.to(torch.float64)
         occurs = there > 0
-        return float((2 * right / (said + there).clamp(min=1))[occurs].mean()) if bool(occurs.any()) else 0.0
+        return (
+            float((2 * right / (said + there).clamp(min=1))[occurs].mean())
+            if bool(occurs.any())
+            else 0.0
+        )
 
 
 @final
@@ -71,20 +77,29 @@ class Classification:
     def encode(self, texts: Sequence[str], labels: Sequence[str]) -> Encoded:
         """Return texts and labels as numbers, tokenised once."""
         number = {label: index for index, label in enumerate(self.labels)}
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"] if texts else []
+        ids = (
+            self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+            if texts
+            else []
+        )
         return Encoded(
             [torch.tensor(row or [self.tokenizer.pad_token_id], dtype=torch.int64) for row in ids],
             torch.tensor([number[label] for label in labels]).long(),
         )
 
-    def collate(self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1) -> Batch:
+    def collate(
+        self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1
+    ) -> Batch:
         """Return a batch padded to its longest text: input_ids, attention_mask (n, L) and labels (n,).
 
         ``pad_to_multiple_of``: L is the next multiple of it, but no more than ``max_length``, unless a text is longer.
         """
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(list(examples.ids), batch_first=True, padding_value=padding)
-        longest = min(-(-ids.shape[1] // pad_to_multiple_of) * pad_to_multiple_of, max(ids.shape[1], self.max_length))
+        longest = min(
+            -(-ids.shape[1] // pad_to_multiple_of) * pad_to_multiple_of,
+            max(ids.shape[1], self.max_length),
+        )
         ids = functional.pad(ids, (0, longest - ids.shape[1]), value=padding)
         lengths = torch.tensor([len(row) for row in examples.ids])
         mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
@@ -93,12 +108,16 @@ class Classification:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's (n, C) logits in float32."""
-        out: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        out: Tensor = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
         return out.float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of every example, (n,)."""
-        return functional.cross_entropy(self.logits(model, batch), batch["labels"], reduction="none")
+        return functional.cross_entropy(
+            self.logits(model, batch), batch["labels"], reduction="none"
+        )
 
     def score(self, logits: Tensor, there: Tensor) -> Scores:
         """Count what (n, C) ``logits`` say about texts with labels ``there``, (n,)."""

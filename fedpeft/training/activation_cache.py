@@ -79,7 +79,9 @@ class ActivationCache:
         self._chain = _chain(model, calls, torch.Size([rows, length]))
         self._bare = trace(model)
 
-    def get(self, client: int, model: nn.Module, forward: Forward, texts: Encoded) -> Sequence[Tensor] | None:
+    def get(
+        self, client: int, model: nn.Module, forward: Forward, texts: Encoded
+    ) -> Sequence[Tensor] | None:
         """Return what enters the lowest block for each of the client's ``texts``, (length, width); None where not kept."""
         if self._bare is None or client not in self._clients:
             return None
@@ -125,7 +127,9 @@ def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
         _ENTERING.reset(token)
 
 
-def _unless_known(forward: Callable[..., object], hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+def _unless_known(
+    forward: Callable[..., object], hidden_states: Tensor, *args: object, **kwargs: object
+) -> object:
     """Compute a block below the lowest, unless the pass begins above it."""
     return forward(hidden_states, *args, **kwargs) if _ENTERING.get() is None else hidden_states
 
@@ -178,7 +182,9 @@ def _states(block: nn.Module, forward: Forward, texts: Encoded, rows: int) -> Se
 def _change_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
     """Let ``change`` make the first argument of ``block`` from the one given; return what undoes that."""
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
@@ -221,11 +227,18 @@ def _chain(model: nn.Module, calls: Sequence[_Call], tokens: torch.Size) -> Chai
     ``tokens``: (rows, length) of the batch; what enters a block is one vector for each of them.
     """
     chains = [Chain()]
-    for blocks in (tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList)):
+    for blocks in (
+        tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList)
+    ):
         passed = [call for call in calls if call.module in blocks]
-        joined = all(isinstance(a.output, Tensor) and a.output is b.given for a, b in pairwise(passed))
+        joined = all(
+            isinstance(a.output, Tensor) and a.output is b.given for a, b in pairwise(passed)
+        )
         whole = all(
-            isinstance(call.given, Tensor) and call.given.ndim == 3 and call.given.shape[:2] == tokens for call in passed
+            isinstance(call.given, Tensor)
+            and call.given.ndim == 3
+            and call.given.shape[:2] == tokens
+            for call in passed
         )
         if tuple(call.module for call in passed) == blocks and joined and whole:
             chains.append(Chain(blocks, tuple(call.module for call in calls)))

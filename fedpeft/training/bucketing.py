@@ -32,14 +32,22 @@ class Buckets:
     def cheapest(self, lengths: Sequence[int]) -> list[list[int]]:
         """Return the rows with ``lengths`` in the buckets that cost least together, the dearest first."""
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        if len(order) * self.padded(max(lengths, default=0)) <= min(self.max_tokens, self.overhead_tokens):
+        if len(order) * self.padded(max(lengths, default=0)) <= min(
+            self.max_tokens, self.overhead_tokens
+        ):
             return [order] if order else []  # a second bucket costs more than it can save
         edges = self._edges([lengths[row] for row in order])
         least, begins = np.zeros(len(edges)), [0]
         for number in range(1, len(edges)):
             length = self.padded(lengths[order[edges[number] - 1]])
-            first = min(int(np.searchsorted(edges, edges[number] - self.max_tokens // length)), number - 1)
-            costs = least[first:number] + (edges[number] - edges[first:number]) * float(length) + self.overhead_tokens
+            first = min(
+                int(np.searchsorted(edges, edges[number] - self.max_tokens // length)), number - 1
+            )
+            costs = (
+                least[first:number]
+                + (edges[number] - edges[first:number]) * float(length)
+                + self.overhead_tokens
+            )
             begins.append(first + int(costs.argmin()))
             least[number] = costs.min()
         found = []
@@ -47,12 +55,20 @@ class Buckets:
         while number:
             found.append(order[edges[begins[number]] : edges[number]])
             number = begins[number]
-        return sorted(found, key=lambda rows: self.cost([lengths[row] for row in rows]), reverse=True)
+        return sorted(
+            found, key=lambda rows: self.cost([lengths[row] for row in rows]), reverse=True
+        )
 
     def _edges(self, lengths: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return where a bucket of rows with ascending ``lengths`` may begin or end."""
-        short = sum(self.pad_to_multiple_of * self.padded(length) <= self.max_tokens for length in lengths)
-        in_grains = range(short % self.pad_to_multiple_of or self.pad_to_multiple_of, short + 1, self.pad_to_multiple_of)
+        short = sum(
+            self.pad_to_multiple_of * self.padded(length) <= self.max_tokens for length in lengths
+        )
+        in_grains = range(
+            short % self.pad_to_multiple_of or self.pad_to_multiple_of,
+            short + 1,
+            self.pad_to_multiple_of,
+        )
         return np.array([0, *in_grains, *range(short + 1, len(lengths) + 1)])
 
     def dealt(self, lengths: Sequence[int], lanes: int) -> list[list[int]]:
@@ -65,4 +81,10 @@ class Buckets:
             return max(busy)
 
         eighths = (8, 7, 6, 5) if lanes > 1 else (8,)
-        return min((replace(self, max_tokens=self.max_tokens * share // 8).cheapest(lengths) for share in eighths), key=longest)
+        return min(
+            (
+                replace(self, max_tokens=self.max_tokens * share // 8).cheapest(lengths)
+                for share in eighths
+            ),
+            key=longest,
+        )

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedpeft.federation.memory import as_told, parted
 from fedpeft.tasks import Classification, Encoded, Scores
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.threads import thread_map
 from fedpeft.types import NO_MEMORY, Client, Context, LocalTask, Method, Payload, State
+from fedpeft.wire.versions import as_told, parted
 
 EVALUATED = 1 << 15
 """Tokens that are scored together at most."""
@@ -24,7 +24,9 @@ def score(model: nn.Module, task: Classification, examples: Encoded, hardware: H
     return task.score(predict_logits(model, task, examples, hardware), examples.labels)
 
 
-def predict_logits(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware) -> Tensor:
+def predict_logits(
+    model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware
+) -> Tensor:
     """Return the (n, C) logits of ``model``, as it is mounted now, for ``examples``; batches are formed by length."""
     lengths = [len(ids) for ids in examples.ids]
     buckets = replace(hardware.buckets, max_tokens=min(hardware.tokens, EVALUATED))
@@ -32,7 +34,12 @@ def predict_logits(model: nn.Module, task: Classification, examples: Encoded, ha
 
     def play(rows: Sequence[int]) -> Tensor:
         with torch.inference_mode(), hardware.autocast():
-            return task.logits(model, task.collate(examples.take(rows), hardware.torch_device, buckets.pad_to_multiple_of)).cpu()
+            return task.logits(
+                model,
+                task.collate(
+                    examples.take(rows), hardware.torch_device, buckets.pad_to_multiple_of
+                ),
+            ).cpu()
 
     found = torch.zeros(len(examples), len(task.labels))
     model.eval()
@@ -55,7 +62,9 @@ def mounted_state(
     """Mount ``state`` on ``model`` as ``client``, with its ``memory``, holds it; by default the whole of it."""
 
     def stack(payload: Payload) -> dict[str, Tensor]:
-        return {name: tensor.to(hardware.torch_device).unsqueeze(0) for name, tensor in payload.items()}
+        return {
+            name: tensor.to(hardware.torch_device).unsqueeze(0) for name, tensor in payload.items()
+        }
 
     context = Context([client.id], state.round, seed)
     own, _ = parted(memory or {})

@@ -10,9 +10,9 @@ import torch
 from annotated_types import Ge
 from torch import nn
 
+from fedpeft.errors import BadInput
 from fedpeft.mounting import cast_once
 from fedpeft.training.bucketing import Buckets
-from fedpeft.types import BadInput
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "eager", "sdpa"]
@@ -101,7 +101,9 @@ def resolve(
     name, a device that does not work and too many threads raise BadInput.
     """
     if machine.threads > (most := 4 * (os.cpu_count() or 1)):
-        raise BadInput(f"machine.threads = {machine.threads}: this machine has {os.cpu_count()} cores; choose at most {most}")
+        raise BadInput(
+            f"machine.threads = {machine.threads}: this machine has {os.cpu_count()} cores; choose at most {most}"
+        )
     device = machine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,15 +111,27 @@ def resolve(
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
-        raise BadInput(f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'") from error
+        raise BadInput(
+            f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'"
+        ) from error
     cpu = torch.device(device).type == "cpu"
     precision = machine.precision
     if precision == "auto":
         precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
     fastest: Kernel = "eager" if cpu and max_length <= SHORT else "sdpa"
     attention = _kernel(machine.attention, kernels, fastest)
-    tokens, pad_to_multiple_of = TOKENS if cpu else EVERYTHING, GRAIN if cpu and precision == "bf16" else 1
-    return Hardware(device, precision, attention, machine.threads or torch.get_num_threads(), tokens, pad_to_multiple_of)
+    tokens, pad_to_multiple_of = (
+        TOKENS if cpu else EVERYTHING,
+        GRAIN if cpu and precision == "bf16" else 1,
+    )
+    return Hardware(
+        device,
+        precision,
+        attention,
+        machine.threads or torch.get_num_threads(),
+        tokens,
+        pad_to_multiple_of,
+    )
 
 
 def _kernel(asked: Attention, kernels: Kernels, fastest: Kernel) -> Kernel:

@@ -60,7 +60,9 @@ def plan(examples: int, training: Training, seed: int, client: int, number: int)
     size = training.batch_size
     rows: list[list[int]] = []
     for epoch in range(training.epochs if training.steps is None else training.steps):
-        order = torch.randperm(examples, generator=generator(seed, "order", client, number, epoch)).tolist()
+        order = torch.randperm(
+            examples, generator=generator(seed, "order", client, number, epoch)
+        ).tolist()
         rows += [order[start : start + size] for start in range(0, examples, size)]
     return rows[: training.steps]
 
@@ -88,11 +90,17 @@ def fit(
     def play(part: MicroBatch) -> tuple[MicroBatch, Tensor, Sequence[Tensor | None]]:
         owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
         with entering(part.states), row_owners(owners, len(part.examples)), hardware.autocast():
-            each = task.losses(model, task.collate(part.examples, device, buckets.pad_to_multiple_of))
+            each = task.losses(
+                model, task.collate(part.examples, device, buckets.pad_to_multiple_of)
+            )
         weighted = each * part.weights.to(device)
         if not trained:
             return part, weighted.detach(), ()
-        return part, weighted.detach(), torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
+        return (
+            part,
+            weighted.detach(),
+            torch.autograd.grad(weighted.sum(), trained, allow_unused=True),
+        )
 
     with (
         _training(model),
@@ -131,7 +139,9 @@ class MicroBatch:
     weights: Tensor
 
 
-def micro_batches(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, count: int) -> Iterator[MicroBatch]:
+def micro_batches(
+    batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, count: int
+) -> Iterator[MicroBatch]:
     """Yield the batches of k clients in parts, formed by length, whoever's they are, for ``count`` lanes.
 
     Gradients are per client whatever the grouping. Within a part the rows of a client stay together.
@@ -140,12 +150,19 @@ def micro_batches(batches: Sequence[tuple[Share, Sequence[int]]], buckets: Bucke
     known = all(share.states is not None for share, _ in batches)
     lengths = [len(batches[k][0].examples.ids[row]) for k, row in everything]
     for together in buckets.dealt(lengths, count):
-        mine = [(batches[k][0], k, row) for k, row in sorted((everything[i] for i in together), key=itemgetter(0))]
+        mine = [
+            (batches[k][0], k, row)
+            for k, row in sorted((everything[i] for i in together), key=itemgetter(0))
+        ]
         ids = [share.examples.ids[row] for share, _, row in mine]
         labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
         clients = torch.tensor([k for _, k, _ in mine])
         weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
-        states = [share.states[row] for share, _, row in mine if share.states is not None] if known else None
+        states = (
+            [share.states[row] for share, _, row in mine if share.states is not None]
+            if known
+            else None
+        )
         yield MicroBatch(Encoded(ids, labels), states, clients, _owners(clients), weights)
 
 
@@ -222,7 +239,9 @@ def optimizer_of(
 ) -> Optimizer:
     """Return what steps ``local`` at its own rates, going on from the state ``kept``, if any."""
     head_lr = training.lr if training.head_lr is None else training.head_lr
-    rates = {name: local.rate * (head_lr if name in head else training.lr) for name in local.trainable}
+    rates = {
+        name: local.rate * (head_lr if name in head else training.lr) for name in local.trainable
+    }
     return Optimizer(
         training.optimizer,
         local.trainable,

@@ -90,7 +90,11 @@ class Optimizer:
         """Move clients that have taken equally many steps, and so have one rate and one clock."""
         lr_factor = min(1.0, (self._steps[active.start] + 1) / (self._warmup + 1))
         for rate in sorted(set(self._rates.values())):
-            names = [n for n, p in self._parameters.items() if self._rates[n] == rate and p.grad is not None]
+            names = [
+                n
+                for n, p in self._parameters.items()
+                if self._rates[n] == rate and p.grad is not None
+            ]
             if names:
                 self._move(names, active, rate * lr_factor, clocks)
             for name in names:

@@ -27,7 +27,9 @@ def thread_map(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
     # lane with the mutex and one with the GIL would wait for each other for good. A view makes the node here, and keeps it.
     views = [leaf.view_as(leaf) for leaf in leaves]
     try:
-        with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, max(1, threads // count))) as pool:
+        with ThreadPoolExecutor(
+            count, initializer=partial(torch.set_num_threads, max(1, threads // count))
+        ) as pool:
             yield pool.map
     finally:
         del views

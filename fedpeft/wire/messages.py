@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128, xxh3_128_digest
 
-from fedpeft.federation.memory import Forgotten, carried
+from fedpeft.errors import Forgotten, WireError
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.types import NO_MEMORY, Payload, WireError
+from fedpeft.types import NO_MEMORY, Payload
 from fedpeft.wire import tensors as codec
+from fedpeft.wire.versions import carried
 
 DIGEST = 16
 """Bytes of every digest in a message."""
@@ -64,7 +65,12 @@ def form(blob: bytes) -> Form:
     """
     body = memoryview(blob)[DIGEST:]
     return tuple(
-        (name, place.format, place.shape, bytes(body[place.start : place.stop]) if _is_whole(name, place) else b"")
+        (
+            name,
+            place.format,
+            place.shape,
+            bytes(body[place.start : place.stop]) if _is_whole(name, place) else b"",
+        )
         for name, place in sorted(codec.places(body).items() if blob else ())
     )
 
@@ -108,7 +114,9 @@ class Request:
                 raise WireError(f"not a request: field {name} is missing or of another form")
         theirs = bytes(found["@config"].tolist())
         if theirs != config:
-            raise WireError(f"the request is for configuration {theirs.hex()}, this client has {config.hex()}")
+            raise WireError(
+                f"the request is for configuration {theirs.hex()}, this client has {config.hex()}"
+            )
         kind, number, memory = (int(found[name]) for name in ("@kind", "@round", "@memory"))
         if kind not in set(Kind) or number < 0 or memory < NO_MEMORY:
             raise WireError(f"not a request: kind {kind}, round {number}, memory of round {memory}")
@@ -232,7 +240,9 @@ def check(
     for name, tensor in answer.payload.items():
         given, due = ((tuple(t.shape), t.dtype) for t in (tensor, expected[name]))
         if given != due:
-            raise WireError(f"tensor {name!r} has shape {given[0]} of {given[1]}, expected {due[0]} of {due[1]}")
+            raise WireError(
+                f"tensor {name!r} has shape {given[0]} of {given[1]}, expected {due[0]} of {due[1]}"
+            )
         if not _finite(tensor):
             raise WireError(f"tensor {name!r} is not finite")
 

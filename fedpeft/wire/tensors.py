@@ -21,7 +21,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedpeft.types import Payload, WireError
+from fedpeft.errors import WireError
+from fedpeft.types import Payload
 
 FORMATS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -71,7 +72,9 @@ _TENSOR: Final = re.compile(
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    torch.frombuffer(b" ", dtype=torch.uint8)  # torch warns, once in a process, that the memory is for reading only
+    torch.frombuffer(
+        b" ", dtype=torch.uint8
+    )  # torch warns, once in a process, that the memory is for reading only
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def buffers(payload: Payload) -> list[memoryview]:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in payload.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
-            raise WireError(f"tensor {name!r} is {tensor.dtype}, which cannot be sent; choose from: {', '.join(FORMATS)}")
+            raise WireError(
+                f"tensor {name!r} is {tensor.dtype}, which cannot be sent; choose from: {', '.join(FORMATS)}"
+            )
         if len(json.dumps(name)) - len('""') > NAME:
             start = f"{name[:40]!r}..."
             raise WireError(f"tensor {start} cannot be sent: its name has over {NAME} characters")
@@ -101,7 +106,9 @@ def buffers(payload: Payload) -> list[memoryview]:
             raise WireError(f"tensor {name!r} cannot be sent: {fault}")
     if len(tensors) > TENSORS:
         raise WireError(f"{len(tensors)} tensors cannot be sent at once; at most {TENSORS}")
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that every tensor is aligned
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].itemsize, name)
+    )  # so that every tensor is aligned
     about, end = {}, 0
     for name in order:
         begin, end = end, end + tensors[name].nbytes
@@ -114,7 +121,11 @@ def buffers(payload: Payload) -> list[memoryview]:
     header += b" " * (-len(header) % _LENGTH)
     if len(header) > HEADER:
         raise WireError(f"a header of {len(header)} bytes cannot be sent; at most {HEADER}")
-    bytes_of = [tensors[name].reshape(-1).view(torch.uint8).numpy().data for name in order if tensors[name].numel()]
+    bytes_of = [
+        tensors[name].reshape(-1).view(torch.uint8).numpy().data
+        for name in order
+        if tensors[name].numel()
+    ]
     return [memoryview(len(header).to_bytes(_LENGTH, "little") + header), *bytes_of]
 
 
@@ -125,7 +136,9 @@ def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
         if not _LENGTH <= data <= min(len(file), _LENGTH + HEADER):
             raise ValueError(f"{len(file)} bytes are no header")
         found = _entries(bytes(file[_LENGTH:data]), data)
-        _check_cover(sorted(found.values(), key=lambda place: (place.start, place.stop)), data, len(file))
+        _check_cover(
+            sorted(found.values(), key=lambda place: (place.start, place.stop)), data, len(file)
+        )
     except ValueError as error:
         raise WireError(f"not a safetensors message: {error}") from error
     return found

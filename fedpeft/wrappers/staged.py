@@ -8,7 +8,17 @@ from typing import ClassVar, final
 import torch
 from torch import nn
 
-from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Method, Payload, State, Update
+from fedpeft.types import (
+    NO_MEMORY,
+    Base,
+    Client,
+    Context,
+    LocalTask,
+    Method,
+    Payload,
+    State,
+    Update,
+)
 
 
 @final
@@ -35,15 +45,21 @@ class Staged:
     def send(self, state: State, client: Client) -> Payload:
         """Send what the stage under way sends; a memory of the other stage counts as none."""
         ours = client.memory != NO_MEMORY and self._stage(client.memory) == self._stage(state.round)
-        return self._method(state.round).send(state, client if ours else replace(client, memory=NO_MEMORY))
+        return self._method(state.round).send(
+            state, client if ours else replace(client, memory=NO_MEMORY)
+        )
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         """Mount as the stage under way does, at its own rate."""
         stage = self._stage(context.round)
         tagged = dict(memory)
         ours = bool((tagged.pop("stage", torch.tensor(NO_MEMORY)) == stage).all())
-        with self._method(context.round).mount(model, down, tagged if ours else {}, context) as task:
+        with self._method(context.round).mount(
+            model, down, tagged if ours else {}, context
+        ) as task:
 
             def reply() -> tuple[Payload, Payload]:
                 up, stays = task.reply()

@@ -63,7 +63,9 @@ class Replay:
 
     replies: Mapping[int, bytes]
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
         """Build every request and give what was said to it then."""
         for client in clients:
             request(client)
@@ -79,9 +81,13 @@ def replayed(
 ) -> tuple[TinyFederation, State]:
     """Return a federation, and the state, that play round ``begin`` of the reference again without training."""
     found = reference(name)
-    engine = Replay({client: reply for client, (_, reply) in found.playing.engine.talks[begin].items()})
+    engine = Replay(
+        {client: reply for client, (_, reply) in found.playing.engine.talks[begin].items()}
+    )
     playing = found.playing
-    return TinyFederation(playing.method, playing.worker, Memories(), Tapped(engine, change, backwards)), found.states[begin]
+    return TinyFederation(
+        playing.method, playing.worker, Memories(), Tapped(engine, change, backwards)
+    ), found.states[begin]
 
 
 def asked(playing: TinyFederation, exchange: int, client: int) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ def test_the_ledger_has_the_bytes_that_crossed(name: str) -> None:
     playing = reference(name).playing
     crossed = [(len(down), len(up)) for talk in playing.engine.talks for down, up in talk.values()]
     assert [(row.down, row.up) for row in playing.rows] == crossed
-    assert [(row.round, row.client) for row in playing.rows] == [(n, k) for n in range(ROUNDS) for k in (0, 1, 2)]
+    assert [(row.round, row.client) for row in playing.rows] == [
+        (n, k) for n in range(ROUNDS) for k in (0, 1, 2)
+    ]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -23,7 +25,9 @@ def test_equal_shapes_give_equal_lengths_whatever_the_values(name: str) -> None:
     lengths: dict[object, set[int]] = {}
     for talk in reference(name).playing.engine.talks:
         for blob in (blob for pair in talk.values() for blob in pair):
-            form = tuple((part, tensor.dtype, tensor.shape) for part, tensor in sorted(decode(blob).items()))
+            form = tuple(
+                (part, tensor.dtype, tensor.shape) for part, tensor in sorted(decode(blob).items())
+            )
             lengths.setdefault(form, set()).add(len(blob))
     assert all(len(found) == 1 for found in lengths.values())
     assert len(lengths) < 2 * ROUNDS * 3, "some specs came more than once"

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedpeft.errors import WireError
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Memories
 from fedpeft.methods import METHODS
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training
-from fedpeft.types import NO_MEMORY, Client, Payload, State, WireError
+from fedpeft.types import NO_MEMORY, Client, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests.contract.reference import BEGINS, SINGLE, reference
 from tests.tiny import CONFIG, SOFTMAX_BLIND, assert_same, bert, close, small, worker
@@ -35,7 +36,9 @@ def requests(name: str, state: State, memories: Memories) -> dict[int, tuple[byt
     return asked
 
 
-def handled(playing: Worker, asked: dict[int, tuple[bytes, bytes]], stack: list[int]) -> dict[int, tuple[bytes, bytes]]:
+def handled(
+    playing: Worker, asked: dict[int, tuple[bytes, bytes]], stack: list[int]
+) -> dict[int, tuple[bytes, bytes]]:
     """Return (answer, new memory) of the clients of one stack, who wrote to no message: its tensors are views of it."""
     found = playing.handle(stack, [asked[k][0] for k in stack], [asked[k][1] for k in stack])
     for blob in (blob for k in stack for blob in asked[k] if blob):
@@ -50,9 +53,13 @@ def comparable(payload: Payload, training: Training) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "training", [replace(SGD, steps=1), SGD, ADAMW], ids=["one step", "unequal steps of SGD", "unequal steps of AdamW"]
+    "training",
+    [replace(SGD, steps=1), SGD, ADAMW],
+    ids=["one step", "unequal steps of SGD", "unequal steps of AdamW"],
 )
-@pytest.mark.parametrize(("name", "begin"), [(n, b) for n in METHODS for b in BEGINS if (n, b) not in SINGLE])
+@pytest.mark.parametrize(
+    ("name", "begin"), [(n, b) for n in METHODS for b in BEGINS if (n, b) not in SINGLE]
+)
 def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: Training) -> None:
     """Ragged batches, clipping, momentum, decay and memories included: who has stopped training does not move any more."""
     played = reference(name)
@@ -60,7 +67,10 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
     asked = requests(name, played.states[begin], played.memories[begin])
     together = handled(playing, asked, [0, 1, 2])
     for client in SIZES:
-        (ours, kept), (theirs, their_kept) = together[client], handled(playing, asked, [client])[client]
+        (ours, kept), (theirs, their_kept) = (
+            together[client],
+            handled(playing, asked, [client])[client],
+        )
         side_by_side, alone = Response.decode(ours), Response.decode(theirs)
         close(comparable(side_by_side.payload, training), comparable(alone.payload, training), 2e-5)
         close(decode(kept) if kept else {}, decode(their_kept) if their_kept else {}, 2e-5)
@@ -76,7 +86,9 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "begin"), [(n, b) for n in METHODS for b in BEGINS])
-def test_which_lane_is_faster_changes_no_bit(name: str, begin: int, precision: Literal["fp32", "bf16"]) -> None:
+def test_which_lane_is_faster_changes_no_bit(
+    name: str, begin: int, precision: Literal["fp32", "bf16"]
+) -> None:
     """Of what is trained side by side, with hidden states kept or not, and of what is scored."""
     played = reference(name)
     hardware = Hardware("cpu", precision, "eager", 3, tokens=24, pad_to_multiple_of=2)
@@ -102,7 +114,15 @@ def _to_score(blob: bytes) -> bytes:
 
 def _bits(blob: bytes) -> Payload:
     """Return what a message says, the measures of time and memory apart."""
-    return {name: tensor for name, tensor in decode(blob).items() if name not in {"@measures", "@counts"}} if blob else {}
+    return (
+        {
+            name: tensor
+            for name, tensor in decode(blob).items()
+            if name not in {"@measures", "@counts"}
+        }
+        if blob
+        else {}
+    )
 
 
 @pytest.mark.parametrize("name", ["lora", "fedara"])
@@ -112,7 +132,11 @@ def test_the_order_of_a_stack_does_not_matter(name: str) -> None:
     asked = requests(name, played.states[3], played.memories[3])
     forwards, backwards = (handled(playing, asked, stack) for stack in ([0, 1, 2], [2, 1, 0]))
     for client in SIZES:
-        close(Response.decode(forwards[client][0]).payload, Response.decode(backwards[client][0]).payload, 2e-5)
+        close(
+            Response.decode(forwards[client][0]).payload,
+            Response.decode(backwards[client][0]).payload,
+            2e-5,
+        )
 
 
 @pytest.mark.parametrize(("name", "begin"), sorted(SINGLE))
@@ -135,7 +159,11 @@ def test_a_stack_whose_messages_differ_is_refused() -> None:
         return Request(kind, number, CONFIG, {**down, **(changes or {})}).encode()
 
     tensors = {"an extra": torch.ones(2)}, {"classifier.bias": torch.ones(4)}
-    for other in (blob(Kind.EVALUATE), blob(number=1), *(blob(changes=changed) for changed in tensors)):
+    for other in (
+        blob(Kind.EVALUATE),
+        blob(number=1),
+        *(blob(changes=changed) for changed in tensors),
+    ):
         with pytest.raises(WireError, match="differ"):
             playing.handle([0, 1], [blob(), other], [b"", b""])
     with pytest.raises(WireError, match="client 9 is not held here"):

@@ -11,7 +11,16 @@ from fedpeft.methods import METHODS
 from fedpeft.types import Lost, Payload, Reply, State
 from fedpeft.wire.messages import Response, decode
 from tests.contract.reference import BEGINS, asked, going_on, reference, replayed
-from tests.tiny import CONFIG, HEAD, SOFTMAX_BLIND, assert_same, assert_same_state, federation, small, weighted
+from tests.tiny import (
+    CONFIG,
+    HEAD,
+    SOFTMAX_BLIND,
+    assert_same,
+    assert_same_state,
+    federation,
+    small,
+    weighted,
+)
 
 EXCHANGING = [name for name in METHODS if name != "local_only"]
 
@@ -31,10 +40,14 @@ def test_every_client_moves_every_tensor_of_the_adapter(name: str, begin: int) -
     playing = reference(name).playing
     for client, answer in playing.answers(begin).items():
         down = asked(playing, begin, client)
-        moving = [part for part in answer.payload if part in down and not part.endswith(SOFTMAX_BLIND)]
+        moving = [
+            part for part in answer.payload if part in down and not part.endswith(SOFTMAX_BLIND)
+        ]
         assert any(part not in HEAD for part in moving)
         for part in moving:
-            assert not torch.equal(answer.payload[part], down[part]), f"client {client} did not move {part}"
+            assert not torch.equal(answer.payload[part], down[part]), (
+                f"client {client} did not move {part}"
+            )
 
 
 @pytest.mark.parametrize("begin", BEGINS)
@@ -53,8 +66,12 @@ def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) ->
         torch.testing.assert_close(merged, value, rtol=1e-6, atol=1e-8, msg=part)
         for left_out in range(len(answers) * (not part.endswith(SOFTMAX_BLIND))):
             rest = [k for k in range(len(answers)) if k != left_out]
-            without = weighted([{part: payloads[k][part]} for k in rest], [weights[k] for k in rest])[part]
-            assert (merged - without).norm() > 30 * (merged - value).norm(), f"reply {left_out} does not show in {part}"
+            without = weighted(
+                [{part: payloads[k][part]} for k in rest], [weights[k] for k in rest]
+            )[part]
+            assert (merged - without).norm() > 30 * (merged - value).norm(), (
+                f"reply {left_out} does not show in {part}"
+            )
 
 
 def weight_of(answer: Response, weighting: str) -> float:
@@ -110,10 +127,14 @@ def test_a_round_with_too_few_replies_is_silent(name: str, begin: int) -> None:
     playing, before = going_on(name, begin, change)
     after = playing.play(1, before, min_replies=3)
     assert_same_state(after, replace(before, round=begin + 1))
-    assert [row.lost for row in playing.rows] == ["only 2 usable replies, 3 needed"] * 2 + ["silence"]
+    assert [row.lost for row in playing.rows] == ["only 2 usable replies, 3 needed"] * 2 + [
+        "silence"
+    ]
     assert all(row.down and row.up for row in playing.rows[:2]), "the bytes were spent all the same"
     playing.play(1, after, min_replies=3)
-    assert [row.lost for row in playing.rows[3:]] == [None] * 3, "server and clients agree on the memories"
+    assert [row.lost for row in playing.rows[3:]] == [None] * 3, (
+        "server and clients agree on the memories"
+    )
 
 
 @pytest.mark.parametrize("begin", [0, 1])
@@ -122,19 +143,29 @@ def test_a_lost_reply_is_as_though_the_client_had_not_been_asked(name: str, begi
     """Another round follows: a client that stored a memory with the lost reply goes on from the one before."""
 
     def cut(number: int, outcome: Reply | Lost) -> Reply | Lost:
-        return Lost(outcome.client, "the cable was cut") if (number, outcome.client.id) == (0, 1) else outcome
+        return (
+            Lost(outcome.client, "the cable was cut")
+            if (number, outcome.client.id) == (0, 1)
+            else outcome
+        )
 
     losing, state = going_on(name, begin, cut)
     never_asked, _ = going_on(name, begin)
-    without = never_asked.play(1, state, cohort=lambda _: [c for c in never_asked.clients() if c.id != 1])
+    without = never_asked.play(
+        1, state, cohort=lambda _: [c for c in never_asked.clients() if c.id != 1]
+    )
     assert_same_state(losing.play(2, state), never_asked.play(1, without))
-    assert [(row.round, row.client, row.lost) for row in losing.rows if row.lost] == [(begin, 1, "the cable was cut")]
+    assert [(row.round, row.client, row.lost) for row in losing.rows if row.lost] == [
+        (begin, 1, "the cable was cut")
+    ]
     assert losing.rows[1].down == len(losing.engine.talks[0][1][0])
     for client, answer in losing.answers(1).items():
         theirs = never_asked.answers(1)[client]
         assert_same(answer.payload, theirs.payload)
         assert answer.memory == theirs.memory
-        assert losing.memories.get(client, answer.memory) == never_asked.memories.get(client, answer.memory)
+        assert losing.memories.get(client, answer.memory) == never_asked.memories.get(
+            client, answer.memory
+        )
 
 
 def test_clients_of_another_configuration_refuse_and_the_round_is_silent() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedpeft.errors import WireError
 from fedpeft.ledger import COUNTS, Measured
 from fedpeft.methods import METHODS
-from fedpeft.types import Lost, Payload, Reply, WireError
+from fedpeft.types import Lost, Payload, Reply
 from fedpeft.wire.messages import Response, decode, encode
 from tests.contract.reference import replayed
 from tests.tiny import SIZES, assert_same_state
@@ -62,7 +63,10 @@ def measuring(**figures: Any) -> Callable[[bytes], bytes]:
 TENSORS: Mapping[str, tuple[Callable[[bytes], bytes], str]] = {
     "missing": (altered(lambda name, tensor: {}), "missing"),
     "renamed": (altered(lambda name, tensor: {f"{name}x": tensor}), "missing"),
-    "of one more row": (altered(lambda name, tensor: {name: torch.cat([tensor, tensor[:1]])}), "shape"),
+    "of one more row": (
+        altered(lambda name, tensor: {name: torch.cat([tensor, tensor[:1]])}),
+        "shape",
+    ),
     "flat": (altered(lambda name, tensor: {name: tensor.reshape(1, -1)}), "shape"),
     "in float64": (altered(lambda name, tensor: {name: tensor.double()}), "float64"),
     "in whole numbers": (altered(lambda name, tensor: {name: tensor.long()}), "int64"),
@@ -107,7 +111,11 @@ def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> N
 
     def spoil(number: int, outcome: Reply | Lost) -> Reply | Lost:
         assert isinstance(outcome, Reply)
-        return replace(outcome, blob=damage(outcome.blob)) if (number, outcome.client.id) == (0, VICTIM) else outcome
+        return (
+            replace(outcome, blob=damage(outcome.blob))
+            if (number, outcome.client.id) == (0, VICTIM)
+            else outcome
+        )
 
     playing, state = replayed(name, BEGIN, spoil)
     spoilt = playing.play(1, state)
@@ -154,7 +162,11 @@ def test_a_reply_that_nobody_asked_for_is_not_counted() -> None:
 
     def intrude(_: int, outcome: Reply | Lost) -> Reply | Lost:
         stranger = replace(outcome.client, id=99)
-        return Reply(stranger, outcome.blob) if outcome.client.id == VICTIM and isinstance(outcome, Reply) else outcome
+        return (
+            Reply(stranger, outcome.blob)
+            if outcome.client.id == VICTIM and isinstance(outcome, Reply)
+            else outcome
+        )
 
     intruded, _ = replayed("lora", BEGIN, intrude)
     assert_same_state(intruded.play(1, state), expected)

@@ -14,12 +14,13 @@ from torch import nn
 
 from fedpeft import methods
 from fedpeft.algebra.averaging import averaged
+from fedpeft.errors import BadInput
 from fedpeft.experiment.config import Config
 from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
 from fedpeft.mounting import detached, mounted, trainable
 from fedpeft.training.evaluation import mounted_state, score
-from fedpeft.types import BadInput, Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 from fedpeft.wire.messages import decode
 from tests.contract.reference import unmeasured
 from tests.tiny import CPU, SEED, TASK, assert_same_state, examples, federation, logits
@@ -40,7 +41,9 @@ class HeadOnly:
         return state.shared
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         trained = trainable(down)
         times = memory.get("times", torch.zeros(len(context.clients), dtype=torch.int64)) + 1
         with mounted(model, trained):
@@ -53,7 +56,9 @@ class HeadOnly:
         return averaged(state, updates, "uniform")
 
 
-def test_a_method_of_ones_own_runs_through_federation_checkpoint_and_evaluation(tmp_path: Path, model: nn.Module) -> None:
+def test_a_method_of_ones_own_runs_through_federation_checkpoint_and_evaluation(
+    tmp_path: Path, model: nn.Module
+) -> None:
     playing = federation(HeadOnly())
     half = playing.play(2)
     checkpoint.save(tmp_path, half, deepcopy(playing.memories), 0, "c")
@@ -71,7 +76,9 @@ def test_a_method_of_ones_own_runs_through_federation_checkpoint_and_evaluation(
         assert score(model, TASK, examples(20), CPU).examples == 20
 
 
-def test_an_installed_package_adds_its_method_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_adds_its_method_by_an_entry_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     points = EntryPoints([EntryPoint("head_only", f"{__name__}:HeadOnly", methods.GROUP)])
     monkeypatch.setattr(methods, "entry_points", lambda group: points.select(group=group))
     assert next(iter(methods.constructors())) == "head_only"
@@ -79,8 +86,12 @@ def test_an_installed_package_adds_its_method_by_an_entry_point(monkeypatch: pyt
     assert vars(built) == {"share": 0.5}
 
 
-@pytest.mark.parametrize(("value", "says"), [("nonesuch:Toy", "No module named"), ("json:JSONEncoder", "'paper'")])
-def test_an_installed_method_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, value: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "says"), [("nonesuch:Toy", "No module named"), ("json:JSONEncoder", "'paper'")]
+)
+def test_an_installed_method_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, value: str, says: str
+) -> None:
     point = EntryPoint("toy", value, methods.GROUP)
     monkeypatch.setattr(methods, "entry_points", lambda group: EntryPoints([point]))
     with pytest.raises(BadInput, match=f"'toy' .*{says}"):

@@ -13,7 +13,15 @@ from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from fedpeft.cli import app as cli
 from fedpeft.experiment.config import Config, from_tree, merge
@@ -23,7 +31,14 @@ LABELS = ("birds", "fish", "trees", "winds")
 OWN_WORDS = {label: [f"{label}{number}" for number in range(2)] for label in LABELS}
 """Words that only texts of that label hold, so the task is easy."""
 NOISE = [f"word{number}" for number in range(188)]
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *NOISE, *(word for own in OWN_WORDS.values() for word in own)]
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    *NOISE,
+    *(word for own in OWN_WORDS.values() for word in own),
+]
 SIZES = {"birds": 65, "fish": 55, "trees": 45, "winds": 35}
 POSITIONS = 32
 """Texts this long are the longest that the tiny models take."""
@@ -72,8 +87,14 @@ def write_tokenizer(folder: Path, special: bool = True) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if special:
         around = [("[CLS]", 2), ("[SEP]", 3)]
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]"} if special else {"unk_token": "[UNK]", "eos_token": "[SEP]"}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=around
+        )
+    names = (
+        {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+        if special
+        else {"unk_token": "[UNK]", "eos_token": "[SEP]"}
+    )
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
@@ -139,7 +160,14 @@ def examples() -> list[dict[str, str]]:
         for number in range(size):
             words = draw.choices(OWN_WORDS[label], k=3) + draw.sample(NOISE, 2)
             draw.shuffle(words)
-            rows.append({"text": " ".join(words), "label": label, "site": f"site{number % 5}", "unused": "x"})
+            rows.append(
+                {
+                    "text": " ".join(words),
+                    "label": label,
+                    "site": f"site{number % 5}",
+                    "unused": "x",
+                }
+            )
     draw.shuffle(rows)
     return rows
 
@@ -199,10 +227,17 @@ def write_ground(folder: Path) -> Ground:
 
 def to_toml(tree: Mapping[str, Any]) -> str:
     """Return a tree of sections, one deep, as TOML."""
-    plain = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, Mapping)]
+    plain = [
+        f"{key} = {json.dumps(value)}"
+        for key, value in tree.items()
+        if not isinstance(value, Mapping)
+    ]
     for section, fields in tree.items():
         if isinstance(fields, Mapping):
-            plain += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
+            plain += [
+                f"[{section}]",
+                *(f"{key} = {json.dumps(value)}" for key, value in fields.items()),
+            ]
     return "\n".join(plain) + "\n"
 
 

@@ -101,7 +101,9 @@ def die_while(play: Callable[[], object], fatal: int) -> None:
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"instant {fatal}: the child ended with {os.waitstatus_to_exitcode(status)}, unharmed"
+    assert os.WIFSIGNALED(status), (
+        f"instant {fatal}: the child ended with {os.waitstatus_to_exitcode(status)}, unharmed"
+    )
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
@@ -130,7 +132,9 @@ class Outcome:
         assert not [*folder.rglob("*.tmp")]
 
 
-def assert_resumes(folder: Path, assembly: Federation, undisturbed: Outcome, says: Sequence[str] = ()) -> None:
+def assert_resumes(
+    folder: Path, assembly: Federation, undisturbed: Outcome, says: Sequence[str] = ()
+) -> None:
     """Resume the run in ``folder`` and assert that it ends as the undisturbed one; ``says``: what it must say meanwhile."""
     told: list[str] = []
     with watched(Instants()):

@@ -23,11 +23,15 @@ def logits(folder: str, model: Any, texts: list[str]) -> torch.Tensor:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         raise SystemExit(f"{folder}: the tokenizer has no padding token")
-    model.config.pad_token_id = tokenizer.pad_token_id  # as GPT-2 wants it; what was merged says so itself
+    model.config.pad_token_id = (
+        tokenizer.pad_token_id
+    )  # as GPT-2 wants it; what was merged says so itself
     batch = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
     model.eval()
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found: torch.Tensor = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
     return found
 
 

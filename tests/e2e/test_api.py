@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedpeft import api
+from fedpeft.errors import BadInput
 from fedpeft.experiment import run as runs
 from fedpeft.experiment.build import build
 from fedpeft.experiment.recorder import Progress
 from fedpeft.experiment.trained import open_run
-from fedpeft.types import BadInput
 
 from .builders import LABELS, Ground, assert_same
 
@@ -64,7 +64,10 @@ def test_the_same_settings_give_the_same_bits(ground: Ground, tmp_path: Path) ->
 
 def test_another_seed_gives_other_bits(ground: Ground, tmp_path: Path) -> None:
     tree = {**ground.tree(), "federation": {"rounds": 1, "clients_per_round": 2}}
-    one, two = api.train(tree, tmp_path / "one").state, api.train({**tree, "seed": 1}, tmp_path / "two").state
+    one, two = (
+        api.train(tree, tmp_path / "one").state,
+        api.train({**tree, "seed": 1}, tmp_path / "two").state,
+    )
     assert all(bool((tensor != two.shared[name]).any()) for name, tensor in one.shared.items())
 
 
@@ -84,7 +87,9 @@ def runs_folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
 
 
-def test_predict_takes_any_number_of_texts_but_no_lone_string(ground: Ground, runs_folder: Path) -> None:
+def test_predict_takes_any_number_of_texts_but_no_lone_string(
+    ground: Ground, runs_folder: Path
+) -> None:
     short = {"federation": {"rounds": 1, "clients_per_round": 2}, "training": {"steps": 1}}
     trained = api.train({**ground.tree(), **short}, runs_folder)
     texts = [f"fish{number % 2} word{number % 50}" for number in range(150)]

@@ -16,13 +16,22 @@ from .builders import Ground, cli_call, examples, refused, to_toml, write_llama
 def test_bitfit_needs_biases(ground: Ground, runs: Path, tmp_path: Path) -> None:
     model = write_llama(tmp_path / "llama")
     options = ("--set", f"model.name={model}", "--set", "method.name=bitfit")
-    refused(cli_call("run", ground.config, "--runs", runs, *options), "method.name = 'bitfit'", "no biases", "'lora'")
+    refused(
+        cli_call("run", ground.config, "--runs", runs, *options),
+        "method.name = 'bitfit'",
+        "no biases",
+        "'lora'",
+    )
     assert not runs.exists()
 
 
 def test_a_folder_without_a_model_is_named(ground: Ground, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    refused(cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={tmp_path / 'empty'}"), "model.name", "empty")
+    refused(
+        cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={tmp_path / 'empty'}"),
+        "model.name",
+        "empty",
+    )
     assert not runs.exists()
 
 
@@ -30,7 +39,11 @@ def test_damaged_weights_are_named(ground: Ground, runs: Path, tmp_path: Path) -
     model = tmp_path / "damaged"
     shutil.copytree(ground.model, model)
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:1000])
-    refused(cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={model}"), "model.name", str(model))
+    refused(
+        cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={model}"),
+        "model.name",
+        str(model),
+    )
     assert not runs.exists()
 
 
@@ -39,18 +52,28 @@ def test_a_model_without_its_tokenizer_is_named(ground: Ground, runs: Path, tmp_
     shutil.copytree(ground.model, model)
     for path in model.glob("tokenizer*"):
         path.unlink()
-    refused(cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={model}"), "model.name", str(model))
+    refused(
+        cli_call("run", ground.config, "--runs", runs, "--set", f"model.name={model}"),
+        "model.name",
+        str(model),
+    )
     assert not runs.exists()
 
 
-def test_texts_longer_than_the_tokenizer_allows_are_refused(ground: Ground, runs: Path, tmp_path: Path) -> None:
+def test_texts_longer_than_the_tokenizer_allows_are_refused(
+    ground: Ground, runs: Path, tmp_path: Path
+) -> None:
     """RoBERTa counts its positions from 2: of 34 positions, 32 take tokens, and only its tokenizer says so."""
     model = tmp_path / "modest"
     shutil.copytree(ground.model, model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 20}))
     options = ("--set", f"model.name={model}", "--set", "model.max_length=21")
-    refused(cli_call("run", ground.config, "--runs", runs, *options), "model.max_length = 21", "20 tokens")
+    refused(
+        cli_call("run", ground.config, "--runs", runs, *options),
+        "model.max_length = 21",
+        "20 tokens",
+    )
     assert not runs.exists()
 
 
@@ -71,18 +94,30 @@ class Broken:
 
 
 FILES = {
-    "bad JSON line": Broken("x.jsonl", lambda: _rows(7, '{"text": "a", "label": '), ("x.jsonl:7", "not JSON")),
-    "line that is no object": Broken("x.jsonl", lambda: _rows(3, "[1, 2]"), ("x.jsonl:3", "JSON object")),
-    "missing column": Broken(
-        "x.jsonl", lambda: _rows(5, '{"text": "a", "lable": "fish"}'), ("x.jsonl:5", "'label'", "'lable'")
+    "bad JSON line": Broken(
+        "x.jsonl", lambda: _rows(7, '{"text": "a", "label": '), ("x.jsonl:7", "not JSON")
     ),
-    "label that is empty": Broken("x.jsonl", lambda: _rows(5, '{"text": "a", "label": ""}'), ("x.jsonl:5", "empty")),
+    "line that is no object": Broken(
+        "x.jsonl", lambda: _rows(3, "[1, 2]"), ("x.jsonl:3", "JSON object")
+    ),
+    "missing column": Broken(
+        "x.jsonl",
+        lambda: _rows(5, '{"text": "a", "lable": "fish"}'),
+        ("x.jsonl:5", "'label'", "'lable'"),
+    ),
+    "label that is empty": Broken(
+        "x.jsonl", lambda: _rows(5, '{"text": "a", "label": ""}'), ("x.jsonl:5", "empty")
+    ),
     "no rows": Broken("x.jsonl", lambda: b"\n\n", ("x.jsonl", "no rows")),
     "unknown ending": Broken("x.parquet", lambda: b"", ("x.parquet", ".csv")),
-    "damaged gzip": Broken("x.jsonl.gz", lambda: gzip.compress(_rows(1, "{}"))[:100], ("x.jsonl.gz",)),
+    "damaged gzip": Broken(
+        "x.jsonl.gz", lambda: gzip.compress(_rows(1, "{}"))[:100], ("x.jsonl.gz",)
+    ),
     "not UTF-8": Broken("x.csv", lambda: b"text,label\nna\xefve,fish\n", ("x.csv:2", "UTF-8")),
     "ragged CSV": Broken("x.csv", lambda: b"text,label\na,fish\nb,c,d\n", ("x.csv:3", "3 fields")),
-    "CSV without the column": Broken("x.csv", lambda: b"text,lable\na,fish\n", ("x.csv:2", "'label'", "'lable'")),
+    "CSV without the column": Broken(
+        "x.csv", lambda: b"text,lable\na,fish\n", ("x.csv:2", "'label'", "'lable'")
+    ),
     "other delimiter": Broken(
         "x.csv",
         lambda: b"text;label\na;fish\n",
@@ -101,7 +136,9 @@ FILES = {
     "label that is no number": Broken(
         "x.csv", lambda: b"text,label\na,1.0\nb,0.0\nc,nan\n", ("x.csv:4", "'nan'", "whole numbers")
     ),
-    "one label only": Broken("x.csv", lambda: b"text,label\na,fish\nb,fish\n", ("x.csv", "'fish'", "two or more")),
+    "one label only": Broken(
+        "x.csv", lambda: b"text,label\na,fish\nb,fish\n", ("x.csv", "'fish'", "two or more")
+    ),
 }
 
 
@@ -116,9 +153,13 @@ def test_a_data_file_that_does_not_work_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_label_that_train_lacks_is_refused_with_its_line(ground: Ground, runs: Path, tmp_path: Path, split: str) -> None:
+def test_a_label_that_train_lacks_is_refused_with_its_line(
+    ground: Ground, runs: Path, tmp_path: Path, split: str
+) -> None:
     (tmp_path / "other.jsonl").write_bytes(_rows(9, '{"text": "a", "label": "fishes"}'))
-    outcome = cli_call("run", ground.config, "--runs", runs, "--set", f"data.{split}={tmp_path / 'other.jsonl'}")
+    outcome = cli_call(
+        "run", ground.config, "--runs", runs, "--set", f"data.{split}={tmp_path / 'other.jsonl'}"
+    )
     refused(outcome, "other.jsonl:9", "'fishes'", "did you mean 'fish'")
     assert not runs.exists()
 
@@ -143,7 +184,9 @@ def test_a_partition_that_does_not_work_is_refused(
     assert not runs.exists()
 
 
-def test_a_users_partition_has_no_test_rows_to_score_clients_on(ground: Ground, runs: Path, tmp_path: Path) -> None:
+def test_a_users_partition_has_no_test_rows_to_score_clients_on(
+    ground: Ground, runs: Path, tmp_path: Path
+) -> None:
     (tmp_path / "who.json").write_text(json.dumps({"anna": [*range(50)], "ben": [*range(50, 100)]}))
     options = (
         *("--set", "partition.kind=file", "--set", f"partition.file={tmp_path / 'who.json'}"),
@@ -172,9 +215,16 @@ def test_a_field_that_names_no_file_is_refused(
     assert not runs.exists()
 
 
-def test_a_configuration_that_is_not_there_is_refused_with_the_nearest(ground: Ground, runs: Path) -> None:
+def test_a_configuration_that_is_not_there_is_refused_with_the_nearest(
+    ground: Ground, runs: Path
+) -> None:
     outcome = cli_call("run", ground.folder / "confg.toml", "--runs", runs)
-    refused(outcome, str(ground.folder / "confg.toml"), "no such file", f"did you mean {str(ground.config)!r}")
+    refused(
+        outcome,
+        str(ground.folder / "confg.toml"),
+        "no such file",
+        f"did you mean {str(ground.config)!r}",
+    )
     assert not runs.exists()
 
 
@@ -186,7 +236,9 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("content", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_a_configuration_that_is_no_toml_is_refused(runs: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_configuration_that_is_no_toml_is_refused(
+    runs: Path, tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / "bad.toml").write_bytes(content)
     refused(cli_call("run", tmp_path / "bad.toml", "--runs", runs), "bad.toml", "not a TOML file")
     assert not runs.exists()

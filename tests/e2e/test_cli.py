@@ -22,7 +22,14 @@ from fedpeft.methods import METHODS
 from .builders import LABELS, OWN_WORDS, Ground, Outcome, cli_call, examples, to_toml
 from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, row_owners, table
 
-LEARNING = ("--set", "federation.clients_per_round=3", "--set", "training.steps=4", "--set", "training.batch_size=16")
+LEARNING = (
+    "--set",
+    "federation.clients_per_round=3",
+    "--set",
+    "training.steps=4",
+    "--set",
+    "training.batch_size=16",
+)
 Finished = tuple[Path, Outcome]
 
 
@@ -66,7 +73,9 @@ def test_on_a_terminal_a_bar_shows_rounds_accuracy_and_megabytes(
     ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "out", Console(file=screen, force_terminal=True, width=120, color_system=None))
+    monkeypatch.setattr(
+        cli, "out", Console(file=screen, force_terminal=True, width=120, color_system=None)
+    )
     assert cli_call("run", ground.config, "--runs", runs, *SHORT).code == 0
     for shown in ("tiny", "2/2", "accuracy 0.", "MB"):
         assert shown in screen.getvalue()
@@ -111,7 +120,9 @@ def test_resume_of_a_finished_run_changes_nothing(trained: Finished) -> None:
     outcome = cli_call("resume", folder)
     assert outcome.code == 0, outcome
     assert "majority class" in outcome.out
-    assert {path: path.read_bytes() for path in [*folder.glob("checkpoints/*"), folder / "ledger.jsonl"]} == before
+    assert {
+        path: path.read_bytes() for path in [*folder.glob("checkpoints/*"), folder / "ledger.jsonl"]
+    } == before
 
 
 def test_predict_labels_texts_with_what_was_learnt(trained: Finished) -> None:
@@ -119,7 +130,11 @@ def test_predict_labels_texts_with_what_was_learnt(trained: Finished) -> None:
     texts = [" ".join(OWN_WORDS[label] * 3) for label in LABELS]
     outcome = cli_call("predict", folder, *texts)
     assert outcome.code == 0, outcome
-    lines = [line for line in outcome.out.splitlines() if any(word in line for own in OWN_WORDS.values() for word in own)]
+    lines = [
+        line
+        for line in outcome.out.splitlines()
+        if any(word in line for own in OWN_WORDS.values() for word in own)
+    ]
     said = [line.split()[0] for line in lines if line.split()[0] in LABELS]
     assert len(said) == len(LABELS)
     assert sum(one == label for one, label in zip(said, LABELS, strict=True)) >= 3
@@ -133,25 +148,39 @@ def test_predict_takes_a_text_as_it_is(trained: Finished) -> None:
     assert "[red]word2[/red]" in outcome.out
 
 
-def test_export_writes_a_peft_folder_with_tokenizer_and_label_names(trained: Finished, tmp_path: Path) -> None:
+def test_export_writes_a_peft_folder_with_tokenizer_and_label_names(
+    trained: Finished, tmp_path: Path
+) -> None:
     folder, _ = trained
     made = tmp_path / "deep" / f"adapter{'-of-a-long-name' * 8}"
     outcome = cli_call("export", folder, made)
     assert (outcome.code, outcome.out) == (0, f"{made}\n")
     written = {path.name for path in made.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "config.json"} <= written
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "config.json",
+    } <= written
     names = json.loads((made / "config.json").read_text())["id2label"]
     assert tuple(names.values()) == LABELS
 
 
-def test_export_merge_writes_a_whole_model(trained: Finished, ground: Ground, tmp_path: Path) -> None:
+def test_export_merge_writes_a_whole_model(
+    trained: Finished, ground: Ground, tmp_path: Path
+) -> None:
     folder, _ = trained
     assert cli_call("export", folder, tmp_path / "whole", "--merge").code == 0
     written = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
     assert "adapter_config.json" not in written
-    merged, base = load_file(tmp_path / "whole" / "model.safetensors"), load_file(ground.model / "model.safetensors")
-    moved = [name for name, tensor in base.items() if not bool((merged[f"bert.{name}"] == tensor).all())]
+    merged, base = (
+        load_file(tmp_path / "whole" / "model.safetensors"),
+        load_file(ground.model / "model.safetensors"),
+    )
+    moved = [
+        name for name, tensor in base.items() if not bool((merged[f"bert.{name}"] == tensor).all())
+    ]
     assert moved
     assert all("attention" in name and name.endswith(".weight") for name in moved)
 
@@ -168,11 +197,17 @@ def test_methods_lists_every_method_with_what_it_does_and_its_paper() -> None:
             assert method.paper.split("arXiv ")[1].split(";")[0] in words
 
 
-def test_partition_shows_who_holds_what_as_table_and_picture(ground: Ground, tmp_path: Path) -> None:
+def test_partition_shows_who_holds_what_as_table_and_picture(
+    ground: Ground, tmp_path: Path
+) -> None:
     outcome = cli_call("partition", ground.config, "--png", tmp_path / "who.png")
     assert outcome.code == 0, outcome
     assert (tmp_path / "who.png").read_bytes().startswith(PNG)
-    lines = [line.split() for line in outcome.out.splitlines() if line.split()[:1] == ["client"] and len(line.split()) > 5]
+    lines = [
+        line.split()
+        for line in outcome.out.splitlines()
+        if line.split()[:1] == ["client"] and len(line.split()) > 5
+    ]
     held = [int(line[2]) for line in lines if line[1].isdigit()]
     assert len(held) == 5
     assert sum(held) == len(read_data(ground.chosen().data).train)
@@ -182,8 +217,17 @@ def test_partition_shows_who_holds_what_as_table_and_picture(ground: Ground, tmp
 @pytest.mark.parametrize("kind", ["iid", "shards", "by_key", "file"])
 def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> None:
     own = tmp_path / "own.json"
-    own.write_text(json.dumps({f"hospital [/{k}]": list(range(20 * k, 20 * k + 20)) for k in range(5)}))
-    sets = ("--set", f"partition.kind={kind}", "--set", "data.key=site", "--set", f"partition.file={own}")
+    own.write_text(
+        json.dumps({f"hospital [/{k}]": list(range(20 * k, 20 * k + 20)) for k in range(5)})
+    )
+    sets = (
+        "--set",
+        f"partition.kind={kind}",
+        "--set",
+        "data.key=site",
+        "--set",
+        f"partition.file={own}",
+    )
     outcome = cli_call("partition", ground.config, *sets, "--png", tmp_path / "who.png")
     assert outcome.code == 0, outcome
     assert "5 clients" in outcome.out
@@ -194,7 +238,9 @@ def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl.gz", "json"])
-def test_the_same_rows_are_the_same_data_in_every_format(ground: Ground, tmp_path: Path, ending: str) -> None:
+def test_the_same_rows_are_the_same_data_in_every_format(
+    ground: Ground, tmp_path: Path, ending: str
+) -> None:
     path = tmp_path / f"examples.{ending}"
     text = io.StringIO(newline="")
     if "csv" in ending:
@@ -203,12 +249,18 @@ def test_the_same_rows_are_the_same_data_in_every_format(ground: Ground, tmp_pat
         writer.writerows(examples())
     else:
         text.writelines(json.dumps(row) + "\n" for row in examples())
-    path.write_bytes(gzip.compress(text.getvalue().encode()) if ending.endswith("gz") else text.getvalue().encode())
+    path.write_bytes(
+        gzip.compress(text.getvalue().encode())
+        if ending.endswith("gz")
+        else text.getvalue().encode()
+    )
     choice = ground.chosen().data
     assert read_data(replace(choice, train=path)).digest() == read_data(choice).digest()
 
 
-def test_files_in_a_configuration_are_found_beside_it(ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_in_a_configuration_are_found_beside_it(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ground.folder / "relative.toml"
     config.write_text(ground.config.read_text().replace(str(ground.data), ground.data.name))
     monkeypatch.chdir(tmp_path)
@@ -270,8 +322,16 @@ def test_a_run_begun_in_one_folder_resumes_from_another(
     """Data and model are named as they are seen from the first folder."""
     config = ground.folder / "relative.toml"
     text = ground.config.read_text()
-    config.write_text(text.replace(str(ground.data), ground.data.name).replace(str(ground.model), ground.model.name))
-    sets = (f"data.train={ground.data.name}", f"model.name={ground.model.name}") if where == "by --set" else ()
+    config.write_text(
+        text.replace(str(ground.data), ground.data.name).replace(
+            str(ground.model), ground.model.name
+        )
+    )
+    sets = (
+        (f"data.train={ground.data.name}", f"model.name={ground.model.name}")
+        if where == "by --set"
+        else ()
+    )
     options = [part for one in sets for part in ("--set", one)]
     monkeypatch.chdir(ground.folder)
     assert cli_call("run", "relative.toml", "--runs", tmp_path / "runs", *SHORT, *options).code == 0
@@ -293,7 +353,12 @@ def test_overwrite_begins_anew(ground: Ground, runs: Path) -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_per_client_scores_are_asked_of_the_clients(ground: Ground, runs: Path) -> None:
-    assert cli_call("run", ground.config, "--runs", runs, *SHORT, "--set", "evaluation.per_client=true").code == 0
+    assert (
+        cli_call(
+            "run", ground.config, "--runs", runs, *SHORT, "--set", "evaluation.per_client=true"
+        ).code
+        == 0
+    )
     [row] = evaluations(runs / "tiny")
     assert row.clients_scored == 5
     assert row.client_mean is not None
@@ -304,12 +369,33 @@ def test_per_client_scores_are_asked_of_the_clients(ground: Ground, runs: Path) 
 def test_help_names_every_command() -> None:
     outcome = cli_call("--help")
     assert outcome.code == 0
-    for command in ("run", "resume", "compare", "sweep", "methods", "partition", "export", "predict", "report"):
-        assert any(line.strip("│ ").startswith(f"{command} ") for line in outcome.out.splitlines()), command
+    for command in (
+        "run",
+        "resume",
+        "compare",
+        "sweep",
+        "methods",
+        "partition",
+        "export",
+        "predict",
+        "report",
+    ):
+        assert any(
+            line.strip("│ ").startswith(f"{command} ") for line in outcome.out.splitlines()
+        ), command
 
 
-def test_a_run_that_learnt_nothing_says_so_and_ends_with_another_code(ground: Ground, runs: Path) -> None:
-    options = ("--set", "training.lr=1e30", "--set", "federation.rounds=1", "--set", "training.optimizer=sgd")
+def test_a_run_that_learnt_nothing_says_so_and_ends_with_another_code(
+    ground: Ground, runs: Path
+) -> None:
+    options = (
+        "--set",
+        "training.lr=1e30",
+        "--set",
+        "federation.rounds=1",
+        "--set",
+        "training.optimizer=sgd",
+    )
     outcome = cli_call("run", ground.config, "--runs", runs, *options)
     assert outcome.code == 2
     assert "nothing was learnt" in outcome.err

@@ -23,7 +23,9 @@ from .reading import SHORT, about, assert_reported, evaluations, row_owners, tab
 
 
 @pytest.fixture(scope="module")
-def compared(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, tuple[str | Path, ...]]:
+def compared(
+    ground: Ground, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Outcome, tuple[str | Path, ...]]:
     """Two methods, two seeds and both references on gzipped CSV data; also the arguments, to be repeated."""
     place = tmp_path_factory.mktemp("compare")
     with gzip.open(place / "examples.csv.gz", "wt", newline="") as file:
@@ -31,8 +33,25 @@ def compared(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         writer.writeheader()
         writer.writerows(examples())
     arguments = (
-        *("compare", ground.config, "--runs", place / "runs", "--methods", "lora,fedara", "--seeds", "0,1", *SHORT),
-        *("--set", f"data.train={place / 'examples.csv.gz'}", "--set", "evaluation.every=1", "--set", "compare.rank=4"),
+        *(
+            "compare",
+            ground.config,
+            "--runs",
+            place / "runs",
+            "--methods",
+            "lora,fedara",
+            "--seeds",
+            "0,1",
+            *SHORT,
+        ),
+        *(
+            "--set",
+            f"data.train={place / 'examples.csv.gz'}",
+            "--set",
+            "evaluation.every=1",
+            "--set",
+            "compare.rank=4",
+        ),
         *("--set", 'compare.references=["centralised", "local-only"]'),
     )
     return place / "runs" / "tiny-compare", cli_call(*arguments), arguments
@@ -42,7 +61,9 @@ def test_report_takes_a_folder_of_runs_and_reports_where_it_is_told(
     compared: tuple[Path, Outcome, tuple[str | Path, ...]], tmp_path: Path
 ) -> None:
     root, _, _ = compared
-    outcome = cli_call("report", root, "--to", tmp_path / "there", "--target", "0.2", "--bandwidth", "5e5")
+    outcome = cli_call(
+        "report", root, "--to", tmp_path / "there", "--target", "0.2", "--bandwidth", "5e5"
+    )
     assert outcome.code == 0, outcome
     assert_reported(tmp_path / "there")
     lines = table(tmp_path / "there" / "summary.csv")
@@ -70,27 +91,45 @@ def test_compare_gives_every_method_and_reference_a_line_over_its_seeds(
     assert float(lines["fedara"]["up_bytes"]) > 0
 
 
-def test_compare_trains_every_row_on_its_own_terms(compared: tuple[Path, Outcome, tuple[str | Path, ...]]) -> None:
+def test_compare_trains_every_row_on_its_own_terms(
+    compared: tuple[Path, Outcome, tuple[str | Path, ...]],
+) -> None:
     root, _, _ = compared
-    federated, centralised, alone = (about(root / f"{label}-s1") for label in ("lora", "centralised", "local-only"))
+    federated, centralised, alone = (
+        about(root / f"{label}-s1") for label in ("lora", "centralised", "local-only")
+    )
     assert (federated.clients, federated.clients_per_round) == (5, 2)
-    assert (centralised.clients, centralised.clients_per_round, centralised.reference) == (1, 1, True)
+    assert (centralised.clients, centralised.clients_per_round, centralised.reference) == (
+        1,
+        1,
+        True,
+    )
     assert (alone.clients, alone.reference) == (5, True)
     steps = []
     for label in ("lora", "centralised"):
         rows = [row for row in row_owners(root / f"{label}-s1") if isinstance(row, ClientRow)]
         steps.append(sum(row.measured.steps for row in rows))
     assert steps[0] == steps[1]
-    ranks = {json.loads((root / f"{label}-s0" / "config.json").read_text())["method"]["rank"] for label in ("lora", "fedara")}
+    ranks = {
+        json.loads((root / f"{label}-s0" / "config.json").read_text())["method"]["rank"]
+        for label in ("lora", "fedara")
+    }
     assert ranks == {4}
 
 
 def test_the_centralised_row_plays_its_method_at_that_methods_own_settings(ground: Ground) -> None:
-    rate = {"settings": {"lora": {"training": {"lr": 0.123}}}, "methods": ["lora"], "references": ["centralised"]}
+    rate = {
+        "settings": {"lora": {"training": {"lr": 0.123}}},
+        "methods": ["lora"],
+        "references": ["centralised"],
+    }
     planned = {one.label: one.config for one in plan(merge(ground.tree(), {"compare": rate}))}
     assert planned["lora"].training.lr == planned["centralised"].training.lr == 0.123
     own = {"settings": {**rate["settings"], "centralised": {"training": {"lr": 0.5}}}}  # type: ignore[dict-item]
-    again = {one.label: one.config for one in plan(merge(ground.tree(), {"compare": rate}, {"compare": own}))}
+    again = {
+        one.label: one.config
+        for one in plan(merge(ground.tree(), {"compare": rate}, {"compare": own}))
+    }
     assert again["centralised"].training.lr == 0.5
 
 
@@ -106,10 +145,15 @@ def test_the_centralised_row_has_one_optimizer_for_the_whole_run(ground: Ground)
     assert not again["centralised"].training.keep_optimizer
 
 
-def test_the_centralised_row_counts_the_clients_that_the_data_or_a_file_names(ground: Ground, tmp_path: Path) -> None:
+def test_the_centralised_row_counts_the_clients_that_the_data_or_a_file_names(
+    ground: Ground, tmp_path: Path
+) -> None:
     """6 rounds of 2 of 3 clients are 4 epochs of all the data; of 20 clients it would be less than one."""
     (tmp_path / "who.json").write_text(json.dumps({name: [row] for row, name in enumerate("abc")}))
-    epochs = {"training": {"steps": None}, "compare": {"methods": ["lora"], "references": ["centralised"]}}
+    epochs = {
+        "training": {"steps": None},
+        "compare": {"methods": ["lora"], "references": ["centralised"]},
+    }
     for partition, rounds in (
         ({"kind": "by_key", "clients": None}, 6 * 2 / 5),
         ({"kind": "by_key", "clients": 2}, 6),
@@ -138,12 +182,18 @@ def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
     compared: tuple[Path, Outcome, tuple[str | Path, ...]],
 ) -> None:
     root, _, arguments = compared
-    runs = [root / f"{label}-s{seed}" for label in ("lora", "fedara", "centralised", "local-only") for seed in (0, 1)]
+    runs = [
+        root / f"{label}-s{seed}"
+        for label in ("lora", "fedara", "centralised", "local-only")
+        for seed in (0, 1)
+    ]
     before = {run: (run / "ledger.jsonl").read_bytes() for run in runs}
     states = {run: _last_state(run) for run in runs}
     shutil.rmtree(root / "fedara-s1")  # never begun
     (root / "lora-s1" / "checkpoints" / "000002.json").unlink()  # half done
-    (root / "lora-s1" / "checkpoints" / "000003.json").write_text("{")  # later than 000001.json, and damaged
+    (root / "lora-s1" / "checkpoints" / "000003.json").write_text(
+        "{"
+    )  # later than 000001.json, and damaged
     outcome = cli_call(*arguments, "--resume")
     assert outcome.code == 0, outcome
     assert "falling back to the one before" in outcome.out
@@ -172,17 +222,23 @@ def test_compare_resume_takes_more_seeds_and_refuses_other_settings_before_anyth
 def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> None:
     whole = build(ground.chosen({"evaluation": {"limit": 10}}))
     commonest = whole.task.labels.index("birds")
-    assert whole.run_row().majority == pytest.approx(float((whole.scored.labels == commonest).float().mean()))
+    assert whole.run_row().majority == pytest.approx(
+        float((whole.scored.labels == commonest).float().mean())
+    )
     assert len(whole.scored) == 10
 
 
-def test_runs_side_by_side_end_in_the_same_bits_and_are_resumed_side_by_side(ground: Ground, runs: Path) -> None:
+def test_runs_side_by_side_end_in_the_same_bits_and_are_resumed_side_by_side(
+    ground: Ground, runs: Path
+) -> None:
     arguments = ("compare", ground.config, "--methods", "lora,bitfit", "--seeds", "0,1", *SHORT)
     assert cli_call(*arguments, "--runs", runs / "one").code == 0
     side_by_side = (*arguments, "--runs", runs / "other", "--jobs", "2")
     assert cli_call(*side_by_side).code == 0
     shutil.rmtree(runs / "other" / "tiny-compare" / "lora-s1")  # never begun
-    (runs / "other" / "tiny-compare" / "bitfit-s0" / "checkpoints" / "000002.json").unlink()  # half done
+    (
+        runs / "other" / "tiny-compare" / "bitfit-s0" / "checkpoints" / "000002.json"
+    ).unlink()  # half done
     outcome = cli_call(*side_by_side, "--resume")
     assert outcome.code == 0, outcome
     for name in ("lora-s0", "lora-s1", "bitfit-s0", "bitfit-s1"):
@@ -191,8 +247,20 @@ def test_runs_side_by_side_end_in_the_same_bits_and_are_resumed_side_by_side(gro
         assert json.loads((other / "hardware.json").read_text())["threads"] == 1
 
 
-def test_what_fails_in_one_of_several_processes_is_told_in_one_line(ground: Ground, runs: Path) -> None:
-    arguments = ("compare", ground.config, "--methods", "lora,bitfit", "--runs", runs, "--jobs", "2", *SHORT)
+def test_what_fails_in_one_of_several_processes_is_told_in_one_line(
+    ground: Ground, runs: Path
+) -> None:
+    arguments = (
+        "compare",
+        ground.config,
+        "--methods",
+        "lora,bitfit",
+        "--runs",
+        runs,
+        "--jobs",
+        "2",
+        *SHORT,
+    )
     assert cli_call(*arguments).code == 0
     last = runs / "tiny-compare" / "lora-s0" / "checkpoints"
     for path in last.glob("*.state"):
@@ -215,18 +283,39 @@ def test_compare_takes_targets_rank_and_fields_from_the_method_of_the_file(groun
     chosen = merge(tree, {"compare": {"targets": "query", "rank": 2}})
     methods = {one.label: one.config.method for one in plan(chosen)}
     assert methods["slora"] == {"name": "slora", "targets": "query", "rank": 2, "density": 0.3}
-    paper = {one.label: one.config.method for one in plan(merge(tree, {"compare": {"recipe": "paper"}}))}
+    paper = {
+        one.label: one.config.method for one in plan(merge(tree, {"compare": {"recipe": "paper"}}))
+    }
     assert paper == {"slora": written["method"], "lora": {"name": "lora"}}
 
 
 def test_sweep_refuses_a_value_or_a_field_that_is_named_twice(ground: Ground, runs: Path) -> None:
-    refused(cli_call("sweep", ground.config, "training.lr=1e-3,1e-3", "--runs", runs), "training.lr", "once")
-    refused(cli_call("sweep", ground.config, "training.lr=1e-3", "training.lr=1e-2", "--runs", runs), "training.lr", "twice")
+    refused(
+        cli_call("sweep", ground.config, "training.lr=1e-3,1e-3", "--runs", runs),
+        "training.lr",
+        "once",
+    )
+    refused(
+        cli_call("sweep", ground.config, "training.lr=1e-3", "training.lr=1e-2", "--runs", runs),
+        "training.lr",
+        "twice",
+    )
     assert not runs.exists()
 
 
-def test_sweep_tries_every_value_with_every_method_on_validation(ground: Ground, runs: Path) -> None:
-    outcome = cli_call("sweep", ground.config, "training.lr=0.001,0.02", "--methods", "lora,bitfit", "--runs", runs, *SHORT)
+def test_sweep_tries_every_value_with_every_method_on_validation(
+    ground: Ground, runs: Path
+) -> None:
+    outcome = cli_call(
+        "sweep",
+        ground.config,
+        "training.lr=0.001,0.02",
+        "--methods",
+        "lora,bitfit",
+        "--runs",
+        runs,
+        *SHORT,
+    )
     assert outcome.code == 0, outcome
     root = runs / "tiny-sweep"
     assert_reported(root / "report")
@@ -244,7 +333,9 @@ def _last_state(run: Path) -> State:
     return found.state
 
 
-def test_a_section_method_without_a_name_is_loras_and_common_to_a_comparison(ground: Ground) -> None:
+def test_a_section_method_without_a_name_is_loras_and_common_to_a_comparison(
+    ground: Ground,
+) -> None:
     """As every other field that is not given, the name takes its default."""
     tree = {**ground.tree(), "method": {"rank": 3, "scale": 0.5}}
     assert from_tree(tree).method == {"name": "lora", "rank": 3, "scale": 0.5}

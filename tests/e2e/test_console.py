@@ -43,7 +43,9 @@ ENCODINGS: dict[str, dict[str, str]] = {
 def place(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data and a configuration, whose labels and clients have names beyond ASCII."""
     folder = tmp_path_factory.mktemp("accents")
-    rows = [{**row, "label": NAMES[row["label"]], "site": f"h{row['site']} é漢"} for row in examples()]
+    rows = [
+        {**row, "label": NAMES[row["label"]], "site": f"h{row['site']} é漢"} for row in examples()
+    ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (folder / "data.jsonl").write_text("".join(lines), encoding="utf-8")
     tree = {
@@ -59,9 +61,13 @@ def place(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_process(folder: Path, surroundings: dict[str, str], *commands: tuple[str, ...]) -> tuple[int, bytes, str]:
+def in_process(
+    folder: Path, surroundings: dict[str, str], *commands: tuple[str, ...]
+) -> tuple[int, bytes, str]:
     """Run commands, one after another, in a process; return its exit code and what it printed."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", ALL, json.dumps(commands)],
         cwd=folder,
@@ -111,7 +117,9 @@ def test_every_command_prints_in_every_encoding(place: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cp1252", "C locale"])
 def test_an_error_is_one_line_in_every_encoding(place: Path, name: str) -> None:
-    code, _, err = in_process(place, ENCODINGS[name], ("run", "mine.toml", "--set", "method.targets=漢→é"))
+    code, _, err = in_process(
+        place, ENCODINGS[name], ("run", "mine.toml", "--set", "method.targets=漢→é")
+    )
     assert code == 2
     assert len(err.splitlines()) == 1
     assert "method.targets" in err
@@ -135,7 +143,13 @@ def test_what_ascii_lacks_is_shown_by_its_nearest() -> None:
 
 
 def test_every_character_has_something_that_ascii_can_print() -> None:
-    for code in [*range(0x3000), *range(0xD7F0, 0xE010), *range(0xFF00, 0x10100), 0x1F642, 0x10FFFF]:
+    for code in [
+        *range(0x3000),
+        *range(0xD7F0, 0xE010),
+        *range(0xFF00, 0x10100),
+        0x1F642,
+        0x10FFFF,
+    ]:
         assert in_ascii(chr(code)).isascii()
 
 

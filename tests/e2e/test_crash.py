@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 
+from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.recorder import CHECKPOINTS
 from fedpeft.experiment.run import resume, start
 from fedpeft.federation.checkpoint import manifest
-from fedpeft.types import BadInput
 
 from .builders import Ground
 from .crashing import ROUNDS, Outcome, assert_resumes, die_while
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="crashes need fork and /proc"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # fork, Python 3.12+
+    pytest.mark.filterwarnings(
+        "ignore:This process .* is multi-threaded:DeprecationWarning"
+    ),  # fork, Python 3.12+
 ]
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,7 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedara": {"rank": 4, "kept": 0.25, "warmup": 0.0},
     "federa": {"rank": 3},
 }
-CASES = [*((name, precision) for name in ("lora", "slora", "fedara") for precision in ("fp32", "bf16")), ("federa", "fp32")]
+CASES = [
+    *((name, precision) for name in ("lora", "slora", "fedara") for precision in ("fp32", "bf16")),
+    ("federa", "fp32"),
+]
 """FeDeRA because its clients remember something."""
 KILLS = 10
 
@@ -71,12 +76,18 @@ def case(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     def of(method: str, precision: str) -> Case:
         assembly = build(
             ground.chosen(
-                {"machine": {"precision": precision}, "method": {"name": method, **METHODS[method]}},
+                {
+                    "machine": {"precision": precision},
+                    "method": {"name": method, **METHODS[method]},
+                },
                 {"federation": {"rounds": ROUNDS}, "training": {"steps": 1, "batch_size": 4}},
                 {"evaluation": {"every": 2, "limit": 8}},
             )
         )
-        return Case(assembly, Outcome.of(assembly, tmp_path_factory.mktemp("undisturbed") / f"{method}-{precision}"))
+        return Case(
+            assembly,
+            Outcome.of(assembly, tmp_path_factory.mktemp("undisturbed") / f"{method}-{precision}"),
+        )
 
     return of
 
@@ -95,11 +106,15 @@ def test_killed_at_ten_random_instants_a_run_resumes_to_the_same_end(
         die_while(this.starting(folder), instant)
         second_half.append(manifest(folder / CHECKPOINTS, ROUNDS // 2).exists())
         this.assert_resumes(folder)
-    assert set(second_half) == {False, True}, "both stages of SLoRA, which are halves of the run, must have been hit"
+    assert set(second_half) == {False, True}, (
+        "both stages of SLoRA, which are halves of the run, must have been hit"
+    )
 
 
 @pytest.mark.parametrize(("method", "precision"), CASES)
-def test_killed_again_and_again_a_run_resumes_to_the_same_end(case: Cases, runs: Path, method: str, precision: str) -> None:
+def test_killed_again_and_again_a_run_resumes_to_the_same_end(
+    case: Cases, runs: Path, method: str, precision: str
+) -> None:
     this = case(method, precision)
     draw = random.Random(f"{method} {precision}")
     die_while(this.starting(runs), this.undisturbed.instants.configured + draw.randrange(5, 20))
@@ -109,16 +124,22 @@ def test_killed_again_and_again_a_run_resumes_to_the_same_end(case: Cases, runs:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_before_its_first_checkpoint_a_run_begins_anew(case: Cases, runs: Path, method: str) -> None:
+def test_killed_before_its_first_checkpoint_a_run_begins_anew(
+    case: Cases, runs: Path, method: str
+) -> None:
     this = case(method, "fp32")
-    for number, instant in enumerate((1, 4)):  # in the middle of the first row; before the state's file is renamed
+    for number, instant in enumerate(
+        (1, 4)
+    ):  # in the middle of the first row; before the state's file is renamed
         folder = runs / str(number)
         die_while(this.starting(folder), this.undisturbed.instants.configured + instant)
         assert not [*folder.glob("checkpoints/*.json")]
         this.assert_resumes(folder)
 
 
-def test_killed_before_it_is_a_run_a_folder_is_refused_and_can_be_overwritten(case: Cases, runs: Path) -> None:
+def test_killed_before_it_is_a_run_a_folder_is_refused_and_can_be_overwritten(
+    case: Cases, runs: Path
+) -> None:
     this = case("lora", "fp32")
     die_while(this.starting(runs), this.undisturbed.instants.configured - 3)
     with pytest.raises(BadInput, match="holds no run"):
@@ -133,6 +154,8 @@ def test_a_killed_run_resumes_in_another_process_to_the_same_end(case: Cases, ru
         die_while(case(method, "fp32").starting(folder), case(method, "fp32").instants("other")[4])
     code = "import sys, pathlib, fedpeft.experiment.run; [fedpeft.experiment.run.resume(pathlib.Path(folder)) for folder in sys.argv[1:]]"
     seeded = {**os.environ, "PYTHONHASHSEED": "12345"}
-    subprocess.run([sys.executable, "-c", code, *map(str, folders.values())], check=True, env=seeded)
+    subprocess.run(
+        [sys.executable, "-c", code, *map(str, folders.values())], check=True, env=seeded
+    )
     for method, folder in folders.items():
         case(method, "fp32").assert_resumes(folder)

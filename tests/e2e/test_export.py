@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from fedpeft.algebra.lowrank import LowRank
+from fedpeft.errors import BadInput
 from fedpeft.experiment import run as runs
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.config import from_json, from_tree
@@ -38,7 +39,7 @@ from fedpeft.ledger import FILE, EvaluationRow
 from fedpeft.ledger import read as ledger
 from fedpeft.models import export
 from fedpeft.mounting import mounted
-from fedpeft.types import BadInput, LocalTask
+from fedpeft.types import LocalTask
 
 from .builders import (
     LABELS,
@@ -52,13 +53,22 @@ from .builders import (
     write_tokenizer,
 )
 
-TEXTS = [row["text"] for row in examples()[:12]] + ["fish0"]  # of unequal lengths, so that padding matters
+TEXTS = [row["text"] for row in examples()[:12]] + [
+    "fish0"
+]  # of unequal lengths, so that padding matters
 LOW_RANK: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 3, "scale": 2.0},
     "ffa_lora": {"name": "ffa_lora", "rank": 3, "scale": 2.0},
     "federa": {"name": "federa", "rank": 3, "scale": 0.5},
     "slora": {"name": "slora", "rank": 3, "pre_classifier_rank": 5, "scale": 2.0, "stage1": 0.5},
-    "fedara": {"name": "fedara", "rank": 4, "scale": 2.0, "kept": 0.2, "warmup": 0.0, "targets": "all-linear"},
+    "fedara": {
+        "name": "fedara",
+        "rank": 4,
+        "scale": 2.0,
+        "kept": 0.2,
+        "warmup": 0.0,
+        "targets": "all-linear",
+    },
     "gpt2 lora": {"name": "lora", "rank": 3, "scale": 2.0, "targets": "all-linear"},
     "gpt2 federa": {"name": "federa", "rank": 3},
     "gpt2 slora": {"name": "slora", "rank": 3, "scale": 2.0, "stage1": 0.5},
@@ -156,7 +166,9 @@ def exported(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     assembly: Federation | None = None
     for name, method in (LOW_RANK | OTHERS).items():
         model = {"name": str(bases.get(name.partition(" ")[0], ground.model))}
-        config = ground.chosen({"model": model, "method": method, "training": {"lr": 0.02}, "evaluation": {"every": 6}})
+        config = ground.chosen(
+            {"model": model, "method": method, "training": {"lr": 0.02}, "evaluation": {"every": 6}}
+        )
         assembly = build(config, reuse=assembly)
         runs.start(assembly, place / "runs" / name)
         found[name] = _exported(place / "runs" / name)
@@ -248,24 +260,35 @@ def test_the_adapters_alone_change_what_is_said(exported: dict[str, Exported], n
     model = one.trained.loaded.model
     with torch.no_grad():
         batch = _batch(one.trained)
-        bare = torch.func.functional_call(model, {key: tensor[0] for key, tensor in head.items()}, (), batch).logits
+        bare = torch.func.functional_call(
+            model, {key: tensor[0] for key, tensor in head.items()}, (), batch
+        ).logits
     assert (bare - one.ours).abs().max() > 1e-2
 
 
 def test_slora_exports_mixed_ranks(exported: dict[str, Exported], tmp_path: Path) -> None:
     exported["slora"].trained.export(tmp_path / "slora")
     tensors = load_file(tmp_path / "slora" / "adapter_model.safetensors")
-    ranks = {name: len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    ranks = {
+        name: len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight")
+    }
     assert ranks.pop("base_model.model.bert.pooler.dense.lora_A.weight") == 5
     assert set(ranks.values()) == {3}
     assert len(ranks) == 12
 
 
-def test_fedara_exports_unequal_ranks_and_no_dead_module(exported: dict[str, Exported], tmp_path: Path) -> None:
+def test_fedara_exports_unequal_ranks_and_no_dead_module(
+    exported: dict[str, Exported], tmp_path: Path
+) -> None:
     one = exported["fedara"]
-    alive = {name.removesuffix(":alive"): int(mask.sum()) for name, mask in one.trained.state.server.items()}
+    alive = {
+        name.removesuffix(":alive"): int(mask.sum())
+        for name, mask in one.trained.state.server.items()
+    }
     assert 0 in alive.values()
-    assert len(set(alive.values())) >= 3, "the ranks that live must be unequal, or this shows nothing"
+    assert len(set(alive.values())) >= 3, (
+        "the ranks that live must be unequal, or this shows nothing"
+    )
     one.trained.export(tmp_path / "fedara")
     tensors = load_file(tmp_path / "fedara" / "adapter_model.safetensors")
     ranks = {
@@ -276,28 +299,45 @@ def test_fedara_exports_unequal_ranks_and_no_dead_module(exported: dict[str, Exp
     assert ranks == {module: rank for module, rank in alive.items() if rank}
 
 
-def test_federa_exports_twice_its_rank_on_the_pretrained_base(exported: dict[str, Exported], tmp_path: Path) -> None:
+def test_federa_exports_twice_its_rank_on_the_pretrained_base(
+    exported: dict[str, Exported], tmp_path: Path
+) -> None:
     exported["federa"].trained.export(tmp_path / "federa")
     settings = json.loads((tmp_path / "federa" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (6, 6)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_methods_without_factors_are_exported_merged_only(exported: dict[str, Exported], tmp_path: Path, name: str) -> None:
-    refused(cli_call("export", exported[name].folder, tmp_path / "made"), "no low-rank adapters", "--merge")
+def test_methods_without_factors_are_exported_merged_only(
+    exported: dict[str, Exported], tmp_path: Path, name: str
+) -> None:
+    refused(
+        cli_call("export", exported[name].folder, tmp_path / "made"),
+        "no low-rank adapters",
+        "--merge",
+    )
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_reference_without_a_global_model_is_neither_exported_nor_asked(ground: Ground, tmp_path: Path) -> None:
-    config = ground.chosen({"method": {"name": "local_only"}, "federation": {"rounds": 1}, "evaluation": {"limit": 8}})
+def test_a_reference_without_a_global_model_is_neither_exported_nor_asked(
+    ground: Ground, tmp_path: Path
+) -> None:
+    config = ground.chosen(
+        {"method": {"name": "local_only"}, "federation": {"rounds": 1}, "evaluation": {"limit": 8}}
+    )
     runs.start(build(config), tmp_path / "alone")
-    for arguments in (("export", tmp_path / "alone", tmp_path / "made"), ("predict", tmp_path / "alone", "fish0")):
+    for arguments in (
+        ("export", tmp_path / "alone", tmp_path / "made"),
+        ("predict", tmp_path / "alone", "fish0"),
+    ):
         refused(cli_call(*arguments), "'local_only'")
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
-def test_an_exported_folder_holds_tokenizer_and_label_names(exported: dict[str, Exported], tmp_path: Path, merge: bool) -> None:
+def test_an_exported_folder_holds_tokenizer_and_label_names(
+    exported: dict[str, Exported], tmp_path: Path, merge: bool
+) -> None:
     exported["lora"].trained.export(tmp_path / "made", merge=merge)
     place = tmp_path / "made" if merge else tmp_path / "made" / "labels"
     settings = json.loads((place / "config.json").read_text())
@@ -319,7 +359,9 @@ def test_an_exported_adapter_names_its_base_model_wherever_it_is_loaded(
     assert settings["task_type"] == "SEQ_CLS"
 
 
-def test_exporting_leaves_the_model_as_it_was(exported: dict[str, Exported], tmp_path: Path) -> None:
+def test_exporting_leaves_the_model_as_it_was(
+    exported: dict[str, Exported], tmp_path: Path
+) -> None:
     """To the bit: the model is shared, and its weights and settings are everybody's."""
     one = exported["slora"]
     model: Any = one.trained.loaded.model
@@ -489,11 +531,17 @@ def test_a_list_of_targets_outlives_json() -> None:
     assert again.build_method().targets == ("query", "value")  # type: ignore[attr-defined]
 
 
-def test_a_folder_that_exists_is_refused_and_left_alone(exported: dict[str, Exported], tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_refused_and_left_alone(
+    exported: dict[str, Exported], tmp_path: Path
+) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "mine.txt").write_text("mine")
     for options in ((), ("--merge",)):
-        refused(cli_call("export", exported["lora"].folder, tmp_path / "made", *options), str(tmp_path / "made"), "exists")
+        refused(
+            cli_call("export", exported["lora"].folder, tmp_path / "made", *options),
+            str(tmp_path / "made"),
+            "exists",
+        )
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["mine.txt"]
 
 
@@ -502,11 +550,15 @@ def test_an_opened_run_scores_what_its_ledger_says(exported: dict[str, Exported]
     rows = [row for row in ledger(one.folder / FILE) if isinstance(row, EvaluationRow)]
     assembly = build(one.trained.config)
     said = one.trained.predict(assembly.dataset.test.texts)
-    right = [label == there for (label, _), there in zip(said, assembly.dataset.test.labels, strict=True)]
+    right = [
+        label == there for (label, _), there in zip(said, assembly.dataset.test.labels, strict=True)
+    ]
     assert sum(right) / len(right) == pytest.approx(rows[-1].accuracy)
 
 
-def test_an_empty_text_is_a_text_also_where_the_tokenizer_adds_nothing(exported: dict[str, Exported]) -> None:
+def test_an_empty_text_is_a_text_also_where_the_tokenizer_adds_nothing(
+    exported: dict[str, Exported],
+) -> None:
     for name in ("lora", "gpt2 lora"):
         trained = exported[name].trained
         [alone, _] = trained.predict(["", "fish0 fish1"])

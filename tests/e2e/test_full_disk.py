@@ -65,13 +65,21 @@ def test_a_disk_full_at_the_first_checkpoint_ends_a_run_that_can_be_resumed(
     room = max(settings, 1) + 1
     assert room < max(saved, first_row)
     with file_limit(room):
-        refused(cli_call("run", ground.config, "--runs", runs, *_options(assembly)), str(runs / "tiny"), "fedpeft resume")
+        refused(
+            cli_call("run", ground.config, "--runs", runs, *_options(assembly)),
+            str(runs / "tiny"),
+            "fedpeft resume",
+        )
     assert_resumes(runs / "tiny", assembly, undisturbed)
 
 
-def test_a_disk_full_from_the_start_leaves_no_half_made_run(ground: Ground, assembly: Federation, runs: Path) -> None:
+def test_a_disk_full_from_the_start_leaves_no_half_made_run(
+    ground: Ground, assembly: Federation, runs: Path
+) -> None:
     with file_limit(300):
-        refused(cli_call("run", ground.config, "--runs", runs, *_options(assembly)), str(runs / "tiny"))
+        refused(
+            cli_call("run", ground.config, "--runs", runs, *_options(assembly)), str(runs / "tiny")
+        )
     assert not (runs / "tiny").exists()
 
 
@@ -104,17 +112,25 @@ def test_a_disk_full_at_any_instant_ends_a_run_that_resumes_to_the_same_end(
     assert_resumes(runs / "tiny", assembly, undisturbed)
 
 
-def test_a_folder_that_takes_no_ledger_any_more_is_named(assembly: Federation, undisturbed: Outcome, tmp_path: Path) -> None:
+def test_a_folder_that_takes_no_ledger_any_more_is_named(
+    assembly: Federation, undisturbed: Outcome, tmp_path: Path
+) -> None:
     folder = shutil.copytree(undisturbed.folder, tmp_path / "run")
     manifest(folder / CHECKPOINTS, ROUNDS).unlink()
-    with mock.patch.object(Ledger, "cut", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))):
+    with mock.patch.object(
+        Ledger, "cut", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))
+    ):
         refused(cli_call("resume", folder), str(folder), "Read-only file system", "fedpeft resume")
     assert_resumes(folder, assembly, undisturbed)
 
 
 def test_a_report_that_finds_no_room_is_one_line(undisturbed: Outcome, tmp_path: Path) -> None:
     with file_limit(50):
-        refused(cli_call("report", undisturbed.folder, "--to", tmp_path / "report"), str(tmp_path / "report"), "--to")
+        refused(
+            cli_call("report", undisturbed.folder, "--to", tmp_path / "report"),
+            str(tmp_path / "report"),
+            "--to",
+        )
 
 
 @contextmanager

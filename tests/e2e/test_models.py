@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, dynamic_module_utils
 from transformers.utils import import_utils
 
+from fedpeft.errors import BadInput
 from fedpeft.models import Loaded, ModelSection, causes, kernels, load, locate
 from fedpeft.seeds import derive
 from fedpeft.tasks import Classification
 from fedpeft.training.hardware import Hardware, Machine, resolve
-from fedpeft.types import BadInput
 
 from . import zoo
 from .builders import VOCABULARY, Ground, cli_call, refused
@@ -277,7 +277,11 @@ def test_a_tokenizer_that_names_no_padding_gets_some_that_is_not_read(
 
 
 def test_a_tokenizer_that_names_no_token_at_all_is_refused(tmp_path: Path) -> None:
-    numbers: Mapping[str, Any] = {"eos_token_id": None, "pad_token_id": None, "rows": len(VOCABULARY)}
+    numbers: Mapping[str, Any] = {
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "rows": len(VOCABULARY),
+    }
     folder = zoo.write(tmp_path / "mute", "gpt2", special=False, **numbers)
     words = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(words.replace("[PAD]", "zero"))

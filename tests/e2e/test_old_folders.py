@@ -53,7 +53,9 @@ def test_the_digest_here_is_the_one_that_the_old_version_took(assembly: Federati
     assert old_digest(json.loads(text)) == blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def test_a_run_of_the_old_version_ends_as_it_would_have(run: Path, assembly: Federation, undisturbed: Outcome) -> None:
+def test_a_run_of_the_old_version_ends_as_it_would_have(
+    run: Path, assembly: Federation, undisturbed: Outcome
+) -> None:
     as_of_old(run, settings_of(run))
     assert_resumes(run, assembly, undisturbed)
 
@@ -102,10 +104,14 @@ def test_settings_that_were_changed_by_hand_are_still_refused(run: Path) -> None
     refused(cli_call("resume", run), str(run), "configuration", "--overwrite")
 
 
-def test_the_form_of_the_file_does_not_matter(run: Path, assembly: Federation, undisturbed: Outcome) -> None:
+def test_the_form_of_the_file_does_not_matter(
+    run: Path, assembly: Federation, undisturbed: Outcome
+) -> None:
     settings = settings_of(run)
     upside_down = dict(reversed(settings.items()))
-    (run / CONFIG).write_text(json.dumps(upside_down, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+    (run / CONFIG).write_text(
+        json.dumps(upside_down, separators=(",", ":"), ensure_ascii=False), encoding="utf-8"
+    )
     assert_resumes(run, assembly, undisturbed)
 
 

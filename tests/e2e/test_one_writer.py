@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from fedpeft import api
+from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation
 from fedpeft.experiment.claim import COMMAND, LOCKS, claimed, on_behalf
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG
 from fedpeft.experiment.run import resume, start
 from fedpeft.experiment.run_folder import clear, refuse_existing
 from fedpeft.federation.checkpoint import manifest
-from fedpeft.types import BadInput
 
 from .builders import Ground, cli_call, refused
 from .crashing import ROUNDS, Outcome, assert_resumes, unmeasured
@@ -44,7 +44,9 @@ def with_run(undisturbed: Outcome, folder: Path) -> Path:
     return folder
 
 
-def test_whoever_would_write_a_run_that_is_written_is_refused(ground: Ground, undisturbed: Outcome, runs: Path) -> None:
+def test_whoever_would_write_a_run_that_is_written_is_refused(
+    ground: Ground, undisturbed: Outcome, runs: Path
+) -> None:
     folder = with_run(undisturbed, runs / "tiny")
     before = contents(runs)
     with claimed(folder):
@@ -58,7 +60,9 @@ def test_whoever_would_write_a_run_that_is_written_is_refused(ground: Ground, un
     assert contents(runs) == before
 
 
-def test_a_run_that_is_written_can_be_read(undisturbed: Outcome, runs: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_written_can_be_read(
+    undisturbed: Outcome, runs: Path, tmp_path: Path
+) -> None:
     folder = with_run(undisturbed, runs / "tiny")
     with claimed(folder):
         for arguments in (
@@ -70,7 +74,9 @@ def test_a_run_that_is_written_can_be_read(undisturbed: Outcome, runs: Path, tmp
             assert outcome.code == 0, outcome
 
 
-def test_a_comparison_is_refused_while_any_of_its_runs_is_written(ground: Ground, runs: Path) -> None:
+def test_a_comparison_is_refused_while_any_of_its_runs_is_written(
+    ground: Ground, runs: Path
+) -> None:
     arguments = ("compare", ground.config, "--runs", runs, "--methods", "lora,bitfit", *SHORT)
     assert cli_call(*arguments).code == 0
     written = runs / "tiny-compare" / "lora-s0"
@@ -129,7 +135,9 @@ def test_a_start_that_fails_leaves_the_run_that_it_would_have_replaced(
     folder = with_run(undisturbed, runs / "tiny")
     before = contents(runs)
     wrong = ("--set", "method.rank=33")
-    refused(cli_call("run", ground.config, "--runs", runs, "--overwrite", *wrong), "method.rank = 33")
+    refused(
+        cli_call("run", ground.config, "--runs", runs, "--overwrite", *wrong), "method.rank = 33"
+    )
     assert contents(runs) == before
     assert not (folder / COMMAND).exists()
 
@@ -157,7 +165,9 @@ def in_process(*arguments: str | Path) -> "subprocess.Popen[str]":
 
 
 @contextmanager
-def frozen_once(happened: Callable[[], bool], *arguments: str | Path) -> Iterator["subprocess.Popen[str]"]:
+def frozen_once(
+    happened: Callable[[], bool], *arguments: str | Path
+) -> Iterator["subprocess.Popen[str]"]:
     """Start a command, freeze it and its processes once something has happened, and kill it in the end.
 
     What it has started itself is left to notice that.
@@ -175,14 +185,18 @@ def frozen_once(happened: Callable[[], bool], *arguments: str | Path) -> Iterato
         process.communicate()  # returns when its own processes have ended, too: they hold its stdout
 
 
-def test_a_killed_run_is_resumed_and_one_at_work_is_not(assembly: Federation, undisturbed: Outcome, runs: Path) -> None:
+def test_a_killed_run_is_resumed_and_one_at_work_is_not(
+    assembly: Federation, undisturbed: Outcome, runs: Path
+) -> None:
     folder = with_run(undisturbed, runs)
     with frozen_once((folder / COMMAND).exists, "resume", folder) as process:
         refused(cli_call("resume", folder), f"{folder}: process {process.pid} is writing")
     assert_resumes(folder, assembly, undisturbed)
 
 
-def test_a_comparison_in_processes_holds_all_its_folders_and_is_resumed_when_killed(ground: Ground, runs: Path) -> None:
+def test_a_comparison_in_processes_holds_all_its_folders_and_is_resumed_when_killed(
+    ground: Ground, runs: Path
+) -> None:
     rounds = ("--set", "federation.rounds=12", "--set", "training.steps=1")
     arguments = ("compare", ground.config, "--methods", "lora,bitfit,ffa_lora", *rounds)
     names = ("lora-s0", "bitfit-s0", "ffa_lora-s0")
@@ -205,7 +219,9 @@ def test_a_comparison_in_processes_holds_all_its_folders_and_is_resumed_when_kil
         assert not LOCKS.intersection(path.name for path in (root / name).iterdir())
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "checkpoints/notes.json", "report/mine.csv", "adapter/x", "model.tmp"])
+@pytest.mark.parametrize(
+    "foreign", ["notes.txt", "checkpoints/notes.json", "report/mine.csv", "adapter/x", "model.tmp"]
+)
 def test_what_the_user_has_put_into_a_run_folder_is_never_deleted(
     ground: Ground, undisturbed: Outcome, runs: Path, foreign: str
 ) -> None:
@@ -220,7 +236,9 @@ def test_what_the_user_has_put_into_a_run_folder_is_never_deleted(
     assert (folder / foreign).read_text() == "mine"
 
 
-def test_overwriting_replaces_all_that_a_run_has_written_and_leaves_hidden_files(ground: Ground, runs: Path) -> None:
+def test_overwriting_replaces_all_that_a_run_has_written_and_leaves_hidden_files(
+    ground: Ground, runs: Path
+) -> None:
     once = ("run", ground.config, "--runs", runs, *SHORT)
     assert cli_call(*once).code == 0
     folder = runs / "tiny"
@@ -240,7 +258,16 @@ def test_all_that_a_run_writes_with_its_figures_can_be_overwritten(
     ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # with matplotlib, if it is installed
-    once = ("run", ground.config, "--runs", runs, "--set", "federation.rounds=1", "--set", "training.steps=1")
+    once = (
+        "run",
+        ground.config,
+        "--runs",
+        runs,
+        "--set",
+        "federation.rounds=1",
+        "--set",
+        "training.steps=1",
+    )
     assert cli_call(*once).code == 0
     refuse_existing(runs / "tiny", overwrite=True)
     clear(runs / "tiny")

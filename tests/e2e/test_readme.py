@@ -62,14 +62,23 @@ def test_commands(place: Path, ground: Ground) -> None:
         settings = [f"--set={one}" for one in smaller] if "mine.toml" in rest else []
         outcome = cli_call(name, *rest, *settings)
         assert (outcome.code, outcome.err) == (0, ""), (name, outcome)
-    for made in ("partition.png", "runs/mine/ledger.jsonl", "report/summary.csv", "adapter/adapter_config.json"):
+    for made in (
+        "partition.png",
+        "runs/mine/ledger.jsonl",
+        "report/summary.csv",
+        "adapter/adapter_config.json",
+    ):
         assert (place / made).exists(), made
 
 
 def test_python_example(place: Path, ground: Ground) -> None:
     [code] = blocks("python")
     tiny = f'"model": {{"name": {str(ground.model)!r}, "max_length": 16}}, "machine": {{"threads": 1}}, "data": {{'
-    small = code.replace('"data": {', tiny, 1).replace('"clients": 20', '"clients": 5').replace('"rounds": 20', '"rounds": 2')
+    small = (
+        code.replace('"data": {', tiny, 1)
+        .replace('"clients": 20', '"clients": 5')
+        .replace('"rounds": 20', '"rounds": 2')
+    )
     assert small.count(str(ground.model)) == 1
     exec(compile(small, "README.md", "exec"), {})  # what a reader would paste
     assert (place / "adapter" / "adapter_model.safetensors").exists()
@@ -78,7 +87,11 @@ def test_python_example(place: Path, ground: Ground) -> None:
 def test_tree_names_every_file_and_no_other() -> None:
     [tree] = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
     inside = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
-    there = {path.name for path in (ROOT / "fedpeft").iterdir() if path.name not in {"__init__.py", "__pycache__", "py.typed"}}
+    there = {
+        path.name
+        for path in (ROOT / "fedpeft").iterdir()
+        if path.name not in {"__init__.py", "__pycache__", "py.typed"}
+    }
     assert inside == there
     for line in tree.splitlines():
         if not line.startswith(" "):

@@ -39,15 +39,21 @@ from tests.tiny import CONFIG, CPU, SEED, TASK, close, examples, shaken
 SIZES = {0: 6, 1: 11, 2: 9}
 SGD = Training(optimizer="sgd", lr=0.2, batch_size=4, epochs=2)
 FOUR: dict[str, Any] = {**BERT, "num_hidden_layers": 4}
-_LLAMA: Callable[[LlamaConfig], nn.Module] = LlamaForSequenceClassification  # its __init__ is untyped
+_LLAMA: Callable[[LlamaConfig], nn.Module] = (
+    LlamaForSequenceClassification  # its __init__ is untyped
+)
 
 DEEP: Mapping[str, Callable[[], nn.Module]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**FOUR, **COMMON, **NO_DROPOUT)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**FOUR, **COMMON, **NO_DROPOUT)),
+    "roberta": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**FOUR, **COMMON, **NO_DROPOUT)
+    ),
     "distilbert": lambda: DistilBertForSequenceClassification(
         DistilBertConfig(**{**DISTIL, "n_layers": 4}, **COMMON, seq_classif_dropout=0.0)
     ),
-    "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(**{**GPT2, "n_layer": 4}, **GPT2_PLAIN)),
+    "gpt2": lambda: GPT2ForSequenceClassification(
+        GPT2Config(**{**GPT2, "n_layer": 4}, **GPT2_PLAIN)
+    ),
     "llama": lambda: _LLAMA(LlamaConfig(**FOUR, **COMMON, num_key_value_heads=1, pad_token_id=0)),
 }
 """Of every family whose blocks form a chain, a model with four of them."""
@@ -78,12 +84,19 @@ def request(playing: Worker, method: Method, family: str) -> bytes:
     return Request(Kind.TRAIN, 0, CONFIG, method.send(state, Client(0))).encode()
 
 
-def trained(playing: Worker, blob: bytes, stack: tuple[int, ...] = (0, 1, 2)) -> dict[int, Mapping[str, Tensor]]:
+def trained(
+    playing: Worker, blob: bytes, stack: tuple[int, ...] = (0, 1, 2)
+) -> dict[int, Mapping[str, Tensor]]:
     found = playing.handle(stack, [blob] * len(stack), [b""] * len(stack))
-    return {client: Response.decode(answer).payload for client, (answer, _) in zip(stack, found, strict=True)}
+    return {
+        client: Response.decode(answer).payload
+        for client, (answer, _) in zip(stack, found, strict=True)
+    }
 
 
-def assert_like(playing: Worker, plain: Worker, blob: bytes, stack: tuple[int, ...] = (0, 1, 2)) -> None:
+def assert_like(
+    playing: Worker, plain: Worker, blob: bytes, stack: tuple[int, ...] = (0, 1, 2)
+) -> None:
     """Assert that a stack ends in what it ends in without anything kept."""
     expected = trained(plain, blob, stack)
     for client, payload in trained(playing, blob, stack).items():
@@ -107,13 +120,17 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 def part_of(model: nn.Module, block: int) -> nn.Module:
     """Return a dense layer inside a block."""
-    return next(module for module in blocks_of(model)[block].modules() if not list(module.children()))
+    return next(
+        module for module in blocks_of(model)[block].modules() if not list(module.children())
+    )
 
 
 @pytest.mark.parametrize("pad_to_multiple_of", [1, 8])
 @pytest.mark.parametrize("lowest", [1, 2, 3])
 @pytest.mark.parametrize("family", DEEP)
-def test_a_run_with_kept_states_equals_the_run_without(family: str, lowest: int, pad_to_multiple_of: int) -> None:
+def test_a_run_with_kept_states_equals_the_run_without(
+    family: str, lowest: int, pad_to_multiple_of: int
+) -> None:
     method = from_block(lowest)
     plain = working(method, four_blocks(family), family)
     plain = replace(plain, hardware=replace(CPU, pad_to_multiple_of=pad_to_multiple_of))
@@ -130,7 +147,9 @@ def test_a_run_with_kept_states_equals_the_run_without(family: str, lowest: int,
     assert first.rows == 2 * sum(SIZES.values())
 
 
-def test_only_the_clients_named_are_kept_and_one_stranger_makes_its_stack_begin_at_the_bottom() -> None:
+def test_only_the_clients_named_are_kept_and_one_stranger_makes_its_stack_begin_at_the_bottom() -> (
+    None
+):
     method = from_block(2)
     plain = working(method, four_blocks("bert"))
     kept = replace(plain, cache=ActivationCache([0, 1]))
@@ -149,12 +168,18 @@ def test_only_the_clients_named_are_kept_and_one_stranger_makes_its_stack_begin_
 def test_states_do_not_depend_on_what_ran_before() -> None:
     """So a resumed run, which has none, ends in the same bits."""
     method = from_block(2)
-    one, other = (replace(working(method, four_blocks("bert")), cache=ActivationCache(SIZES)) for _ in range(2))
+    one, other = (
+        replace(working(method, four_blocks("bert")), cache=ActivationCache(SIZES))
+        for _ in range(2)
+    )
     blob = request(one, method, "bert")
     for client in SIZES:
         trained(one, blob, (client,))
     for client, payload in trained(one, blob).items():
-        assert all(torch.equal(payload[name], tensor) for name, tensor in trained(other, blob)[client].items())
+        assert all(
+            torch.equal(payload[name], tensor)
+            for name, tensor in trained(other, blob)[client].items()
+        )
 
 
 def test_what_is_mounted_lower_or_higher_than_before_is_computed_again() -> None:
@@ -210,7 +235,9 @@ def test_a_forward_that_others_gave_a_block_is_used_and_is_there_afterwards(bloc
     for _ in range(2):
         assert_like(kept, plain, blob)
         assert vars(module).get("forward") is theirs
-    assert all("forward" not in vars(other) for other in blocks_of(plain.model) if other is not module)
+    assert all(
+        "forward" not in vars(other) for other in blocks_of(plain.model) if other is not module
+    )
 
 
 class Lifted(nn.Module):
@@ -358,7 +385,9 @@ STRANGE: Mapping[str, Mount] = {
     ),
     "a parametrization": parametrized,
     "another buffer": lambda model, own: replaced_in(lifted(model)._buffers, "gain", 1 + own),
-    "another parameter": lambda model, own: replaced_in(lifted(model)._parameters, "lift", own * 1.0),
+    "another parameter": lambda model, own: replaced_in(
+        lifted(model)._parameters, "lift", own * 1.0
+    ),
     "an attribute": lambda model, own: with_attribute(
         model.get_submodule("bert.encoder.layer.0.attention.self"), "scaling", 0.3 + own.sum()
     ),
@@ -373,7 +402,9 @@ class Strange:
     paper: ClassVar[str] = "none"
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         trained = trainable(down)
         usual = {name: tensor for name, tensor in trained.items() if name != "own"}
         with STRANGE[self.kind](model, trained["own"]), mounted(model, usual):
@@ -413,7 +444,9 @@ class InPlace:
     paper: ClassVar[str] = "none"
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         lift = lifted(model).lift
         before = lift.detach().clone()
         lift.requires_grad_(True)
@@ -442,7 +475,9 @@ class AsSent:
     paper: ClassVar[str] = "none"
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         trained = trainable(down)
         with mounted(model, trained):
             yield LocalTask(trained, lambda: (detached(trained), {}))
@@ -460,7 +495,9 @@ KNOWN: Mapping[str, Payload] = {
 
 @pytest.mark.parametrize("stack", [(1,), (0, 1, 2)], ids=["alone", "three at once"])
 @pytest.mark.parametrize("kind", KNOWN)
-def test_what_this_package_mounts_is_known_and_blocks_below_are_not_computed(kind: str, stack: tuple[int, ...]) -> None:
+def test_what_this_package_mounts_is_known_and_blocks_below_are_not_computed(
+    kind: str, stack: tuple[int, ...]
+) -> None:
     plain: Any = replace(working(from_block(3), four_blocks("bert")), method=AsSent())  # type: ignore[arg-type]
     kept = replace(plain, cache=ActivationCache(SIZES))
     calls = Calls(part_of(plain.model, 1))
@@ -492,9 +529,15 @@ class Toy(nn.Module):
     def __init__(self, turned: bool) -> None:
         super().__init__()
         self.turned = turned
-        self.embed, self.table, self.head = nn.Embedding(60, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.embed, self.table, self.head = (
+            nn.Embedding(60, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 3),
+        )
         axis = 0 if turned else 1
-        self.blocks = nn.ModuleList(Mixing(None if number else self.table, axis) for number in range(4))
+        self.blocks = nn.ModuleList(
+            Mixing(None if number else self.table, axis) for number in range(4)
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         hidden = self.embed(input_ids)

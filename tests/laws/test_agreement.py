@@ -45,7 +45,9 @@ def test_the_same_model_in_another_folder_agrees_and_other_weights_do_not(
     assert build(ground.chosen(elsewhere)).worker.config != here.worker.config
 
 
-def test_what_changes_no_work_of_a_client_is_not_agreed_on(ground: Ground, here: Federation) -> None:
+def test_what_changes_no_work_of_a_client_is_not_agreed_on(
+    ground: Ground, here: Federation
+) -> None:
     """LoRA knows no rounds; a default is the same written or not."""
     same: list[dict[str, Any]] = [
         {"name": "another"},

@@ -21,14 +21,18 @@ def updates(draw: st.DrawFn) -> list[Update]:
     found = []
     for client in range(draw(st.integers(1, 5))):
         vectors = [draw(st.lists(ENTRIES, min_size=size, max_size=size)) for size in shapes]
-        payload = {str(k): torch.tensor(vector, dtype=torch.float32) for k, vector in enumerate(vectors)}
+        payload = {
+            str(k): torch.tensor(vector, dtype=torch.float32) for k, vector in enumerate(vectors)
+        }
         found.append(Update(Client(client), draw(st.integers(1, 10**6)), payload))
     return found
 
 
 @settings(deadline=None)
 @given(updates(), st.sampled_from(["examples", "uniform"]))
-def test_the_mean_is_torchs_in_float64_cast_once(replies: list[Update], weighting: Weighting) -> None:
+def test_the_mean_is_torchs_in_float64_cast_once(
+    replies: list[Update], weighting: Weighting
+) -> None:
     weights = [float(reply.examples) if weighting == "examples" else 1.0 for reply in replies]
     expected = weighted([reply.payload for reply in replies], weights)
     found = mean(iter(replies), weighting)
@@ -40,13 +44,22 @@ def test_the_mean_is_torchs_in_float64_cast_once(replies: list[Update], weightin
 
 @settings(deadline=None)
 @given(updates(), ENTRIES, ENTRIES)
-def test_the_mean_is_linear_and_keeps_a_constant(replies: list[Update], factor: float, shift: float) -> None:
+def test_the_mean_is_linear_and_keeps_a_constant(
+    replies: list[Update], factor: float, shift: float
+) -> None:
     """mean(a x + b) = a mean(x) + b, in float64."""
-    doubled = [Update(r.client, r.examples, {n: t.double() for n, t in r.payload.items()}) for r in replies]
-    moved = [Update(r.client, r.examples, {n: factor * t + shift for n, t in r.payload.items()}) for r in doubled]
+    doubled = [
+        Update(r.client, r.examples, {n: t.double() for n, t in r.payload.items()}) for r in replies
+    ]
+    moved = [
+        Update(r.client, r.examples, {n: factor * t + shift for n, t in r.payload.items()})
+        for r in doubled
+    ]
     plain, other = mean(doubled, "examples"), mean(moved, "examples")
     for name, value in plain.items():
-        torch.testing.assert_close(other[name], factor * value + shift, rtol=1e-9, atol=1e-2 * 1e-6 * (1 + abs(factor)))
+        torch.testing.assert_close(
+            other[name], factor * value + shift, rtol=1e-9, atol=1e-2 * 1e-6 * (1 + abs(factor))
+        )
 
 
 @settings(deadline=None)
@@ -58,7 +71,10 @@ def test_one_reply_is_its_own_mean_and_copies_change_nothing(replies: list[Updat
 
 def test_a_reply_of_twice_the_examples_counts_twice() -> None:
     """Worked by hand: (1 * 0 + 3 * 8) / 4 = 6 by examples, (0 + 8) / 2 = 4 plain."""
-    replies = [Update(Client(0), 1, {"x": torch.tensor([0.0])}), Update(Client(1), 3, {"x": torch.tensor([8.0])})]
+    replies = [
+        Update(Client(0), 1, {"x": torch.tensor([0.0])}),
+        Update(Client(1), 3, {"x": torch.tensor([8.0])}),
+    ]
     assert mean(replies, "examples")["x"].tolist() == [6.0]
     assert mean(replies, "uniform")["x"].tolist() == [4.0]
 
@@ -76,7 +92,10 @@ def test_sums_do_not_lose_small_numbers_beside_large_ones() -> None:
 def test_the_mean_comes_in_the_dtype_that_was_added(dtype: torch.dtype) -> None:
     total = Mean()
     for number in (1.0, 2.0):
-        total.add({"x": torch.tensor([number], dtype=dtype), "zero-d": torch.tensor(number, dtype=dtype)}, 1.0)
+        total.add(
+            {"x": torch.tensor([number], dtype=dtype), "zero-d": torch.tensor(number, dtype=dtype)},
+            1.0,
+        )
     assert {tensor.dtype for tensor in total.result().values()} == {dtype}
     assert total.result()["zero-d"] == 1.5
 

@@ -8,12 +8,21 @@ from hypothesis import strategies as st
 
 from fedpeft.training.bucketing import Buckets
 
-BUCKETS = st.builds(Buckets, max_tokens=st.integers(1, 200), overhead_tokens=st.integers(0, 100), pad_to_multiple_of=st.integers(1, 4))
+BUCKETS = st.builds(
+    Buckets,
+    max_tokens=st.integers(1, 200),
+    overhead_tokens=st.integers(0, 100),
+    pad_to_multiple_of=st.integers(1, 4),
+)
 
 
 def size(lengths: list[int], buckets: Buckets) -> int:
     """Return the tokens of a bucket, each text padded to the longest, and that to the pad_to_multiple_of."""
-    return len(lengths) * buckets.pad_to_multiple_of * ((max(lengths) + buckets.pad_to_multiple_of - 1) // buckets.pad_to_multiple_of)
+    return (
+        len(lengths)
+        * buckets.pad_to_multiple_of
+        * ((max(lengths) + buckets.pad_to_multiple_of - 1) // buckets.pad_to_multiple_of)
+    )
 
 
 def cost(found: list[list[int]], buckets: Buckets) -> int:
@@ -23,7 +32,9 @@ def cost(found: list[list[int]], buckets: Buckets) -> int:
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=9), buckets=BUCKETS)
 @settings(deadline=None, max_examples=300)
-def test_rows_go_once_into_the_cheapest_buckets_by_length(lengths: list[int], buckets: Buckets) -> None:
+def test_rows_go_once_into_the_cheapest_buckets_by_length(
+    lengths: list[int], buckets: Buckets
+) -> None:
     rows = buckets.cheapest(lengths)
     assert sorted(row for bucket in rows for row in bucket) == list(range(len(lengths)))
     found = [[lengths[row] for row in bucket] for bucket in rows]
@@ -35,7 +46,10 @@ def test_rows_go_once_into_the_cheapest_buckets_by_length(lengths: list[int], bu
 
     assert all(map(allowed, found))
     order = sorted(lengths)
-    short = sum(size([length] * buckets.pad_to_multiple_of, buckets) <= buckets.max_tokens for length in order)
+    short = sum(
+        size([length] * buckets.pad_to_multiple_of, buckets) <= buckets.max_tokens
+        for length in order
+    )
     every = []
     for cuts in product([False, True], repeat=max(0, len(order) - 1)):
         edges = [0, *(number for number, cut in enumerate(cuts, start=1) if cut), len(order)]
@@ -50,14 +64,24 @@ def test_rows_go_once_into_the_cheapest_buckets_by_length(lengths: list[int], bu
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), buckets=BUCKETS)
 @settings(deadline=None)
 def test_shapes_come_in_grains(lengths: list[int], buckets: Buckets) -> None:
-    assert all(length <= buckets.padded(length) < length + buckets.pad_to_multiple_of for length in lengths)
+    assert all(
+        length <= buckets.padded(length) < length + buckets.pad_to_multiple_of for length in lengths
+    )
     assert all(buckets.padded(length) % buckets.pad_to_multiple_of == 0 for length in lengths)
     found = sorted(
         ([lengths[row] for row in bucket] for bucket in buckets.cheapest(lengths)),
-        key=lambda bucket: (max(bucket), min(bucket), len(bucket) % buckets.pad_to_multiple_of == 0),
+        key=lambda bucket: (
+            max(bucket),
+            min(bucket),
+            len(bucket) % buckets.pad_to_multiple_of == 0,
+        ),
     )
     assert all(min(b) >= max(a) for a, b in pairwise(found))
-    fit = [len(bucket) for bucket in found if buckets.pad_to_multiple_of * buckets.padded(max(bucket)) <= buckets.max_tokens]
+    fit = [
+        len(bucket)
+        for bucket in found
+        if buckets.pad_to_multiple_of * buckets.padded(max(bucket)) <= buckets.max_tokens
+    ]
     assert all(count % buckets.pad_to_multiple_of == 0 for count in fit[1:])
 
 
@@ -70,12 +94,21 @@ def longest(lengths: list[int], rows: list[list[int]], buckets: Buckets, lanes: 
     return max(busy)
 
 
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), buckets=BUCKETS, lanes=st.integers(1, 4))
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    buckets=BUCKETS,
+    lanes=st.integers(1, 4),
+)
 @settings(deadline=None)
-def test_lanes_are_done_no_later_than_with_the_cheapest_buckets(lengths: list[int], buckets: Buckets, lanes: int) -> None:
+def test_lanes_are_done_no_later_than_with_the_cheapest_buckets(
+    lengths: list[int], buckets: Buckets, lanes: int
+) -> None:
     rows, cheapest = buckets.dealt(lengths, lanes), buckets.cheapest(lengths)
     assert sorted(row for bucket in rows for row in bucket) == list(range(len(lengths)))
-    assert all(size([lengths[row] for row in bucket], buckets) <= buckets.max_tokens or len(bucket) == 1 for bucket in rows)
+    assert all(
+        size([lengths[row] for row in bucket], buckets) <= buckets.max_tokens or len(bucket) == 1
+        for bucket in rows
+    )
     assert longest(lengths, rows, buckets, lanes) <= longest(lengths, cheapest, buckets, lanes)
     if lanes == 1:
         assert rows == cheapest
@@ -90,4 +123,6 @@ def test_lanes_are_done_sooner_where_smaller_buckets_are_dealt_more_evenly() -> 
 def test_few_rows_go_together_at_any_grain() -> None:
     buckets = Buckets(100, 100)
     for pad_to_multiple_of in (1, 4, 8):
-        assert replace(buckets, pad_to_multiple_of=pad_to_multiple_of).cheapest([3, 9, 5]) == [[0, 2, 1]]
+        assert replace(buckets, pad_to_multiple_of=pad_to_multiple_of).cheapest([3, 9, 5]) == [
+            [0, 2, 1]
+        ]

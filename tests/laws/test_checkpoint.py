@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpeft.errors import BadInput, WireError
 from fedpeft.federation import checkpoint
 from fedpeft.federation.memory import Memories
-from fedpeft.types import NO_MEMORY, BadInput, State, WireError
+from fedpeft.types import NO_MEMORY, State
+from fedpeft.wire import durable
 from fedpeft.wire import messages as wire
 from fedpeft.wire.messages import encode
 from tests.strategies import PAYLOADS, bits
@@ -24,7 +26,12 @@ CONFIG = "c0ffee"
 def state(number: int) -> State:
     """Return the state after ``number`` rounds: client 1 remembers the last one, client 2 round 0."""
     known = {1: number - 1, 2: 0} if number else {}
-    return State(number, {"x:A": torch.full((2, 2), float(number))}, {"alive": torch.tensor([True, False])}, known)
+    return State(
+        number,
+        {"x:A": torch.full((2, 2), float(number))},
+        {"alive": torch.tensor([True, False])},
+        known,
+    )
 
 
 def remembered(number: int) -> Memories:
@@ -54,7 +61,12 @@ def known(tensors: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
 
 
 @settings(deadline=None, max_examples=50)
-@given(PAYLOADS, PAYLOADS, st.integers(0, 10**6), st.dictionaries(st.integers(0, 2**40), st.integers(0, 10**6), max_size=3))
+@given(
+    PAYLOADS,
+    PAYLOADS,
+    st.integers(0, 10**6),
+    st.dictionaries(st.integers(0, 2**40), st.integers(0, 10**6), max_size=3),
+)
 def test_a_state_comes_back_to_the_bit(
     shared: dict[str, Tensor], server: dict[str, Tensor], number: int, memories: dict[int, int]
 ) -> None:
@@ -79,18 +91,24 @@ def test_two_checkpoints_are_kept_and_no_file_that_they_do_not_name(tmp_path: Pa
     saved(tmp_path, 0, 1, 2, 3)
     manifests = sorted(path.name for path in tmp_path.glob("*.json"))
     assert manifests == ["000002.json", "000003.json"]
-    named = {name for path in manifests for name in json.loads((tmp_path / path).read_text())["files"]}
+    named = {
+        name for path in manifests for name in json.loads((tmp_path / path).read_text())["files"]
+    }
     assert {path.name for path in tmp_path.iterdir()} == {*manifests, *named}
     assert checkpoint.manifest(tmp_path, 3).name == "000003.json"
 
 
 FILES = ["000003.json", "000003.state", "client-1-000002.memory"]
-DAMAGES = [(name, damage) for name in FILES for damage in ("cut", "emptied", "missing", "one bit off")]
+DAMAGES = [
+    (name, damage) for name in FILES for damage in ("cut", "emptied", "missing", "one bit off")
+]
 DAMAGES.remove(("000003.json", "missing"))  # a checkpoint without manifest never was
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_said_so_and_played_again(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_said_so_and_played_again(
+    tmp_path: Path, name: str, damage: str
+) -> None:
     """The round that was damaged is played and saved once more: it must then be whole, whatever lies in the folder."""
     saved(tmp_path, 2, 3)
     whole = (tmp_path / name).read_bytes()
@@ -133,14 +151,18 @@ def test_where_all_are_damaged_nothing_is_loaded_in_silence(tmp_path: Path) -> N
         checkpoint.load(tmp_path, [CONFIG], lambda _: None)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"7", b'{"config": "c0ffee"}', b'{"config": "c0ffee", "files": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"7", b'{"config": "c0ffee"}', b'{"config": "c0ffee", "files": 3}']
+)
 def test_a_manifest_that_is_none_counts_as_damaged(tmp_path: Path, content: bytes) -> None:
     saved(tmp_path, 2)
     (tmp_path / "000003.json").write_bytes(content)
     assert loaded(tmp_path, []).state.round == 2
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_and_both_are_named(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_configuration_is_refused_and_both_are_named(
+    tmp_path: Path,
+) -> None:
     saved(tmp_path, 2)
     with pytest.raises(BadInput, match=r"belongs to configuration c0ffee, the run folder says 7ea"):
         checkpoint.load(tmp_path, ["7ea"], pytest.fail)
@@ -179,7 +201,9 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoint_before(
     found = loaded(tmp_path)
     assert found.state.round in ((2, 3) if full else (3,))
     assert checkpoint.pack(found.state) == checkpoint.pack(state(found.state.round))
-    assert found.memories.get(1, found.state.round - 1) == remembered(found.state.round).get(1, found.state.round - 1)
+    assert found.memories.get(1, found.state.round - 1) == remembered(found.state.round).get(
+        1, found.state.round - 1
+    )
     assert not list(tmp_path.glob("*.tmp"))
     saved(tmp_path, 3)
     assert loaded(tmp_path).state.round == 3
@@ -201,7 +225,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hashed, self.listed = 0, 0
         self.written: list[str] = []
-        digest, write, listing = wire.digest, checkpoint.write, Path.iterdir
+        digest, write, listing = wire.digest, durable.write, Path.iterdir
 
         def hashing(blob: bytes) -> bytes:
             self.hashed += len(blob)
@@ -229,7 +253,9 @@ def many(count: int, number: int) -> tuple[State, Memories]:
     return State(number, {"x": torch.zeros(4)}, {}, versions), memories
 
 
-def test_saving_costs_what_has_changed_however_many_memories_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_costs_what_has_changed_however_many_memories_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spent = []
     for count in (3, 300):
         folder, written = tmp_path / str(count), checkpoint.Written()
@@ -255,7 +281,9 @@ def files_of(path: Path) -> dict[str, str]:
     return dict(json.loads(path.read_text())["files"])
 
 
-def test_a_resumed_run_writes_and_hashes_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_writes_and_hashes_only_what_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, *many(5, 1), 0, CONFIG)
     checkpoint.save(tmp_path, *many(5, 2), 0, CONFIG)
     found = loaded(tmp_path)
@@ -298,11 +326,16 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(tmp_path: Path) -> None:
 
 def test_a_million_rounds_come_after_all_before_them(tmp_path: Path) -> None:
     saved(tmp_path, 999_998, 999_999, 1_000_000, 1_000_001)
-    assert [path.name for path in checkpoint.manifests(tmp_path)] == ["1000000.json", "1000001.json"]
+    assert [path.name for path in checkpoint.manifests(tmp_path)] == [
+        "1000000.json",
+        "1000001.json",
+    ]
     assert loaded(tmp_path).state.round == 1_000_001
 
 
-def test_whoever_reads_while_the_run_goes_on_finds_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_reads_while_the_run_goes_on_finds_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the manifest and its files the run saves twice, which deletes both."""
     written = checkpoint.Written()
     saved(tmp_path, 1, 2, written=written)

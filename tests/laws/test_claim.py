@@ -29,7 +29,9 @@ with claimed(Path(sys.argv[1])):
 def mounted_state(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Let another process claim ``folder`` for the length of a ``with``."""
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(folder)], stdin=pipe, stdout=pipe, text=True
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -140,7 +142,9 @@ def test_however_many_try_at_once_one_has_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock is POSIX")
-def test_where_the_file_system_knows_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_file_system_knows_no_locks_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

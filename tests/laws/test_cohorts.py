@@ -30,7 +30,12 @@ SETTINGS = {
 }
 """SLoRA in its second stage."""
 
-PAIRS = [(family, name) for family in FAMILIES for name in SETTINGS if (family, name) != ("llama", "bitfit")]
+PAIRS = [
+    (family, name)
+    for family in FAMILIES
+    for name in SETTINGS
+    if (family, name) != ("llama", "bitfit")
+]
 """Llama has no biases for BitFit to train."""
 
 
@@ -41,7 +46,9 @@ def requests(method: Method, base: Base) -> tuple[bytes, State]:
 
 def answers(playing: Worker, stack: list[int], blob: bytes) -> dict[int, Response]:
     found = playing.handle(stack, [blob] * len(stack), [b""] * len(stack))
-    return {client: Response.decode(answer) for client, (answer, _) in zip(stack, found, strict=True)}
+    return {
+        client: Response.decode(answer) for client, (answer, _) in zip(stack, found, strict=True)
+    }
 
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
@@ -52,7 +59,11 @@ def test_k_clients_at_once_equal_k_one_by_one_in_every_family(family: str, name:
     blob, state = requests(method, describe(playing.model, FAMILIES[family].head))
     alone = {client: answers(playing, [client], blob)[client] for client in SIZES}
     assert max(_moved(state, answer.payload) for answer in alone.values()) > 0.01
-    for hardware in (CPU, replace(CPU, tokens=40), replace(CPU, tokens=60, threads=2, pad_to_multiple_of=4)):
+    for hardware in (
+        CPU,
+        replace(CPU, tokens=40),
+        replace(CPU, tokens=60, threads=2, pad_to_multiple_of=4),
+    ):
         together = answers(replace(playing, hardware=hardware), [0, 1, 2], blob)
         for client in SIZES:
             close(together[client].payload, alone[client].payload, 2e-5)
@@ -66,9 +77,13 @@ def test_scores_do_not_depend_on_what_is_scored_together(family: str) -> None:
     """Nor on padding: in parts of a few tokens, two at once, in grains."""
     playing = played(family, METHODS["bitfit"](), {0: 23}, SGD)
     texts = playing.client_data[0].test
-    alone = torch.cat([predict_logits(playing.model, TASK, texts.take([row]), CPU) for row in range(len(texts))])
+    alone = torch.cat(
+        [predict_logits(playing.model, TASK, texts.take([row]), CPU) for row in range(len(texts))]
+    )
     for hardware in (CPU, replace(CPU, tokens=60, threads=2, pad_to_multiple_of=4)):
-        torch.testing.assert_close(predict_logits(playing.model, TASK, texts, hardware), alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            predict_logits(playing.model, TASK, texts, hardware), alone, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_client_that_diverges_takes_nobody_along() -> None:
@@ -88,8 +103,16 @@ def test_a_client_that_diverges_takes_nobody_along() -> None:
 
 
 def _moved(state: State, payload: Payload) -> float:
-    return max(float((payload[name] - tensor).abs().max()) for name, tensor in state.shared.items() if name in payload)
+    return max(
+        float((payload[name] - tensor).abs().max())
+        for name, tensor in state.shared.items()
+        if name in payload
+    )
 
 
 def _finite(payload: Payload) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in payload.values() if tensor.is_floating_point())
+    return all(
+        bool(torch.isfinite(tensor).all())
+        for tensor in payload.values()
+        if tensor.is_floating_point()
+    )

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.errors import BadInput
 from fedpeft.federation.replies import in_order
 from fedpeft.federation.server import federate, poll, sample
 from fedpeft.ledger import ClientRow, Measured
 from fedpeft.training.evaluation import mounted_state, score
-from fedpeft.types import BadInput, Client, Lost, Reply, State, Update
+from fedpeft.types import Client, Lost, Reply, State, Update
 from fedpeft.wire.messages import Request, Response, decode, encode
 from tests.tiny import (
     CONFIG,
@@ -34,30 +35,42 @@ CLIENTS = [Client(number, examples=number) for number in (4, 8, 15, 16, 23, 42)]
 
 
 @given(st.integers(0, 6), st.integers(0, 2**62), st.integers(0, 10**6))
-def test_a_cohort_is_drawn_without_replacement_in_the_order_of_the_clients(count: int, seed: int, number: int) -> None:
+def test_a_cohort_is_drawn_without_replacement_in_the_order_of_the_clients(
+    count: int, seed: int, number: int
+) -> None:
     drawn = sample(CLIENTS, count, seed, number)
     assert len({client.id for client in drawn}) == len(drawn) == count
     assert drawn == [client for client in CLIENTS if client in drawn]
-    assert drawn == sample(CLIENTS, count, seed, number), "drawn again it is the same, whatever was drawn between"
+    assert drawn == sample(CLIENTS, count, seed, number), (
+        "drawn again it is the same, whatever was drawn between"
+    )
 
 
 def test_every_round_has_a_cohort_of_its_own_and_everyone_has_a_turn() -> None:
-    cohorts = [tuple(client.id for client in sample(CLIENTS, 2, SEED, number)) for number in range(300)]
+    cohorts = [
+        tuple(client.id for client in sample(CLIENTS, 2, SEED, number)) for number in range(300)
+    ]
     assert len(set(cohorts)) == 15, "every pair of six comes"
     turns = [sum(client.id in cohort for cohort in cohorts) for client in CLIENTS]
     assert all(70 < turn < 130 for turn in turns), turns
-    assert cohorts != [tuple(client.id for client in sample(CLIENTS, 2, SEED + 1, number)) for number in range(300)]
+    assert cohorts != [
+        tuple(client.id for client in sample(CLIENTS, 2, SEED + 1, number)) for number in range(300)
+    ]
 
 
 @given(st.permutations(range(6)), st.integers(0, 6))
-def test_outcomes_come_in_the_order_of_asking_and_who_never_answers_is_lost(order: list[int], silent: int) -> None:
+def test_outcomes_come_in_the_order_of_asking_and_who_never_answers_is_lost(
+    order: list[int], silent: int
+) -> None:
     """The last ``silent`` clients of ``order`` say nothing."""
     said = [Reply(CLIENTS[index], bytes([index])) for index in order[: 6 - silent]]
     found = list(in_order(CLIENTS, iter(said)))
     assert [outcome.client for outcome in found] == CLIENTS
     for index, outcome in enumerate(found):
         answered = index in order[: 6 - silent]
-        assert outcome == (Reply(CLIENTS[index], bytes([index])) if answered else Lost(CLIENTS[index], "no answer"))
+        assert outcome == (
+            Reply(CLIENTS[index], bytes([index])) if answered else Lost(CLIENTS[index], "no answer")
+        )
 
 
 def test_an_outcome_whose_turn_has_come_is_not_held_back() -> None:
@@ -78,7 +91,9 @@ class Echo:
 
     asked: list[int] = field(default_factory=list)
 
-    def exchange(self, clients: Sequence[Client], request: Callable[[Client], bytes]) -> Iterator[Reply | Lost]:
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
         for client in clients:
             self.asked.append(client.id)
             asked = Request.decode(request(client), CONFIG)
@@ -142,8 +157,18 @@ def test_polling_scores_every_client_as_it_holds_the_state_and_changes_nothing(n
     for client in playing.clients():
         known = replace(client, memory=state.memories.get(client.id, -1))
         memory = playing.memories.get(client.id, known.memory)
-        with mounted_state(playing.method, state, playing.worker.model, CPU, SEED, known, decode(memory) if memory else None):
-            expected = score(playing.worker.model, TASK, playing.worker.client_data[client.id].test, CPU)
+        with mounted_state(
+            playing.method,
+            state,
+            playing.worker.model,
+            CPU,
+            SEED,
+            known,
+            decode(memory) if memory else None,
+        ):
+            expected = score(
+                playing.worker.model, TASK, playing.worker.client_data[client.id].test, CPU
+            )
         assert torch.equal(found[client.id].counts, expected.counts)
         assert found[client.id].loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
 
@@ -155,7 +180,9 @@ def test_polling_leaves_out_who_is_lost_or_has_nothing_to_score() -> None:
     playing = federation(small("lora"), change)
     idle = replace(playing.worker.client_data[1], test=examples(4).take([]))
     playing.worker.client_data[1] = idle  # type: ignore[index]
-    found = poll(playing.method, playing.start, playing.engine, playing.clients(), config=CONFIG, labels=3)
+    found = poll(
+        playing.method, playing.start, playing.engine, playing.clients(), config=CONFIG, labels=3
+    )
     assert found.keys() == {2}
 
 
@@ -165,7 +192,9 @@ def test_polling_goes_on_where_one_client_sends_rubbish(blob: bytes) -> None:
         return Reply(outcome.client, blob) if outcome.client.id == 1 else outcome
 
     playing = federation(small("lora"), change)
-    found = poll(playing.method, playing.start, playing.engine, playing.clients(), config=CONFIG, labels=3)
+    found = poll(
+        playing.method, playing.start, playing.engine, playing.clients(), config=CONFIG, labels=3
+    )
     assert found.keys() == {0, 2}
 
 

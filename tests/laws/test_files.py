@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fedpeft.data import Dataset, Rows, from_files, read
 from fedpeft.data.integers import integer, ordered
 from fedpeft.data.rows import stratified
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 ENDINGS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz"]
 COLUMNS = ["other", "y", "x", "who"]
@@ -33,14 +33,19 @@ some_rows = st.lists(st.tuples(a_text, a_name, a_name), min_size=1, max_size=8).
 
 def written(path: Path, rows: Rows) -> Path:
     """Write ``rows`` in the format that the ending of ``path`` names."""
-    records = [("?", label, text, key) for text, label, key in zip(rows.texts, rows.labels, rows.keys, strict=True)]
+    records = [
+        ("?", label, text, key)
+        for text, label, key in zip(rows.texts, rows.labels, rows.keys, strict=True)
+    ]
     if {".csv", ".tsv"} & set(path.suffixes):
         stream = io.StringIO(newline="")
         delimiter = "\t" if ".tsv" in path.suffixes else ","
         csv.writer(stream, delimiter=delimiter).writerows([COLUMNS, *records])
         content = stream.getvalue()
     else:
-        content = "".join(json.dumps(dict(zip(COLUMNS, record, strict=True))) + "\n" for record in records)
+        content = "".join(
+            json.dumps(dict(zip(COLUMNS, record, strict=True))) + "\n" for record in records
+        )
     path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
     return path
 
@@ -52,14 +57,22 @@ def spoken(rows: Rows) -> list[dict[str, str]]:
 
 def balanced(labels: Sequence[str], each: int) -> Rows:
     names = [label for label in labels for _ in range(each)]
-    return Rows(tuple(f"text {n}" for n in range(len(names))), tuple(names), tuple("abc"[n % 3] for n in range(len(names))))
+    return Rows(
+        tuple(f"text {n}" for n in range(len(names))),
+        tuple(names),
+        tuple("abc"[n % 3] for n in range(len(names))),
+    )
 
 
 def together(*splits: Rows) -> list[tuple[str, str, str]]:
-    return sorted(row for rows in splits for row in zip(rows.texts, rows.labels, rows.keys, strict=True))
+    return sorted(
+        row for rows in splits for row in zip(rows.texts, rows.labels, rows.keys, strict=True)
+    )
 
 
-def load(folder: Path, train: str, validation: str | None, test: str | None, fraction: float = 0.1) -> Dataset:
+def load(
+    folder: Path, train: str, validation: str | None, test: str | None, fraction: float = 0.1
+) -> Dataset:
     return from_files(
         train=folder / train,
         validation=folder / validation if validation else None,
@@ -85,8 +98,12 @@ def test_what_was_written_is_read(ending: str, rows: Rows) -> None:
 
 def test_numbers_become_the_strings_that_json_writes(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_text('{"x": "a", "y": 1, "who": 7}\n\n{"x": "", "y": 1.5, "who": 8}\n{"x": "c", "y": true, "who": "9"}')
-    assert read(path, text="x", label="y", key="who") == Rows(("a", "", "c"), ("1", "1.5", "true"), ("7", "8", "9"))
+    path.write_text(
+        '{"x": "a", "y": 1, "who": 7}\n\n{"x": "", "y": 1.5, "who": 8}\n{"x": "c", "y": true, "who": "9"}'
+    )
+    assert read(path, text="x", label="y", key="who") == Rows(
+        ("a", "", "c"), ("1", "1.5", "true"), ("7", "8", "9")
+    )
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
@@ -198,7 +215,11 @@ BROKEN = {
         "data.text = \"x\": {path}:2 has no column 'x'; its columns",
     ),
     "near column": ("a.csv", b"xx,y\na,b\n", "its columns are 'xx', 'y'; did you mean 'xx'?"),
-    "bad JSON": ("a.jsonl", GOOD + b'{"x": "a" "y": 1}', "{path}:2: not JSON: Expecting ',' delimiter"),
+    "bad JSON": (
+        "a.jsonl",
+        GOOD + b'{"x": "a" "y": 1}',
+        "{path}:2: not JSON: Expecting ',' delimiter",
+    ),
     "deep JSON": ("a.jsonl", b"[" * 100_000, "{path}:1: not JSON: "),
     "no object": (
         "a.jsonl",
@@ -320,7 +341,11 @@ BROKEN = {
         GOOD * 2 + b'{"x": 3, "y": "b"}',
         "{path}:3: the text in column 'x' must be a string, not 3",
     ),
-    "null label": ("a.jsonl", b'{"x": "a", "y": null}', "{path}:1: the label in column 'y' must be a string, not null"),
+    "null label": (
+        "a.jsonl",
+        b'{"x": "a", "y": null}',
+        "{path}:1: the label in column 'y' must be a string, not null",
+    ),
     "empty label": ("a.csv", b"x,y\na,b\nc, \n", "{path}:3: the label in column 'y' is empty"),
     "half a pair": (
         "a.jsonl",
@@ -332,17 +357,37 @@ BROKEN = {
         GOOD + b'{"x": "\xe9", "y": "b"}',
         "{path}:2: not UTF-8: invalid continuation byte at byte 7",
     ),
-    "too many fields": ("a.csv", b"x,y\na,b\na,b,c\n", "{path}:3: 3 fields where the header names 2"),
+    "too many fields": (
+        "a.csv",
+        b"x,y\na,b\na,b,c\n",
+        "{path}:3: 3 fields where the header names 2",
+    ),
     "too few fields": ("a.csv", b"x,y\na\n", "{path}:2: 1 fields where the header names 2"),
     "open quote": ("a.csv", b'x,y\n"a,b\n', "{path}:2: not CSV: unexpected end of data"),
-    "twin columns": ("a.csv", b"x,y,x\na,b,c\n", "{path}:1: two columns have the same name among 'x', 'y', 'x'"),
+    "twin columns": (
+        "a.csv",
+        b"x,y,x\na,b,c\n",
+        "{path}:1: two columns have the same name among 'x', 'y', 'x'",
+    ),
     "empty": ("a.jsonl", b"", "{path}: holds no rows"),
     "header only": ("a.csv", b"x,y\n", "{path}: holds no rows"),
     "empty gzip": ("a.csv.gz", b"", "{path}: holds no rows"),
     "not gzip": ("a.jsonl.gz", GOOD, "{path}: cannot be read: Not a gzipped file"),
-    "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:-4], "cannot be read: Compressed file ended before"),
-    "garbled gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:10] + bytes([255] * 20), "cannot be read: Error -3 while"),
-    "damaged gzip": ("a.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), "cannot be read: CRC check failed"),
+    "cut gzip": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD)[:-4],
+        "cannot be read: Compressed file ended before",
+    ),
+    "garbled gzip": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD)[:10] + bytes([255] * 20),
+        "cannot be read: Error -3 while",
+    ),
+    "damaged gzip": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD)[:-8] + bytes(8),
+        "cannot be read: CRC check failed",
+    ),
     "ending": (
         "a.txt",
         GOOD,
@@ -393,8 +438,14 @@ def test_splits_that_are_not_given_are_taken_from_train(tmp_path: Path) -> None:
     both = load(tmp_path, "train.jsonl", None, None)
     assert together(both.train, both.validation, both.test) == together(rows)
     assert Counter(both.test.labels) == {"a": 10, "b": 10, "c": 10}
-    assert [text for text in rows.texts if text in both.test.texts] == list(both.test.texts)  # in the file's order
-    assert Counter(both.validation.labels) == {"a": 4, "b": 4, "c": 4}  # a tenth of the 40 that are left
+    assert [text for text in rows.texts if text in both.test.texts] == list(
+        both.test.texts
+    )  # in the file's order
+    assert Counter(both.validation.labels) == {
+        "a": 4,
+        "b": 4,
+        "c": 4,
+    }  # a tenth of the 40 that are left
     one = load(tmp_path, "train.jsonl", None, "test.csv.gz", 0.3)
     assert one.test == balanced(["a", "c"], 5)
     assert together(one.train, one.validation) == together(rows)
@@ -408,7 +459,9 @@ def test_splits_that_are_not_given_are_taken_from_train(tmp_path: Path) -> None:
 def test_a_label_that_train_lacks_is_refused(split: str, tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", balanced(["sport", "travel"], 4))
     path = written(tmp_path / "other.jsonl", balanced(["sport", "travels"], 2))
-    validation, test = ("other.jsonl" if name == split else "train.jsonl" for name in ("validation", "test"))
+    validation, test = (
+        "other.jsonl" if name == split else "train.jsonl" for name in ("validation", "test")
+    )
     with pytest.raises(BadInput) as caught:
         load(tmp_path, "train.jsonl", validation, test)
     assert str(caught.value) == f"{path}:3: train has no label 'travels'; did you mean 'travel'?"
@@ -513,7 +566,9 @@ def test_train_that_is_too_small_to_split_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", balanced(["a", "b"], 1))
     with pytest.raises(BadInput, match=r"data\.test: every label has a single row in train"):
         load(tmp_path, "train.jsonl", None, None)
-    with pytest.raises(BadInput, match=r"data\.validation_fraction = 1\.0: must lie between 0 and 1"):
+    with pytest.raises(
+        BadInput, match=r"data\.validation_fraction = 1\.0: must lie between 0 and 1"
+    ):
         load(tmp_path, "train.jsonl", None, "train.jsonl", 1.0)
 
 
@@ -523,7 +578,11 @@ def test_digest_tells_data_apart_and_ignores_the_name() -> None:
     assert replace(data, name="two").digest() == data.digest()
     swapped = rows.take([1, 0, 2, 3, 4, 5])
     changed = [swapped, replace(rows, keys=()), replace(rows, labels=(*rows.labels[:-1], "a"))]
-    others = [Dataset("one", *splits) for other in changed for splits in set(permutations([rows, rows, other]))]
+    others = [
+        Dataset("one", *splits)
+        for other in changed
+        for splits in set(permutations([rows, rows, other]))
+    ]
     assert len({data.digest(), *(other.digest() for other in others)}) == 1 + 3 * 3
 
 

@@ -6,10 +6,22 @@ from fedpeft.training.hardware import GRAIN, Hardware, Machine, resolve
 
 
 @pytest.mark.parametrize(("precision", "pad_to_multiple_of"), [("fp32", 1), ("bf16", GRAIN)])
-def test_shapes_come_in_grains_where_kernels_are_made_for_each(precision: str, pad_to_multiple_of: int) -> None:
-    assert resolve(Machine(device="cpu", precision=precision), 64).pad_to_multiple_of == pad_to_multiple_of  # type: ignore[arg-type]
+def test_shapes_come_in_grains_where_kernels_are_made_for_each(
+    precision: str, pad_to_multiple_of: int
+) -> None:
+    assert (
+        resolve(Machine(device="cpu", precision=precision), 64).pad_to_multiple_of
+        == pad_to_multiple_of
+    )  # type: ignore[arg-type]
 
 
 def test_what_was_resolved_before_there_were_grains_stays_as_it_was() -> None:
-    known = {"device": "cpu", "precision": "bf16", "attention": "eager", "threads": 2, "tokens": 1280, "stack": 4}
+    known = {
+        "device": "cpu",
+        "precision": "bf16",
+        "attention": "eager",
+        "threads": 2,
+        "tokens": 1280,
+        "stack": 4,
+    }
     assert Hardware(**known).pad_to_multiple_of == 1  # type: ignore[arg-type]

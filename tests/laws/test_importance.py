@@ -17,8 +17,19 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 def triplets() -> dict[str, nn.Parameter]:
     """Two modules of 3 and 2 ranks, of K = 2 clients, and a head that has no ranks; not in alphabetical order."""
-    sizes = {"n:A": (2, 5), "n:B": (4, 2), "n:e": (2,), "m:A": (3, 5), "m:B": (6, 3), "m:e": (3,), "classifier.bias": (3,)}
-    return {name: nn.Parameter(drawn(CLIENTS, *size, seed=k)) for k, (name, size) in enumerate(sizes.items())}
+    sizes = {
+        "n:A": (2, 5),
+        "n:B": (4, 2),
+        "n:e": (2,),
+        "m:A": (3, 5),
+        "m:B": (6, 3),
+        "m:e": (3,),
+        "classifier.bias": (3,),
+    }
+    return {
+        name: nn.Parameter(drawn(CLIENTS, *size, seed=k))
+        for k, (name, size) in enumerate(sizes.items())
+    }
 
 
 def gradient(name: str, like: Tensor, step: int) -> Tensor:
@@ -54,7 +65,11 @@ def adalora(client: int, steps: int) -> Tensor:
     ranks = []
     for module, size in (("m", 3), ("n", 2)):
         for i in range(size):
-            ranks.append(scores[f"{module}:e"][i] + scores[f"{module}:B"][:, i].mean() + scores[f"{module}:A"][i].mean())
+            ranks.append(
+                scores[f"{module}:e"][i]
+                + scores[f"{module}:B"][:, i].mean()
+                + scores[f"{module}:A"][i].mean()
+            )
     return torch.stack(ranks)
 
 
@@ -76,7 +91,9 @@ def test_gradient_is_smoothed_sensitivity_alone_and_magnitude_needs_no_gradient(
     magnitude, parameters = trained("magnitude")
     plain = {name: parameter.detach().abs() for name, parameter in parameters.items()}
     for found, parts in ((importance, smooth), (magnitude, plain)):
-        expected = [parts[f"{m}:e"] + parts[f"{m}:B"].mean(1) + parts[f"{m}:A"].mean(2) for m in ("m", "n")]
+        expected = [
+            parts[f"{m}:e"] + parts[f"{m}:B"].mean(1) + parts[f"{m}:A"].mean(2) for m in ("m", "n")
+        ]
         torch.testing.assert_close(found.scores(), torch.cat(expected, dim=1))
 
 
@@ -94,7 +111,10 @@ def test_a_stack_without_any_rank_left_votes_with_empty_ballots() -> None:
     """One for each client: the reply has a client axis whatever is in it, be it nothing."""
     head = {"classifier.bias": nn.Parameter(torch.zeros(CLIENTS, 3))}
     for trained in (head, dict[str, nn.Parameter]()):
-        assert Importance(trained, CLIENTS, "sensitivity", 0.85, 0.85).votes(4).shape == (CLIENTS, 0)
+        assert Importance(trained, CLIENTS, "sensitivity", 0.85, 0.85).votes(4).shape == (
+            CLIENTS,
+            0,
+        )
 
 
 def scoring(*scores: list[float]) -> Importance:
@@ -108,9 +128,15 @@ def test_a_rank_without_a_score_gets_no_vote_and_a_client_without_any_score_abst
     """By hand, 2 of 5 ranks may live: the best two, the only one that scores, and, of nobody, all."""
     scores = [1.0, 3.0, 0.0, 2.0, 0.0], [0.0, 0.0, 0.0, 7.0, 0.0], [0.0] * 5
     ballots = [unpack(ballot, 5).tolist() for ballot in scoring(*scores).votes(2)]
-    assert ballots == [[False, True, False, True, False], [False, False, False, True, False], [True] * 5]
+    assert ballots == [
+        [False, True, False, True, False],
+        [False, False, False, True, False],
+        [True] * 5,
+    ]
     for budget in (5, 9):
-        assert unpack(scoring(scores[1]).votes(budget)[0], 5).all(), "all may live: nobody is voted out"
+        assert unpack(scoring(scores[1]).votes(budget)[0], 5).all(), (
+            "all may live: nobody is voted out"
+        )
 
 
 def test_after_one_step_from_e_of_nothing_no_rank_scores() -> None:
@@ -118,7 +144,9 @@ def test_after_one_step_from_e_of_nothing_no_rank_scores() -> None:
     parameters = triplets()
     importance = Importance(parameters, CLIENTS, "sensitivity", 0.85, 0.85)
     for name, parameter in parameters.items():
-        parameter.grad = gradient(name, parameter, 0) if name.endswith(":e") else torch.zeros_like(parameter)
+        parameter.grad = (
+            gradient(name, parameter, 0) if name.endswith(":e") else torch.zeros_like(parameter)
+        )
         if name.endswith(":e"):
             parameter.data.zero_()
     importance.update(slice(0, CLIENTS))

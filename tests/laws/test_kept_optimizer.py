@@ -21,7 +21,19 @@ from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
 from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.training.loop import Training
-from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Lost, Method, Payload, Reply, State, Update
+from fedpeft.types import (
+    NO_MEMORY,
+    Base,
+    Client,
+    Context,
+    LocalTask,
+    Lost,
+    Method,
+    Payload,
+    Reply,
+    State,
+    Update,
+)
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from fedpeft.wrappers.staged import Staged
 from tests.contract.reference import unmeasured
@@ -68,7 +80,9 @@ def test_rounds_of_one_client_are_one_long_round(kind: str) -> None:
 def test_the_warm_up_of_plain_sgd_goes_on_too() -> None:
     training = replace(PLAIN, batch_size=8, warmup=5)
     ends = [
-        federation(small("lora"), training=replace(training, steps=steps), sizes={0: 8}).play(rounds)
+        federation(small("lora"), training=replace(training, steps=steps), sizes={0: 8}).play(
+            rounds
+        )
         for rounds, steps in ((6, 1), (1, 6))
     ]
     close(ends[0].shared, ends[1].shared, 1e-6)
@@ -105,7 +119,9 @@ SIZES = {0: 6, 1: 11, 2: 9}
 """With batches of 4: 2, 3 and 3 steps."""
 
 
-@pytest.mark.parametrize("training", [replace(ADAMW, batch_size=4), replace(SGD, batch_size=4)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "training", [replace(ADAMW, batch_size=4), replace(SGD, batch_size=4)], ids=["adamw", "sgd"]
+)
 @pytest.mark.parametrize("name", ["bitfit", "lora", "federa", "fedara", "local_only"])
 def test_k_clients_at_once_equal_k_one_by_one(name: str, training: Training) -> None:
     """With different numbers of steps behind them: 2 + 2, 3 + 3 and, as client 2 missed a round, 3."""
@@ -142,7 +158,10 @@ def test_a_lost_reply_takes_the_optimizer_back_with_it() -> None:
     def losing(number: int, outcome: Reply | Lost) -> Reply | Lost:
         return Lost(outcome.client, "silence") if (number, outcome.client.id) == (1, 0) else outcome
 
-    losses, spared = federation(small("lora"), losing, training=ADAMW), federation(small("lora"), training=ADAMW)
+    losses, spared = (
+        federation(small("lora"), losing, training=ADAMW),
+        federation(small("lora"), training=ADAMW),
+    )
     lost = losses.play(4)
     never_asked = spared.play(4, cohort=lambda number: spared.clients()[int(number == 1) :])
     assert_same_state(lost, never_asked)
@@ -153,7 +172,9 @@ def test_a_lost_reply_takes_the_optimizer_back_with_it() -> None:
 def test_without_the_flag_nothing_is_kept() -> None:
     playing = federation(small("lora"), training=replace(ADAMW, keep_optimizer=False))
     assert playing.play(2).memories == {}
-    assert not any(playing.memories.holds(client, number) for client in SIZES for number in range(2))
+    assert not any(
+        playing.memories.holds(client, number) for client in SIZES for number in range(2)
+    )
 
 
 def test_what_is_kept_is_two_moments_and_a_count_of_every_tensor_and_the_steps() -> None:
@@ -161,11 +182,20 @@ def test_what_is_kept_is_two_moments_and_a_count_of_every_tensor_and_the_steps()
     last = playing.play(2)
     kept = decode(playing.memories.get(1, last.memories[1]))
     names = last.shared.keys()
-    expected = {"@steps", *(f"{what}/{name}" for what in ("@moment0", "@moment1", "@moves") for name in names)}
+    expected = {
+        "@steps",
+        *(f"{what}/{name}" for what in ("@moment0", "@moment1", "@moves") for name in names),
+    }
     assert kept.keys() == expected
-    assert {int(kept[name]) for name in kept if name == "@steps" or name.startswith("@moves/")} == {4}
+    assert {int(kept[name]) for name in kept if name == "@steps" or name.startswith("@moves/")} == {
+        4
+    }
     for name in names:
-        assert kept[f"@moment0/{name}"].shape == kept[f"@moment1/{name}"].shape == last.shared[name].shape
+        assert (
+            kept[f"@moment0/{name}"].shape
+            == kept[f"@moment1/{name}"].shape
+            == last.shared[name].shape
+        )
     plain = federation(small("lora"), training=PLAIN)
     assert decode(plain.memories.get(1, plain.play(1).memories[1])).keys() == {"@steps"}
 
@@ -173,11 +203,15 @@ def test_what_is_kept_is_two_moments_and_a_count_of_every_tensor_and_the_steps()
 def moves(playing: TinyFederation, state: State, client: int = 0) -> dict[str, int]:
     """Return how many steps of ``client`` moved each tensor since its state began."""
     kept = decode(playing.memories.get(client, state.memories[client]))
-    return {name.removeprefix("@moves/"): int(kept[name]) for name in kept if name.startswith("@moves/")}
+    return {
+        name.removeprefix("@moves/"): int(kept[name]) for name in kept if name.startswith("@moves/")
+    }
 
 
 def test_after_sloras_bridge_the_factors_start_anew_and_the_head_goes_on() -> None:
-    playing = federation(small("slora"), training=ADAMW)  # 2 of 4 rounds are sparse; 2 steps a round
+    playing = federation(
+        small("slora"), training=ADAMW
+    )  # 2 of 4 rounds are sparse; 2 steps a round
     found = moves(playing, playing.play(3))
     assert {found[name] for name in HEAD} == {6}
     assert {found[name] for name in found.keys() - HEAD} == {2}
@@ -186,7 +220,9 @@ def test_after_sloras_bridge_the_factors_start_anew_and_the_head_goes_on() -> No
 
 def test_where_fedara_prunes_the_module_starts_anew_and_the_others_go_on() -> None:
     """Its moments are those of other ranks; which are left over the client cannot tell."""
-    playing = federation(FedARA(4, TARGETS, 4, 2.0, kept=0.9, warmup=0.25, settled=0.25), training=ADAMW)
+    playing = federation(
+        FedARA(4, TARGETS, 4, 2.0, kept=0.9, warmup=0.25, settled=0.25), training=ADAMW
+    )
     before = playing.play(2)
     after = playing.play(1, before)
     found = moves(playing, after)
@@ -215,8 +251,12 @@ class Spy:
         return self.method.send(state, client)
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
-        self.shown.append((context.round, tuple(context.clients), {n: t.clone() for n, t in memory.items()}))
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
+        self.shown.append(
+            (context.round, tuple(context.clients), {n: t.clone() for n, t in memory.items()})
+        )
         with self.method.mount(model, down, memory, context) as task:
             yield task
 
@@ -241,13 +281,18 @@ class Seldom:
         return {**state.shared, "believed": torch.tensor(client.memory)}
 
     @contextmanager
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
         held = memory.get("round", torch.full((len(context.clients),), NO_MEMORY))
         assert torch.equal(held, down["believed"])
         trained = trainable(without(down, "believed"))
         number = torch.full((len(context.clients),), context.round)
         with mounted(model, trained):
-            yield LocalTask(trained, lambda: (detached(trained), {"round": number} if context.round == 2 else {}))
+            yield LocalTask(
+                trained,
+                lambda: (detached(trained), {"round": number} if context.round == 2 else {}),
+            )
 
     def expects(self, state: State, down: Payload) -> Payload:
         return specs(without(down, "believed"))
@@ -309,17 +354,23 @@ def test_a_client_that_has_nothing_to_train_keeps_nothing() -> None:
         paper: ClassVar[str] = "none"
 
         @contextmanager
-        def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Context) -> Iterator[LocalTask]:
+        def mount(
+            self, model: nn.Module, down: Payload, memory: Payload, context: Context
+        ) -> Iterator[LocalTask]:
             yield LocalTask({}, lambda: ({}, {}))
 
     blob = Request(Kind.TRAIN, 0, CONFIG, {}).encode()
 
     def answers(clients: Sequence[int]) -> list[Response]:
         method: Any = AsItIs()
-        found = worker(method, bert(), ADAMW).handle(clients, [blob] * len(clients), [b""] * len(clients))
+        found = worker(method, bert(), ADAMW).handle(
+            clients, [blob] * len(clients), [b""] * len(clients)
+        )
         assert [kept for _, kept in found] == [b""] * len(clients)
         return [Response.decode(answer) for answer, _ in found]
 
     together, alone = answers([0, 1, 2]), [answers([client])[0] for client in SIZES]
     assert [answer.measured.trained for answer in together] == [0, 0, 0]
-    assert [answer.measured.loss for answer in together] == pytest.approx([answer.measured.loss for answer in alone], rel=1e-5)
+    assert [answer.measured.loss for answer in together] == pytest.approx(
+        [answer.measured.loss for answer in alone], rel=1e-5
+    )

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft.errors import BadInput
 from fedpeft.ledger import (
     FILE,
     MEASURED,
@@ -26,7 +27,6 @@ from fedpeft.ledger import (
     read,
     to_json,
 )
-from fedpeft.types import BadInput
 
 RUN = RunRow(
     name="a",
@@ -79,7 +79,9 @@ def test_every_row_comes_back_to_the_bit_and_every_line_is_legal_json(
     ]
     for line in written(path, rows).splitlines():
         json.loads(line, parse_constant=refuse)
-    assert repr(read(path)) == repr(rows)  # unlike ==, repr takes NaN for NaN and tells -0.0 from 0.0
+    assert repr(read(path)) == repr(
+        rows
+    )  # unlike ==, repr takes NaN for NaN and tells -0.0 from 0.0
 
 
 def test_a_file_cut_anywhere_by_a_crash_gives_the_rows_whose_line_is_whole(tmp_path: Path) -> None:
@@ -92,7 +94,17 @@ def test_a_file_cut_anywhere_by_a_crash_gives_the_rows_whose_line_is_whole(tmp_p
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[1]", "7", '{"kind":"nothing"}', '{"round":1}', '{"kind":"client","round":1}', "", '"\\ud800', "\xff"],
+    [
+        "{",
+        "[1]",
+        "7",
+        '{"kind":"nothing"}',
+        '{"round":1}',
+        '{"kind":"client","round":1}',
+        "",
+        '"\\ud800',
+        "\xff",
+    ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / FILE
@@ -148,7 +160,10 @@ def test_cut_also_drops_rows_that_are_still_buffered(tmp_path: Path) -> None:
 def test_a_ledger_shorter_than_its_checkpoint_says_is_refused(tmp_path: Path) -> None:
     path = tmp_path / FILE
     size = len(written(path, ROWS))
-    with Ledger(path) as ledger, pytest.raises(BadInput, match=f"has {size} bytes, .* had {size + 1}"):
+    with (
+        Ledger(path) as ledger,
+        pytest.raises(BadInput, match=f"has {size} bytes, .* had {size + 1}"),
+    ):
         ledger.cut(size + 1)
     assert read(path) == ROWS
 
@@ -186,7 +201,9 @@ def test_peak_memory_is_the_blocks_own_and_not_an_earlier_ones() -> None:
     assert after.peak_memory - before.peak_memory < size / 10
 
 
-def test_without_proc_the_peak_is_the_whole_processs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_proc_the_peak_is_the_whole_processs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(meter, "_CLEAR", tmp_path / "missing" / "clear_refs")
     monkeypatch.setattr(meter, "_STATUS", tmp_path / "status")
@@ -215,7 +232,13 @@ def test_on_cuda_the_mark_is_reset_before_and_read_after_with_the_clock_waiting(
         monkeypatch.setattr(torch.cuda, name, said(name))
     with measured(torch.device("cuda", 0)) as cost:
         calls.append("block")
-    assert calls == ["synchronize", "reset_peak_memory_stats", "block", "synchronize", "max_memory_allocated"]
+    assert calls == [
+        "synchronize",
+        "reset_peak_memory_stats",
+        "block",
+        "synchronize",
+        "max_memory_allocated",
+    ]
     assert cost.peak_memory == 77
 
 

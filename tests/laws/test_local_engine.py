@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from fedpeft.engines.local import LocalEngine
+from fedpeft.errors import NotStackable, WireError
 from fedpeft.experiment import stacking as stacks
 from fedpeft.experiment.stacking import apart, sizes, widest
 from fedpeft.federation.client import ClientData, MountedForm, Worker
@@ -19,7 +20,7 @@ from fedpeft.tasks import Classification, Encoded
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training, fit
-from fedpeft.types import NO_MEMORY, Client, LocalTask, Lost, NotStackable, Reply, WireError
+from fedpeft.types import NO_MEMORY, Client, LocalTask, Lost, Reply
 from fedpeft.wire.messages import Kind, Request, Response, Status
 from tests.contract.reference import unmeasured
 from tests.families import FAMILIES, played
@@ -61,7 +62,9 @@ class Listening:
 
 
 def listening(refuses: type[WireError] | None = None) -> Listening:
-    return Listening(worker(small("lora"), bert(), Training(steps=1, batch_size=4), TEN), refuses=refuses)
+    return Listening(
+        worker(small("lora"), bert(), Training(steps=1, batch_size=4), TEN), refuses=refuses
+    )
 
 
 def engine(playing: Listening, stack: int) -> LocalEngine:
@@ -81,11 +84,21 @@ def test_cohorts_are_as_large_as_asked_for_and_the_last_one_smaller() -> None:
     assert sorted(reply.client.id for reply in found) == list(range(10))
 
 
-def test_only_requests_of_one_form_meet_in_a_stack_and_the_answers_are_those_of_each_alone() -> None:
+def test_only_requests_of_one_form_meet_in_a_stack_and_the_answers_are_those_of_each_alone() -> (
+    None
+):
     playing = listening()
     blobs = {k: request(rank=3 if k % 3 else 2) for k in range(10)}
-    found = {reply.client.id: reply for reply in engine(playing, 3).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])}
-    assert sorted(sorted(stack) for stack in playing.stacks) == [[0, 3, 6], [1, 2, 4], [5, 7, 8], [9]]
+    found = {
+        reply.client.id: reply
+        for reply in engine(playing, 3).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])
+    }
+    assert sorted(sorted(stack) for stack in playing.stacks) == [
+        [0, 3, 6],
+        [1, 2, 4],
+        [5, 7, 8],
+        [9],
+    ]
     for client in (0, 1, 9):
         [(alone, _)] = playing.worker.handle([client], [blobs[client]], [b""])
         reply = found[client]
@@ -97,7 +110,10 @@ def test_no_client_waits_for_its_like_past_two_cohorts() -> None:
     """However rare its form is: the server would have to hold back the answers of all that come after it."""
     playing = listening()
     blobs = {k: request(rank=3 if k else 2) for k in range(10)}
-    found = [reply.client.id for reply in engine(playing, 2).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])]
+    found = [
+        reply.client.id
+        for reply in engine(playing, 2).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])
+    ]
     assert found.index(0) <= 4
 
 
@@ -114,18 +130,28 @@ def test_what_cannot_be_kept_apart_is_tried_once_and_then_played_one_by_one() ->
 def test_a_refused_request_costs_its_own_client_alone() -> None:
     playing = listening()
     good = request()
-    blobs = dict.fromkeys(range(4), good) | {2: Request(Kind.TRAIN, 0, b"x" * 16, {}, NO_MEMORY).encode()}
-    found = {reply.client.id: reply for reply in engine(playing, 4).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])}
+    blobs = dict.fromkeys(range(4), good) | {
+        2: Request(Kind.TRAIN, 0, b"x" * 16, {}, NO_MEMORY).encode()
+    }
+    found = {
+        reply.client.id: reply
+        for reply in engine(playing, 4).exchange([Client(k) for k in blobs], lambda c: blobs[c.id])
+    }
     assert [k for k, reply in found.items() if isinstance(reply, Lost)] == [2]
     damaged = {**blobs, 2: good[:-1] + bytes([good[-1] ^ 1])}
-    again = {r.client.id: r for r in engine(playing, 4).exchange([Client(k) for k in damaged], lambda c: damaged[c.id])}
+    again = {
+        r.client.id: r
+        for r in engine(playing, 4).exchange([Client(k) for k in damaged], lambda c: damaged[c.id])
+    }
     assert [k for k, reply in again.items() if isinstance(reply, Lost)] == [2]
 
 
 def test_seconds_are_shared_out_by_steps() -> None:
     playing = worker(small("lora"), bert(), Training(epochs=1, batch_size=2), {0: 2, 1: 8})
     blob = request()
-    few, many = (Response.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""]))
+    few, many = (
+        Response.decode(answer) for answer, _ in playing.handle([0, 1], [blob, blob], [b"", b""])
+    )
     assert (few.measured.steps, many.measured.steps) == (1, 4)
     assert many.measured.seconds == pytest.approx(4 * few.measured.seconds)
 
@@ -142,7 +168,13 @@ def test_a_model_with_rows_of_its_own_is_known() -> None:
 
 
 def test_the_size_is_one_of_those_that_deal_the_clients_evenly() -> None:
-    assert [sizes(count) for count in (1, 2, 5, 8, 20)] == [[1], [1, 2], [1, 3, 5], [1, 2, 4, 8], [1, 2, 4, 10, 20]]
+    assert [sizes(count) for count in (1, 2, 5, 8, 20)] == [
+        [1],
+        [1, 2],
+        [1, 3, 5],
+        [1, 2, 4, 8],
+        [1, 2, 4, 10, 20],
+    ]
 
 
 @dataclass
@@ -155,7 +187,9 @@ class Timed:
     now: float = 0.0
     tried: list[int] = field(default_factory=list)
 
-    def handle(self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    def handle(
+        self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
+    ) -> list[tuple[bytes, bytes]]:
         if len(clients) not in self.seconds:
             raise NotStackable("no")
         self.tried.append(len(clients))
@@ -174,7 +208,14 @@ class Timed:
         ({1: 0.1, 2: 0.15, 4: 0.25, 8: 0.4}, 300, 2),
         ({1: 0.1}, 0, 1),
     ],
-    ids=["all", "half gains", "none gains", "all would try one's patience", "all would fill the memory", "cannot"],
+    ids=[
+        "all",
+        "half gains",
+        "none gains",
+        "all would try one's patience",
+        "all would fill the memory",
+        "cannot",
+    ],
 )
 def test_the_largest_stack_that_gains_is_chosen(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], memory: int, due: int

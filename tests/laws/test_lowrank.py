@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, deltas, orthogonality, principal, uniform
-from fedpeft.types import BadInput
+from fedpeft.algebra.lowrank import (
+    LowRank,
+    Split,
+    by_module,
+    check_ranks,
+    deltas,
+    orthogonality,
+    principal,
+    uniform,
+)
+from fedpeft.errors import BadInput
 
 SPLITS: list[Split] = ["sqrt", "left", "right"]
 
@@ -20,7 +29,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_principal_is_the_best_approximation_of_its_rank(out: int, width: int, data: st.DataObject) -> None:
+def test_principal_is_the_best_approximation_of_its_rank(
+    out: int, width: int, data: st.DataObject
+) -> None:
     """Eckart-Young: the error is the norm of the singular values left out; and there is no smaller one."""
     rank = data.draw(st.integers(1, min(out, width)))
     matrix = drawn(out, width, seed=data.draw(st.integers(0, 99)))
@@ -30,7 +41,9 @@ def test_principal_is_the_best_approximation_of_its_rank(out: int, width: int, d
         assert (B.shape, A.shape) == ((out, rank), (rank, width))
         assert (B.dtype, A.dtype) == (torch.float32, torch.float32)
         error = torch.linalg.matrix_norm((matrix - B @ A).double())
-        assert float(error) == pytest.approx(float(left_out.norm()), abs=2e-6 * (1 + float(matrix.norm())))
+        assert float(error) == pytest.approx(
+            float(left_out.norm()), abs=2e-6 * (1 + float(matrix.norm()))
+        )
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -38,7 +51,11 @@ def test_the_split_says_where_the_singular_values_go(split: Split) -> None:
     matrix = drawn(7, 5)
     values = torch.linalg.svdvals(matrix)[:3]
     B, A = principal(matrix, 3, split)
-    left, right = {"sqrt": (values, values), "left": (values**2, torch.ones(3)), "right": (torch.ones(3), values**2)}[split]
+    left, right = {
+        "sqrt": (values, values),
+        "left": (values**2, torch.ones(3)),
+        "right": (torch.ones(3), values**2),
+    }[split]
     torch.testing.assert_close(B.T @ B, left.diag(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(A @ A.T, right.diag(), rtol=1e-5, atol=1e-5)
 
@@ -71,12 +88,19 @@ def test_a_difference_is_scale_times_b_e_a_for_every_client() -> None:
 
 
 def test_differences_are_found_by_module_and_need_no_gradient() -> None:
-    tensors = {"m:A": drawn(1, 2, 5).requires_grad_(), "m:B": drawn(1, 4, 2), "n:A": drawn(1, 1, 5), "n:B": drawn(1, 4, 1)}
+    tensors = {
+        "m:A": drawn(1, 2, 5).requires_grad_(),
+        "m:B": drawn(1, 4, 2),
+        "n:A": drawn(1, 1, 5),
+        "n:B": drawn(1, 4, 1),
+    }
     tensors |= {"n:e": drawn(1, 1), "head.bias": drawn(1, 3), "o:values": drawn(1, 9)}
     found = deltas(tensors, 2.0)
     assert found.keys() == {"m", "n"}
     assert not found["m"].dense().requires_grad
-    torch.testing.assert_close(found["n"].dense(), 2.0 * tensors["n:e"] * (tensors["n:B"] @ tensors["n:A"]))
+    torch.testing.assert_close(
+        found["n"].dense(), 2.0 * tensors["n:e"] * (tensors["n:B"] @ tensors["n:A"])
+    )
 
 
 def test_parts_are_grouped_by_module_and_plain_names_left_out() -> None:
@@ -88,7 +112,13 @@ def test_parts_are_grouped_by_module_and_plain_names_left_out() -> None:
 
 
 def test_orthogonality_is_adaloras_penalty_summed_over_modules_and_clients() -> None:
-    tensors = {"m:A": drawn(2, 3, 5), "m:B": drawn(2, 4, 3), "m:e": drawn(2, 3), "n:A": drawn(2, 1, 6), "n:B": drawn(2, 4, 1)}
+    tensors = {
+        "m:A": drawn(2, 3, 5),
+        "m:B": drawn(2, 4, 3),
+        "m:e": drawn(2, 3),
+        "n:A": drawn(2, 1, 6),
+        "n:B": drawn(2, 4, 1),
+    }
     expected = 0.0
     for module in ("m", "n"):
         for k in range(2):
@@ -96,10 +126,15 @@ def test_orthogonality_is_adaloras_penalty_summed_over_modules_and_clients() -> 
             for gram in (A @ A.T, B.T @ B):
                 expected += math.sqrt(float(((gram - torch.eye(len(gram))) ** 2).sum()))
     assert float(orthogonality(tensors)) == pytest.approx(expected, rel=1e-5)
-    straight = {"m:A": torch.eye(2, 5).unsqueeze(0).requires_grad_(), "m:B": torch.eye(4, 2).unsqueeze(0)}
+    straight = {
+        "m:A": torch.eye(2, 5).unsqueeze(0).requires_grad_(),
+        "m:B": torch.eye(4, 2).unsqueeze(0),
+    }
     penalty = orthogonality(straight)
     assert float(penalty.detach()) == 0.0
-    assert torch.isfinite(torch.autograd.grad(penalty, straight["m:A"])[0]).all(), "no gradient is infinite at the optimum"
+    assert torch.isfinite(torch.autograd.grad(penalty, straight["m:A"])[0]).all(), (
+        "no gradient is infinite at the optimum"
+    )
 
 
 def test_loras_draw_is_kaiming_uniform_and_named() -> None:
@@ -116,5 +151,7 @@ def test_loras_draw_is_kaiming_uniform_and_named() -> None:
 @pytest.mark.parametrize("rank", [0, 5, -1])
 def test_a_rank_that_a_layer_cannot_hold_is_refused_with_both_numbers(rank: int) -> None:
     check_ranks({"m": torch.zeros(4, 9)}, 4)
-    with pytest.raises(BadInput, match=rf"method.rank = {rank}: layer 'm' is 4 x 9; choose a rank from 1 to 4"):
+    with pytest.raises(
+        BadInput, match=rf"method.rank = {rank}: layer 'm' is 4 x 9; choose a rank from 1 to 4"
+    ):
         check_ranks({"m": torch.zeros(4, 9)}, rank)

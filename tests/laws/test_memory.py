@@ -5,17 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.federation.memory import (
-    Forgotten,
-    Memories,
-    as_told,
-    carried,
-    joined,
-    parted,
-    written,
-    written_by_method,
-)
+from fedpeft.errors import Forgotten
+from fedpeft.federation.memory import Memories
 from fedpeft.types import NO_MEMORY, Client
+from fedpeft.wire.versions import as_told, carried, joined, parted, written, written_by_method
 
 
 def test_no_memory_is_empty_and_a_version_that_is_not_there_is_refused() -> None:
@@ -94,7 +87,11 @@ def test_a_round_alone_is_a_version_whose_rounds_are_the_same() -> None:
 
 
 def test_the_methods_part_is_carried_along_unless_it_is_new() -> None:
-    anchor, other, steps = ({"anchor": torch.tensor(1.0)}, {"anchor": torch.tensor(2.0)}, {"@steps": torch.tensor(4)})
+    anchor, other, steps = (
+        {"anchor": torch.tensor(1.0)},
+        {"anchor": torch.tensor(2.0)},
+        {"@steps": torch.tensor(4)},
+    )
     assert joined({}, anchor, steps) == {**anchor, **steps}
     assert joined(other, anchor, steps) == {**other, **steps}
     assert joined(other, anchor, {}) == other

@@ -26,7 +26,11 @@ from tests.tiny import (
     weighted,
 )
 
-LAYERS = sorted(f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value"))
+LAYERS = sorted(
+    f"bert.encoder.layer.{layer}.attention.self.{part}"
+    for layer in (0, 1)
+    for part in ("query", "value")
+)
 RANK = 4
 METHOD = FedARA(8, TARGETS, RANK, 2.0, kept=0.25, warmup=0.125, settled=0.25, deviation=0.5)
 TOTAL = RANK * len(LAYERS)
@@ -43,7 +47,13 @@ def budgets(rounds: int, total: int, kept: float, first: int, last: int) -> list
     found = []
     for done in range(1, rounds + 1):
         left = 1 - (done - first) / (rounds - last - first)
-        found.append(total if done <= first else end if done >= rounds - last else end + round((total - end) * left**3))
+        found.append(
+            total
+            if done <= first
+            else end
+            if done >= rounds - last
+            else end + round((total - end) * left**3)
+        )
     return found
 
 
@@ -55,8 +65,12 @@ def test_the_budget_is_cubic_between_warm_up_and_end() -> None:
     assert [long.budget(number, 950) for number in range(100)] == budgets(100, 950, 0.1, 10, 30)
 
 
-@pytest.mark.parametrize(("warmup", "settled"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.9, 0.9)])
-def test_the_budget_only_falls_and_ends_where_it_should_whatever_the_shares(warmup: float, settled: float) -> None:
+@pytest.mark.parametrize(
+    ("warmup", "settled"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.9, 0.9)]
+)
+def test_the_budget_only_falls_and_ends_where_it_should_whatever_the_shares(
+    warmup: float, settled: float
+) -> None:
     method = FedARA(10, kept=0.25, warmup=warmup, settled=settled)
     numbers = [method.budget(number, 40) for number in range(10)]
     assert numbers == sorted(numbers, reverse=True)
@@ -72,19 +86,28 @@ def test_live_ranks_keep_to_the_budget_die_for_good_and_bytes_fall() -> None:
         states.append(playing.play(1, states[-1]))
     counts = [int(alive(state).sum()) for state in states]
     assert counts[0] == TOTAL
-    assert all(count <= limit for count, limit in zip(counts[1:], budgets(8, TOTAL, 0.25, 1, 2), strict=True))
+    assert all(
+        count <= limit
+        for count, limit in zip(counts[1:], budgets(8, TOTAL, 0.25, 1, 2), strict=True)
+    )
     assert 0 < counts[-1] <= 4 < counts[1]
     for before, after in zip(states, states[1:], strict=False):
         assert not bool((alive(after) & ~alive(before)).any()), "dead stays dead"
         for name in LAYERS:
             dead = ~before.server[f"{name}:alive"]
             assert torch.equal(after.shared[f"{name}:A"][dead], before.shared[f"{name}:A"][dead])
-            assert torch.equal(after.shared[f"{name}:B"][:, dead], before.shared[f"{name}:B"][:, dead])
-    down, up = ([getattr(row, way) for row in playing.rows if row.client == 0] for way in ("down", "up"))
+            assert torch.equal(
+                after.shared[f"{name}:B"][:, dead], before.shared[f"{name}:B"][:, dead]
+            )
+    down, up = (
+        [getattr(row, way) for row in playing.rows if row.client == 0] for way in ("down", "up")
+    )
     assert down == sorted(down, reverse=True)
     assert up == sorted(up, reverse=True)
     lost = 4 * (TOTAL - counts[-2]) * (32 + 32 + 1)
-    assert down[0] - down[-1] >= lost, "each dead rank takes its row of A, its column of B and its e with it"
+    assert down[0] - down[-1] >= lost, (
+        "each dead rank takes its row of A, its column of B and its e with it"
+    )
 
 
 def test_what_is_sent_are_the_live_triplets_the_head_and_the_budget() -> None:
@@ -96,11 +119,22 @@ def test_what_is_sent_are_the_live_triplets_the_head_and_the_budget() -> None:
         if not living:
             assert not any(part.startswith(f"{name}:") for part in down)
             continue
-        assert torch.equal(down[f"{name}:A"], torch.stack([state.shared[f"{name}:A"][rank] for rank in living]))
-        assert torch.equal(down[f"{name}:B"], torch.stack([state.shared[f"{name}:B"][:, rank] for rank in living], 1))
-        assert torch.equal(down[f"{name}:e"], torch.stack([state.shared[f"{name}:e"][rank] for rank in living]))
+        assert torch.equal(
+            down[f"{name}:A"], torch.stack([state.shared[f"{name}:A"][rank] for rank in living])
+        )
+        assert torch.equal(
+            down[f"{name}:B"],
+            torch.stack([state.shared[f"{name}:B"][:, rank] for rank in living], 1),
+        )
+        assert torch.equal(
+            down[f"{name}:e"], torch.stack([state.shared[f"{name}:e"][rank] for rank in living])
+        )
     assert int(down["budget"]) == budgets(8, TOTAL, 0.25, 1, 2)[4]
-    assert {part for part in down if ":" not in part} == {"budget", "classifier.weight", "classifier.bias"}
+    assert {part for part in down if ":" not in part} == {
+        "budget",
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_a_vote_is_one_bit_a_live_rank() -> None:
@@ -119,7 +153,13 @@ def test_a_vote_is_one_bit_a_live_rank() -> None:
 
 def killed(state: State, *names: str) -> State:
     """Return ``state`` with all ranks of some modules dead."""
-    return replace(state, server={**state.server, **{f"{name}:alive": torch.zeros(RANK, dtype=torch.bool) for name in names}})
+    return replace(
+        state,
+        server={
+            **state.server,
+            **{f"{name}:alive": torch.zeros(RANK, dtype=torch.bool) for name in names},
+        },
+    )
 
 
 EARLY = replace(METHOD, warmup=0.0)
@@ -130,7 +170,10 @@ def early(training: Training) -> tuple[State, list[list[int]]]:
     """Return the state after one round of ``EARLY``, and for which ranks each client voted."""
     playing = federation(EARLY, training=training)
     after = playing.play(1)
-    return after, [[i for i, bit in enumerate(bin_of(answer)) if bit == "1"] for answer in playing.answers(0).values()]
+    return after, [
+        [i for i, bit in enumerate(bin_of(answer)) if bit == "1"]
+        for answer in playing.answers(0).values()
+    ]
 
 
 def test_where_nobody_has_a_score_yet_the_strongest_ranks_live() -> None:
@@ -168,7 +211,9 @@ def test_where_nothing_was_learnt_no_rank_dies() -> None:
     after = playing.play(1, blank)
     assert not any(after.shared[f"{name}:e"].any() for name in LAYERS)
     assert bool(alive(after).all())
-    assert int(alive(playing.play(2, after)).sum()) == EARLY.budget(2, TOTAL), "later rounds make up for it"
+    assert int(alive(playing.play(2, after)).sum()) == EARLY.budget(2, TOTAL), (
+        "later rounds make up for it"
+    )
 
 
 def test_a_dead_module_is_neither_sent_nor_mounted_nor_expected() -> None:
@@ -209,7 +254,10 @@ def ballot(state: State, votes: list[int]) -> dict[str, Tensor]:
     down = METHOD.send(state, Client(0))
     mask = torch.zeros(int(sum(mask.sum() for mask in state.server.values())), dtype=torch.bool)
     mask[votes] = True
-    return {**{part: tensor for part, tensor in down.items() if part != "budget"}, "votes": pack(mask)}
+    return {
+        **{part: tensor for part, tensor in down.items() if part != "budget"},
+        "votes": pack(mask),
+    }
 
 
 def test_a_rank_lives_by_the_weighted_votes_of_its_clients() -> None:
@@ -224,7 +272,9 @@ def test_a_rank_lives_by_the_weighted_votes_of_its_clients() -> None:
     assert alive(after).nonzero().flatten().tolist() == [0, 2, 9]
     uniform = replace(METHOD, weighting="uniform").receive(state, updates)
     assert alive(uniform).nonzero().flatten().tolist() == [2, 9], "one of three is below a half"
-    assert alive(replace(METHOD, threshold=0.4).receive(state, updates)).nonzero().flatten().tolist() == [0, 1, 2, 9]
+    assert alive(
+        replace(METHOD, threshold=0.4).receive(state, updates)
+    ).nonzero().flatten().tolist() == [0, 1, 2, 9]
 
 
 def test_where_too_many_are_voted_for_the_most_votes_win_then_the_strongest() -> None:
@@ -233,7 +283,10 @@ def test_where_too_many_are_voted_for_the_most_votes_win_then_the_strongest() ->
     strong = {f"{name}:e": torch.full((RANK,), 1.0 + index) for index, name in enumerate(LAYERS)}
     state = replace(state, shared={**state.shared, **strong})
     everyone = [0, 1, 5, 9, 13]
-    updates = [Update(Client(0), 3, ballot(state, [*everyone, 3, 8])), Update(Client(1), 1, ballot(state, everyone))]
+    updates = [
+        Update(Client(0), 3, ballot(state, [*everyone, 3, 8])),
+        Update(Client(1), 1, ballot(state, everyone)),
+    ]
     assert alive(METHOD.receive(state, updates)).nonzero().flatten().tolist() == everyone
     tied = [Update(Client(0), 1, ballot(state, [0, 1, 5, 6, 9, 10, 13]))]
     found = alive(METHOD.receive(state, tied)).nonzero().flatten().tolist()
@@ -249,17 +302,24 @@ def test_a_client_votes_reach_their_own_module_where_one_name_begins_another() -
     state = method.init(describe(model, ()), SEED)
     down = method.send(state, Client(0))
     assert int(down["budget"]) == 2
-    votes = pack(torch.tensor([True, True, False, False]))  # both for fc, modules in alphabetical order
+    votes = pack(
+        torch.tensor([True, True, False, False])
+    )  # both for fc, modules in alphabetical order
     reply = {**{part: tensor for part, tensor in down.items() if part != "budget"}, "votes": votes}
     after = method.receive(state, [Update(Client(0), 1, reply)])
-    assert {name: mask.tolist() for name, mask in after.server.items()} == {"fc:alive": [True] * 2, "fc2:alive": [False] * 2}
+    assert {name: mask.tolist() for name, mask in after.server.items()} == {
+        "fc:alive": [True] * 2,
+        "fc2:alive": [False] * 2,
+    }
     with mounted_state(method, state, model, CPU, SEED) as local:
         for part, parameter in local.trainable.items():
             parameter.grad = torch.full_like(parameter, 1.0 if part.startswith("fc2:") else 0.1)
             parameter.data.fill_(1.0)
         local.after_backward(slice(0, 1))
         said = local.reply()[0]["votes"][0]
-    assert said.tolist() == pack(torch.tensor([False, False, True, True])).tolist(), "the client, too, names them in order"
+    assert said.tolist() == pack(torch.tensor([False, False, True, True])).tolist(), (
+        "the client, too, names them in order"
+    )
 
 
 def test_the_merge_is_that_of_the_replies_worked_out() -> None:
@@ -269,15 +329,22 @@ def test_the_merge_is_that_of_the_replies_worked_out() -> None:
     after = playing.play(1, before)
     answers = list(playing.answers(2).values())
     weights = [float(answer.measured.examples) for answer in answers]
-    means = weighted([{k: v for k, v in answer.payload.items() if k != "votes"} for answer in answers], weights)
+    means = weighted(
+        [{k: v for k, v in answer.payload.items() if k != "votes"} for answer in answers], weights
+    )
     rank_norms: list[float] = []
     for name in LAYERS:
         if f"{name}:e" in means:
             A, B, e = (means[f"{name}:{part}"] for part in "ABe")
             rank_norms += [float(e[i].abs() * A[i].norm() * B[:, i].norm()) for i in range(len(e))]
     bits = [bin_of(answer) for answer in answers]
-    votes = [sum(w for w, row in zip(weights, bits, strict=True) if row[i] == "1") / sum(weights) for i in range(len(rank_norms))]
-    order = sorted(range(len(votes)), key=lambda i: (-votes[i], -rank_norms[i]))[: budgets(8, TOTAL, 0.25, 1, 2)[2]]
+    votes = [
+        sum(w for w, row in zip(weights, bits, strict=True) if row[i] == "1") / sum(weights)
+        for i in range(len(rank_norms))
+    ]
+    order = sorted(range(len(votes)), key=lambda i: (-votes[i], -rank_norms[i]))[
+        : budgets(8, TOTAL, 0.25, 1, 2)[2]
+    ]
     living = {i for i in order if votes[i] >= 0.5}
     places = alive(before).nonzero().flatten().tolist()
     assert {places[i] for i in living} == set(alive(after).nonzero().flatten().tolist())

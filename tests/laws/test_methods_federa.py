@@ -12,7 +12,11 @@ from fedpeft.wire.messages import decode
 from tests.tiny import CPU, SEED, base_of, bert, federation, logits, small
 
 SCALE = 2.0
-LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
+LAYERS = [
+    f"bert.encoder.layer.{layer}.attention.self.{part}"
+    for layer in (0, 1)
+    for part in ("query", "value")
+]
 
 
 def started(split: Split = "sqrt") -> State:
@@ -31,8 +35,12 @@ def test_the_start_is_the_best_approximation_of_the_pre_trained_matrix(split: Sp
         torch.testing.assert_close(residual[: len(values) - 3], values[3:], rtol=1e-4, atol=1e-5)
         assert float(residual[len(values) - 3 :].max()) < 1e-5
         power = {"sqrt": (0.5, 0.5), "left": (1.0, 0.0), "right": (0.0, 1.0)}[split]
-        torch.testing.assert_close(B.norm(dim=0), (values[:3] / SCALE) ** power[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(A.norm(dim=1), (values[:3] / SCALE) ** power[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            B.norm(dim=0), (values[:3] / SCALE) ** power[0], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            A.norm(dim=1), (values[:3] / SCALE) ** power[1], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_anchor_is_the_start_and_never_changes() -> None:
@@ -42,7 +50,9 @@ def test_the_anchor_is_the_start_and_never_changes() -> None:
         assert state.server.keys() == {f"{name}:{part}0" for name in LAYERS for part in "AB"}
         for name, tensor in state.server.items():
             assert torch.equal(tensor, start.shared[name.removesuffix("0")])
-    assert not any(torch.equal(after.shared[f"{name}:B"], start.shared[f"{name}:B"]) for name in LAYERS)
+    assert not any(
+        torch.equal(after.shared[f"{name}:B"], start.shared[f"{name}:B"]) for name in LAYERS
+    )
 
 
 def anchors(blob: bytes) -> set[str]:
@@ -53,8 +63,15 @@ def test_the_anchor_is_sent_once_to_every_client_and_kept_there() -> None:
     """Client 2 comes late: it alone is sent the anchor in its first round."""
     playing = federation(small("federa"))
     after = playing.play(3, cohort=lambda number: playing.clients()[: 2 if number < 1 else 3])
-    sent = [{client: bool(anchors(request)) for client, (request, _) in talk.items()} for talk in playing.engine.talks]
-    assert sent == [{0: True, 1: True}, {0: False, 1: False, 2: True}, {0: False, 1: False, 2: False}]
+    sent = [
+        {client: bool(anchors(request)) for client, (request, _) in talk.items()}
+        for talk in playing.engine.talks
+    ]
+    assert sent == [
+        {0: True, 1: True},
+        {0: False, 1: False, 2: True},
+        {0: False, 1: False, 2: False},
+    ]
     assert not any(anchors(reply) for talk in playing.engine.talks for _, reply in talk.values())
     assert after.memories == {0: 0, 1: 0, 2: 1}
     for client, version in after.memories.items():
@@ -75,7 +92,9 @@ def changed(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         )
         for name in LAYERS
     }
-    return differences, {name: dense_layer(bert(), name).double() + differences[name] for name in LAYERS}
+    return differences, {
+        name: dense_layer(bert(), name).double() + differences[name] for name in LAYERS
+    }
 
 
 def test_the_deltas_are_the_difference_to_the_pre_trained_matrix() -> None:
@@ -112,7 +131,9 @@ def test_a_client_that_has_the_anchor_trains_as_one_that_is_sent_it() -> None:
             return logits(model)
 
     assert torch.equal(said(knowing, state.server), said(new, {}))
-    assert method.send(state, new).keys() - method.send(state, knowing).keys() == state.server.keys()
+    assert (
+        method.send(state, new).keys() - method.send(state, knowing).keys() == state.server.keys()
+    )
 
 
 def test_the_svd_needs_no_seed() -> None:

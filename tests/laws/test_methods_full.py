@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedpeft.errors import BadInput
 from fedpeft.mounting import describe
 from fedpeft.training.evaluation import mounted_state
-from fedpeft.types import BadInput, Client
+from fedpeft.types import Client
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family
 from tests.tiny import CPU, HEAD, SEED, bert, federation, small
 
@@ -28,7 +29,9 @@ def test_full_sends_and_trains_every_parameter() -> None:
 def test_full_leaves_the_frozen_model_as_it_was() -> None:
     """The state holds the pre-trained parameters themselves, so nothing may be written into them."""
     playing = federation(small("full"))
-    before = {name: parameter.clone() for name, parameter in playing.worker.model.named_parameters()}
+    before = {
+        name: parameter.clone() for name, parameter in playing.worker.model.named_parameters()
+    }
     start = playing.start
     playing.play(2)
     for name, parameter in playing.worker.model.named_parameters():
@@ -45,7 +48,9 @@ def test_bitfit_touches_biases_and_the_head_only() -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with mounted_state(playing.method, after, model, CPU, SEED):
         for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, before[name]) == (name not in BIASES | HEAD) or name.endswith("key.bias")
+            assert torch.equal(parameter, before[name]) == (
+                name not in BIASES | HEAD
+            ) or name.endswith("key.bias")
 
 
 def test_bitfit_needs_biases() -> None:
@@ -60,9 +65,13 @@ def test_bitfit_needs_biases() -> None:
 def test_a_uniform_mean_counts_every_client_once() -> None:
     playing = federation(small("full", weighting="uniform"))
     after = playing.play(1)
-    payloads = [answer.payload["classifier.weight"].double() for answer in playing.answers(0).values()]
+    payloads = [
+        answer.payload["classifier.weight"].double() for answer in playing.answers(0).values()
+    ]
     expected = (payloads[0] + payloads[1] + payloads[2]) / 3
-    torch.testing.assert_close(after.shared["classifier.weight"].double(), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        after.shared["classifier.weight"].double(), expected, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_tied_parameters_are_sent_once() -> None:

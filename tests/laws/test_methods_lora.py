@@ -5,15 +5,32 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.lowrank import uniform
+from fedpeft.errors import BadInput
 from fedpeft.methods import METHODS
 from fedpeft.mounting import select
 from fedpeft.training.evaluation import mounted_state
-from fedpeft.types import BadInput, Client, Payload
+from fedpeft.types import Client, Payload
 from fedpeft.wire.messages import decode
-from tests.tiny import CPU, SEED, TARGETS, assert_same, base_of, bert, examples, federation, logits, small, weighted
+from tests.tiny import (
+    CPU,
+    SEED,
+    TARGETS,
+    assert_same,
+    base_of,
+    bert,
+    examples,
+    federation,
+    logits,
+    small,
+    weighted,
+)
 
 SCALE = 2.0
-LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
+LAYERS = [
+    f"bert.encoder.layer.{layer}.attention.self.{part}"
+    for layer in (0, 1)
+    for part in ("query", "value")
+]
 
 
 def drawn_again(module: str) -> Tensor:
@@ -21,7 +38,9 @@ def drawn_again(module: str) -> Tensor:
     return uniform(3, 32, SEED, module)
 
 
-def mean_of_products(payloads: list[Payload], weights: list[float], module: str, shared_a: bool) -> tuple[Tensor, Tensor]:
+def mean_of_products(
+    payloads: list[Payload], weights: list[float], module: str, shared_a: bool
+) -> tuple[Tensor, Tensor]:
     """Return the mean of the clients' B_k A_k and what the means of the factors make of it."""
     products = []
     for payload in payloads:
@@ -44,7 +63,9 @@ def test_ffas_merge_is_exact_and_loras_is_not(name: str) -> None:
     assert sorted(deltas) == LAYERS
     for module in LAYERS:
         exact, merged = mean_of_products(payloads, weights, module, name == "ffa_lora")
-        torch.testing.assert_close(deltas[module].dense()[0].double(), SCALE * merged, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            deltas[module].dense()[0].double(), SCALE * merged, rtol=1e-4, atol=1e-7
+        )
         off = float((merged - exact).norm() / exact.norm())
         assert (off < 1e-6) == (name == "ffa_lora"), off
 
@@ -55,7 +76,10 @@ def test_ffa_never_sends_a_and_never_changes_it() -> None:
     for talk in playing.engine.talks:
         for blob in (blob for pair in talk.values() for blob in pair):
             own = {name for name in decode(blob) if not name.startswith("@")}
-            assert own == {f"{module}:B" for module in LAYERS} | {"classifier.weight", "classifier.bias"}
+            assert own == {f"{module}:B" for module in LAYERS} | {
+                "classifier.weight",
+                "classifier.bias",
+            }
     with mounted_state(playing.method, after, playing.worker.model, CPU, SEED) as local:
         for module, delta in local.deltas().items():
             factors = delta.factors()
@@ -93,7 +117,10 @@ def test_ffa_sends_half_of_loras_adapter() -> None:
 def test_lora_starts_from_a_drawn_by_name_and_b_of_nothing() -> None:
     """So a layer's start does not depend on which other layers are adapted."""
     base = base_of(bert())
-    few, many = small("lora").init(base, SEED).shared, small("lora", targets="all-linear").init(base, SEED).shared
+    few, many = (
+        small("lora").init(base, SEED).shared,
+        small("lora", targets="all-linear").init(base, SEED).shared,
+    )
     assert {part.partition(":")[0] for part in few if ":" in part} == set(LAYERS)
     for part, tensor in few.items():
         assert torch.equal(tensor, many[part])
@@ -107,7 +134,9 @@ def test_lora_starts_from_a_drawn_by_name_and_b_of_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["lora", "ffa_lora", "federa", "fedara", "slora", "local_only"])
 def test_a_rank_above_a_layers_size_is_refused_at_the_door(name: str) -> None:
-    with pytest.raises(BadInput, match=r"method.rank = 33: layer .* is 32 x 32; choose a rank from 1 to 32"):
+    with pytest.raises(
+        BadInput, match=r"method.rank = 33: layer .* is 32 x 32; choose a rank from 1 to 32"
+    ):
         small(name, rank=33).init(base_of(bert()), SEED)
 
 
@@ -127,6 +156,14 @@ def test_a_local_only_client_goes_on_from_its_own_and_hears_nothing_of_the_other
     said = []
     for client in (0, 1):
         memory = decode(together.memories.get(client, 2))
-        with mounted_state(together.method, state, together.worker.model, CPU, SEED, Client(client, memory=2), memory):
+        with mounted_state(
+            together.method,
+            state,
+            together.worker.model,
+            CPU,
+            SEED,
+            Client(client, memory=2),
+            memory,
+        ):
             said.append(logits(together.worker.model, rows))
     assert (said[0] - said[1]).abs().max() > 1e-3

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fedpeft.algebra.lowrank import Split
 from fedpeft.algebra.masks import positions, scatter
+from fedpeft.errors import BadInput
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import dense_layer, describe
 from fedpeft.training.evaluation import mounted_state
-from fedpeft.types import BadInput, Client
+from fedpeft.types import Client
 from fedpeft.wire.messages import Request, Response
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import (
@@ -35,12 +36,18 @@ from tests.tiny import (
     small,
 )
 
-LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
+LAYERS = [
+    f"bert.encoder.layer.{layer}.attention.self.{part}"
+    for layer in (0, 1)
+    for part in ("query", "value")
+]
 
 
 @settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.001, 1.0), st.integers(0, 99))
-def test_a_mask_has_exactly_its_share_of_every_matrix(out: int, width: int, density: float, seed: int) -> None:
+def test_a_mask_has_exactly_its_share_of_every_matrix(
+    out: int, width: int, density: float, seed: int
+) -> None:
     where = positions((out, width), density, seed, "m")
     assert len(where) == max(1, round(density * out * width))
     assert where.tolist() == sorted(set(where.tolist()))
@@ -85,8 +92,12 @@ def test_sparse_values_change_their_entries_of_the_matrix_and_nothing_else(name:
         torch.testing.assert_close(says(model, ids), says(expected, ids), rtol=1e-5, atol=1e-5)
         for layer, delta in local.deltas().items():
             assert delta.factors() is None
-            torch.testing.assert_close(delta.dense()[0], dense_layer(expected, layer) - dense_layer(family(name), layer))
-    assert local.deltas().keys() == base.layers.keys() - {part.removesuffix(".weight") for part in FAMILIES[name].head}
+            torch.testing.assert_close(
+                delta.dense()[0], dense_layer(expected, layer) - dense_layer(family(name), layer)
+            )
+    assert local.deltas().keys() == base.layers.keys() - {
+        part.removesuffix(".weight") for part in FAMILIES[name].head
+    }
 
 
 def test_no_position_travels() -> None:
@@ -95,7 +106,10 @@ def test_no_position_travels() -> None:
     playing.play(2)
     for talk in playing.engine.talks:
         for request, reply in talk.values():
-            for payload in (Request.decode(request, CONFIG).payload, Response.decode(reply).payload):
+            for payload in (
+                Request.decode(request, CONFIG).payload,
+                Response.decode(reply).payload,
+            ):
                 assert payload.keys() == {f"{name}:values" for name in LAYERS} | HEAD
                 for name in LAYERS:
                     values = payload[f"{name}:values"]
@@ -108,7 +122,9 @@ STAGES += [(1, 0.2, 0), (1, 0.8, 1)]  # but a run of one round has one stage
 
 
 @pytest.mark.parametrize(("rounds", "share", "until"), STAGES)
-def test_the_first_stage_lasts_its_share_of_the_rounds(rounds: int, share: float, until: int) -> None:
+def test_the_first_stage_lasts_its_share_of_the_rounds(
+    rounds: int, share: float, until: int
+) -> None:
     """On the server's side and, told by the round alone, on the clients'."""
     method = small("slora", rounds=rounds, stage1=share)
     state = method.init(base_of(bert()), SEED)
@@ -143,7 +159,9 @@ def test_the_bridge_is_the_eckart_young_optimum_with_all_of_s_in_b(scale: float)
         assert error == pytest.approx(best, rel=1e-5)
         assert error < 0.999 * float(values.norm()), "the difference is not lost"
         torch.testing.assert_close(A @ A.T, torch.eye(3), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(B.T @ B, (values[:3] / scale).square().diag().float(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            B.T @ B, (values[:3] / scale).square().diag().float(), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_the_bridge_keeps_the_head_and_the_base_stays_as_it_was() -> None:
@@ -189,7 +207,9 @@ def test_after_a_first_stage_without_replies_the_second_starts_as_lora_does(spli
     after = playing.play(1, bridged)
     for name in LAYERS:
         for part in "AB":
-            moved = (after.shared[f"{name}:{part}"] - bridged.shared[f"{name}:{part}"]).norm(dim=1 if part == "A" else 0)
+            moved = (after.shared[f"{name}:{part}"] - bridged.shared[f"{name}:{part}"]).norm(
+                dim=1 if part == "A" else 0
+            )
             assert (moved > 0).all(), f"every rank of {name}:{part} is trained"
 
 
@@ -199,10 +219,14 @@ def test_only_a_layer_without_a_difference_starts_as_lora_does() -> None:
     state = replace(method.init(base_of(bert()), SEED), round=1)
     values = torch.zeros_like(state.shared[f"{LAYERS[0]}:values"])
     values[0] = 6.0
-    bridged = method.receive(replace(state, shared={**state.shared, f"{LAYERS[0]}:values": values}), ()).shared
+    bridged = method.receive(
+        replace(state, shared={**state.shared, f"{LAYERS[0]}:values": values}), ()
+    ).shared
     expected = torch.zeros(32 * 32)
     expected[positions((32, 32), 0.2, SEED, LAYERS[0])[0]] = 6.0 / 2.0
-    torch.testing.assert_close(bridged[f"{LAYERS[0]}:B"] @ bridged[f"{LAYERS[0]}:A"], expected.view(32, 32))
+    torch.testing.assert_close(
+        bridged[f"{LAYERS[0]}:B"] @ bridged[f"{LAYERS[0]}:A"], expected.view(32, 32)
+    )
     start = LORA.init(base_of(bert()), SEED).shared
     for name in still:
         for part in "AB":
@@ -212,20 +236,31 @@ def test_only_a_layer_without_a_difference_starts_as_lora_does() -> None:
 def test_the_pre_classification_layer_has_a_rank_of_its_own() -> None:
     """The paper's 10 in attention and feed-forward layers, 18 in the pooler."""
     state = SLoRA(stage1=0.0).init(base_of(bert()), SEED)
-    ranks = {part.removesuffix(":A"): len(tensor) for part, tensor in state.shared.items() if part.endswith(":A")}
+    ranks = {
+        part.removesuffix(":A"): len(tensor)
+        for part, tensor in state.shared.items()
+        if part.endswith(":A")
+    }
     assert ranks.pop("bert.pooler.dense") == 18
     assert set(ranks.values()) == {10}
     assert len(ranks) == 12
 
 
 def test_a_pattern_for_the_pre_classifier_that_is_none_is_refused_at_the_door() -> None:
-    with pytest.raises(BadInput, match=r"method.pre_classifier = '\(' is not a regular expression: missing \)"):
+    with pytest.raises(
+        BadInput, match=r"method.pre_classifier = '\(' is not a regular expression: missing \)"
+    ):
         SLoRA(pre_classifier="(").init(base_of(bert()), SEED)
 
 
 def test_the_faithful_defaults_are_the_papers() -> None:
     method = SLoRA()
-    assert (method.density, method.split, method.scale, method.weighting) == (0.10, "left", 1.0, "uniform")
+    assert (method.density, method.split, method.scale, method.weighting) == (
+        0.10,
+        "left",
+        1.0,
+        "uniform",
+    )
     assert (method.rank, method.pre_classifier_rank, method.targets) == (10, 18, "all-linear")
 
 

@@ -23,7 +23,9 @@ def test_a_memory_belongs_to_the_stage_that_wrote_it() -> None:
     playing = federation(Staged(LocalOnly(TARGETS, 2), FEDERA, crossing, 2))
     last = playing.play(4)
     assert not [row.lost for row in playing.rows if row.lost]
-    sent = [any(name.endswith(":A0") for name in decode(talk[0][0])) for talk in playing.engine.talks]
+    sent = [
+        any(name.endswith(":A0") for name in decode(talk[0][0])) for talk in playing.engine.talks
+    ]
     assert sent == [False, False, True, False]
     assert last.memories == {0: 2, 1: 2, 2: 2}
     alone = federation(FEDERA)
@@ -45,7 +47,9 @@ def test_the_first_stages_memory_is_seen_by_the_first_stage() -> None:
 def test_a_reply_is_that_of_the_stage_under_way() -> None:
     playing = federation(Staged(LocalOnly(TARGETS, 2), FEDERA, crossing, 1))
     playing.play(2)
-    first, second = (Response.decode(playing.engine.talks[exchange][1][1]).payload for exchange in (0, 1))
+    first, second = (
+        Response.decode(playing.engine.talks[exchange][1][1]).payload for exchange in (0, 1)
+    )
     assert first == {}
     assert any(name.endswith(":A") for name in second)
     assert all(torch.isfinite(tensor).all() for tensor in second.values())

@@ -19,7 +19,10 @@ def outcome(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the logits of ragged texts and the gradients of every parameter."""
     call: Any = model.requires_grad_()
     logits = call(input_ids=texts(6), attention_mask=MASK).logits
-    loss, parameters = functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])), dict(model.named_parameters())
+    loss, parameters = (
+        functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])),
+        dict(model.named_parameters()),
+    )
     gradients = torch.autograd.grad(loss, tuple(parameters.values()), materialize_grads=True)
     return logits.detach(), dict(zip(parameters, gradients, strict=True))
 
@@ -29,7 +32,9 @@ def positions(model: nn.Module) -> list[int]:
     seen: list[int] = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1] if given[0].dim() == 3 else 1))
+            module.register_forward_hook(
+                lambda _, given, __: seen.append(given[0].shape[1] if given[0].dim() == 3 else 1)
+            )
     outcome(model)
     return seen
 

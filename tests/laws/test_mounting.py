@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from fedpeft.errors import BadInput, NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
     cast_once,
     dense_layer,
     describe,
+    detached,
     mounted,
     mounted_deltas,
     oriented,
@@ -27,22 +29,36 @@ from fedpeft.mounting import (
     row_owners,
     select,
     trainable,
-    detached,
 )
 from fedpeft.mounting.deltas import Total
 from fedpeft.seeds import generator
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.loop import Share, Training, fit
-from fedpeft.types import BadInput, Base, LocalTask, NotStackable, WireError
+from fedpeft.types import Base, LocalTask
 from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family, says, texts
-from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, base_of, bert, deberta, examples, shaken, small, worker
+from tests.tiny import (
+    CONFIG,
+    CPU,
+    HEAD,
+    SEED,
+    TASK,
+    base_of,
+    bert,
+    deberta,
+    examples,
+    shaken,
+    small,
+    worker,
+)
 
 K = 3
 SCALE = 0.5
 
 
-def factors(model: nn.Module, head: frozenset[str], triplet: bool, clients: int = K) -> dict[str, Tensor]:
+def factors(
+    model: nn.Module, head: frozenset[str], triplet: bool, clients: int = K
+) -> dict[str, Tensor]:
     """Return random B, A and perhaps e, (K, ...), for every dense layer outside the head; ranks differ."""
     draw = generator(1, "factors")
     found: dict[str, Tensor] = {}
@@ -64,7 +80,9 @@ def merged(model: nn.Module, tensors: dict[str, Tensor], client: int) -> nn.Modu
         difference = SCALE * B @ e.diag() @ A
         module = other.get_submodule(name)
         with torch.no_grad():
-            getattr(module, "weight").add_(difference.t() if isinstance(module, Conv1D) else difference)  # noqa: B009
+            getattr(module, "weight").add_(
+                difference.t() if isinstance(module, Conv1D) else difference
+            )  # noqa: B009
     return other
 
 
@@ -74,7 +92,9 @@ def test_branches_equal_weights_with_the_difference_merged_in(name: str, triplet
     """For K clients at once, for one, and for those of K that are still training."""
     model, ids = family(name), texts(2 * K)
     tensors = factors(model, FAMILIES[name].head, triplet)
-    expected = torch.cat([says(merged(model, tensors, k), ids[2 * k : 2 * k + 2]) for k in range(K)])
+    expected = torch.cat(
+        [says(merged(model, tensors, k), ids[2 * k : 2 * k + 2]) for k in range(K)]
+    )
     assert (expected - says(model, ids)).abs().max() > 0.02, "the difference shows"
     with mounted(model, tensors, SCALE):
         torch.testing.assert_close(says(model, ids), expected, rtol=1e-5, atol=1e-5)
@@ -90,7 +110,9 @@ def test_the_words_choose_dense_layers_by_type_and_leave_the_head_out(name: str)
     base = describe(model, described.head)
     attention, everything = select(base, "attention"), select(base, "all-linear")
     assert (len(attention), len(everything)) == (described.attention, described.linear)
-    dense = {part for part, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    dense = {
+        part for part, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     assert everything.keys() == {part for part in dense if f"{part}.weight" not in described.head}
     assert attention.keys() < everything.keys()
     for part, matrix in everything.items():
@@ -98,22 +120,33 @@ def test_the_words_choose_dense_layers_by_type_and_leave_the_head_out(name: str)
         assert torch.equal(dense_layer(model, part), matrix)
         probe = torch.randn(2, matrix.shape[1])
         bias = getattr(model.get_submodule(part), "bias", None)
-        torch.testing.assert_close(model.get_submodule(part)(probe), functional.linear(probe, matrix, bias))
+        torch.testing.assert_close(
+            model.get_submodule(part)(probe), functional.linear(probe, matrix, bias)
+        )
 
 
-@pytest.mark.parametrize("part", ["SelfAttention.q", "self_attn.q_proj", "attn.c_attn", "rel_attn.q", "attention.self.query"])
+@pytest.mark.parametrize(
+    "part",
+    ["SelfAttention.q", "self_attn.q_proj", "attn.c_attn", "rel_attn.q", "attention.self.query"],
+)
 def test_attention_is_found_whatever_a_family_calls_it(part: str) -> None:
     """T5 writes it with a capital letter."""
-    base = Base({}, {f"block.0.{part}": torch.ones(2, 2), "block.0.mlp": torch.ones(2, 2)}, frozenset())
+    base = Base(
+        {}, {f"block.0.{part}": torch.ones(2, 2), "block.0.mlp": torch.ones(2, 2)}, frozenset()
+    )
     assert select(base, "attention").keys() == {f"block.0.{part}"}
 
 
-def test_a_pattern_is_searched_and_one_that_matches_nothing_names_the_nearest(model: nn.Module) -> None:
+def test_a_pattern_is_searched_and_one_that_matches_nothing_names_the_nearest(
+    model: nn.Module,
+) -> None:
     base = base_of(model)
     assert select(base, r"layer\.1\..*(query|value)$").keys() == {
         f"bert.encoder.layer.1.attention.self.{part}" for part in ("query", "value")
     }
-    with pytest.raises(BadInput, match="method.targets = 'qery' matches no dense layer .* did you mean 'query'"):
+    with pytest.raises(
+        BadInput, match="method.targets = 'qery' matches no dense layer .* did you mean 'query'"
+    ):
         select(base, "qery")
     with pytest.raises(BadInput, match="classifier"):
         select(base, "^classifier")
@@ -204,12 +237,17 @@ def test_the_servers_view_has_every_parameter_and_the_head_apart(model: nn.Modul
     base = describe(model, ["classifier.bias"])
     assert base.parameters.keys() == dict(model.named_parameters()).keys()
     assert base.heads().keys() == {"classifier.bias"}
-    assert not any(tensor.requires_grad for tensor in [*base.parameters.values(), *base.layers.values()])
+    assert not any(
+        tensor.requires_grad for tensor in [*base.parameters.values(), *base.layers.values()]
+    )
 
 
 def test_a_tied_parameter_is_replaced_wherever_it_is_used() -> None:
     """GPT-2's embedding is its output layer too."""
-    model, ids = shaken(GPT2LMHeadModel(GPT2Config(**{**GPT2, **GPT2_PLAIN, "num_labels": 2}))), texts(2)
+    model, ids = (
+        shaken(GPT2LMHeadModel(GPT2Config(**{**GPT2, **GPT2_PLAIN, "num_labels": 2}))),
+        texts(2),
+    )
     name = "transformer.wte.weight"
     assert model.get_parameter("lm_head.weight") is model.get_parameter(name)
     new = model.get_parameter(name) + 0.3 * torch.randn(60, 16, generator=generator(2, "new"))
@@ -230,7 +268,7 @@ class Twins(nn.Module):
     """Two dense layers with one weight."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.second.weight = self.first.weight
 
@@ -240,7 +278,10 @@ class Twins(nn.Module):
 
 def test_a_tied_parameter_of_several_clients_is_each_ones_own_in_every_place() -> None:
     model = shaken(Twins())
-    weight, x = torch.randn(2, 4, 4, generator=generator(4, "w")), torch.randn(6, 4, generator=generator(4, "x"))
+    weight, x = (
+        torch.randn(2, 4, 4, generator=generator(4, "w")),
+        torch.randn(6, 4, generator=generator(4, "x")),
+    )
     expected = []
     for k in range(2):
         other = deepcopy(model)
@@ -267,7 +308,10 @@ def test_parameters_of_k_clients_act_on_their_own_rows(kind: str) -> None:
     model = shaken(nn.Sequential(build()))
     x = torch.randn(2 * K, 5, 4, generator=generator(5, "x"))
     draw = generator(5, "own")
-    own = {f"0.{name}": torch.randn(K, *model.get_parameter(f"0.{name}").shape, generator=draw) for name in names}
+    own = {
+        f"0.{name}": torch.randn(K, *model.get_parameter(f"0.{name}").shape, generator=draw)
+        for name in names
+    }
     expected = []
     for k in range(K):
         other = deepcopy(model)
@@ -282,9 +326,15 @@ def test_parameters_of_k_clients_act_on_their_own_rows(kind: str) -> None:
 
 
 def test_a_parameter_that_cannot_carry_several_clients_is_refused(model: nn.Module) -> None:
-    for name in ("bert.embeddings.word_embeddings.weight", "bert.embeddings.position_embeddings.weight"):
+    for name in (
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight",
+    ):
         stack = torch.stack([model.get_parameter(name)] * 2)
-        with pytest.raises(WireError, match="cannot carry several clients"), mounted(model, {name: stack}):
+        with (
+            pytest.raises(WireError, match="cannot carry several clients"),
+            mounted(model, {name: stack}),
+        ):
             pass
 
 
@@ -303,7 +353,12 @@ def test_a_layer_whose_rows_are_not_the_batchs_refuses_several_clients() -> None
         playing.handle([0, 1], [blob, blob], [b"", b""])
 
 
-LACKING = ["bert.nowhere.weight", "nowhere:A", "bert.encoder.layer.0.attention.self.query.weights", "bert.embeddings:A"]
+LACKING = [
+    "bert.nowhere.weight",
+    "nowhere:A",
+    "bert.encoder.layer.0.attention.self.query.weights",
+    "bert.embeddings:A",
+]
 
 
 @pytest.mark.parametrize("clients", [1, 2])
@@ -338,9 +393,13 @@ def test_trainable_copies_and_values_detach() -> None:
 
 def test_gradients_reach_the_mounted_factors_and_nothing_else() -> None:
     model, ids = bert(), texts(4)
-    trained = trainable(factors(model, HEAD, triplet=True, clients=2) | {"classifier.bias": torch.zeros(2, 3)})
+    trained = trainable(
+        factors(model, HEAD, triplet=True, clients=2) | {"classifier.bias": torch.zeros(2, 3)}
+    )
     with mounted(model, trained, SCALE):
-        loss: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum()
+        loss: Tensor = (
+            model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum()
+        )
         torch.autograd.backward(loss)
     for name, parameter in trained.items():
         assert parameter.grad is not None, name
@@ -364,7 +423,12 @@ def branch_tensors(model: nn.Module, head: frozenset[str], kind: str) -> dict[st
     draw = generator(6, "branches", kind)
     found: dict[str, Tensor] = {}
     for name, weight in select(describe(model, head), "all-linear").items():
-        shapes = {"A": (2, weight.shape[1]), "B": (weight.shape[0], 2), "e": (2,), "dense": weight.shape}
+        shapes = {
+            "A": (2, weight.shape[1]),
+            "B": (weight.shape[0], 2),
+            "e": (2,),
+            "dense": weight.shape,
+        }
         for words in BRANCHES[kind]:
             part = words.removeprefix("shared ")
             clients = () if part != words else (K,)
@@ -384,7 +448,9 @@ def differences(tensors: Mapping[str, Tensor], client: int) -> dict[str, Tensor]
                 own[part] = tensor if tensor.ndim == length else tensor[client]
         total = own.get("dense", torch.zeros(()))
         if "A" in own:
-            total = total + own["B"] @ torch.diag(own.get("e", torch.ones(len(own["A"])))) @ own["A"]
+            total = (
+                total + own["B"] @ torch.diag(own.get("e", torch.ones(len(own["A"])))) @ own["A"]
+            )
         found[name] = SCALE * total
     return found
 
@@ -395,13 +461,17 @@ def with_differences(model: nn.Module, found: Mapping[str, Tensor]) -> nn.Module
     for name, difference in found.items():
         module = other.get_submodule(name)
         with torch.no_grad():
-            other.get_parameter(f"{name}.weight").add_(difference.t() if isinstance(module, Conv1D) else difference)
+            other.get_parameter(f"{name}.weight").add_(
+                difference.t() if isinstance(module, Conv1D) else difference
+            )
     return other
 
 
 @pytest.mark.parametrize("kind", BRANCHES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_dense_branches_and_everyones_equal_weights_with_the_difference_merged_in(name: str, kind: str) -> None:
+def test_dense_branches_and_everyones_equal_weights_with_the_difference_merged_in(
+    name: str, kind: str
+) -> None:
     """For K clients at once, for each alone, for some of them, and for rows that mix unevenly."""
     model, ids = family(name), texts(2 * K)
     tensors = branch_tensors(model, FAMILIES[name].head, kind)
@@ -414,7 +484,9 @@ def test_dense_branches_and_everyones_equal_weights_with_the_difference_merged_i
         with row_owners(slice(1, 3), 4):
             torch.testing.assert_close(says(model, ids[2:]), expected[2:], rtol=1e-5, atol=1e-5)
         owners = torch.tensor([0, 2, 2, 2, 0])
-        mixed = torch.cat([says(each[k], ids[row : row + 1]) for row, k in enumerate(owners.tolist())])
+        mixed = torch.cat(
+            [says(each[k], ids[row : row + 1]) for row, k in enumerate(owners.tolist())]
+        )
         with row_owners(owners, 5):
             torch.testing.assert_close(says(model, ids[:5]), mixed, rtol=1e-5, atol=1e-5)
     one = {part: tensor[1:2] if len(tensor) == K else tensor for part, tensor in tensors.items()}
@@ -443,13 +515,18 @@ def test_what_branches_add_is_told_as_matrices_and_factors(kind: str) -> None:
 def test_factors_of_everyone_and_of_each_are_told_side_by_side() -> None:
     draw = generator(7, "factors")
     shapes = {"A": (4, 5), "B": (6, 4)}, {"A": (K, 2, 5), "B": (K, 6, 2)}
-    sets = [{f"m:{part}": torch.randn(shape, generator=draw) for part, shape in own.items()} for own in shapes]
+    sets = [
+        {f"m:{part}": torch.randn(shape, generator=draw) for part, shape in own.items()}
+        for own in shapes
+    ]
     total = Total([mounted_deltas(own, SCALE)["m"] for own in sets])
     factors = total.factors()
     assert factors is not None
     assert factors[0].shape == (K, 6, 6)
     torch.testing.assert_close(factors[0] @ factors[1], total.dense())
-    torch.testing.assert_close(total.dense()[1], differences(sets[0], 1)["m"] + differences(sets[1], 1)["m"])
+    torch.testing.assert_close(
+        total.dense()[1], differences(sets[0], 1)["m"] + differences(sets[1], 1)["m"]
+    )
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -471,7 +548,9 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     [({"0:dense": torch.ones(3, 4)}, 1), ({"0:A": torch.ones(2, 4), "0:B": torch.ones(3, 2)}, 2)],
     ids=["dense", "factors"],
 )
-def test_what_is_everyones_takes_no_more_products_however_many_clients_there_are(branch: dict[str, Tensor], due: int) -> None:
+def test_what_is_everyones_takes_no_more_products_however_many_clients_there_are(
+    branch: dict[str, Tensor], due: int
+) -> None:
     model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(6, 5, 4)
     for owners in (slice(0, 1), slice(0, 3), torch.tensor([0, 0, 1, 2, 2, 2])):
         with Products() as plain:
@@ -482,9 +561,14 @@ def test_what_is_everyones_takes_no_more_products_however_many_clients_there_are
         assert found.gathered == 0
 
 
-@pytest.mark.parametrize("owners", [slice(None), torch.tensor([0, 1, 1, 0, 0, 1])], ids=["even", "mixed"])
+@pytest.mark.parametrize(
+    "owners", [slice(None), torch.tensor([0, 1, 1, 0, 0, 1])], ids=["even", "mixed"]
+)
 def test_a_dense_branch_is_trained_by_its_own_clients_rows(owners: slice | Tensor) -> None:
-    model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(6, 5, 4, generator=generator(8, "x"))
+    model, x = (
+        shaken(nn.Sequential(nn.Linear(4, 3))),
+        torch.randn(6, 5, 4, generator=generator(8, "x")),
+    )
     own = trainable({"0:dense": torch.zeros(2, 3, 4)})["0:dense"]
     with mounted(model, {"0:dense": own}, SCALE), row_owners(owners, 6):
         torch.autograd.backward(model(x).square().sum())
@@ -497,7 +581,9 @@ def test_a_dense_branch_is_trained_by_its_own_clients_rows(owners: slice | Tenso
         torch.testing.assert_close(own.grad[client], expected)
 
 
-def test_a_dense_branch_whose_rows_are_not_the_batchs_refuses_several_clients_but_not_everyones() -> None:
+def test_a_dense_branch_whose_rows_are_not_the_batchs_refuses_several_clients_but_not_everyones() -> (
+    None
+):
     model, x = shaken(nn.Sequential(nn.Linear(4, 3))), torch.randn(5, 4)
     for owners in (slice(0, 2), torch.tensor([0, 0, 1, 1])):
         refused = pytest.raises(NotStackable, match="use a stack of 1")
@@ -537,7 +623,10 @@ def test_a_branch_and_a_parameter_for_other_numbers_of_clients_are_refused() -> 
     """Not broadcast: one client's bias is not everybody's."""
     model = shaken(nn.Sequential(nn.Linear(4, 3)))
     tensors = {"0:dense": torch.ones(2, 3, 4), "0.bias": torch.ones(1, 3)}
-    with pytest.raises(WireError, match=r"different numbers of clients: \[1, 2\]"), mounted(model, tensors):
+    with (
+        pytest.raises(WireError, match=r"different numbers of clients: \[1, 2\]"),
+        mounted(model, tensors),
+    ):
         pass
 
 

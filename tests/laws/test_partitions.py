@@ -13,10 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedpeft.data import Dataset, Partition, Rows, by_key, dirichlet, from_file, iid, label_counts, shards
+from fedpeft.data import (
+    Dataset,
+    Partition,
+    Rows,
+    by_key,
+    dirichlet,
+    from_file,
+    iid,
+    label_counts,
+    shards,
+)
 from fedpeft.data.dirichlet import counts, shares
 from fedpeft.data.rows import stratified
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
 Deal = Callable[[Dataset, int, int], Partition]
 
@@ -48,10 +58,15 @@ def scattered(labels: int, train: int, test: int, seed: int) -> Dataset:
     rng = np.random.default_rng(seed)
     first = [*range(labels), *rng.integers(labels, size=train - labels).tolist()]
     keys = rng.integers(10, size=train + test).tolist()
-    return dataset(row_owners(first, keys[:train]), row_owners(rng.integers(labels, size=test).tolist(), keys[train:]))
+    return dataset(
+        row_owners(first, keys[:train]),
+        row_owners(rng.integers(labels, size=test).tolist(), keys[train:]),
+    )
 
 
-datasets = st.builds(scattered, st.integers(1, 4), st.integers(40, 80), st.integers(0, 30), st.integers(0, 2**32))
+datasets = st.builds(
+    scattered, st.integers(1, 4), st.integers(40, 80), st.integers(0, 30), st.integers(0, 2**32)
+)
 
 
 def assert_dealt(held: tuple[NDArray[np.int64], ...], size: int) -> None:
@@ -63,7 +78,9 @@ def assert_dealt(held: tuple[NDArray[np.int64], ...], size: int) -> None:
 @pytest.mark.parametrize("deal", DEALS.values(), ids=DEALS)
 @settings(max_examples=25, deadline=None)
 @given(data=datasets, clients=st.integers(1, 8), seed=st.integers(0, 2**62))
-def test_every_row_has_one_holder_and_nobody_is_empty(deal: Deal, data: Dataset, clients: int, seed: int) -> None:
+def test_every_row_has_one_holder_and_nobody_is_empty(
+    deal: Deal, data: Dataset, clients: int, seed: int
+) -> None:
     partition = deal(data, clients, seed)
     assert_dealt(partition.train, len(data.train))
     assert_dealt(partition.test, len(data.test))
@@ -106,7 +123,11 @@ def test_test_rows_follow_the_shares_of_train(name: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5), clients=st.integers(1, 9), seed=st.integers(0, 999))
+@given(
+    sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5),
+    clients=st.integers(1, 9),
+    seed=st.integers(0, 999),
+)
 def test_rounded_shares_are_whole_and_near(sizes: list[int], clients: int, seed: int) -> None:
     share = np.random.default_rng(seed).dirichlet([0.3] * clients, size=len(sizes))
     whole = counts(share, np.array(sizes))
@@ -115,11 +136,15 @@ def test_rounded_shares_are_whole_and_near(sizes: list[int], clients: int, seed:
     assert np.abs(whole - share * np.array(sizes)[:, None]).max() <= 1
 
 
-def textbook(sizes: NDArray[np.int64], clients: int, alpha: float, least: int) -> NDArray[np.float64]:
+def textbook(
+    sizes: NDArray[np.int64], clients: int, alpha: float, least: int
+) -> NDArray[np.float64]:
     """Draw whole matrices of shares and keep those that give every client enough, (kept, labels, clients)."""
     share = np.random.default_rng(0).dirichlet([alpha] * clients, size=(20_000, len(sizes)))
     whole = np.diff(np.rint(share.cumsum(axis=2) * sizes[:, None]), axis=2, prepend=0)
-    enough = np.minimum((share * sizes[:, None]).sum(axis=1), whole.sum(axis=1)).min(axis=1) >= least
+    enough = (
+        np.minimum((share * sizes[:, None]).sum(axis=1), whole.sum(axis=1)).min(axis=1) >= least
+    )
     kept: NDArray[np.float64] = share[enough]
     return kept
 
@@ -128,30 +153,49 @@ def features(share: NDArray[np.float64], sizes: NDArray[np.int64]) -> list[NDArr
     """Return numbers in which two laws would differ, (draws,) each: one client, the extremes, how labels go together."""
     load = (share * sizes[:, None]).sum(axis=1)
     extremes = [load.min(axis=1), load.max(axis=1), share.max(axis=(1, 2))]
-    return [share[:, 0, 0], load[:, 0], *extremes, (share[:, 0] * share[:, -1]).sum(axis=1), (share**2).sum(axis=(1, 2))]
+    return [
+        share[:, 0, 0],
+        load[:, 0],
+        *extremes,
+        (share[:, 0] * share[:, -1]).sum(axis=1),
+        (share**2).sum(axis=(1, 2)),
+    ]
 
 
 @pytest.mark.parametrize(
     ("sizes", "clients", "alpha", "least"),
     [([40, 60], 4, 0.3, 8), ([30] * 5, 3, 0.1, 10), ([5, 3, 4], 4, 0.5, 1), ([200], 10, 2.0, 8)],
 )
-def test_shares_follow_the_law_of_redrawing(sizes: list[int], clients: int, alpha: float, least: int) -> None:
+def test_shares_follow_the_law_of_redrawing(
+    sizes: list[int], clients: int, alpha: float, least: int
+) -> None:
     every = np.array(sizes)
     ours = np.stack([shares(every, clients, alpha, least, seed) for seed in range(1500)])
     theirs = textbook(every, clients, alpha, least)
     assert min(counts(share, every).sum(axis=0).min() for share in ours) >= least
     for one, other in zip(features(ours, every), features(theirs, every), strict=True):
         points = np.concatenate([one, other])
-        below = [np.searchsorted(np.sort(sample), points, side="right") / len(sample) for sample in (one, other)]
+        below = [
+            np.searchsorted(np.sort(sample), points, side="right") / len(sample)
+            for sample in (one, other)
+        ]
         # Kolmogorov-Smirnov, two samples: exceeded once in 10,000 comparisons of equal laws.
         assert np.abs(below[0] - below[1]).max() < 2.23 * np.sqrt(1 / len(one) + 1 / len(other))
 
 
 @pytest.mark.parametrize(
     ("labels", "examples", "alpha", "least"),
-    [(20, 3800, 0.1, 1), (20, 11_000, 0.1, 10), (4, 11_000, 0.1, 1), (2, 11_000, 0.1, 1), (77, 10_000, 0.1, 10)],
+    [
+        (20, 3800, 0.1, 1),
+        (20, 11_000, 0.1, 10),
+        (4, 11_000, 0.1, 1),
+        (2, 11_000, 0.1, 1),
+        (77, 10_000, 0.1, 10),
+    ],
 )
-def test_a_hundred_clients_all_have_enough(labels: int, examples: int, alpha: float, least: int) -> None:
+def test_a_hundred_clients_all_have_enough(
+    labels: int, examples: int, alpha: float, least: int
+) -> None:
     data = dataset(cycle(examples, labels), cycle(500, labels))
     partition = dirichlet(data, 100, 0, alpha=alpha, min_examples=least)
     assert_dealt(partition.train, examples)
@@ -160,7 +204,9 @@ def test_a_hundred_clients_all_have_enough(labels: int, examples: int, alpha: fl
 
 
 def test_shards_give_a_client_few_labels() -> None:
-    data = dataset(cycle(400, 10), Rows((), ()))  # 40 rows a label, 40 shards of 10: every shard has one label
+    data = dataset(
+        cycle(400, 10), Rows((), ())
+    )  # 40 rows a label, 40 shards of 10: every shard has one label
     table = label_counts(data.train, shards(data, 20, 0, shards_per_client=2))
     assert (table.sum(axis=1) == 20).all()
     assert (table % 10 == 0).all()
@@ -303,7 +349,10 @@ def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
     data = dataset(cycle(512, 2), cycle(5, 2))
     with pytest.raises(BadInput) as caught:
         deal(data, 900, 0)
-    assert str(caught.value) == "partition.clients = 900: train has only 512 examples; at most 512 clients"
+    assert (
+        str(caught.value)
+        == "partition.clients = 900: train has only 512 examples; at most 512 clients"
+    )
     with pytest.raises(BadInput, match=r"partition\.clients = 0: must be 1 or more"):
         deal(data, 0, 0)
 
@@ -311,18 +360,47 @@ def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
 @pytest.mark.parametrize(
     ("deal", "message"),
     [
-        (lambda data: dirichlet(data, 10, 0, alpha=9e-4), "partition.alpha = 0.0009: must be a number from 0.001"),
-        (lambda data: dirichlet(data, 10, 0, alpha=np.inf), "partition.alpha = inf: must be a number from 0.001"),
-        (lambda data: dirichlet(data, 10, 0, alpha=float("nan")), "partition.alpha = nan: must be a number from 0.001"),
-        (lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=0), "partition.min_examples = 0: must be 1 or more"),
-        (lambda data: dirichlet(data, 3, 0, alpha=0.01, min_examples=33), "partition.alpha = 0.01: 10000 draws of shares"),
-        (lambda data: dirichlet(data, 9, 0, alpha=1, min_examples=12), "partition.min_examples = 12: train has only 100"),
-        (lambda data: shards(data, 60, 0, shards_per_client=2), "partition.shards_per_client = 2: train has only 100"),
-        (lambda data: by_key(data, 8), "partition.clients = 8: train has 7 keys; choose 1 to 7 clients"),
-        (lambda data: by_key(dataset(data.test, data.test)), "partition.kind = 'by_key': the data has no keys"),
+        (
+            lambda data: dirichlet(data, 10, 0, alpha=9e-4),
+            "partition.alpha = 0.0009: must be a number from 0.001",
+        ),
+        (
+            lambda data: dirichlet(data, 10, 0, alpha=np.inf),
+            "partition.alpha = inf: must be a number from 0.001",
+        ),
+        (
+            lambda data: dirichlet(data, 10, 0, alpha=float("nan")),
+            "partition.alpha = nan: must be a number from 0.001",
+        ),
+        (
+            lambda data: dirichlet(data, 10, 0, alpha=1, min_examples=0),
+            "partition.min_examples = 0: must be 1 or more",
+        ),
+        (
+            lambda data: dirichlet(data, 3, 0, alpha=0.01, min_examples=33),
+            "partition.alpha = 0.01: 10000 draws of shares",
+        ),
+        (
+            lambda data: dirichlet(data, 9, 0, alpha=1, min_examples=12),
+            "partition.min_examples = 12: train has only 100",
+        ),
+        (
+            lambda data: shards(data, 60, 0, shards_per_client=2),
+            "partition.shards_per_client = 2: train has only 100",
+        ),
+        (
+            lambda data: by_key(data, 8),
+            "partition.clients = 8: train has 7 keys; choose 1 to 7 clients",
+        ),
+        (
+            lambda data: by_key(dataset(data.test, data.test)),
+            "partition.kind = 'by_key': the data has no keys",
+        ),
     ],
 )
-def test_numbers_out_of_range_are_refused(deal: Callable[[Dataset], Partition], message: str) -> None:
+def test_numbers_out_of_range_are_refused(
+    deal: Callable[[Dataset], Partition], message: str
+) -> None:
     with pytest.raises(BadInput) as caught:
         deal(dataset(cycle(100, 2), row_owners([0, 1])))
     assert str(caught.value).startswith(message)

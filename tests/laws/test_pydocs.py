@@ -11,9 +11,11 @@ import pytest
 
 import fedpeft.data
 from fedpeft.data import Dataset, pydocs
-from fedpeft.types import BadInput
+from fedpeft.errors import BadInput
 
-CHAPTERS = tomllib.loads(Path(fedpeft.data.__file__).with_name("chapters.toml").read_text(encoding="utf-8"))
+CHAPTERS = tomllib.loads(
+    Path(fedpeft.data.__file__).with_name("chapters.toml").read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(path: Path, *docstrings: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(f'def f{n}():\n    """{text}"""' for n, text in enumerate(docstrings)), encoding="utf-8")
+    path.write_text(
+        "\n".join(f'def f{n}():\n    """{text}"""' for n, text in enumerate(docstrings)),
+        encoding="utf-8",
+    )
 
 
 def sentences(topic: str, number: int) -> list[str]:
@@ -53,7 +58,9 @@ def test_no_text_occurs_twice(data: Dataset) -> None:
 
 
 def test_every_label_is_in_every_split_by_the_same_proportions(data: Dataset) -> None:
-    train, validation, test = (Counter(split.labels) for split in (data.train, data.validation, data.test))
+    train, validation, test = (
+        Counter(split.labels) for split in (data.train, data.validation, data.test)
+    )
     for label in CHAPTERS:
         total = train[label] + validation[label] + test[label]
         assert total >= 40, label
@@ -64,7 +71,9 @@ def test_every_label_is_in_every_split_by_the_same_proportions(data: Dataset) ->
 
 def test_the_key_is_the_module_and_decides_the_label(data: Dataset) -> None:
     for split in (data.train, data.validation, data.test):
-        assert all(key in CHAPTERS[label] for key, label in zip(split.keys, split.labels, strict=True))
+        assert all(
+            key in CHAPTERS[label] for key, label in zip(split.keys, split.labels, strict=True)
+        )
 
 
 def test_no_module_is_in_two_chapters() -> None:
@@ -85,13 +94,17 @@ def test_another_process_builds_the_same(library: Path) -> None:
         write(library / module / "__init__.py", *sentences(module, 20), *sentences("everything", 5))
     code = "import sys, sysconfig; sysconfig.get_path = lambda name: sys.argv[1]\n"
     code += "from fedpeft.data import pydocs; print(pydocs().digest())"
-    environment = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    environment = os.environ | {
+        "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    }
     command = [sys.executable, "-c", code, str(library)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == pydocs().digest()
 
 
-def test_sources_are_parsed_once_for_as_long_as_they_stay_as_they_are(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_parsed_once_for_as_long_as_they_stay_as_they_are(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(library / "json" / "decoder.py", *sentences("JSON", 50))
     first = pydocs()
     with monkeypatch.context() as parsing:
@@ -106,7 +119,9 @@ def test_sources_are_parsed_once_for_as_long_as_they_stay_as_they_are(library: P
     assert set(texts(pydocs())) == set(sentences("XML!", 50))
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_done_without(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(library / "json" / "decoder.py", *sentences("JSON", 50))
     (library.parent / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(library.parent / "file"))
@@ -127,7 +142,9 @@ def test_splits_depend_on_the_texts_alone(library: Path) -> None:
     write(library / "json" / "decoder.py", *sentences("JSON", 25))
     write(library / "base64.py", *reversed(sentences("JSON", 50)[25:]))
     after = pydocs()
-    assert [split.texts for split in (before.train, before.test)] == [split.texts for split in (after.train, after.test)]
+    assert [split.texts for split in (before.train, before.test)] == [
+        split.texts for split in (after.train, after.test)
+    ]
 
 
 def test_tests_short_docstrings_and_unmapped_modules_are_left_out(library: Path) -> None:
@@ -166,7 +183,9 @@ def test_a_library_without_source_is_refused() -> None:
         pydocs()
 
 
-def test_a_user_without_a_home_has_nothing_kept(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_has_nothing_kept(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def nowhere() -> Path:
         raise RuntimeError("could not determine home directory")
 

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console, RenderableType
 
+from fedpeft.errors import BadInput
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Measured, Row, RunRow
 from fedpeft.report import figures, tables, write
 from fedpeft.report.comparison import Numbers, compare
 from fedpeft.report.summary import Cost, Summary, summarise
 from fedpeft.report.terms import SLORA_LINK
-from fedpeft.types import BadInput
 
 MB = 1_000_000
 REFERENCES = {"centralised", "local-only"}
@@ -73,7 +73,9 @@ def run(root: Path, rows: Sequence[Row]) -> Path:
     return folder
 
 
-def simple(root: Path, method: str, accuracies: Sequence[float], megabytes: int, seed: int = 0) -> Summary:
+def simple(
+    root: Path, method: str, accuracies: Sequence[float], megabytes: int, seed: int = 0
+) -> Summary:
     """Return a run of one client a round that moves ``megabytes``, evaluated after every round."""
     rows: list[Row] = [opening(method, seed, len(accuracies))]
     for number, accuracy in enumerate(accuracies):
@@ -128,7 +130,11 @@ def test_one_run_in_numbers(tmp_path: Path) -> None:
     assert summary.lost == {"timeout": 1}
     assert summary.split == "test"
     assert summary.final == summary.curve[-1]
-    assert [(point.round, point.accuracy) for point in summary.curve] == [(0, 0.1), (1, 0.5), (2, 0.4)]
+    assert [(point.round, point.accuracy) for point in summary.curve] == [
+        (0, 0.1),
+        (1, 0.5),
+        (2, 0.4),
+    ]
 
 
 def test_what_had_been_spent_at_each_evaluation(tmp_path: Path) -> None:
@@ -165,7 +171,12 @@ def test_reached_after_and_within(tmp_path: Path) -> None:
     """Accuracies 0.1, 0.5, 0.4 after 0, 1, 2 rounds and 0, 6, 13 MB."""
     summary = summarise(run(tmp_path, ROUNDS))
     start, first, second = summary.curve
-    assert [summary.reached(target) for target in (0.1, 0.3, 0.5, 0.51)] == [start, first, first, None]
+    assert [summary.reached(target) for target in (0.1, 0.3, 0.5, 0.51)] == [
+        start,
+        first,
+        first,
+        None,
+    ]
     assert [summary.after(rounds) for rounds in (1, 2, 3, None)] == [first, second, None, None]
     assert [summary.within(size) for size in (0, 6 * MB - 1, 6 * MB, 99 * MB, None)] == [
         start,
@@ -181,11 +192,17 @@ def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
 
     Alone the slowest client trains 4.5 s; at 2 MB/s 2 + 4.5 = 6.5 s.
     """
-    compared = compare([summarise(run(tmp_path, ROUNDS))], target=0.45, bandwidth=2e6, budget=7 * MB)
+    compared = compare(
+        [summarise(run(tmp_path, ROUNDS))], target=0.45, bandwidth=2e6, budget=7 * MB
+    )
     numbers = compared.lines[0].mean
     assert (numbers.accuracy, numbers.best_accuracy, numbers.macro_f1) == (0.4, 0.5, 0.2)
     assert numbers.over_majority == pytest.approx(0.15)
-    assert (numbers.rounds_to_target, numbers.bytes_to_target, numbers.seconds_to_target) == (1, 6 * MB, 3)
+    assert (numbers.rounds_to_target, numbers.bytes_to_target, numbers.seconds_to_target) == (
+        1,
+        6 * MB,
+        3,
+    )
     assert numbers.modelled_seconds_to_target == 6.5
     assert numbers.modelled_seconds_to_target_slora == pytest.approx(4 * MB / 655360 + 4.5)
     assert (numbers.network_seconds, numbers.lost) == (4, 1)
@@ -193,9 +210,14 @@ def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
     assert (numbers.equal_bytes_accuracy, numbers.equal_bytes_rounds) == (0.5, 1)
 
 
-def test_seeds_are_averaged_and_their_spread_is_the_sample_standard_deviation(tmp_path: Path) -> None:
+def test_seeds_are_averaged_and_their_spread_is_the_sample_standard_deviation(
+    tmp_path: Path,
+) -> None:
     """Finals 0.4 and 0.6: mean 0.5, deviation sqrt((0.01 + 0.01) / 1); one seed alone reaches 0.5, after 2 rounds."""
-    seeds = [simple(tmp_path, "lora", accuracies, 1, seed) for seed, accuracies in enumerate([[0.3, 0.4], [0.4, 0.6]])]
+    seeds = [
+        simple(tmp_path, "lora", accuracies, 1, seed)
+        for seed, accuracies in enumerate([[0.3, 0.4], [0.4, 0.6]])
+    ]
     line = compare(seeds, target=0.5).lines[0]
     assert line.mean.accuracy == pytest.approx(0.5)
     assert line.spread.accuracy == pytest.approx(math.sqrt(0.02))
@@ -226,9 +248,21 @@ def test_the_default_terms(tmp_path: Path) -> None:
     assert (terms.rounds, terms.budget) == (1, 5 * MB)
     assert [line.label for line in compared.lines] == ["centralised", "b", "d", "a", "c", "e"]
     by_label = {line.label: line for line in compared.lines}
-    assert [by_label[label].mean.equal_bytes_accuracy for label in "bdace"] == [None, 0.6, 0.1, None, None]
+    assert [by_label[label].mean.equal_bytes_accuracy for label in "bdace"] == [
+        None,
+        0.6,
+        0.1,
+        None,
+        None,
+    ]
     assert by_label["centralised"].mean.equal_bytes_accuracy == 0.99
-    assert [by_label[label].mean.equal_rounds_accuracy for label in "bdace"] == [0.5, 0.6, 0.1, 0.2, None]
+    assert [by_label[label].mean.equal_rounds_accuracy for label in "bdace"] == [
+        0.5,
+        0.6,
+        0.1,
+        0.2,
+        None,
+    ]
 
 
 def test_references_alone_set_their_own_terms(tmp_path: Path) -> None:
@@ -241,25 +275,40 @@ def test_runs_of_one_method_and_seed_stand_alone_under_their_names(tmp_path: Pat
     first = simple(tmp_path / "1", "lora", [0.3], 1)
     second = simple(tmp_path / "2", "lora", [0.5], 1)
     second = replace(second, run=replace(second.run, name="lora-fast"))
-    assert [line.label for line in compare([first, second]).lines] == ["lora (lora-fast)", "lora (lora-0)"]
+    assert [line.label for line in compare([first, second]).lines] == [
+        "lora (lora-fast)",
+        "lora (lora-0)",
+    ]
 
 
 def test_seeds_stay_together_where_a_method_was_run_with_two_settings(tmp_path: Path) -> None:
     """As when the reports of two comparisons become one."""
     runs = [
-        replace(found, run=replace(found.run, name=name, seed=seed, settings={"rank": rank, "seed": seed}))
+        replace(
+            found,
+            run=replace(found.run, name=name, seed=seed, settings={"rank": rank, "seed": seed}),
+        )
         for name, rank, seed in (("a", 4, 0), ("a", 4, 1), ("a", 8, 0), ("a", 8, 1))
         for found in [simple(tmp_path / f"{rank}{seed}", "lora", [0.3], 1)]
     ]
-    assert sorted((line.label, len(line.runs)) for line in compare(runs).lines) == [("lora (a)", 2), ("lora (a) 2", 2)]
+    assert sorted((line.label, len(line.runs)) for line in compare(runs).lines) == [
+        ("lora (a)", 2),
+        ("lora (a) 2", 2),
+    ]
 
 
 def test_the_budget_is_one_that_the_cheapest_method_keeps_with_every_seed(tmp_path: Path) -> None:
-    cheap = [simple(tmp_path / str(seed), "lora", [0.3], megabytes) for seed, megabytes in enumerate((3, 4))]
+    cheap = [
+        simple(tmp_path / str(seed), "lora", [0.3], megabytes)
+        for seed, megabytes in enumerate((3, 4))
+    ]
     cheap = [replace(one, run=replace(one.run, seed=seed)) for seed, one in enumerate(cheap)]
     compared = compare([*cheap, simple(tmp_path / "full", "full", [0.5], 9)])
     assert compared.terms.budget == 4 * MB
-    assert {line.label: line.mean.equal_bytes_accuracy for line in compared.lines} == {"lora": 0.3, "full": None}
+    assert {line.label: line.mean.equal_bytes_accuracy for line in compared.lines} == {
+        "lora": 0.3,
+        "full": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -282,12 +331,16 @@ def test_a_ledger_that_does_not_open_with_its_run_is_refused(tmp_path: Path) -> 
     for name, content in (("empty", b""), ("headless", headless)):
         (tmp_path / name).mkdir()
         (tmp_path / name / FILE).write_bytes(content)
-        with pytest.raises(BadInput, match=rf"{name}/ledger\.jsonl: does not open with the row of its run"):
+        with pytest.raises(
+            BadInput, match=rf"{name}/ledger\.jsonl: does not open with the row of its run"
+        ):
             write([good, tmp_path / name], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_arguments_are_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, out = run(tmp_path, ROUNDS), tmp_path / "out"
     with pytest.raises(BadInput, match="no runs given"):
         write([], out)
@@ -307,7 +360,17 @@ def test_bad_arguments_are_named_and_nothing_is_written(tmp_path: Path, monkeypa
 
 def test_the_table_fits_120_columns_whole_and_ends_with_the_majority(tmp_path: Path) -> None:
     """Nine methods and references with as many digits as a table has to hold; 0.5 and 0.7 are 60 ± 14.1 %."""
-    names = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara", "centralised", "local-only")
+    names = (
+        "full",
+        "bitfit",
+        "lora",
+        "ffa_lora",
+        "federa",
+        "slora",
+        "fedara",
+        "centralised",
+        "local-only",
+    )
     spent = replied(
         *(0, 1, 18_160, 18_160),
         steps=1,
@@ -327,7 +390,11 @@ def test_the_table_fits_120_columns_whole_and_ends_with_the_majority(tmp_path: P
     assert max(map(len, text)) <= 120
     assert "…" not in "".join(text)
     assert cells(table, "full")[:4] == ["full", "60.0", "±", "14.1"]
-    assert [line for line in text if line.startswith(" ") and line.strip()][-1].split() == ["majority", "class", "25.0"]
+    assert [line for line in text if line.startswith(" ") and line.strip()][-1].split() == [
+        "majority",
+        "class",
+        "25.0",
+    ]
     assert sum(line.count("modelled") for line in text) == 3  # two headings and the small print
 
 
@@ -359,7 +426,10 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evaluations_is_reported_with_dashes(tmp_path: Path) -> None:
-    folders = [run(tmp_path, [opening("lora", rounds=7)]), run(tmp_path, [opening("federa"), asked(0, 1)])]
+    folders = [
+        run(tmp_path, [opening("lora", rounds=7)]),
+        run(tmp_path, [opening("federa"), asked(0, 1)]),
+    ]
     report = write(folders, tmp_path / "out")
     assert cells(report, "lora")[1:5] == ["-", "-", "-", "-"]
     assert "unfinished: lora-0 (0 of 7 rounds), federa-0 (1 of 2 rounds)" in printed(report)
@@ -387,14 +457,26 @@ def test_the_csv_files_have_every_number(tmp_path: Path) -> None:
         ("lora-1", "1", "0.6"),
     ]
     point = table("curves.csv")[1]
-    assert (point["method"], point["seed"], point["round"], point["megabytes"]) == ("lora", "1", "1", "3.0")
-    assert (point["modelled_seconds"], point["accuracy"], point["macro_f1"]) == ("4.0", "0.6", "0.3")
+    assert (point["method"], point["seed"], point["round"], point["megabytes"]) == (
+        "lora",
+        "1",
+        "1",
+        "3.0",
+    )
+    assert (point["modelled_seconds"], point["accuracy"], point["macro_f1"]) == (
+        "4.0",
+        "0.6",
+        "0.3",
+    )
     assert float(point["modelled_seconds_slora"]) == pytest.approx(3 * MB / 655360 + 1)
 
 
 def test_the_curve_of_a_method_is_the_mean_where_all_seeds_were_evaluated(tmp_path: Path) -> None:
     """Seeds 0.2, 0.4 and 0.4, 0.6, 0.9 at 1 and 3 MB a round: after 1 round 30 % at 2 MB, after 2 50 % at 4 MB."""
-    seeds = [simple(tmp_path, "lora", [0.2, 0.4], 1), simple(tmp_path, "lora", [0.4, 0.6, 0.9], 3, seed=1)]
+    seeds = [
+        simple(tmp_path, "lora", [0.2, 0.4], 1),
+        simple(tmp_path, "lora", [0.4, 0.6, 0.9], 3, seed=1),
+    ]
     drawn = figures.curve(compare(seeds).lines[0], lambda point: point.cost.bytes / MB)
     assert list(drawn.x) == [2, 4]
     assert drawn.mean == pytest.approx((30, 50))
@@ -403,7 +485,12 @@ def test_the_curve_of_a_method_is_the_mean_where_all_seeds_were_evaluated(tmp_pa
 
 @pytest.mark.parametrize("megabytes", [0, 5])
 def test_the_figures_are_pictures_also_of_references_alone(tmp_path: Path, megabytes: int) -> None:
-    rows: list[Row] = [opening("a"), scored(0, 0.1), asked(0, megabytes, seconds=0.0), scored(1, 0.5)]
+    rows: list[Row] = [
+        opening("a"),
+        scored(0, 0.1),
+        asked(0, megabytes, seconds=0.0),
+        scored(1, 0.5),
+    ]
     write([run(tmp_path, rows)], tmp_path / "out")
     for name in ("rounds", "megabytes", "time"):
         picture = (tmp_path / "out" / f"accuracy_over_{name}.png").read_bytes()

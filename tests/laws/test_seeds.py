@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from fedpeft.seeds import derive, generator
 
-PARTS = st.lists(st.one_of(st.integers(), st.text(st.characters(exclude_characters="\x1f", codec="utf-8"))), max_size=3)
+PARTS = st.lists(
+    st.one_of(st.integers(), st.text(st.characters(exclude_characters="\x1f", codec="utf-8"))),
+    max_size=3,
+)
 
 GOLDEN: dict[tuple[int | str, ...], int] = {
     (0,): 4761921975702974394,
@@ -21,14 +24,18 @@ GOLDEN: dict[tuple[int | str, ...], int] = {
 
 
 @pytest.mark.parametrize(("names", "value"), GOLDEN.items())
-def test_seeds_are_what_they_were_when_runs_were_saved(names: tuple[int | str, ...], value: int) -> None:
+def test_seeds_are_what_they_were_when_runs_were_saved(
+    names: tuple[int | str, ...], value: int
+) -> None:
     """Another value would make every saved run another run."""
     seed, *rest = names
     assert derive(int(seed), *rest) == value
 
 
 @given(st.integers(), PARTS)
-def test_a_seed_is_the_upper_63_bits_of_a_digest_of_its_name(seed: int, names: list[int | str]) -> None:
+def test_a_seed_is_the_upper_63_bits_of_a_digest_of_its_name(
+    seed: int, names: list[int | str]
+) -> None:
     text = "\x1f".join(map(str, [seed, *names]))
     expected = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") // 2
     assert derive(seed, *names) == expected
@@ -36,8 +43,20 @@ def test_a_seed_is_the_upper_63_bits_of_a_digest_of_its_name(seed: int, names: l
 
 
 def test_other_names_give_other_seeds() -> None:
-    names: list[tuple[int | str, ...]] = [("a",), ("b",), ("a", "b"), ("ab",), ("a", 1), ("a", 11), ("a1", 1), ("a", 1, 1), ()]
-    assert len({derive(0, *name) for name in names} | {derive(1, *name) for name in names}) == 2 * len(names)
+    names: list[tuple[int | str, ...]] = [
+        ("a",),
+        ("b",),
+        ("a", "b"),
+        ("ab",),
+        ("a", 1),
+        ("a", 11),
+        ("a1", 1),
+        ("a", 1, 1),
+        (),
+    ]
+    assert len(
+        {derive(0, *name) for name in names} | {derive(1, *name) for name in names}
+    ) == 2 * len(names)
 
 
 def test_a_generator_is_its_own_stream() -> None:

@@ -22,7 +22,19 @@ from fedpeft.training.loop import Share, Training, fit, micro_batches, own_rando
 from fedpeft.training.optimizer import Optimizer, clip
 from fedpeft.types import LocalTask, Payload
 from fedpeft.wire.messages import Kind, Request, Response
-from tests.tiny import CONFIG, CPU, HEAD, SEED, TASK, assert_same, base_of, bert, examples, small, worker
+from tests.tiny import (
+    CONFIG,
+    CPU,
+    HEAD,
+    SEED,
+    TASK,
+    assert_same,
+    base_of,
+    bert,
+    examples,
+    small,
+    worker,
+)
 
 K = 3
 STOPS = (4, 3, 1)
@@ -36,12 +48,18 @@ def start() -> dict[str, Tensor]:
 
 
 def gradient(name: str, step: int) -> Tensor:
-    return torch.randn(K, *SIZES_OF[name], generator=torch.Generator().manual_seed(100 * step + len(name)))
+    return torch.randn(
+        K, *SIZES_OF[name], generator=torch.Generator().manual_seed(100 * step + len(name))
+    )
 
 
 OPTIMIZERS: Mapping[str, tuple[Any, dict[str, float], dict[str, float]]] = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}, {"weight_decay": 0.1, "momentum": 0.9}),
-    "sgd": (torch.optim.SGD, {"weight_decay": 0.1, "momentum": 0.9}, {"weight_decay": 0.1, "momentum": 0.9}),
+    "sgd": (
+        torch.optim.SGD,
+        {"weight_decay": 0.1, "momentum": 0.9},
+        {"weight_decay": 0.1, "momentum": 0.9},
+    ),
     "plain sgd": (torch.optim.SGD, {}, {"weight_decay": 0.0, "momentum": 0.0}),
 }
 
@@ -52,7 +70,9 @@ def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
     constructor, theirs, ours = OPTIMIZERS[kind]
     rates = {"matrix": 0.1, "vector": 0.01, "scalar": 0.1}
     stacked = {name: nn.Parameter(value.clone()) for name, value in start().items()}
-    alone = [{name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)]
+    alone = [
+        {name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)
+    ]
     optimizer = Optimizer(
         "adamw" if kind == "adamw" else "sgd",
         stacked,
@@ -61,7 +81,10 @@ def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
         momentum=ours["momentum"],
         warmup=2,
     )
-    reference = [constructor([{"params": [p], "lr": rates[name]} for name, p in own.items()], **theirs) for own in alone]
+    reference = [
+        constructor([{"params": [p], "lr": rates[name]} for name, p in own.items()], **theirs)
+        for own in alone
+    ]
     for step in range(max(STOPS)):
         active = slice(0, sum(step < stop for stop in STOPS))
         lr_factor = min(1.0, (step + 1) / 3)
@@ -70,14 +93,18 @@ def test_stacked_steps_are_torchs_steps_for_each_client(kind: str) -> None:
         before = {name: parameter.detach().clone() for name, parameter in stacked.items()}
         optimizer.step(active)
         for k in range(K)[active]:
-            for group, (name, parameter) in zip(reference[k].param_groups, alone[k].items(), strict=True):
+            for group, (name, parameter) in zip(
+                reference[k].param_groups, alone[k].items(), strict=True
+            ):
                 group["lr"] = rates[name] * lr_factor
                 parameter.grad = gradient(name, step)[k].clone()
             reference[k].step()
         for name, parameter in stacked.items():
             assert torch.equal(parameter[active.stop :], before[name][active.stop :])
             for k in range(K):
-                torch.testing.assert_close(parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}")
+                torch.testing.assert_close(
+                    parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}"
+                )
 
 
 AGAIN = (3, 2, 2)
@@ -88,7 +115,9 @@ AGAIN = (3, 2, 2)
 def test_steps_that_go_on_from_a_state_are_torchs_steps_for_each_client(kind: str) -> None:
     """With 4, 3 and 1 steps behind them, in another order, and a warm-up of 5 steps that lasts into the second round."""
     constructor, theirs, ours = OPTIMIZERS[kind]
-    alone = [{name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)]
+    alone = [
+        {name: nn.Parameter(value[k].clone()) for name, value in start().items()} for k in range(K)
+    ]
     reference = [constructor(own.values(), lr=0.1, **theirs) for own in alone]
     stacked = {name: nn.Parameter(value.clone()) for name, value in start().items()}
     kept: dict[str, Tensor] | None = None
@@ -122,7 +151,9 @@ def test_steps_that_go_on_from_a_state_are_torchs_steps_for_each_client(kind: st
         stacked = {name: nn.Parameter(parameter.detach()[back]) for name, parameter in mine.items()}
         for name, parameter in stacked.items():
             for k in range(K):
-                torch.testing.assert_close(parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}")
+                torch.testing.assert_close(
+                    parameter[k], alone[k][name], rtol=1e-6, atol=1e-7, msg=f"{name} of {k}"
+                )
     assert kept is not None
     assert kept["@steps"].tolist() == taken == [6, 5, 4]
 
@@ -132,7 +163,9 @@ def test_a_tensor_of_another_shape_starts_anew_and_the_others_go_on() -> None:
         rates = dict.fromkeys(parameters, 0.1)
         return Optimizer("adamw", parameters, rates, weight_decay=0.0, momentum=0.0, kept=kept)
 
-    def step(kept: Payload | None, names: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    def step(
+        kept: Payload | None, names: Sequence[str]
+    ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
         parameters = {name: nn.Parameter(start()[name]) for name in names}
         for name, parameter in parameters.items():
             parameter.grad = gradient(name, 0)
@@ -147,7 +180,11 @@ def test_a_tensor_of_another_shape_starts_anew_and_the_others_go_on() -> None:
     assert torch.equal(again["matrix"], fresh["matrix"])
     assert torch.equal(again["vector"], whole["vector"])
     assert not torch.equal(again["vector"], fresh["vector"])
-    assert [after[f"@moves/{name}"].tolist() for name in ("matrix", "vector", "scalar")] == [[1] * K, [2] * K, [1] * K]
+    assert [after[f"@moves/{name}"].tolist() for name in ("matrix", "vector", "scalar")] == [
+        [1] * K,
+        [2] * K,
+        [1] * K,
+    ]
     assert after["@steps"].tolist() == [2] * K
 
 
@@ -158,7 +195,9 @@ def test_nothing_is_clipped_where_nothing_has_a_gradient() -> None:
 def test_a_tensor_without_gradient_is_left_alone_as_torch_does() -> None:
     stacked = {name: nn.Parameter(value) for name, value in start().items()}
     stacked["matrix"].grad = gradient("matrix", 0)
-    Optimizer("adamw", stacked, dict.fromkeys(stacked, 0.1), weight_decay=0.5, momentum=0.0).step(slice(0, K))
+    Optimizer("adamw", stacked, dict.fromkeys(stacked, 0.1), weight_decay=0.5, momentum=0.0).step(
+        slice(0, K)
+    )
     assert not torch.equal(stacked["matrix"], start()["matrix"])
     assert torch.equal(stacked["vector"], start()["vector"])
 
@@ -170,7 +209,11 @@ def test_gradients_are_clipped_by_each_clients_own_norm(limit: float) -> None:
     factor = torch.tensor([1.0, 10.0, 1.0])
     for name, parameter in stacked.items():
         parameter.grad = gradient(name, 0) * factor.view(K, *[1] * (parameter.ndim - 1))
-    whole = {name: parameter.grad.clone() for name, parameter in stacked.items() if parameter.grad is not None}
+    whole = {
+        name: parameter.grad.clone()
+        for name, parameter in stacked.items()
+        if parameter.grad is not None
+    }
     clip(stacked, slice(0, 2), limit)
     for k in range(K):
         alone = [nn.Parameter(value[k]) for value in start().values()]
@@ -185,8 +228,15 @@ def test_gradients_are_clipped_by_each_clients_own_norm(limit: float) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 3), st.one_of(st.none(), st.integers(1, 9)))
-def test_a_plan_goes_over_all_rows_in_every_epoch(count: int, size: int, epochs: int, steps: int | None) -> None:
+@given(
+    st.integers(1, 30),
+    st.integers(1, 8),
+    st.integers(1, 3),
+    st.one_of(st.none(), st.integers(1, 9)),
+)
+def test_a_plan_goes_over_all_rows_in_every_epoch(
+    count: int, size: int, epochs: int, steps: int | None
+) -> None:
     training = Training(batch_size=size, epochs=epochs, steps=steps)
     rows = plan(count, training, SEED, 3, 5)
     length = -(-count // size)
@@ -202,7 +252,10 @@ def test_a_plan_goes_over_all_rows_in_every_epoch(count: int, size: int, epochs:
 
 def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
     training = Training(batch_size=100, epochs=2)
-    plans = [plan(50, training, seed, client, number) for seed, client, number in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))]
+    plans = [
+        plan(50, training, seed, client, number)
+        for seed, client, number in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))
+    ]
     orders = {tuple(batch) for rows in plans for batch in rows}
     assert len(orders) == 8
     assert plan(50, training, 1, 0, 0) == plans[0]
@@ -210,7 +263,12 @@ def test_an_order_of_rows_is_a_clients_own_in_every_round_and_epoch() -> None:
 
 @given(
     batches=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=9), min_size=1, max_size=5),
-    buckets=st.builds(Buckets, max_tokens=st.integers(1, 100), overhead_tokens=st.integers(0, 100), pad_to_multiple_of=st.sampled_from((1, 4))),
+    buckets=st.builds(
+        Buckets,
+        max_tokens=st.integers(1, 100),
+        overhead_tokens=st.integers(0, 100),
+        pad_to_multiple_of=st.sampled_from((1, 4)),
+    ),
     lanes=st.integers(1, 3),
 )
 @settings(max_examples=200, deadline=None)
@@ -218,30 +276,52 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
     batches: list[list[int]], buckets: Buckets, lanes: int
 ) -> None:
     own = [examples(12, seed=k) for k in range(len(batches))]
-    found = list(micro_batches([(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)], buckets, lanes))
+    found = list(
+        micro_batches(
+            [(Share(mine, []), batch) for mine, batch in zip(own, batches, strict=True)],
+            buckets,
+            lanes,
+        )
+    )
     dealt = [
         (k, ids.tolist(), int(label))
         for part in found
-        for k, ids, label in zip(part.clients.tolist(), part.examples.ids, part.examples.labels, strict=True)
+        for k, ids, label in zip(
+            part.clients.tolist(), part.examples.ids, part.examples.labels, strict=True
+        )
     ]
-    due = [(k, own[k].ids[row].tolist(), int(own[k].labels[row])) for k, batch in enumerate(batches) for row in batch]
+    due = [
+        (k, own[k].ids[row].tolist(), int(own[k].labels[row]))
+        for k, batch in enumerate(batches)
+        for row in batch
+    ]
     assert sorted(dealt) == sorted(due)
     lengths = [[len(ids) for ids in part.examples.ids] for part in found]
-    assert all(len(part) * buckets.padded(max(part)) <= buckets.max_tokens or len(part) == 1 for part in lengths)
-    assert all(max(a) <= min(b) for a, b in pairwise(sorted(lengths, key=lambda part: (min(part), max(part)))))
+    assert all(
+        len(part) * buckets.padded(max(part)) <= buckets.max_tokens or len(part) == 1
+        for part in lengths
+    )
+    assert all(
+        max(a) <= min(b)
+        for a, b in pairwise(sorted(lengths, key=lambda part: (min(part), max(part))))
+    )
     for part in found:
         assert part.clients.tolist() == sorted(part.clients.tolist())
         each = torch.tensor([1 / len(batches[k]) for k in part.clients.tolist()])
         torch.testing.assert_close(part.weights, each)
         if isinstance(part.owners, slice):
             repeated = len(part.clients) // (part.owners.stop - part.owners.start)
-            assert part.clients.tolist() == [k for k in range(part.owners.start, part.owners.stop) for _ in range(repeated)]
+            assert part.clients.tolist() == [
+                k for k in range(part.owners.start, part.owners.stop) for _ in range(repeated)
+            ]
         else:
             assert torch.equal(part.owners, part.clients)
 
 
 @pytest.mark.parametrize(("pad_to_multiple_of", "length"), [(1, 5), (4, 8), (5, 5), (64, 16)])
-def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(pad_to_multiple_of: int, length: int) -> None:
+def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(
+    pad_to_multiple_of: int, length: int
+) -> None:
     ids = [torch.arange(1, 4), torch.arange(1, 6)]
     batch = TASK.collate(Encoded(ids, torch.tensor([0, 1])), CPU.torch_device, pad_to_multiple_of)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
@@ -252,7 +332,14 @@ def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(pad_
 
 def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> None:
     """At a rate too small to move anything it is worked out from the untrained model."""
-    model, own = bert(), {"classifier.weight": nn.Parameter(bert().get_parameter("classifier.weight").unsqueeze(0).clone())}
+    model, own = (
+        bert(),
+        {
+            "classifier.weight": nn.Parameter(
+                bert().get_parameter("classifier.weight").unsqueeze(0).clone()
+            )
+        },
+    )
     share = Share(examples(7), [[0, 1, 2], [3], [4, 5, 6]])
     local = LocalTask(own, lambda: ({}, {}))
     with mounted(model, own):
@@ -261,11 +348,16 @@ def test_the_loss_is_the_mean_over_a_clients_steps_of_the_mean_over_rows() -> No
     with torch.no_grad():
         for rows in share.steps:
             batch = TASK.collate(share.examples.take(rows), CPU.torch_device)
-            losses.append(float(nn.functional.cross_entropy(TASK.logits(model, batch), batch["labels"])))
+            losses.append(
+                float(nn.functional.cross_entropy(TASK.logits(model, batch), batch["labels"]))
+            )
     assert found.tolist() == pytest.approx([sum(losses) / 3], rel=1e-5)
 
 
-TURNS: tuple[Callable[[Tensor], Tensor], ...] = (lambda tensor: tensor, lambda tensor: tensor.t().contiguous())
+TURNS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda tensor: tensor,
+    lambda tensor: tensor.t().contiguous(),
+)
 
 
 def _turned(turn: Callable[[Tensor], Tensor], own: Tensor, parameter: Tensor) -> Tensor:
@@ -274,15 +366,29 @@ def _turned(turn: Callable[[Tensor], Tensor], own: Tensor, parameter: Tensor) ->
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_tensor_that_is_used_transposed_moves_as_one_that_is_not(optimizer: Literal["adamw", "sgd"]) -> None:
+def test_a_tensor_that_is_used_transposed_moves_as_one_that_is_not(
+    optimizer: Literal["adamw", "sgd"],
+) -> None:
     """Its gradient comes transposed, and torch's fused optimizers read gradients as if they were contiguous."""
-    weight, share = bert().get_parameter("classifier.weight").detach(), Share(examples(6), [[0, 1, 2], [3, 4, 5]])
+    weight, share = (
+        bert().get_parameter("classifier.weight").detach(),
+        Share(examples(6), [[0, 1, 2], [3, 4, 5]]),
+    )
     ended = []
     for turn in TURNS:
         own, model = nn.Parameter(turn(weight).clone().unsqueeze(0)), bert()
         with replaced(model, {"classifier.weight": partial(_turned, turn, own)}):
             local = LocalTask({"own": own}, lambda: ({}, {}))
-            fit(model, local, TASK, [share], Training(optimizer, lr=0.1), HEAD, CPU, ActivationCache())
+            fit(
+                model,
+                local,
+                TASK,
+                [share],
+                Training(optimizer, lr=0.1),
+                HEAD,
+                CPU,
+                ActivationCache(),
+            )
         ended.append(turn(own.detach().squeeze(0)))
     assert (ended[0] - weight).abs().max() > 0.05
     torch.testing.assert_close(ended[0], ended[1])
@@ -292,7 +398,10 @@ def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str
     """Return how far one SGD step moves head and adapter."""
     method = small(name)
     model = bert()
-    down = {part: tensor.unsqueeze(0) for part, tensor in method.init(base_of(model), SEED).shared.items()}
+    down = {
+        part: tensor.unsqueeze(0)
+        for part, tensor in method.init(base_of(model), SEED).shared.items()
+    }
     trained = {part: nn.Parameter(tensor.clone()) for part, tensor in down.items()}
     with mounted(model, trained, 2.0):
         fit(
@@ -306,7 +415,10 @@ def moved(training: Training, name: str = "lora", rate: float = 1.0) -> dict[str
             ActivationCache(),
         )
     far = {part: float((trained[part] - down[part]).detach().norm()) for part in trained}
-    return {"head": far["classifier.weight"], "adapter": sum(far[part] for part in far if ":" in part)}
+    return {
+        "head": far["classifier.weight"],
+        "adapter": sum(far[part] for part in far if ":" in part),
+    }
 
 
 def test_rates_of_head_stage_and_warm_up_multiply() -> None:
@@ -340,10 +452,21 @@ def test_the_hook_after_backward_sees_gradients_before_they_are_clipped_and_who_
     shares = [Share(examples(4), [[0, 1], [2, 3]]), Share(examples(4, seed=1), [[0, 1]])]
     with mounted(model, own):
         local = LocalTask(own, lambda: ({}, {}), after_backward=look)
-        fit(model, local, TASK, shares, Training(optimizer="sgd", lr=0.1, clip=1e-6), HEAD, CPU, ActivationCache())
+        fit(
+            model,
+            local,
+            TASK,
+            shares,
+            Training(optimizer="sgd", lr=0.1, clip=1e-6),
+            HEAD,
+            CPU,
+            ActivationCache(),
+        )
     assert [active for active, _ in seen] == [slice(0, 2), slice(0, 1)]
     assert all(norm > 1e-3 for _, norm in seen)
-    assert torch.equal(own["classifier.weight"].detach(), torch.stack([weight, weight])), "what the hook did is what is stepped"
+    assert torch.equal(own["classifier.weight"].detach(), torch.stack([weight, weight])), (
+        "what the hook did is what is stepped"
+    )
 
 
 def test_dropout_has_a_stream_of_its_own_and_torchs_goes_on_untouched() -> None:
@@ -354,13 +477,17 @@ def test_dropout_has_a_stream_of_its_own_and_torchs_goes_on_untouched() -> None:
     with own_randomness(SEED, 2, 5):
         first = torch.rand(3)
     assert torch.equal(torch.rand(3), undisturbed)
-    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(derive(SEED, "client", 2, 5))))
+    assert torch.equal(
+        first, torch.rand(3, generator=torch.Generator().manual_seed(derive(SEED, "client", 2, 5)))
+    )
 
     def answer(disturb: int, client: int = 1) -> Payload:
         method = small("lora")
         playing = worker(method, bert(hidden_dropout_prob=0.3))
         torch.rand(disturb)
-        blob = Request(Kind.TRAIN, 0, CONFIG, method.init(base_of(playing.model), SEED).shared).encode()
+        blob = Request(
+            Kind.TRAIN, 0, CONFIG, method.init(base_of(playing.model), SEED).shared
+        ).encode()
         return Response.decode(playing.handle([client], [blob], [b""])[0][0]).payload
 
     assert_same(answer(0), answer(5))
@@ -372,7 +499,9 @@ class Spy:
 
     paper: ClassVar[str] = "none"
 
-    def mount(self, model: nn.Module, down: Payload, memory: Payload, context: Any) -> AbstractContextManager[LocalTask]:
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Any
+    ) -> AbstractContextManager[LocalTask]:
         raise LookupError(list(down))
 
 

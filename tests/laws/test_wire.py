@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedpeft.federation.memory import Forgotten
+from fedpeft.errors import Forgotten, WireError
 from fedpeft.ledger import COUNTS, REALS, Measured
-from fedpeft.types import NO_MEMORY, Lost, Reply, WireError
+from fedpeft.types import NO_MEMORY, Lost, Reply
 from fedpeft.wire import tensors as codec
 from fedpeft.wire.messages import (
     DIGEST,
@@ -63,8 +63,12 @@ def test_decoding_undoes_encoding_for_every_format_and_shape(payload: dict[str, 
 
 @settings(deadline=None)
 @given(PAYLOADS)
-def test_a_message_is_as_long_as_any_other_of_its_names_formats_and_shapes(payload: dict[str, Tensor]) -> None:
-    assert len(encode({name: torch.zeros_like(tensor) for name, tensor in payload.items()})) == len(encode(payload))
+def test_a_message_is_as_long_as_any_other_of_its_names_formats_and_shapes(
+    payload: dict[str, Tensor],
+) -> None:
+    assert len(encode({name: torch.zeros_like(tensor) for name, tensor in payload.items()})) == len(
+        encode(payload)
+    )
 
 
 @settings(deadline=None)
@@ -74,7 +78,9 @@ def test_a_message_with_any_byte_changed_or_missing_or_added_is_refused(
 ) -> None:
     blob = encode(payload)
     place = data.draw(st.integers(0, len(blob) - 1))
-    flipped = blob[:place] + bytes([blob[place] ^ data.draw(st.integers(1, 255))]) + blob[place + 1 :]
+    flipped = (
+        blob[:place] + bytes([blob[place] ^ data.draw(st.integers(1, 255))]) + blob[place + 1 :]
+    )
     for damaged in (flipped, blob[:place], blob + b"\0"):
         with pytest.raises(WireError):
             decode(damaged)
@@ -117,7 +123,9 @@ def _file(about: object, data: bytes = b"\0" * 16) -> bytes:
     return _whole(json.dumps(about, separators=(",", ":")).encode(), data)
 
 
-def _tensor(shape: object = (4,), offsets: object = (0, 16), dtype: object = "F32") -> dict[str, object]:
+def _tensor(
+    shape: object = (4,), offsets: object = (0, 16), dtype: object = "F32"
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
@@ -347,7 +355,11 @@ def test_a_reply_that_was_touched_costs_the_client_that_sent_it_at_most(
 
 def test_forms_tell_names_dtypes_shapes_and_whole_numbers_apart_but_no_other_values() -> None:
     payload = {"a": torch.zeros(2, 3), "seed": torch.tensor(5)}
-    same = form(Request(Kind.TRAIN, 3, CONFIG, {"a": torch.ones(2, 3), "seed": torch.tensor(5)}, memory=2).encode())
+    same = form(
+        Request(
+            Kind.TRAIN, 3, CONFIG, {"a": torch.ones(2, 3), "seed": torch.tensor(5)}, memory=2
+        ).encode()
+    )
     assert form(Request(Kind.TRAIN, 3, CONFIG, payload).encode()) == same
     changed: list[Mapping[str, Tensor]] = [
         {"b": torch.zeros(2, 3)},
@@ -395,12 +407,16 @@ def test_two_names_of_one_tensor_are_sent_as_two() -> None:
 
 @settings(deadline=None)
 @given(PAYLOADS, st.sampled_from(Kind), NUMBER, st.integers(NO_MEMORY, 2**63 - 1))
-def test_a_request_comes_back_as_it_was(payload: dict[str, Tensor], kind: Kind, number: int, memory: int) -> None:
+def test_a_request_comes_back_as_it_was(
+    payload: dict[str, Tensor], kind: Kind, number: int, memory: int
+) -> None:
     blob = Request(kind, number, CONFIG, payload, memory).encode()
     found = Request.decode(blob, CONFIG)
     assert (found.kind, found.round, found.config, found.memory) == (kind, number, CONFIG, memory)
     assert known(dict(found.payload)) == known(payload)
-    assert len(blob) == len(Request(Kind.TRAIN, 0, CONFIG, payload).encode()), "numbers do not change the length"
+    assert len(blob) == len(Request(Kind.TRAIN, 0, CONFIG, payload).encode()), (
+        "numbers do not change the length"
+    )
 
 
 @settings(deadline=None)
@@ -434,7 +450,9 @@ FIELDS = {
     "@measures": torch.zeros(len(REALS), dtype=torch.float64),
 }
 READERS: dict[str, Callable[[bytes], object]] = {
-    **dict.fromkeys(["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)),
+    **dict.fromkeys(
+        ["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)
+    ),
     **dict.fromkeys(["@about", "@counts", "@measures"], Response.decode),
 }
 WRONG: dict[str, Callable[[Tensor], Any]] = {
@@ -448,7 +466,9 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 @pytest.mark.parametrize("name", READERS)
-def test_a_message_whose_own_fields_are_missing_or_of_another_form_is_refused(name: str, kind: str) -> None:
+def test_a_message_whose_own_fields_are_missing_or_of_another_form_is_refused(
+    name: str, kind: str
+) -> None:
     read = READERS[name]
     read(encode(FIELDS))
     wrong = WRONG[kind](FIELDS[name])

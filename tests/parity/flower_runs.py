@@ -51,7 +51,9 @@ def assemblies(ground: Ground) -> dict[str, Federation]:
     made: dict[str, Federation] = {}
     for name in METHODS:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
-        made[name] = build(ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings))
+        made[name] = build(
+            ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings)
+        )
     for name in KEPT:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})
@@ -62,7 +64,11 @@ def assemblies(ground: Ground) -> dict[str, Federation]:
 def differences(one: Ended, other: Ended) -> list[str]:
     """Return what differs between two ends, to the bit."""
     (mine, my_rows), (theirs, their_rows) = one, other
-    found = [f"row {i}: {a} != {b}" for i, (a, b) in enumerate(zip(my_rows, their_rows, strict=True)) if a != b]
+    found = [
+        f"row {i}: {a} != {b}"
+        for i, (a, b) in enumerate(zip(my_rows, their_rows, strict=True))
+        if a != b
+    ]
     if mine.memories != theirs.memories or mine.round != theirs.round:
         found.append(f"memories {mine.memories} != {theirs.memories}")
     for a, b in ((mine.shared, theirs.shared), (mine.server, theirs.server)):
@@ -76,11 +82,15 @@ def main(folder: Path) -> None:
     made = assemblies(write_ground(folder))
 
     def settings(assembly: Federation) -> str:
-        return json.dumps({"config": assembly.config.to_json(), "hardware": assembly.hardware.describe()})
+        return json.dumps(
+            {"config": assembly.config.to_json(), "hardware": assembly.hardware.describe()}
+        )
 
     def body(engine: Engine) -> dict[str, Ended]:
         assert isinstance(engine, FlowerEngine)
-        return {name: play(one, replace(engine, config=settings(one))) for name, one in made.items()}
+        return {
+            name: play(one, replace(engine, config=settings(one))) for name, one in made.items()
+        }
 
     first = next(iter(made.values()))
     flower = launch(ClientPool(5, first.worker, settings(first), runs.rebuild), body)

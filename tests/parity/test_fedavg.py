@@ -33,7 +33,9 @@ class WithLoRA(nn.Module):
         self.A, self.B = nn.Parameter(torch.zeros(3, 32)), nn.Parameter(torch.zeros(32, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.layer(x)) + SCALE * functional.linear(functional.linear(x, self.A), self.B)
+        return torch.as_tensor(self.layer(x)) + SCALE * functional.linear(
+            functional.linear(x, self.A), self.B
+        )
 
 
 def with_lora(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,7 +48,9 @@ def with_lora(model: nn.Module) -> dict[str, nn.Parameter]:
             setattr(home, part, adapted)
             name = f"bert.encoder.layer.{layer}.attention.self.{part}"
             trained |= {f"{name}:A": adapted.A, f"{name}:B": adapted.B}
-    return trained | {name: model.get_parameter(name) for name in ("classifier.weight", "classifier.bias")}
+    return trained | {
+        name: model.get_parameter(name) for name in ("classifier.weight", "classifier.bias")
+    }
 
 
 def in_full(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,13 +73,30 @@ class Case:
 
 PLAIN = Training(batch_size=4, clip=None)
 CASES = {
-    "AdamW": Case(replace(PLAIN, lr=2e-3, weight_decay=0.1), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.1}, 0.002),
+    "AdamW": Case(
+        replace(PLAIN, lr=2e-3, weight_decay=0.1),
+        torch.optim.AdamW,
+        {"lr": 2e-3, "weight_decay": 0.1},
+        0.002,
+    ),
     "AdamW, clipped, warmed up": Case(
-        replace(PLAIN, lr=2e-3, clip=0.5, warmup=2, epochs=2), torch.optim.AdamW, {"lr": 2e-3, "weight_decay": 0.0}, 0.002
+        replace(PLAIN, lr=2e-3, clip=0.5, warmup=2, epochs=2),
+        torch.optim.AdamW,
+        {"lr": 2e-3, "weight_decay": 0.0},
+        0.002,
     ),
     "SGD": Case(replace(PLAIN, optimizer="sgd", lr=0.1), torch.optim.SGD, {"lr": 0.1}),
     "SGD, all of it": Case(
-        replace(PLAIN, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01, clip=0.5, warmup=1, steps=5),
+        replace(
+            PLAIN,
+            optimizer="sgd",
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.01,
+            clip=0.5,
+            warmup=1,
+            steps=5,
+        ),
         torch.optim.SGD,
         {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     ),
@@ -87,14 +108,23 @@ def batches(count: int, training: Training, client: int, number: int) -> list[li
     found: list[list[int]] = []
     epoch = 0
     while epoch < training.epochs if training.steps is None else len(found) < training.steps:
-        order = torch.randperm(count, generator=generator(SEED, "order", client, number, epoch)).tolist()
-        found += [order[begin : begin + training.batch_size] for begin in range(0, count, training.batch_size)]
+        order = torch.randperm(
+            count, generator=generator(SEED, "order", client, number, epoch)
+        ).tolist()
+        found += [
+            order[begin : begin + training.batch_size]
+            for begin in range(0, count, training.batch_size)
+        ]
         epoch += 1
     return found[: training.steps]
 
 
 def local_training(
-    model: nn.Module, trained: dict[str, nn.Parameter], examples: Encoded, rows: list[list[int]], case: Case
+    model: nn.Module,
+    trained: dict[str, nn.Parameter],
+    examples: Encoded,
+    rows: list[list[int]],
+    case: Case,
 ) -> None:
     """Train one client's model with torch's own optimizer, schedule and clipping."""
     optimizer = case.optimizer(list(trained.values()), **case.arguments)
@@ -105,8 +135,13 @@ def local_training(
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros(len(batch), longest, dtype=torch.int64)
         for place, row in enumerate(batch):
-            ids[place, : len(examples.ids[row])], mask[place, : len(examples.ids[row])] = examples.ids[row], 1
-        loss = functional.cross_entropy(call(input_ids=ids, attention_mask=mask).logits, examples.labels[batch])
+            ids[place, : len(examples.ids[row])], mask[place, : len(examples.ids[row])] = (
+                examples.ids[row],
+                1,
+            )
+        loss = functional.cross_entropy(
+            call(input_ids=ids, attention_mask=mask).logits, examples.labels[batch]
+        )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         if case.training.clip is not None:
@@ -131,11 +166,24 @@ def fedavg(
             with torch.no_grad():
                 for name, parameter in trained.items():
                     parameter.copy_(shared[name]).requires_grad_()
-            local_training(model, trained, examples, batches(len(examples), case.training, client, number), case)
-            results.append({name: parameter.detach().clone() for name, parameter in trained.items()})
+            local_training(
+                model,
+                trained,
+                examples,
+                batches(len(examples), case.training, client, number),
+                case,
+            )
+            results.append(
+                {name: parameter.detach().clone() for name, parameter in trained.items()}
+            )
         total = sum(len(examples) for examples in client_data.values())
         shared = {
-            name: torch.stack([len(e) / total * r[name] for e, r in zip(client_data.values(), results, strict=True)]).sum(0)
+            name: torch.stack(
+                [
+                    len(e) / total * r[name]
+                    for e, r in zip(client_data.values(), results, strict=True)
+                ]
+            ).sum(0)
             for name in shared
         }
     return shared
@@ -154,7 +202,12 @@ def test_the_federation_equals_fedavg_written_out(name: str, kind: str) -> None:
     playing = federation(method, training=case.training, sizes=SIZES)
     start = deepcopy(method.init(base_of(bert()), SEED).shared)
     ours = playing.play(ROUNDS).shared
-    theirs = fedavg(start, prepare, {client: held.train for client, held in playing.worker.client_data.items()}, case)
+    theirs = fedavg(
+        start,
+        prepare,
+        {client: held.train for client, held in playing.worker.client_data.items()},
+        case,
+    )
     assert ours.keys() == theirs.keys()
     for part, tensor in theirs.items():
         if case.training.optimizer == "adamw" and part.endswith(SOFTMAX_BLIND):
@@ -171,6 +224,8 @@ def test_one_client_with_one_round_is_plain_training() -> None:
     playing = federation(Full(), training=case.training, sizes={0: 11})
     model = bert()
     trained = in_full(model.requires_grad_())
-    local_training(model, trained, playing.worker.client_data[0].train, batches(11, case.training, 0, 0), case)
+    local_training(
+        model, trained, playing.worker.client_data[0].train, batches(11, case.training, 0, 0), case
+    )
     for part, tensor in playing.play(1).shared.items():
         torch.testing.assert_close(tensor, trained[part].detach(), rtol=1e-6, atol=1e-6, msg=part)

@@ -24,10 +24,11 @@ from fedpeft.engines import flower
 from fedpeft.engines.flower import FlowerEngine, connect
 from fedpeft.engines.grid import BYTES, record
 from fedpeft.engines.local import LocalEngine
+from fedpeft.errors import BadInput
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
-from fedpeft.types import NO_MEMORY, BadInput, Client, Engine, State
+from fedpeft.types import NO_MEMORY, Client, Engine, State
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -40,14 +41,18 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ground")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.parity.flower_runs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     answer: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lora, optimizer kept", "federa, optimizer kept"])
-def test_flower_ends_where_the_local_engine_does(name: str, told: dict[str, dict[str, Any]]) -> None:
+def test_flower_ends_where_the_local_engine_does(
+    name: str, told: dict[str, dict[str, Any]]
+) -> None:
     assert told[name]["differences"] == []
     assert told[name]["rows"] == 8
     assert told[name]["lost"] == [None] * 8

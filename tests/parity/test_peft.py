@@ -19,11 +19,17 @@ from fedpeft.training.evaluation import mounted_state
 from tests.families import FAMILIES, family, says, texts
 from tests.tiny import CPU, SEED, TARGETS, base_of, bert, federation, logits, small
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 """transformers 5.23 warns about what peft 0.21 calls in ``get_peft_model``; to go when peft calls the new name."""
 
 RANK, ALPHA = 3, 6
-LAYERS = [f"bert.encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in ("query", "value")]
+LAYERS = [
+    f"bert.encoder.layer.{layer}.attention.self.{part}"
+    for layer in (0, 1)
+    for part in ("query", "value")
+]
 TARGETED = ["query", "value"]
 DENSITY = RANK * (32 + 32) / (32 * 32)
 """SHiRA has as many values as a LoRA of the same rank."""
@@ -57,15 +63,22 @@ def filled(config: LoraConfig, tensors: dict[str, Tensor]) -> nn.Module:
 def test_loras_forward_and_merge_are_pefts(alpha: int) -> None:
     """Our scale is their alpha / r."""
     tensors, model = factors(LAYERS), bert()
-    theirs = filled(LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETED, lora_dropout=0.0), tensors)
+    theirs = filled(
+        LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETED, lora_dropout=0.0), tensors
+    )
     with mounted(model, tensors, alpha / RANK):
         torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
     assert (logits(theirs) - logits(model)).abs().max() > 1e-2
     whole: Any = theirs
     merged = whole.merge_and_unload()
     for name in LAYERS:
-        ours = model.get_parameter(f"{name}.weight") + alpha / RANK * tensors[f"{name}:B"][0] @ tensors[f"{name}:A"][0]
-        torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), ours, rtol=1e-5, atol=1e-6)
+        ours = (
+            model.get_parameter(f"{name}.weight")
+            + alpha / RANK * tensors[f"{name}:B"][0] @ tensors[f"{name}:A"][0]
+        )
+        torch.testing.assert_close(
+            merged.get_parameter(f"{name}.weight"), ours, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_trained_loras_deltas_are_what_peft_merges() -> None:
@@ -75,12 +88,16 @@ def test_a_trained_loras_deltas_are_what_peft_merges() -> None:
     with mounted_state(method, after, model, CPU, SEED) as local:
         deltas, said = local.deltas(), logits(model)
     tensors = {part: tensor.unsqueeze(0) for part, tensor in after.shared.items() if ":" in part}
-    theirs = filled(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0), tensors)
+    theirs = filled(
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0), tensors
+    )
     for part in ("classifier.weight", "classifier.bias"):
         theirs.get_parameter(f"base_model.model.{part}").data.copy_(after.shared[part])
     torch.testing.assert_close(said, logits(theirs), rtol=1e-5, atol=1e-5)
     for name in LAYERS:
-        torch.testing.assert_close(deltas[name].dense()[0], layer_of(theirs, name).get_delta_weight("default"))
+        torch.testing.assert_close(
+            deltas[name].dense()[0], layer_of(theirs, name).get_delta_weight("default")
+        )
 
 
 LISTS: dict[str, list[str]] = {
@@ -106,7 +123,9 @@ def test_loras_forward_is_pefts_on_gpt2s_turned_layers() -> None:
     """``fan_in_fan_out``: GPT-2 stores (in, out)."""
     names = [f"transformer.h.{layer}.attn.c_attn" for layer in (0, 1)]
     tensors, ids, model = factors(names, 48, 16), texts(4), family("gpt2")
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["c_attn"], lora_dropout=0.0, fan_in_fan_out=True)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=["c_attn"], lora_dropout=0.0, fan_in_fan_out=True
+    )
     theirs = get_peft_model(family("gpt2"), config).eval()
     for name in names:
         layer_of(theirs, name).lora_A["default"].weight.data.copy_(tensors[f"{name}:A"][0])
@@ -120,11 +139,20 @@ def test_federas_start_is_pefts_pissa() -> None:
     """Up to the sign of each component: B_0, A_0, the residual base, and the logits, which are the base model's."""
     method, model = FeDeRA(TARGETS, RANK, ALPHA / RANK), bert()
     start = method.init(base_of(model), SEED)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0, init_lora_weights="pissa")
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=TARGETED,
+        lora_dropout=0.0,
+        init_lora_weights="pissa",
+    )
     theirs = get_peft_model(bert(), config).eval()
     for name in LAYERS:
         layer = layer_of(theirs, name)
-        their_a, their_b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        their_a, their_b = (
+            layer.lora_A["default"].weight.detach(),
+            layer.lora_B["default"].weight.detach(),
+        )
         A, B = start.shared[f"{name}:A"], start.shared[f"{name}:B"]
         sign = torch.sign((A * their_a).sum(1))
         torch.testing.assert_close(sign[:, None] * A, their_a, rtol=1e-3, atol=1e-4)
@@ -169,7 +197,14 @@ def test_sparse_values_are_shiras() -> None:
 def test_fedaras_triplet_is_adaloras_with_its_scaling_undone() -> None:
     """peft scales by alpha / (ranknum + 1e-5), fedpeft by alpha / r for good."""
     model, draw = bert(), generator(2, "triplets")
-    config = AdaLoraConfig(init_r=RANK, target_r=1, lora_alpha=ALPHA, target_modules=TARGETED, lora_dropout=0.0, total_step=10)
+    config = AdaLoraConfig(
+        init_r=RANK,
+        target_r=1,
+        lora_alpha=ALPHA,
+        target_modules=TARGETED,
+        lora_dropout=0.0,
+        total_step=10,
+    )
     theirs = get_peft_model(bert(), config).eval()
     tensors = factors(LAYERS)
     for name in LAYERS:
@@ -187,8 +222,13 @@ def test_fedaras_scores_are_adaloras() -> None:
     """peft's RankAllocator after three backward passes, against ours, on the very same gradients."""
     method = small("fedara", rank=RANK)
     start = method.init(base_of(bert()), SEED)
-    config = AdaLoraConfig(init_r=RANK, target_r=1, tinit=0, tfinal=0, beta1=0.85, beta2=0.85, total_step=10)
-    with scores_of(config, start.shared) as (allocator, theirs), mounted_state(method, start, bert(), CPU, SEED) as local:
+    config = AdaLoraConfig(
+        init_r=RANK, target_r=1, tinit=0, tfinal=0, beta1=0.85, beta2=0.85, total_step=10
+    )
+    with (
+        scores_of(config, start.shared) as (allocator, theirs),
+        mounted_state(method, start, bert(), CPU, SEED) as local,
+    ):
         own = {part: parameter for part, parameter in local.trainable.items() if ":" in part}
         for step in range(3):
             draw = generator(step, "gradients")
@@ -199,7 +239,10 @@ def test_fedaras_scores_are_adaloras() -> None:
             allocator.update_ipt(allocator.model)
         expected = []
         for name in sorted(LAYERS):
-            parts = {part: allocator._element_score(f"{name}.lora_{part.upper()}.default") for part in "ABe"}
+            parts = {
+                part: allocator._element_score(f"{name}.lora_{part.upper()}.default")
+                for part in "ABe"
+            }
             expected.append(parts["e"].flatten() + parts["A"].mean(1) + parts["B"].mean(0))
         votes = local.reply()[0]["votes"][0]
     best = torch.cat(expected).argsort(descending=True)[: method.budget(0, 12)]  # type: ignore[attr-defined]
