@@ -160,7 +160,7 @@ def _field(record: Record, role: str, column: str, where: str) -> str:
         raise BadInput(f'data.{role} = "{column}": {missing}')
     value = record[column]
     if role != "text" and isinstance(value, int | float):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"{where}: {what} is {json.dumps(value)}")
         value = json.dumps(value)
     if not isinstance(value, str):

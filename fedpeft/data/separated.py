@@ -26,7 +26,7 @@ LOOKED_AT = 1000
 LENGTHY = 60
 """Characters that no column's name has."""
 
-_EXCEL = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_EXCEL = re.compile(r'"?sep=([^\w"\r\n])"?\s*', re.IGNORECASE)
 """The line above the header by which Excel is told the delimiter."""
 
 _HINTS = {
@@ -127,17 +127,16 @@ def _explain(
     The reason may be another delimiter, or that there is no header. A column's name that is merely
     misspelt is left to whoever looks for the column.
     """
-    if len(header) == 1:
-        likely = max(MARKS, key=header[0].count)
-        if likely in header[0]:
-            name = "tab" if likely == "\t" else likely
-            raise BadInput(
-                f"{where}: has one column, {header[0]!r:.60}; if these are several with {name} "
-                f'between them, set data.delimiter = "{name}"'
-            )
+    shown = ", ".join(f"{field!r:.60}" for field in header)
+    line = mark.join(header)
+    others = [other for other in MARKS if other != mark and other in line]
+    likely = max(others, key=line.count, default="")
+    if likely and (len(header) == 1 or set(columns) <= set(line.split(likely))):
+        name = "tab" if likely == "\t" else likely
+        remedy = f'if it is {name} that stands between them, set data.delimiter = "{name}"'
+        raise BadInput(f"{where}: the columns are {shown}; {remedy}")
     misspelt = any(nearest(column, header) for column in columns if column not in header)
     if not misspelt and _is_data(header, below):
-        shown = ", ".join(f"{field!r:.40}" for field in header)
         raise BadInput(
             f"{where}: the first line is data, not a header: {shown}; "
             f"write a line above it that names the columns, such as {mark.join(columns)}"

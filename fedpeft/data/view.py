@@ -17,7 +17,7 @@ MOST_NAMED = 240
 
 def table(dataset: Dataset, partition: Partition) -> Table:
     """Return a row per client: examples, labels held, and the commonest ones with their shares."""
-    counts = label_counts(dataset.train, partition)
+    counts, labels = label_counts(dataset.train, partition), dataset.labels
     title = f"{dataset.name}: {len(partition.train)} clients, {int(counts.sum())} examples"
     shown = Table(title=Text(literal(title)), box=None)
     shown.add_column("client")
@@ -26,12 +26,16 @@ def table(dataset: Dataset, partition: Partition) -> Table:
     shown.add_column("mostly")
     for name, test, row in zip(partition.names, partition.test, counts, strict=True):
         total, top = int(row.sum()), np.argsort(-row, kind="stable")[:3]
+<<<<<<< HEAD:fedpeft/data/view.py
         mostly = ", ".join(
             f"{dataset.labels[label]} {row[label] / total:.0%}" for label in top if row[label]
         )
+=======
+        shares = [f"{labels[label]} {row[label] / total:.0%}" for label in top if row[label]]
+>>>>>>> mend/data:fedpeft/holdings.py
         numbers = (str(total), str(len(test)), str(int((row > 0).sum())))
         # As Text, since a string would be read as markup: "[/x]" or ":fire:".
-        shown.add_row(Text(literal(name)), *numbers, Text(literal(mostly)))
+        shown.add_row(Text(literal(name)), *numbers, Text(literal(", ".join(shares))))
     return shown
 
 
@@ -47,21 +51,19 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
     clients, labels = counts.shape
     label_names = [literal(label, MOST) for label in dataset.labels]
     client_names = [literal(name, MOST) for name in partition.names]
+    largest = f"who holds what (largest circle: {int(counts.max())} examples)"
+    title = f"{literal(dataset.name, MOST)}: {largest}"
     width = 2.5 + 0.32 * min(clients, MOST_NAMED) + _beyond_a_dozen(label_names)
     height = 1.2 + 0.3 * min(labels, MOST_NAMED) + _beyond_a_dozen(client_names)
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    wide_enough = 1.0 + 0.07 * len(title)
+    figure = Figure(figsize=(max(width, wide_enough), height), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     where = np.argwhere(counts > 0)
     sizes = 160 * counts[tuple(where.T)] / counts.max()
     axes.scatter(where[:, 0], where[:, 1], s=sizes, color="#0072B2", alpha=0.85, linewidths=0)
     named_labels, named_clients = _named(labels), _named(clients)
-    axes.set_yticks(named_labels, [label_names[row] for row in named_labels], fontsize=7)
-    axes.set_xticks(
-        named_clients,
-        [client_names[client] for client in named_clients],
-        fontsize=7,
-        rotation=90,
-    )
+    axes.set_yticks(named_labels, label_names[:: named_labels.step], fontsize=7)
+    axes.set_xticks(named_clients, client_names[:: named_clients.step], fontsize=7, rotation=90)
     axes.set_xlim(-0.7, clients - 0.3)
     axes.set_ylim(labels - 0.3, -0.7)
     axes.grid(color="#dddddd", linewidth=0.5)
@@ -69,9 +71,8 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
-    largest = f"who holds what (largest circle: {int(counts.max())} examples)"
-    title = axes.set_title(f"{literal(dataset.name, MOST)}: {largest}", fontsize=9, loc="left")
-    for text in (title, *axes.get_xticklabels(), *axes.get_yticklabels()):
+    above = axes.set_title(title, fontsize=9, loc="left")
+    for text in (above, *axes.get_xticklabels(), *axes.get_yticklabels()):
         plain(text)
     try:
         figure.savefig(path)

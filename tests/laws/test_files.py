@@ -106,6 +106,12 @@ def test_numbers_become_the_strings_that_json_writes(tmp_path: Path) -> None:
     )
 
 
+def test_a_label_may_be_a_very_long_number(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(f'{{"x": "a", "y": {"9" * 400}}}')
+    assert read(path, text="x", label="y").labels == ("9" * 400,)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_bytes("\ufeffx,y\r\n\ufeffa,b\r\n".encode())
@@ -298,8 +304,9 @@ BROKEN = {
     "semicolons": (
         "a.csv",
         b"x;y\na;b\n",
-        "{path}:1: has one column, 'x;y'; if these are several with ; between",
+        "{path}:1: the columns are 'x;y'; if it is ; that stands between them, set data.delimiter",
     ),
+    "semicolons and a comma": ("a.csv", b"x;y;a, b\na;b;c\n", 'set data.delimiter = ";"'),
     "tabs": ("a.csv", b"x\ty\na\tb\n", 'set data.delimiter = "tab"'),
     "bars": ("a.csv", b"x|y\na|b\n", 'set data.delimiter = "|"'),
     "commas": ("a.tsv", b"x,y\na,b\n", 'set data.delimiter = ","'),
