@@ -42,7 +42,8 @@ def main() -> None:
     if lost:
         raise SystemExit(f"lost: {lost}")
     with mounted_state(whole.method, last, whole.loaded.model, whole.hardware, 0):
-        accuracy = score(whole.loaded.model, whole.task, whole.scored, whole.hardware).accuracy
+        counts = score(whole.loaded.model, whole.task, whole.scored, whole.hardware)
+    accuracy = whole.task.metrics(counts)["accuracy"]
     if setting.out:
         save_file(dict(last.shared), setting.out)
     found = {

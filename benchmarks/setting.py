@@ -93,7 +93,7 @@ class Setting:
         ]
         test = {
             "ids": [ids.tolist() for ids in whole.scored.ids],
-            "labels": whole.scored.labels.tolist(),
+            "labels": [int(label) for label in whole.scored.labels],
         }
         content = {
             "labels": list(labels),

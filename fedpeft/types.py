@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -75,6 +75,8 @@ class LocalTask:
     ``deltas``: what the mounted branches add, by module; read by merge and export.
     ``after_backward``: called after every backward pass with the clients still training; gradients are in ``.grad``.
     ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
+    ``personal``: names of what of ``trainable`` stays with the client; with any of it there is no
+    global model, and scores are those of the clients' own.
     """
 
     trainable: Mapping[str, nn.Parameter]
@@ -82,6 +84,7 @@ class LocalTask:
     deltas: Callable[[], Mapping[str, Delta]] = dict
     after_backward: Callable[[slice], None] = _nothing
     rate: float = 1.0
+    personal: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,28 @@ class State:
     shared: Payload
     server: Payload = field(default_factory=dict)
     memories: Mapping[int, int] = field(default_factory=dict)
+
+    def slice_of(self, owner: str) -> dict[str, Tensor]:
+        """Return what ``owner`` keeps in ``server``, under its own names.
+
+        >>> state = State(0, {}, {"mask": torch.ones(1)}).with_slice("0.fedavgm", {"w": torch.ones(2)})
+        >>> list(state.server), list(state.slice_of("0.fedavgm"))
+        (['mask', '0.fedavgm/w'], ['w'])
+        """
+        prefix = f"{owner}/"
+        own = {name: tensor for name, tensor in self.server.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+
+    def without(self, owner: str) -> "State":
+        """Return the state as a method inside the wrapper ``owner`` knows it."""
+        prefix = f"{owner}/"
+        rest = {name: tensor for name, tensor in self.server.items() if not name.startswith(prefix)}
+        return replace(self, server=rest)
+
+    def with_slice(self, owner: str, entries: Payload) -> "State":
+        """Return the state with ``entries`` as all that ``owner`` keeps in ``server``."""
+        own = {f"{owner}/{name}": tensor for name, tensor in entries.items()}
+        return replace(self, server={**self.without(owner).server, **own})
 
 
 class Method(Protocol):

@@ -161,7 +161,7 @@ def played(
         draw = generator(3, "played", client)
         lengths = torch.randint(3, 11, (size,), generator=draw).tolist()
         ids = [torch.randint(1, 60, (length,), generator=draw) for length in lengths]
-        own = Encoded(ids, torch.randint(0, 3, (size,), generator=draw))
+        own = Encoded(ids, torch.randint(0, 3, (size,), generator=draw).unbind())
         held[client] = ClientData(own, own)
     model = family(name)
     spare_last_block(model)

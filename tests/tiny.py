@@ -130,7 +130,7 @@ class Padding:
     pad_token_id: int = 0
 
 
-TASK = Classification(("a", "b", "c"), Padding(), 16)
+TASK = Classification(("a", "b", "c"), 16, Padding())
 
 
 def examples(count: int, seed: int = SEED) -> Encoded:
@@ -138,7 +138,7 @@ def examples(count: int, seed: int = SEED) -> Encoded:
     draw = generator(seed, "examples", count)
     lengths = torch.randint(3, 11, (count,), generator=draw).tolist()
     ids = [torch.randint(1, 100, (length,), generator=draw) for length in lengths]
-    return Encoded(ids, torch.randint(0, 3, (count,), generator=draw))
+    return Encoded(ids, torch.randint(0, 3, (count,), generator=draw).unbind())
 
 
 def logits(model: nn.Module, rows: Encoded | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Progress on a terminal: one bar per run, with round, accuracy, megabytes and the time that is left."""
+"""Progress on a terminal: one bar per run, with round, score, megabytes and the time that is left."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +24,10 @@ def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None
             task = bar.add_task(name, total=None, stand="")
 
             def watch(progress: Any) -> None:
-                accuracy = (
-                    "" if progress.accuracy is None else f"accuracy {progress.accuracy:.3f}  "
+                score = (
+                    "" if progress.score is None else f"{progress.metric} {progress.score:.3f}  "
                 )
-                stand = f"{accuracy}{progress.bytes / 1e6:.1f} MB"
+                stand = f"{score}{progress.bytes / 1e6:.1f} MB"
                 bar.update(task, completed=progress.round, total=progress.rounds, stand=stand)
 
             return watch

@@ -26,13 +26,7 @@ def table(dataset: Dataset, partition: Partition) -> Table:
     shown.add_column("mostly")
     for name, test, row in zip(partition.names, partition.test, counts, strict=True):
         total, top = int(row.sum()), np.argsort(-row, kind="stable")[:3]
-<<<<<<< HEAD:fedpeft/data/view.py
-        mostly = ", ".join(
-            f"{dataset.labels[label]} {row[label] / total:.0%}" for label in top if row[label]
-        )
-=======
         shares = [f"{labels[label]} {row[label] / total:.0%}" for label in top if row[label]]
->>>>>>> mend/data:fedpeft/holdings.py
         numbers = (str(total), str(len(test)), str(int((row > 0).sum())))
         # As Text, since a string would be read as markup: "[/x]" or ":fire:".
         shown.add_row(Text(literal(name)), *numbers, Text(literal(", ".join(shares))))

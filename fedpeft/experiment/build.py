@@ -1,4 +1,4 @@
-"""Settings -> everything a run needs, built in one place for the command line, the Python API and every engine."""
+"""Settings -> everything a run needs, built in one place for all commands and every engine."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, kernels, load
 from fedpeft.seeds import generator
-from fedpeft.tasks import Classification, Encoded
+from fedpeft.tasks import Encoded, Task, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
 from fedpeft.training.hardware import Hardware, resolve, use
 from fedpeft.types import Client, Method, State
@@ -32,7 +32,7 @@ WORTH = 2.0
 @final
 @dataclass(frozen=True)
 class Federation:
-    """A federation ready to run: who holds what, the model, the method and the worker that plays the clients.
+    """A federation ready to run: who holds what, the model, the method and the clients' worker.
 
     ``train`` and ``test`` are the whole splits as numbers.
     """
@@ -42,7 +42,7 @@ class Federation:
     partition: data.Partition
     hardware: Hardware
     loaded: Loaded
-    task: Classification
+    task: Task
     train: Encoded
     test: Encoded
     method: Method
@@ -50,9 +50,13 @@ class Federation:
 
     @cached_property
     def scored(self) -> Encoded:
-        """Return the texts that the server scores: the whole split, or a fixed draw of ``evaluation.limit`` of them."""
-        choice, rows = self.config.evaluation, self.dataset.validation
-        whole = self.test if choice.split == "test" else self.task.encode(rows.texts, rows.labels)
+        """Return the texts that the server scores.
+
+        They are the whole split, or a fixed draw of ``evaluation.limit`` of it.
+        """
+        choice = self.config.evaluation
+        is_test = choice.split == "test"
+        whole = self.test if is_test else self.task.encode(self.dataset.validation)
         order = torch.randperm(len(whole), generator=generator(0, "evaluation", choice.split))
         return whole.take(sorted(order[: choice.limit].tolist()))
 
@@ -88,9 +92,9 @@ class Federation:
             clients_per_round=min(config.federation.clients_per_round, len(self.partition.train)),
             rounds=config.federation.rounds,
             reference=config.reference,
-            majority=self.dataset.majority(
-                [self.task.labels[i] for i in self.scored.labels.tolist()]
-            ),
+            majority=self.task.trivial(self.dataset, self.scored),
+            metric=self.task.metric.name,
+            higher_is_better=self.task.metric.higher_is_better,
             model_digest=self.loaded.digest,
             partition_digest=self.partition.digest(),
             settings=json.loads(config.to_json()),
@@ -107,124 +111,180 @@ def build(
 ) -> Federation:
     """Build what ``config`` describes.
 
-    ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``reuse``: an assembly whose data,
-    tokens and model are taken over where the settings agree, as mounting leaves no trace on a model.
+    ``hardware``: as resolved by an earlier start of the same run, or None to look now. ``reuse``: a
+    federation whose data, tokens and model are taken over where the settings agree, as mounting
+    leaves no trace on a model. Raises BadInput for settings that do not work together.
     """
     engines.find(config.engine.kind)
-    asks = _hardware_settings(config)
-    known = reuse.hardware if reuse and _hardware_settings(reuse.config) == asks else None
-    chosen = hardware or known
-    if chosen is None:
-        chosen = resolve(config.machine, config.model.max_length, kernels(config.model))
-    use(chosen)
-    dataset = (
-        reuse.dataset if reuse and reuse.config.data == config.data else read_data(config.data)
-    )
+    dataset = _dataset(config, reuse)
     partition = divide(config, dataset)
-    count, clients = config.federation.clients_per_round, len(partition.train)
-    if count > clients:
-        raise BadInput(
-            f"federation.clients_per_round = {count}: there are {clients} clients; choose at most {clients}"
-        )
-    if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
-        raise BadInput(
-            "evaluation.per_client = true: no client holds test texts, as a partition of kind 'file' deals none"
-        )
-    if (
-        reuse
-        and reuse.dataset is dataset
-        and _model_settings(reuse.config, reuse.hardware) == _model_settings(config, chosen)
-    ):
-        loaded, task, train, test = reuse.loaded, reuse.task, reuse.train, reuse.test
-    else:
-        loaded = load(config.model, dataset.labels, chosen, config.seed)
-        task = Classification(dataset.labels, loaded.tokenizer, config.model.max_length)
-        train, test = (
-            task.encode(rows.texts, rows.labels) for rows in (dataset.train, dataset.test)
-        )
-    client_data = {
-        number: ClientData(train.take(mine.tolist()), test.take(own.tolist()))
-        for number, (mine, own) in enumerate(zip(partition.train, partition.test, strict=True))
-    }
+    _check_partition(config, partition)
+    task = make_task(config.task.kind, dataset.labels, config.model.max_length)
+    chosen = hardware or _hardware(config, task, reuse)
+    use(chosen)
+    model = _model(config, dataset, task, chosen, reuse)
     method = config.build_method()
-    digest = agreement(config, method, dataset.labels, loaded.digest)
+    client_data = _client_data(partition, model)
     worker = Worker(
         method=method,
-        model=loaded.model,
-        task=task,
+        model=model.loaded.model,
+        task=model.task,
         client_data=client_data,
         training=config.training,
         hardware=chosen,
-        head=loaded.base.head,
+        head=model.loaded.base.head,
         seed=config.seed,
-        config=digest,
-        cache=_kept(config, client_data, loaded, chosen),
+        config=agreement(config, method, dataset.labels, model.loaded.digest),
+        cache=_kept(config, client_data, model.loaded, chosen),
     )
-    whole = Federation(
-        config, dataset, partition, chosen, loaded, task, train, test, method, worker
+    federation = Federation(
+        config=config,
+        dataset=dataset,
+        partition=partition,
+        hardware=chosen,
+        loaded=model.loaded,
+        task=model.task,
+        train=model.train,
+        test=model.test,
+        method=method,
+        worker=worker,
     )
-    settled = hardware or (reuse and _stack_settings(reuse.config) == _stack_settings(config))
-    return whole if settled else _with_stack(whole)
+    if hardware is not None or _same_stack(config, reuse):
+        return federation
+    return _with_stack(federation)
 
 
-def _hardware_settings(config: Config) -> tuple[object, ...]:
-    """Return the settings on which the choice for this machine depends."""
-    return config.machine, config.model.max_length, config.model.name
+@final
+@dataclass(frozen=True)
+class _Model:
+    """A loaded model, its task with the tokenizer, and the texts in its tokens."""
+
+    loaded: Loaded
+    task: Task
+    train: Encoded
+    test: Encoded
 
 
-def _model_settings(config: Config, hardware: Hardware) -> tuple[object, ...]:
-    """Return the settings on which the loaded model depends, beside the labels."""
-    return config.model, config.seed, hardware.device, hardware.attention
+def _dataset(config: Config, reuse: Federation | None) -> data.Dataset:
+    """Read the data, or take them over."""
+    if reuse is not None and reuse.config.data == config.data:
+        return reuse.dataset
+    return read_data(config.data)
 
 
-def _stack_settings(config: Config) -> tuple[object, ...]:
-    """Return the settings on which the choice of the stack depends."""
-    return (
-        config.machine,
-        config.engine,
-        config.model,
-        config.federation.clients_per_round,
-        config.training.batch_size,
-    )
+def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
+    """Look at the machine, or take over what was found."""
+
+    def asked(one: Config) -> tuple[object, ...]:
+        return one.machine, one.model.max_length, one.model.name, one.task
+
+    if reuse is not None and asked(reuse.config) == asked(config):
+        return reuse.hardware
+    return resolve(config.machine, config.model.max_length, kernels(config.model, task))
 
 
-def _with_stack(whole: Federation) -> Federation:
-    """Return ``whole`` with the number of clients that train side by side.
+def _model(
+    config: Config,
+    dataset: data.Dataset,
+    task: Task,
+    hardware: Hardware,
+    reuse: Federation | None,
+) -> _Model:
+    """Load the model and encode the texts, or take both over."""
 
-    One, where the base has dropout, as every client has a random stream of its own, or mixes the rows of a batch.
+    def asked(one: Config, on: Hardware) -> tuple[object, ...]:
+        return one.model, one.task, one.seed, on.device, on.attention
+
+    if reuse is not None and reuse.dataset is dataset:
+        if asked(reuse.config, reuse.hardware) == asked(config, hardware):
+            return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
+    loaded = load(config.model, task, hardware, config.seed)
+    ready = task.with_tokenizer(loaded.tokenizer)
+    return _Model(loaded, ready, ready.encode(dataset.train), ready.encode(dataset.test))
+
+
+def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientData]:
+    """Return what each client holds, by its number."""
+    found: dict[int, ClientData] = {}
+    for number, train_rows in enumerate(partition.train):
+        train = model.train.take(train_rows.tolist())
+        test = model.test.take(partition.test[number].tolist())
+        found[number] = ClientData(train, test)
+    return found
+
+
+def _check_partition(config: Config, partition: data.Partition) -> None:
+    """Raise BadInput where the settings ask more of the clients than there is."""
+    count, clients = config.federation.clients_per_round, len(partition.train)
+    if count > clients:
+        raise BadInput(
+            f"federation.clients_per_round = {count}: there are {clients} clients; "
+            f"choose at most {clients}"
+        )
+    if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
+        raise BadInput(
+            "evaluation.per_client = true: no client holds test texts, "
+            "as a partition of kind 'file' deals none"
+        )
+
+
+def _same_stack(config: Config, reuse: Federation | None) -> bool:
+    """Return whether ``reuse`` has found out already how many clients train side by side."""
+
+    def asked(one: Config) -> tuple[object, ...]:
+        count, batch = one.federation.clients_per_round, one.training.batch_size
+        return one.machine, one.engine, one.model, one.task, count, batch
+
+    return reuse is not None and asked(reuse.config) == asked(config)
+
+
+def _with_stack(federation: Federation) -> Federation:
+    """Return ``federation`` with the number of clients that train side by side."""
+    size = _stack_size(federation)
+    hardware = replace(federation.hardware, stack=size)
+    worker = replace(federation.worker, hardware=hardware)
+    return replace(federation, hardware=hardware, worker=worker)
+
+
+def _stack_size(federation: Federation) -> int:
+    """Return how many clients train side by side, as far as the settings leave it open.
+
+    One where the base has dropout, as every client has a random stream of its own, or mixes the
+    rows of a batch.
     """
-    config, base, count = whole.config, whole.loaded.base, whole.config.federation.clients_per_round
-    size = count if config.engine.stack == "auto" else config.engine.stack
-    if (
-        config.engine.kind != "local"
-        or config.model.dropout > 0
-        or (size > 1 and not apart(whole.worker, base))
-    ):
-        size = 1
-    elif config.engine.stack == "auto":
-        size = widest(whole.worker, base, whole.clients, count)
-    hardware = replace(whole.hardware, stack=size)
-    return replace(whole, hardware=hardware, worker=replace(whole.worker, hardware=hardware))
+    config, base, worker = federation.config, federation.loaded.base, federation.worker
+    count = config.federation.clients_per_round
+    asked = count if config.engine.stack == "auto" else config.engine.stack
+    if config.engine.kind != "local" or config.model.dropout > 0 or asked == 1:
+        return 1
+    if not apart(worker, base):
+        return 1
+    if config.engine.stack == "auto":
+        return widest(worker, base, federation.clients, count)
+    return asked
 
 
 def _kept(
     config: Config, client_data: Mapping[int, ClientData], loaded: Loaded, hardware: Hardware
 ) -> ActivationCache:
-    """Return what keeps the hidden states of frozen blocks; of no client where that would not pay or not be exact."""
+    """Return what keeps hidden states of frozen blocks.
+
+    It keeps those of no client where that would not pay, or would not be exact.
+    """
     federation, training = config.federation, config.training
-    texts = {client: holding.train for client, holding in client_data.items()}
+    texts = {client: own.train for client, own in client_data.items()}
     total = sum(len(own) for own in texts.values())
-    own_texts = (
-        training.steps * training.batch_size
-        if training.steps
-        else training.epochs * total / len(texts)
-    )
-    visits = federation.rounds * federation.clients_per_round * own_texts / total
+    if training.steps:
+        texts_per_client = float(training.steps * training.batch_size)
+    else:
+        texts_per_client = training.epochs * total / len(texts)
+    visits = federation.rounds * federation.clients_per_round * texts_per_client / total
     width = getattr(loaded.model.config, "hidden_size", None)
     if config.model.dropout > 0 or visits < WORTH or width is None:
         return ActivationCache()
-    size = width * (2 if hardware.precision == "bf16" else 4)
-    return ActivationCache(fitting(texts, size, 10**6 * config.machine.cache))
+    bytes_per_number = 2 if hardware.precision == "bf16" else 4
+    limit = 10**6 * config.machine.cache
+    return ActivationCache(fitting(texts, width * bytes_per_number, limit))
 
 
 def read_data(choice: DataSection) -> data.Dataset:
@@ -273,6 +333,7 @@ def agreement(config: Config, method: Method, labels: Sequence[str], weights: st
     """
     fields_of_method = asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
     agreed = {
+        "task": asdict(config.task),
         "method": {"name": config.method["name"], **fields_of_method},
         "dropout": config.model.dropout,
         "max_length": config.model.max_length,

@@ -20,6 +20,7 @@ from fedpeft.experiment.sections import (
     EvaluationSection,
     FederationSection,
     PartitionSection,
+    TaskSection,
 )
 from fedpeft.methods import constructors
 from fedpeft.models import ModelSection
@@ -50,6 +51,7 @@ class Config:
     label: str = ""
     reference: bool = False
     seed: Annotated[int, Ge(0), Le(2**62)] = 0
+    task: TaskSection = field(default_factory=TaskSection)
     model: ModelSection = field(default_factory=ModelSection)
     machine: Machine = field(default_factory=Machine)
     data: DataSection = field(default_factory=DataSection)

@@ -15,7 +15,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint, Written
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, read
+from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow, read
 from fedpeft.types import State
 from fedpeft.wire.durable import sync
 
@@ -28,22 +28,26 @@ CONFIG: Final = "config.json"
 @final
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: rounds done and planned, the last accuracy (None before any), bytes so far."""
+    """Where a run stands: rounds done and planned, its last score (None before any), bytes so far.
+
+    ``metric``: what the score is one of.
+    """
 
     round: int
     rounds: int
-    accuracy: float | None = None
+    score: float | None = None
     bytes: int = 0
+    metric: str = "accuracy"
 
     def after(self, row: Row) -> "Progress":
         """Return where the run stands once ``row`` is in the ledger."""
         match row:
+            case RunRow(metric=metric):
+                return replace(self, metric=metric)
             case ClientRow(down=down, up=up):
-                return Progress(self.round, self.rounds, self.accuracy, self.bytes + down + up)
-            case EvaluationRow(accuracy=accuracy):
-                return Progress(self.round, self.rounds, accuracy, self.bytes)
-            case _:
-                return self
+                return replace(self, bytes=self.bytes + down + up)
+            case EvaluationRow(metrics=metrics):
+                return replace(self, score=metrics[self.metric])
 
 
 OnProgress = Callable[[Progress], None]

@@ -1,7 +1,7 @@
 """What a state is worth: the row that an evaluation adds to the ledger."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -9,75 +9,101 @@ from fedpeft.experiment.build import Federation
 from fedpeft.federation.memory import Memories
 from fedpeft.federation.server import poll
 from fedpeft.ledger import EvaluationRow
-from fedpeft.tasks import Scores
-from fedpeft.training.evaluation import FULL_CLIENT, mounted_state, score
+from fedpeft.tasks import Counts, examples_in
+from fedpeft.training.evaluation import mounted_state, score
 from fedpeft.types import NO_MEMORY, Engine, State
 from fedpeft.wire.messages import decode
 
 
 def evaluation_row(
-    assembly: Federation, state: State, engine: Engine, memories: Memories
+    federation: Federation, state: State, engine: Engine, memories: Memories
 ) -> EvaluationRow:
     """Score ``state`` on the server's texts, and on the clients' own where the settings ask for it.
 
-    A method to which nothing goes up has no global model: its score is the mean over the clients' own models, each on
-    the server's texts (on the client's own where the memories are elsewhere), and ``clients_scored`` says how many.
+    Where a method keeps parts of its model with the clients there is no global model: the score is
+    the mean over the clients' own models, each on the server's texts (on the client's own where the
+    memories are elsewhere), and ``clients_scored`` says how many.
     """
     began = time.perf_counter()
-    if (
-        assembly.method.expects(state, assembly.method.send(state, FULL_CLIENT))
-        or not state.memories
-    ):
-        row = _row(assembly, state, [score_whole(assembly, state)])
+    counts = score_global(federation, state)
+    if counts is not None:
+        row = _row(federation, state, [counts])
     else:
-        each = _own_models(assembly, state, memories) or list(
-            _own_scores(assembly, state, engine).values()
-        )
-        row = replace(_row(assembly, state, each), clients_scored=len(each))
-    if assembly.config.evaluation.per_client:
-        own = sorted(scores.accuracy for scores in _own_scores(assembly, state, engine).values())
-        worst = own[: max(1, len(own) // 10)]
-        row = replace(
-            row,
-            client_mean=fmean(own or [0.0]),
-            client_worst_tenth=fmean(worst or [0.0]),
-            clients_scored=len(own),
-        )
+        each = _own_models(federation, state, memories)
+        if not each:
+            each = list(_own_counts(federation, state, engine).values())
+        row = replace(_row(federation, state, each), clients_scored=len(each))
+    if federation.config.evaluation.per_client:
+        row = _with_clients(row, federation, _own_counts(federation, state, engine).values())
     return replace(row, seconds=time.perf_counter() - began)
 
 
-def score_whole(assembly: Federation, state: State) -> Scores:
-    """Return the scores of ``state``, as a client of full capacity would hold it, on the server's texts."""
-    model, hardware = assembly.loaded.model, assembly.hardware
-    with mounted_state(assembly.method, state, model, hardware, assembly.config.seed):
-        return score(model, assembly.task, assembly.scored, hardware)
+def score_global(federation: Federation, state: State) -> Counts | None:
+    """Return the counts of the global model, as a client of full capacity would hold it.
+
+    None where there is none: the method keeps parts of it with clients that have trained them.
+    """
+    model, hardware = federation.loaded.model, federation.hardware
+    mounted = mounted_state(federation.method, state, model, hardware, federation.config.seed)
+    with mounted as local:
+        if local.personal and state.memories:
+            return None
+        return score(model, federation.task, federation.scored, hardware)
 
 
-def _own_scores(assembly: Federation, state: State, engine: Engine) -> dict[int, Scores]:
-    """Return every client's scores of its own model on its own texts."""
-    labels, config = len(assembly.task.labels), assembly.worker.config
-    return poll(assembly.method, state, engine, assembly.clients, config=config, labels=labels)
+def _own_counts(federation: Federation, state: State, engine: Engine) -> dict[int, Counts]:
+    """Return what every client counts of its own model on its own texts."""
+    return poll(
+        federation.method,
+        state,
+        engine,
+        federation.clients,
+        config=federation.worker.config,
+        task=federation.task,
+    )
 
 
-def _own_models(assembly: Federation, state: State, memories: Memories) -> list[Scores]:
-    """Return the scores, on the server's texts, of each client's own model, as far as the memories are here."""
-    model, hardware, seed = assembly.loaded.model, assembly.hardware, assembly.config.seed
-    found = []
-    for client in assembly.clients:
-        if memories.holds(client.id, state.memories.get(client.id, NO_MEMORY)):
-            known = replace(client, memory=state.memories[client.id])
-            memory = decode(memories.get(client.id, known.memory))
-            with mounted_state(assembly.method, state, model, hardware, seed, known, memory):
-                found.append(score(model, assembly.task, assembly.scored, hardware))
+def _own_models(federation: Federation, state: State, memories: Memories) -> list[Counts]:
+    """Return the counts of each client's own model on the server's texts.
+
+    Of clients whose memories are elsewhere there are none.
+    """
+    model, hardware, seed = federation.loaded.model, federation.hardware, federation.config.seed
+    found: list[Counts] = []
+    for client in federation.clients:
+        version = state.memories.get(client.id, NO_MEMORY)
+        if not memories.holds(client.id, version):
+            continue
+        known = replace(client, memory=version)
+        memory = decode(memories.get(client.id, version))
+        with mounted_state(federation.method, state, model, hardware, seed, known, memory):
+            found.append(score(model, federation.task, federation.scored, hardware))
     return found
 
 
-def _row(assembly: Federation, state: State, each: Sequence[Scores]) -> EvaluationRow:
+def _row(federation: Federation, state: State, each: Sequence[Counts]) -> EvaluationRow:
+    """Return the row of one model, or of the mean over the models of several clients."""
+    scored = [federation.task.metrics(counts) for counts in each]
+    names = scored[0]
     return EvaluationRow(
-        state.round,
-        assembly.config.evaluation.split,
-        each[0].examples,
-        fmean(scores.loss for scores in each),
-        fmean(scores.accuracy for scores in each),
-        fmean(scores.macro_f1 for scores in each),
+        round=state.round,
+        split=federation.config.evaluation.split,
+        examples=examples_in(each[0]),
+        metrics={name: fmean(metrics[name] for metrics in scored) for name in names},
+    )
+
+
+def _with_clients(
+    row: EvaluationRow, federation: Federation, each: Iterable[Counts]
+) -> EvaluationRow:
+    """Return ``row`` with the mean of the primary metric over the clients, and over its worst tenth."""
+    metric = federation.task.metric
+    own = [federation.task.metrics(counts)[metric.name] for counts in each]
+    own.sort(reverse=not metric.higher_is_better)
+    worst = own[: max(1, len(own) // 10)]
+    return replace(
+        row,
+        client_mean=fmean(own or [0.0]),
+        client_worst_tenth=fmean(worst or [0.0]),
+        clients_scored=len(own),
     )

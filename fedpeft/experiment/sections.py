@@ -10,6 +10,13 @@ from fedpeft.mounting import Targets
 
 
 @dataclass(frozen=True)
+class TaskSection:
+    """What is learnt: ``kind`` is ``classification``, one label a text."""
+
+    kind: Literal["classification"] = "classification"
+
+
+@dataclass(frozen=True)
 class DataSection:
     """Which texts. ``source`` is ``pydocs`` or ``files``; with files, ``train`` (and ``validation``, ``test``) are paths.
 

@@ -76,11 +76,12 @@ def apart(worker: Worker, base: Base) -> bool:
     is not known to do, whatever the reason.
     """
     trial, request = _trial(worker, base)
-    text = _probe([ids for holding in worker.client_data.values() for ids in holding.train.ids])
-    if text is None:
+    probe = _probe(worker)
+    if probe is None:
         return False
+    text, label = probe
     rows = 3 if len(text) != 2 * 3 else 4  # of each of two clients
-    own = Encoded([text] * rows, torch.zeros(rows, dtype=torch.int64))
+    own = Encoded([text] * rows, [label] * rows)
     first = next(iter(worker.client_data))
     trial = replace(
         trial,
@@ -99,15 +100,19 @@ def apart(worker: Worker, base: Base) -> bool:
     return True
 
 
-def _probe(texts: Sequence[Tensor]) -> Tensor | None:
-    """Return a short one of ``texts`` that has some tokens; the longest where none has, None where there is none.
+def _probe(worker: Worker) -> tuple[Tensor, Tensor] | None:
+    """Return a short text that has some tokens, and its label; None where there is no text.
 
-    A whole text: T5 and BART refuse one whose end was cut off.
+    Where no text has enough tokens the longest is taken. A whole text: T5 and BART refuse one whose
+    end was cut off.
     """
-    enough = [ids for ids in texts if len(ids) >= TOKENS]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for own in worker.client_data.values():
+        pairs += zip(own.train.ids, own.train.labels, strict=True)
+    enough = [pair for pair in pairs if len(pair[0]) >= TOKENS]
     if enough:
-        return min(enough, key=len)
-    return max(texts, key=len, default=None)
+        return min(enough, key=lambda pair: len(pair[0]))
+    return max(pairs, key=lambda pair: len(pair[0]), default=None)
 
 
 def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:

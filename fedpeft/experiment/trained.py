@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from fedpeft.errors import BadInput
 from fedpeft.experiment.config import Config
@@ -12,8 +12,8 @@ from fedpeft.experiment.recorder import CHECKPOINTS, settings_digests
 from fedpeft.experiment.run import read_settings, run_row
 from fedpeft.federation import checkpoint
 from fedpeft.models import Loaded, export, load
-from fedpeft.tasks import Classification
-from fedpeft.training.evaluation import FULL_CLIENT, mounted_state, predict_logits
+from fedpeft.tasks import Task, make_task
+from fedpeft.training.evaluation import mounted_state, predictions
 from fedpeft.training.hardware import Hardware, use
 from fedpeft.types import LocalTask, Method, State
 
@@ -26,7 +26,7 @@ class Trained:
     config: Config
     hardware: Hardware
     loaded: Loaded
-    task: Classification
+    task: Task
     method: Method
     state: State
 
@@ -38,21 +38,17 @@ class Trained:
         ) as local:
             yield local
 
-    def predict(self, texts: Sequence[str]) -> list[tuple[str, float]]:
-        """Return the likeliest label of every text and its probability; a lone string raises TypeError."""
+    def predict(self, texts: Sequence[str]) -> Sequence[tuple[Any, ...]]:
+        """Return what the model says about every text, as named tuples of the task's own.
+
+        Of a classification these are (label, probability). A lone string raises TypeError.
+        """
         if isinstance(texts, str):
             raise TypeError(f"predict takes a list of texts, not the text {texts!r}")
-        examples = self.task.encode(texts, [self.task.labels[0]] * len(texts))
+        examples = self.task.encode(self.task.unanswered(texts))
         with self.mounted():
-            best = (
-                predict_logits(self.loaded.model, self.task, examples, self.hardware)
-                .softmax(dim=1)
-                .max(dim=1)
-            )
-        return [
-            (self.task.labels[i], p)
-            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+            found = predictions(self.loaded.model, self.task, examples, self.hardware)
+        return self.task.answers(found)
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
         """Write the adapters as a folder for peft, or with ``merge`` the whole model as one for transformers.
@@ -76,18 +72,21 @@ def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: N
         raise BadInput(
             f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}"
         )
-    method = config.build_method()
-    if not method.expects(found.state, method.send(found.state, FULL_CLIENT)):
-        raise BadInput(
-            f"{folder}: method {config.method['name']!r} shares nothing, so there is no model of the whole federation"
-        )
     use(hardware)
-    loaded = load(config.model, labels, hardware, config.seed)
+    task = make_task(config.task.kind, labels, config.model.max_length)
+    loaded = load(config.model, task, hardware, config.seed)
     first = run_row(folder)
     if first and first.model_digest != loaded.digest:
         raise BadInput(
-            f"{folder}: the weights of {config.model.name} had digest {first.model_digest} when the run was started, and now "
-            f"{loaded.digest}; bring back those it was trained on"
+            f"{folder}: the weights of {config.model.name} had digest {first.model_digest} when "
+            f"the run was started, and now {loaded.digest}; bring back those it was trained on"
         )
-    task = Classification(labels, loaded.tokenizer, config.model.max_length)
-    return Trained(config, hardware, loaded, task, method, found.state)
+    ready = task.with_tokenizer(loaded.tokenizer)
+    trained = Trained(config, hardware, loaded, ready, config.build_method(), found.state)
+    with trained.mounted() as local:
+        if local.personal:
+            raise BadInput(
+                f"{folder}: method {config.method['name']!r} keeps parts of its model with its "
+                "clients, so there is no model of the whole federation"
+            )
+    return trained

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedpeft.errors import WireError
 from fedpeft.ledger import Measured, measured
-from fedpeft.tasks import Classification, Encoded
+from fedpeft.tasks import Encoded, Task, examples_in
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
@@ -45,7 +45,7 @@ class Worker:
 
     method: Method
     model: nn.Module
-    task: Classification
+    task: Task
     client_data: Mapping[int, ClientData]
     training: Training
     hardware: Hardware
@@ -58,7 +58,7 @@ class Worker:
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
     ) -> Sequence[tuple[bytes, bytes]]:
-        """Response one request for each of ``clients``, which train side by side as one stack.
+        """Answer one request for each of ``clients``, which train side by side as one stack.
 
         ``memories``: what each client holds as of the version its request assumes, empty for none. Returns (answer, new
         memory) for each, the memory empty where it stays as it was. Requests of different kinds or rounds, or for
@@ -189,16 +189,15 @@ class Worker:
                 measured(self.hardware.torch_device) as meter,
                 self.method.mount(self.model, down, memory, context),
             ):
-                found = score(self.model, self.task, self.client_data[client].test, self.hardware)
+                counts = score(self.model, self.task, self.client_data[client].test, self.hardware)
             figures = Measured(
-                examples=found.examples,
-                loss=found.loss_sum,
+                examples=examples_in(counts),
+                loss=float(counts["loss"]),
                 seconds=meter.seconds,
                 seconds_alone=meter.seconds,
                 peak_memory=meter.peak_memory,
             )
-            payload = {"counts": found.counts}
-            answer = Response(request.round, payload, figures, memory=request.memory)
+            answer = Response(request.round, counts, figures, memory=request.memory)
             answers.append((answer.encode(), b""))
         return answers
 
@@ -218,7 +217,7 @@ class Worker:
 
     def _forward(self, texts: Encoded) -> None:
         with self.hardware.computing(self.model), self.hardware.autocast():
-            self.task.logits(self.model, self.task.collate(texts, self.hardware.torch_device))
+            self.task.predict(self.model, self.task.collate(texts, self.hardware.torch_device))
 
     def _stack(self, payloads: Sequence[Payload]) -> dict[str, Tensor]:
         """Return K payloads as one with a client axis, on the worker's device; unequal names or shapes raise WireError."""

@@ -11,7 +11,7 @@ from fedpeft.errors import Forgotten, WireError
 from fedpeft.federation.replies import in_order
 from fedpeft.ledger import ClientRow, Measured
 from fedpeft.seeds import generator
-from fedpeft.tasks import Scores
+from fedpeft.tasks import Counts, Task, examples_in
 from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Method, Payload, Reply, State, Update
 from fedpeft.wire.messages import Kind, Request, Response, check
 from fedpeft.wire.versions import as_told
@@ -45,15 +45,15 @@ def federate(
             replace(client, memory=state.memories.get(client.id, NO_MEMORY))
             for client in cohort(number)
         ]
-        talk = _Talk(method, state, engine, config, number)
-        updates = talk.updates(asked)
+        exchange = _Exchange(method, state, engine, config, number)
+        updates = exchange.updates(asked)
         merged = method.receive(state, updates)
         for _ in updates:  # a client is asked when the stream comes to it
             pass
-        rows, memories = talk.rows, talk.memories
-        if talk.count < min_replies:
+        rows, memories = exchange.rows, exchange.memories
+        if exchange.count < min_replies:
             merged, memories = method.receive(state, ()), {}
-            why = f"only {talk.count} usable replies, {min_replies} needed"
+            why = f"only {exchange.count} usable replies, {min_replies} needed"
             rows = [row if row.lost else replace(row, lost=why) for row in rows]
         for row in rows:
             record(row)
@@ -62,7 +62,7 @@ def federate(
                 f"{type(method).__name__}.receive gave a state of round {merged.round} after round {number}"
             )
         known = {**state.memories, **memories}
-        state = replace(merged, memories=_without(known, talk.forgetful))
+        state = replace(merged, memories=_without(known, exchange.forgetful))
         yield state
 
 
@@ -78,42 +78,45 @@ def poll(
     clients: Sequence[Client],
     *,
     config: bytes,
-    labels: int,
-) -> dict[int, Scores]:
-    """Return the scores of ``state`` on each client's own test examples; clients without any, or lost, are left out."""
+    task: Task,
+) -> dict[int, Counts]:
+    """Return what each client counted of ``state`` on its own test examples.
+
+    Clients without any, or lost, are left out.
+    """
     asked = [replace(client, memory=state.memories.get(client.id, NO_MEMORY)) for client in clients]
 
     def request(client: Client) -> bytes:
         down = method.send(state, as_told(client))
         return Request(Kind.EVALUATE, state.round, config, down, client.memory).encode()
 
-    found: dict[int, Scores] = {}
+    found: dict[int, Counts] = {}
     for outcome in engine.exchange(asked, request):
         match outcome:
             case Reply(client, blob):
                 with suppress(WireError):
-                    found[client.id] = _scores(Response.decode(blob), client, state.round, labels)
+                    response = Response.decode(blob)
+                    found[client.id] = _counts(response, client, state.round, task)
             case Lost():
                 pass
     return found
 
 
-def _scores(answer: Response, client: Client, number: int, labels: int) -> Scores:
-    """Return the scores in an answer after ``number`` rounds; WireError where they cannot be."""
-    due = {"counts": torch.empty(3, labels, dtype=torch.int64, device="meta")}
-    check(answer, number, due, memory=client.memory)
-    counts, examples = answer.payload["counts"], answer.measured.examples
-    right, said, there = counts
-    possible = ((counts >= 0) & (counts <= examples)).all() and (right <= said.minimum(there)).all()
-    if not possible or int(said.sum()) != examples or int(there.sum()) != examples:
-        raise WireError(f"counts = {counts.tolist()}: are no scores of {examples} examples")
-    assert answer.measured.loss is not None  # as checked
-    return Scores(counts, answer.measured.loss)
+def _counts(response: Response, client: Client, round_number: int, task: Task) -> Counts:
+    """Return the counts in a response after some rounds; WireError where they cannot be."""
+    check(response, round_number, task.no_counts(), memory=client.memory)
+    counts = response.payload
+    if examples_in(counts) != response.measured.examples:
+        said = f"{examples_in(counts)} examples are counted, {response.measured.examples} measured"
+        raise WireError(said)
+    if why := task.fault(counts):
+        raise WireError(why)
+    return counts
 
 
 @final
 @dataclass(frozen=True)
-class _Sent:
+class _Pending:
     """A request: what goes ``down``, the version of the ``memory`` it assumes, both as bytes, and what is ``due`` in return."""
 
     down: Payload
@@ -124,7 +127,7 @@ class _Sent:
 
 @final
 @dataclass
-class _Talk:
+class _Exchange:
     """One round's exchange: what was sent to whom, what came back, and what the ledger is to say of it."""
 
     method: Method
@@ -139,7 +142,7 @@ class _Talk:
     _under_way: dict[int, tuple[int, Payload]] = field(
         default_factory=dict
     )  # bytes down, what is due
-    _last: _Sent | None = None
+    _last: _Pending | None = None
 
     def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
         """Yield the usable replies of ``asked``, in their order, and take down every client's row."""
@@ -185,7 +188,7 @@ class _Talk:
             last is None or last.down is not down or last.memory != client.memory
         ):  # many get the very same
             blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
-            self._last = last = _Sent(
+            self._last = last = _Pending(
                 down, client.memory, blob, self.method.expects(self.state, down)
             )
         self._under_way[client.id] = len(last.blob), last.due

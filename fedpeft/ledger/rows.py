@@ -74,9 +74,11 @@ REALS = tuple(part.name for part in fields(Measured) if part.type is not int)
 class RunRow:
     """The first row of a ledger: what was run on what.
 
-    The digests are those of the texts, of the pre-trained weights and of who holds what. ``majority``: accuracy of always
-    saying the commonest label, on the texts that are scored. ``reference``: a yardstick (all data in one place, no
-    exchange) whose bytes are no real traffic.
+    The digests are those of the texts, of the pre-trained weights and of who holds what.
+    ``metric``: the primary one, by which runs are compared, and ``higher_is_better`` its direction.
+    ``majority``: what an answer that ignores the text reaches in it, such as always saying the
+    commonest label; None where there is no such answer. ``reference``: a yardstick (all data in one
+    place, no exchange) whose bytes are no real traffic.
     """
 
     kind: ClassVar[str] = "run"
@@ -91,11 +93,13 @@ class RunRow:
     clients: int
     clients_per_round: int
     rounds: int
-    majority: float
+    majority: float | None
     reference: bool
     settings: Mapping[str, object]
     resolved: Mapping[str, object]
     versions: Mapping[str, str]
+    metric: str = "accuracy"
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +119,19 @@ class ClientRow:
     lost: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """One evaluation after ``round`` rounds. The two client fields are filled when per-client scores were asked for."""
+    """One evaluation after ``round`` rounds.
+
+    ``metrics``: by name, the primary one and others, and ``loss``. The two client fields are filled
+    with the primary metric where per-client scores were asked for.
+    """
 
     kind: ClassVar[str] = "evaluation"
     round: int
     split: str
     examples: int
-    loss: float
-    accuracy: float
-    macro_f1: float
+    metrics: Mapping[str, float]
     client_mean: float | None = None
     client_worst_tenth: float | None = None
     clients_scored: int = 0
@@ -159,8 +165,15 @@ def _client_row(content: Mapping[str, Any]) -> ClientRow:
     return ClientRow(measured=Measured(**measured), **rest)
 
 
+def _evaluation_row(content: Mapping[str, Any]) -> EvaluationRow:
+    rest = dict(content)
+    if "metrics" not in rest:  # a ledger from before metrics had names
+        rest["metrics"] = {name: rest.pop(name) for name in ("accuracy", "macro_f1", "loss")}
+    return EvaluationRow(**rest)
+
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Row]] = {
     RunRow.kind: lambda content: RunRow(**content),
     ClientRow.kind: _client_row,
-    EvaluationRow.kind: lambda content: EvaluationRow(**content),
+    EvaluationRow.kind: _evaluation_row,
 }

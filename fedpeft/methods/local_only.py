@@ -46,7 +46,8 @@ class LocalOnly:
     ) -> Iterator[LocalTask]:
         """Mount the client's own factors and head, or the start; what is trained stays."""
         with self.lora.mount(model, memory or down, {}, context) as task:
-            yield replace(task, reply=lambda: ({}, task.reply()[0]))
+            personal = frozenset(task.trainable)
+            yield replace(task, reply=lambda: ({}, task.reply()[0]), personal=personal)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect an empty reply."""

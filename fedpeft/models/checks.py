@@ -8,7 +8,7 @@ from torch import nn
 from fedpeft.errors import BadInput
 from fedpeft.models.causes import cause
 from fedpeft.models.choice import ModelSection
-from fedpeft.tasks import Classification
+from fedpeft.tasks import Task
 
 ROLES: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Special tokens that stand in texts; a family may name others, such as the place of an image."""
@@ -102,23 +102,24 @@ def check_lengths(tokenizer: Any, model: nn.Module, choice: ModelSection) -> Non
 
 
 def try_out(
-    task: Classification,
+    task: Task,
     model: nn.Module,
     device: torch.device,
     choice: ModelSection,
 ) -> None:
     """Raise BadInput where the model cannot tell the labels of two short texts."""
-    texts = task.encode(TRIAL, [task.labels[0]] * len(TRIAL))
+    texts = task.encode(task.unanswered(TRIAL))
     try:
         with torch.no_grad():
-            logits = task.logits(model, task.collate(texts, device))
+            outputs = task.predict(model, task.collate(texts, device))
     except Exception as error:  # whatever the code of a family raises
         why = f"it cannot read a text: {cause(error)}"
         raise BadInput(f"model.name = {choice.name!r}: {why}") from error
-    if logits.shape != (len(TRIAL), len(task.labels)):
-        given = f"{tuple(logits.shape)} numbers"
-        why = f"it gives {given} for {len(TRIAL)} texts and {len(task.labels)} labels"
-        raise BadInput(f"model.name = {choice.name!r}: {why}; choose a text classifier")
+    for name, tensor in outputs.items():
+        if len(tensor) != len(TRIAL) or tensor.shape[-1] != task.form.outputs:
+            given = f"{tuple(tensor.shape)} {name}"
+            why = f"it gives {given} for {len(TRIAL)} texts and {task.form.outputs} labels"
+            raise BadInput(f"model.name = {choice.name!r}: {why}; choose a text classifier")
 
 
 def embedding_rows(model: Any) -> int | None:

@@ -58,7 +58,7 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
         tensors[f"{module}.lora_A.weight"] = A
         tensors[f"{module}.lora_B.weight"] = B
     named = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    settings = _peft_settings(loaded.model, factors, saved)
+    settings = _peft_settings(loaded.model, loaded.form.peft_type, factors, saved)
     settings["base_model_name_or_path"] = locate(name)
     with _whole(folder) as place:
         (place / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
@@ -149,7 +149,9 @@ def _factors(deltas: Mapping[str, Delta], saved: list[str]) -> Factors:
     return factors
 
 
-def _peft_settings(model: nn.Module, factors: Factors, saved: list[str]) -> dict[str, Any]:
+def _peft_settings(
+    model: nn.Module, task_type: str, factors: Factors, saved: list[str]
+) -> dict[str, Any]:
     """Return what ``adapter_config.json`` says of the layers: what is not the default.
 
     A field that a peft does not know stops it, so defaults that newer ones have added are left out.
@@ -158,7 +160,7 @@ def _peft_settings(model: nn.Module, factors: Factors, saved: list[str]) -> dict
     common = mode(ranks.values())
     settings: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": task_type,
         "inference_mode": True,
         "target_modules": sorted(ranks),
         "modules_to_save": saved,

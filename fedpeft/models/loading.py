@@ -15,7 +15,7 @@ from fedpeft.models.source import find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
 from fedpeft.mounting import describe
 from fedpeft.seeds import derive
-from fedpeft.tasks import Classification
+from fedpeft.tasks import ModelForm, Task
 from fedpeft.training.hardware import Hardware, Kernels
 from fedpeft.types import Base
 
@@ -24,30 +24,33 @@ from fedpeft.types import Base
 class Loaded:
     """A frozen model on its device, its tokenizer, the server's view of it, its weights' digest.
 
-    ``notes``: what a user should know before it is trained, a line each.
+    ``form``: the kind of model that its task asked for. ``notes``: what a user should know before
+    it is trained, a line each.
     """
 
     model: nn.Module
     tokenizer: Any
     base: Base
     digest: str
+    form: ModelForm
     notes: tuple[str, ...] = ()
 
 
-def kernels(choice: ModelSection) -> Kernels:
+def kernels(choice: ModelSection, task: Task) -> Kernels:
     """Return the attention kernels that the chosen model has; every family has the first."""
-    source = find(choice)
+    source = find(choice, task.form.auto_class)
     return ("eager", "sdpa") if source.supports_sdpa(source.configuration()) else ("eager",)
 
 
-def load(choice: ModelSection, labels: Sequence[str], hardware: Hardware, seed: int) -> Loaded:
-    """Return the model for ``labels``, every parameter frozen.
+def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loaded:
+    """Return the model for ``task``, every parameter frozen.
 
     What the checkpoint lacks of a head is drawn from ``seed``, whatever ran before. A classifier
-    that knows the very names of ``labels`` is kept, its rows put in their order; the rows of one
+    that knows the very names of its labels is kept, its rows put in their order; the rows of one
     that knows others are drawn anew. What does not load or does not fit raises BadInput.
     """
-    source = find(choice)
+    labels = task.form.labels
+    source = find(choice, task.form.auto_class)
     config = source.configuration()
     known = [name for _, name in sorted(config.id2label.items())]
     _set_labels(config, labels)
@@ -66,14 +69,14 @@ def load(choice: ModelSection, labels: Sequence[str], hardware: Hardware, seed: 
     check_vocabulary(tokenizer, model, choice)
     check_lengths(tokenizer, model, choice)
     model.requires_grad_(False)
-    spare_last_block(model)
-    pad_on_the_left(model)
+    if task.form.reads == "summary":
+        spare_last_block(model)
+        pad_on_the_left(model)
     base = describe(model, found.head)
     digest = _digest(base, drawn)
     model = model.to(hardware.torch_device)
-    task = Classification(tuple(labels), tokenizer, choice.max_length)
-    try_out(task, model, hardware.torch_device, choice)
-    return Loaded(model, tokenizer, base, digest, said)
+    try_out(task.with_tokenizer(tokenizer), model, hardware.torch_device, choice)
+    return Loaded(model, tokenizer, base, digest, task.form, said)
 
 
 def _set_labels(config: Any, labels: Sequence[str]) -> None:

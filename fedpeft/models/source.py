@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -24,7 +23,6 @@ from fedpeft.models.causes import absent, cause, chain, line, quiet
 from fedpeft.models.choice import ModelSection, locate
 from fedpeft.models.hub import fetched, unfetched
 
-CLASSIFIER: Final = AutoModelForSequenceClassification.__name__
 ADAPTER: Final = "adapter_config.json"
 """The file by which peft knows a folder of its own."""
 
@@ -35,12 +33,14 @@ class Source:
     """Where the files of a model are.
 
     ``name``: what the user calls it; ``place``: the folder or hub id that this stands for.
-    ``trusted``: whether Python files that it brings along may run.
+    ``trusted``: whether Python files that it brings along may run. ``auto_class``: the class of
+    transformers that loads it, by name.
     """
 
     name: str
     place: str
     trusted: bool
+    auto_class: str
 
     def configuration(self) -> Any:
         """Return the configuration of the checkpoint; one that cannot be read raises BadInput."""
@@ -48,17 +48,17 @@ class Source:
             return AutoConfig.from_pretrained(self.place, trust_remote_code=self.trusted)
 
     def supports_sdpa(self, config: Any) -> bool:
-        """Return whether the classifier for ``config`` knows torch's fused attention kernel.
+        """Return whether the model for ``config`` knows torch's fused attention kernel.
 
-        BadInput is raised where transformers has no classifier for such a model.
+        BadInput is raised where transformers has no model of this kind for such a configuration.
         """
-        foreign = (getattr(config, "auto_map", None) or {}).get(CLASSIFIER)
+        foreign = (getattr(config, "auto_map", None) or {}).get(self.auto_class)
         kind: Any = None
         if foreign is not None and self.trusted:
             with self._reading("code"):
                 kind = get_class_from_dynamic_module(foreign, self.place)
-        elif type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        elif type(config) in self._auto()._model_mapping:
+            kind = self._auto()._model_mapping[type(config)]
         if kind is None:
             why = f"transformers has no text classifier of type {config.model_type!r}"
             raise BadInput(f"model.name = {self.name!r}: {why}; choose another model")
@@ -71,7 +71,7 @@ class Source:
         """
         with self._reading("weights"), torch.random.fork_rng():
             torch.manual_seed(seed)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = self._auto().from_pretrained(
                 self.place,
                 config=config,
                 attn_implementation=attention,
@@ -111,6 +111,10 @@ class Source:
                 raise ValueError(f"{self.place} has no tokenizer beside the model")
         return tokenizer
 
+    def _auto(self) -> Any:
+        """Return the class of transformers that loads such models."""
+        return getattr(transformers, self.auto_class)
+
     @contextmanager
     def _reading(self, part: str) -> Iterator[None]:
         """Turn whatever goes wrong in the ``with`` into one line about ``part`` of the model."""
@@ -124,12 +128,12 @@ class Source:
                 raise BadInput(f"model.name = {self.name!r}: {why}") from error
 
 
-def find(choice: ModelSection) -> Source:
+def find(choice: ModelSection, auto_class: str) -> Source:
     """Return where the files of the chosen model are; a name of none raises BadInput."""
     place = locate(choice.name)
     folder = Path(place)
     if not folder.is_dir():
-        return Source(choice.name, fetched(place), choice.trust_remote_code)
+        return Source(choice.name, fetched(place), choice.trust_remote_code, auto_class)
     if (folder / ADAPTER).exists():
         why = f"holds an adapter of {_base_of(folder)}, no model"
         remedy = "merge the two first, as fedpeft export RUN FOLDER --merge does"
@@ -137,7 +141,7 @@ def find(choice: ModelSection) -> Source:
     if not (folder / "config.json").exists():
         why = "holds no model, as it has no config.json"
         raise BadInput(f"model.name = {choice.name!r}: {why}; give another folder or a hub id")
-    return Source(choice.name, place, choice.trust_remote_code)
+    return Source(choice.name, place, choice.trust_remote_code, auto_class)
 
 
 def _base_of(folder: Path) -> str:

@@ -92,7 +92,7 @@ def compare(
     lines.sort(
         key=lambda line: -1.0 if line.mean.accuracy is None else line.mean.accuracy, reverse=True
     )
-    return Comparison(tuple(lines), terms, runs[0].run.majority)
+    return Comparison(tuple(lines), terms, runs[0].run.majority or 0.0)
 
 
 def _check_comparable(runs: Sequence[Summary]) -> None:
@@ -157,7 +157,7 @@ def _numbers(run: Summary, terms: Terms) -> Numbers:
         accuracy=final and final.accuracy,
         best_accuracy=max((point.accuracy for point in run.curve), default=None),
         macro_f1=final and final.macro_f1,
-        over_majority=final and final.accuracy - run.run.majority,
+        over_majority=final and final.accuracy - (run.run.majority or 0.0),
         rounds=run.rounds,
         client_steps=run.steps,
         trained_first=run.trained_first,

@@ -186,5 +186,6 @@ def _curve(rows: Sequence[Row], split: str | None) -> tuple[Point, ...]:
         elif isinstance(row, EvaluationRow):
             spent, since = spent + _cost(since), []
             if row.split == split:
-                points.append(Point(row.round, row.accuracy, row.macro_f1, spent))
+                metrics = row.metrics
+                points.append(Point(row.round, metrics["accuracy"], metrics["macro_f1"], spent))
     return tuple(points)

@@ -1,13 +1,13 @@
 """Score a state: mount what the server sends without training it, and count what the model says."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fedpeft.tasks import Classification, Encoded, Scores
+from fedpeft.tasks import Counts, Encoded, Prediction, Task
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.threads import thread_map
 from fedpeft.types import NO_MEMORY, Client, Context, LocalTask, Method, Payload, State
@@ -19,33 +19,35 @@ FULL_CLIENT = Client(NO_MEMORY)
 """A client of full capacity that remembers nothing: what it is sent is the whole model."""
 
 
-def score(model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware) -> Scores:
-    """Count what ``model``, as it is mounted now, says about ``examples``."""
-    return task.score(predict_logits(model, task, examples, hardware), examples.labels)
+def score(model: nn.Module, task: Task, examples: Encoded, hardware: Hardware) -> Counts:
+    """Count how good the predictions of ``model``, as it is mounted now, are for ``examples``."""
+    return task.score(predictions(model, task, examples, hardware), examples)
 
 
-def predict_logits(
-    model: nn.Module, task: Classification, examples: Encoded, hardware: Hardware
-) -> Tensor:
-    """Return the (n, C) logits of ``model``, as it is mounted now, for ``examples``; batches are formed by length."""
+def predictions(
+    model: nn.Module, task: Task, examples: Encoded, hardware: Hardware
+) -> list[Prediction]:
+    """Return what ``model``, as it is mounted now, says about each of ``examples``, in order.
+
+    Batches are formed by length, and as many are computed at once as there are threads.
+    """
     lengths = [len(ids) for ids in examples.ids]
     buckets = replace(hardware.buckets, max_tokens=min(hardware.tokens, EVALUATED))
     batches = buckets.cheapest(lengths)
 
-    def play(rows: Sequence[int]) -> Tensor:
+    def forward(rows: Sequence[int]) -> Mapping[str, Tensor]:
+        chosen = examples.take(rows)
+        batch = task.collate(chosen, hardware.torch_device, buckets.pad_to_multiple_of)
         with torch.inference_mode(), hardware.autocast():
-            return task.logits(
-                model,
-                task.collate(
-                    examples.take(rows), hardware.torch_device, buckets.pad_to_multiple_of
-                ),
-            ).cpu()
+            outputs = task.predict(model, batch)
+        return {name: tensor.cpu() for name, tensor in outputs.items()}
 
-    found = torch.zeros(len(examples), len(task.labels))
+    found: list[Prediction] = [{}] * len(examples)
     model.eval()
-    with hardware.computing(model), thread_map(min(hardware.threads, len(batches))) as at_once:
-        for rows, logits in zip(batches, at_once(play, batches), strict=True):
-            found[rows] = logits
+    with hardware.computing(model), thread_map(min(hardware.threads, len(batches))) as parallel_map:
+        for rows, outputs in zip(batches, parallel_map(forward, batches), strict=True):
+            for place, row in enumerate(rows):
+                found[row] = {name: tensor[place] for name, tensor in outputs.items()}
     return found
 
 

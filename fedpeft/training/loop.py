@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpeft.mounting import row_owners
 from fedpeft.seeds import derive, generator
-from fedpeft.tasks import Classification, Encoded
+from fedpeft.tasks import Encoded, Task
 from fedpeft.training.activation_cache import ActivationCache, entering
 from fedpeft.training.bucketing import Buckets
 from fedpeft.training.hardware import Hardware
@@ -70,7 +70,7 @@ def plan(examples: int, training: Training, seed: int, client: int, number: int)
 def fit(
     model: nn.Module,
     local: LocalTask,
-    task: Classification,
+    task: Task,
     shares: Sequence[Share],
     training: Training,
     head: frozenset[str],
@@ -155,7 +155,7 @@ def micro_batches(
             for k, row in sorted((everything[i] for i in together), key=itemgetter(0))
         ]
         ids = [share.examples.ids[row] for share, _, row in mine]
-        labels = torch.stack([share.examples.labels[row] for share, _, row in mine])
+        labels = [share.examples.labels[row] for share, _, row in mine]
         clients = torch.tensor([k for _, k, _ in mine])
         weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
         states = (

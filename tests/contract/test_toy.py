@@ -19,6 +19,7 @@ from fedpeft.experiment.config import Config
 from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
 from fedpeft.mounting import detached, mounted, trainable
+from fedpeft.tasks import examples_in
 from fedpeft.training.evaluation import mounted_state, score
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 from fedpeft.wire.messages import decode
@@ -73,7 +74,7 @@ def test_a_method_of_ones_own_runs_through_federation_checkpoint_and_evaluation(
     said = logits(model)
     with mounted_state(HeadOnly(), last, model, CPU, SEED):
         assert (logits(model) - said).abs().max() > 1e-2
-        assert score(model, TASK, examples(20), CPU).examples == 20
+        assert examples_in(score(model, TASK, examples(20), CPU)) == 20
 
 
 def test_an_installed_package_adds_its_method_by_an_entry_point(

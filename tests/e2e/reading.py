@@ -12,16 +12,16 @@ FIGURES = ("accuracy_over_rounds.png", "accuracy_over_megabytes.png", "accuracy_
 SHORT = ("--set", "federation.rounds=2", "--set", "training.steps=1")
 
 
-def row_owners(folder: Path) -> list[Row]:
+def rows_of(folder: Path) -> list[Row]:
     return ledger(folder / "ledger.jsonl")
 
 
 def evaluations(folder: Path) -> list[EvaluationRow]:
-    return [row for row in row_owners(folder) if isinstance(row, EvaluationRow)]
+    return [row for row in rows_of(folder) if isinstance(row, EvaluationRow)]
 
 
 def about(folder: Path) -> RunRow:
-    first = row_owners(folder)[0]
+    first = rows_of(folder)[0]
     assert isinstance(first, RunRow)
     return first
 

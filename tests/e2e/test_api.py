@@ -49,7 +49,7 @@ def test_the_parts_of_the_api_fit_together(ground: Ground, runs_folder: Path) ->
     seen: list[Progress] = []
     state = runs.start(build(config), runs_folder, on_progress=seen.append)
     assert [progress.round for progress in seen] == [0, 1, 2, 3]
-    assert [progress.accuracy is None for progress in seen] == [True, True, False, False]
+    assert [progress.score is None for progress in seen] == [True, True, False, False]
     assert [progress.bytes for progress in seen] == sorted(progress.bytes for progress in seen)
     opened = open_run(runs_folder)
     assert_same(opened.state, state)

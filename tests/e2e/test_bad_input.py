@@ -38,12 +38,10 @@ SETTINGS: dict[str, Wrong] = {
         ("method.rank=0",), ("method.rank = 0: must be at least 1",)
     ),
     "one of two types": Wrong(
-        ("engine.cohort=many",),
-        ("engine.cohort = 'many': input should be a valid integer or 'auto'",),
+        ("engine.stack=many",),
+        ("engine.stack = 'many': input should be a valid integer or 'auto'",),
     ),
-    "one of two types, too small": Wrong(
-        ("engine.cohort=0",), ("engine.cohort = 0", "1 or 'auto'")
-    ),
+    "one of two types, too small": Wrong(("engine.stack=0",), ("engine.stack = 0", "1 or 'auto'")),
     "seed too large": Wrong((f"seed={2**70}",), (f"seed = {2**70}: must be at most {2**62}",)),
     "not below 1": Wrong(("model.dropout=1",), ("model.dropout = 1: must be less than 1",)),
     "number for a path": Wrong(("data.train=3",), ("data.train = 3: write a path in quotes",)),
@@ -143,7 +141,7 @@ SETTINGS: dict[str, Wrong] = {
     "targets of another family": Wrong(("method.targets=q_proj|v_proj",), ("mean 'query|value'?",)),
     "targets of a wrong type": Wrong(("method.targets=3",), ("method.targets = 3: input",)),
     "targets of a wrong type, listed": Wrong(("method.targets=[3]",), ("method.targets = [3]:",)),
-    "neither of two types": Wrong(("engine.cohort=many",), ("engine.cohort = 'many': input",)),
+    "neither of two types": Wrong(("engine.stack=many",), ("engine.stack = 'many': input",)),
     "targets that are no pattern": Wrong(
         ("method.targets=(query",), ("method.targets = '(query'", "regular expression")
     ),

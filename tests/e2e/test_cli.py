@@ -20,7 +20,7 @@ from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 
 from .builders import LABELS, OWN_WORDS, Ground, Outcome, cli_call, examples, to_toml
-from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, row_owners, table
+from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, rows_of, table
 
 LEARNING = (
     "--set",
@@ -45,7 +45,9 @@ def test_run_learns_what_the_majority_class_does_not_tell(trained: Finished) -> 
     folder, outcome = trained
     assert outcome.code == 0, outcome
     assert [row.round for row in evaluations(folder)] == [3, 6]
-    assert evaluations(folder)[-1].accuracy >= about(folder).majority + 0.2
+    majority = about(folder).majority
+    assert majority is not None
+    assert evaluations(folder)[-1].metrics["accuracy"] >= majority + 0.2
 
 
 def test_run_prints_its_table_and_writes_sheets_and_figures(trained: Finished) -> None:
@@ -54,8 +56,8 @@ def test_run_prints_its_table_and_writes_sheets_and_figures(trained: Finished) -
     assert "majority class" in outcome.out
     assert_reported(folder / "report")
     [line] = table(folder / "report" / "summary.csv")
-    assert float(line["accuracy"]) == evaluations(folder)[-1].accuracy
-    clients = [row for row in row_owners(folder) if isinstance(row, ClientRow)]
+    assert float(line["accuracy"]) == evaluations(folder)[-1].metrics["accuracy"]
+    clients = [row for row in rows_of(folder) if isinstance(row, ClientRow)]
     assert float(line["down_bytes"]) == sum(row.down for row in clients)
     assert float(line["up_bytes"]) == sum(row.up for row in clients)
 

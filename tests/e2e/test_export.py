@@ -417,7 +417,7 @@ def test_what_a_method_trains_beside_factors_and_head_is_exported_too(
         before = loaded.base.parameters[name]
         moved[name] = nn.Parameter(1.5 * before.unsqueeze(0) + 0.5)
     with trained.mounted() as local, mounted(loaded.model, moved):
-        ours = trained.task.logits(loaded.model, _batch(trained)).detach()
+        ours = trained.task.predict(loaded.model, _batch(trained))["logits"].detach()
     assert (ours - exported["lora"].ours).abs().max() > 1e-2
     both = replace(local, trainable={**local.trainable, **moved})
     export.adapter(loaded, both, trained.config.model.name, tmp_path / "made")
@@ -553,7 +553,7 @@ def test_an_opened_run_scores_what_its_ledger_says(exported: dict[str, Exported]
     right = [
         label == there for (label, _), there in zip(said, assembly.dataset.test.labels, strict=True)
     ]
-    assert sum(right) / len(right) == pytest.approx(rows[-1].accuracy)
+    assert sum(right) / len(right) == pytest.approx(rows[-1].metrics["accuracy"])
 
 
 def test_an_empty_text_is_a_text_also_where_the_tokenizer_adds_nothing(
@@ -582,7 +582,7 @@ def _exported(folder: Path) -> Exported:
 
 
 def _batch(trained: Trained) -> dict[str, Tensor]:
-    examples = trained.task.encode(TEXTS, [LABELS[0]] * len(TEXTS))
+    examples = trained.task.encode(trained.task.unanswered(TEXTS))
     batch = dict(trained.task.collate(examples, trained.hardware.torch_device))
     del batch["labels"]
     return batch
@@ -592,10 +592,10 @@ def _batch(trained: Trained) -> dict[str, Tensor]:
 def _ours(trained: Trained) -> Tensor:
     trained.loaded.model.eval()
     with trained.mounted():
-        return trained.task.logits(trained.loaded.model, _batch(trained))
+        return trained.task.predict(trained.loaded.model, _batch(trained))["logits"]
 
 
 @torch.no_grad()
 def _bare(trained: Trained) -> Tensor:
     trained.loaded.model.eval()
-    return trained.task.logits(trained.loaded.model, _batch(trained))
+    return trained.task.predict(trained.loaded.model, _batch(trained))["logits"]

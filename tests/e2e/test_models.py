@@ -31,12 +31,14 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 CPU = Hardware("cpu", "fp32", "eager", 1)
 ANIMALS = ("ant", "mole", "zebra")
+TASK = Classification(ANIMALS, 16)
 SEED = 5
 
 
 def opened(folder: Path, labels: tuple[str, ...] = ANIMALS, **choice: Any) -> Loaded:
     """Return what ``load`` makes of a folder."""
-    return load(ModelSection(str(folder), **{"max_length": 16, **choice}), labels, CPU, SEED)
+    section = ModelSection(str(folder), **{"max_length": 16, **choice})
+    return load(section, Classification(labels, section.max_length), CPU, SEED)
 
 
 def refusal(folder: Path, *needles: str, **choice: Any) -> BadInput:
@@ -58,8 +60,8 @@ def sets(*assignments: str) -> list[str | Path]:
 
 def says(loaded: Loaded, texts: list[str], labels: tuple[str, ...] = ANIMALS) -> Tensor:
     """Return the logits of ``texts``, all in one batch."""
-    task = Classification(labels, loaded.tokenizer, 16)
-    examples = task.encode(texts, labels[:1] * len(texts))
+    task = Classification(labels, 16, loaded.tokenizer)
+    examples = task.encode(task.unanswered(texts))
     with torch.no_grad():
         return task.logits(loaded.model, task.collate(examples, torch.device("cpu")))
 
@@ -151,7 +153,7 @@ def test_the_digest_tells_checkpoints_with_other_heads_apart_but_not_seeds(tmp_p
     assert opened(folder).digest != opened(other).digest
     bare = zoo.write(tmp_path / "bare", "bert")
     choice = ModelSection(str(bare), max_length=16)
-    one, another = (load(choice, ANIMALS, CPU, seed) for seed in (1, 2))
+    one, another = (load(choice, TASK, CPU, seed) for seed in (1, 2))
     assert one.digest == another.digest
     name = "classifier.weight"
     assert not torch.equal(one.base.parameters[name], another.base.parameters[name])
@@ -320,10 +322,10 @@ def test_a_t5_trains_and_scores_one_client_at_a_time(
     tmp_path: Path,
 ) -> None:
     model = zoo.write(tmp_path / "t5", "t5")
-    options = ("--set", f"model.name={model}", "--set", "engine.cohort=1")
+    options = ("--set", f"model.name={model}", "--set", "engine.stack=1")
     outcome = cli_call("run", ground.config, "--runs", runs, *SHORT, *options)
     assert outcome.code == 0, outcome
-    assert evaluations(runs / "tiny")[-1].accuracy >= 0
+    assert evaluations(runs / "tiny")[-1].metrics["accuracy"] >= 0
 
 
 def test_a_family_without_a_limit_takes_texts_of_any_length(tmp_path: Path) -> None:
@@ -348,7 +350,7 @@ def test_the_kernels_of_a_family_are_those_that_transformers_builds(
             found.append(kernel)
         except ValueError:
             pass
-    assert list(kernels(ModelSection(str(folder)))) == found
+    assert list(kernels(ModelSection(str(folder)), TASK)) == found
 
 
 def test_the_kernel_is_the_fastest_that_the_model_has() -> None:
@@ -492,7 +494,7 @@ def test_code_that_a_model_brings_along_is_never_run_unasked(
 
 def test_code_that_a_model_brings_along_runs_where_it_is_trusted(foreign: Path) -> None:
     trusted = ModelSection(str(foreign), trust_remote_code=True)
-    assert kernels(trusted) == ("eager", "sdpa")
+    assert kernels(trusted, TASK) == ("eager", "sdpa")
     loaded = opened(foreign, trust_remote_code=True)
     assert (foreign.parent / "ran").exists()
     assert type(loaded.model).__name__ == "OwnClassifier"
@@ -544,7 +546,7 @@ def test_a_model_that_was_fetched_before_needs_no_hub(
     zoo.write(kept / "snapshots" / "c0ffee", "bert")
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("c0ffee")
-    loaded = load(ModelSection("some/model", max_length=16), ANIMALS, CPU, SEED)
+    loaded = load(ModelSection("some/model", max_length=16), TASK, CPU, SEED)
     assert loaded.digest == opened(kept / "snapshots" / "c0ffee").digest
     assert len(unreachable) == 1
 

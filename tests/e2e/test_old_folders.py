@@ -76,7 +76,7 @@ def test_a_field_that_the_old_version_did_not_know_takes_its_default(
 def test_a_field_that_had_another_name_or_is_gone_is_read(
     run: Path, assembly: Federation, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {"training.rate": "training.lr", "stack": "engine.cohort", "training.old": None}
+    names = {"training.rate": "training.lr", "stack": "engine.stack", "training.old": None}
     monkeypatch.setattr(config, "RENAMED", {**names, "hardware.parts": "hardware.tokens"})
     settings = settings_of(run)
     settings["training"] |= {"rate": settings["training"].pop("lr"), "old": 3}

@@ -1,5 +1,7 @@
 """What is resolved for this machine, and what an earlier run resolved."""
 
+from typing import Literal
+
 import pytest
 
 from fedpeft.training.hardware import GRAIN, Hardware, Machine, resolve
@@ -7,12 +9,10 @@ from fedpeft.training.hardware import GRAIN, Hardware, Machine, resolve
 
 @pytest.mark.parametrize(("precision", "pad_to_multiple_of"), [("fp32", 1), ("bf16", GRAIN)])
 def test_shapes_come_in_grains_where_kernels_are_made_for_each(
-    precision: str, pad_to_multiple_of: int
+    precision: Literal["fp32", "bf16"], pad_to_multiple_of: int
 ) -> None:
-    assert (
-        resolve(Machine(device="cpu", precision=precision), 64).pad_to_multiple_of
-        == pad_to_multiple_of
-    )  # type: ignore[arg-type]
+    machine = Machine(device="cpu", precision=precision)
+    assert resolve(machine, 64).pad_to_multiple_of == pad_to_multiple_of
 
 
 def test_what_was_resolved_before_there_were_grains_stays_as_it_was() -> None:

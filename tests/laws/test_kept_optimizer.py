@@ -42,6 +42,7 @@ from tests.tiny import (
     HEAD,
     SEED,
     TARGETS,
+    TASK,
     TinyFederation,
     assert_same,
     assert_same_state,
@@ -323,7 +324,7 @@ def test_a_method_is_told_and_shown_its_own_part_of_a_memory_as_ever(name: str) 
         spy = Spy(TOLD[name], [], [])
         playing = federation(spy, training=training)
         last = playing.play(6, cohort=changing(playing))
-        poll(spy, last, playing.engine, playing.clients(), config=CONFIG, labels=3)
+        poll(spy, last, playing.engine, playing.clients(), config=CONFIG, task=TASK)
         assert not [row.lost for row in playing.rows if row.lost]
         heard.append((spy, playing))
     (spy, kept), (plain, renewed) = heard

@@ -49,7 +49,12 @@ RUN = RunRow(
 FIGURES = Measured(examples=5, steps=2, trained=9, loss=0.1 + 0.2, seconds=1.5, seconds_alone=2.5)
 TRAINED = ClientRow(round=0, client=7, down=10, up=20, measured=FIGURES)
 LOST = ClientRow(round=0, client=8, down=10, up=0, lost="timed out\nafter 3 s · “x”")
-SCORED = EvaluationRow(round=1, split="test", examples=4, loss=1e-320, accuracy=0.5, macro_f1=1 / 3)
+SCORED = EvaluationRow(
+    round=1,
+    split="test",
+    examples=4,
+    metrics={"accuracy": 0.5, "macro_f1": 1 / 3, "loss": 1e-320},
+)
 ROWS: list[Row] = [RUN, TRAINED, LOST, SCORED]
 
 
@@ -75,7 +80,7 @@ def test_every_row_comes_back_to_the_bit_and_every_line_is_legal_json(
     rows: list[Row] = [
         replace(RUN, name=text, settings=nest),
         ClientRow(round=0, client=0, down=1, up=1, measured=Measured(loss=loss), lost=text),
-        EvaluationRow(round=1, split="test", examples=1, loss=-loss, accuracy=0.0, macro_f1=0.0),
+        EvaluationRow(round=1, split="test", examples=1, metrics={"accuracy": 0.0, "loss": -loss}),
     ]
     for line in written(path, rows).splitlines():
         json.loads(line, parse_constant=refuse)

@@ -49,7 +49,12 @@ def opening(method: str, seed: int = 0, rounds: int = 2, digest: str = "d1") -> 
 
 
 def scored(after: int, accuracy: float, split: str = "test") -> EvaluationRow:
-    return EvaluationRow(after, split, 100, 1.0, accuracy, accuracy / 2)
+    return EvaluationRow(
+        round=after,
+        split=split,
+        examples=100,
+        metrics={"accuracy": accuracy, "macro_f1": accuracy / 2, "loss": 1.0},
+    )
 
 
 def asked(number: int, megabytes: int, seconds: float = 1.0) -> ClientRow:
@@ -108,7 +113,7 @@ ROUNDS: list[Row] = [
         peak_memory=700,
         shared_by=2,
     ),
-    EvaluationRow(1, "validation", 50, 1.0, 0.9, 0.9),
+    scored(1, 0.9, "validation"),
     scored(1, 0.5),
     replied(1, 5, 2, 1, steps=4, trained=60, seconds=5.0, seconds_alone=5.0, peak_memory=600),
     ClientRow(round=1, client=9, down=4 * MB, up=0, lost="timeout"),

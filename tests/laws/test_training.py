@@ -323,7 +323,9 @@ def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(
     pad_to_multiple_of: int, length: int
 ) -> None:
     ids = [torch.arange(1, 4), torch.arange(1, 6)]
-    batch = TASK.collate(Encoded(ids, torch.tensor([0, 1])), CPU.torch_device, pad_to_multiple_of)
+    batch = TASK.collate(
+        Encoded(ids, torch.tensor([0, 1]).unbind()), CPU.torch_device, pad_to_multiple_of
+    )
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
     for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], ids, strict=True):
         assert row.tolist() == own.tolist() + [TASK.tokenizer.pad_token_id] * (length - len(own))

@@ -140,7 +140,8 @@ def local_training(
                 1,
             )
         loss = functional.cross_entropy(
-            call(input_ids=ids, attention_mask=mask).logits, examples.labels[batch]
+            call(input_ids=ids, attention_mask=mask).logits,
+            torch.stack([examples.labels[row] for row in batch]),
         )
         optimizer.zero_grad()
         torch.autograd.backward(loss)

@@ -1,0 +1,90 @@
+"""What a method written outside this package may import; these names stay where they are.
+
+The vocabulary (``types``), the errors, named randomness (``seeds``), what methods compute with
+(``algebra``) and how they put adapters on a model (``mounting``). ``examples/head_only.py`` is a
+whole method made of it, and CONTRIBUTING.md explains it.
+
+>>> from fedpeft.method_kit import State, averaged
+>>> import torch
+>>> averaged(State(0, {"w": torch.ones(2)}), [], "examples").round
+1
+"""
+
+from fedpeft.algebra.averaging import Mean, Weighting, averaged, mean
+from fedpeft.algebra.lowrank import (
+    LowRank,
+    Split,
+    by_module,
+    check_ranks,
+    deltas,
+    principal,
+    uniform,
+)
+from fedpeft.algebra.masks import positions, scatter
+from fedpeft.errors import BadInput, NotStackable, WireError
+from fedpeft.mounting import (
+    Targets,
+    dense_layer,
+    detached,
+    mounted,
+    mounted_deltas,
+    oriented,
+    replaced,
+    select,
+    specs,
+    trainable,
+)
+from fedpeft.seeds import derive, generator
+from fedpeft.types import (
+    NO_MEMORY,
+    Base,
+    Client,
+    Context,
+    Delta,
+    LocalTask,
+    Method,
+    Payload,
+    State,
+    Update,
+)
+
+__all__ = [
+    "NO_MEMORY",
+    "BadInput",
+    "Base",
+    "Client",
+    "Context",
+    "Delta",
+    "LocalTask",
+    "LowRank",
+    "Mean",
+    "Method",
+    "NotStackable",
+    "Payload",
+    "Split",
+    "State",
+    "Targets",
+    "Update",
+    "Weighting",
+    "WireError",
+    "averaged",
+    "by_module",
+    "check_ranks",
+    "deltas",
+    "dense_layer",
+    "derive",
+    "detached",
+    "generator",
+    "mean",
+    "mounted",
+    "mounted_deltas",
+    "oriented",
+    "positions",
+    "principal",
+    "replaced",
+    "scatter",
+    "select",
+    "specs",
+    "trainable",
+    "uniform",
+]
