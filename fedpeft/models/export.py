@@ -86,6 +86,8 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
     whole = copy.deepcopy(model)
+    for name, tensor in _plain(local).items():
+        whole.get_parameter(name).copy_(tensor)
     for name, delta in local.deltas().items():
         weight = whole.get_parameter(f"{name}.weight")
         holders = [part for part in whole.modules() if part._parameters.get("weight") is weight]
@@ -95,8 +97,6 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
                 "alone cannot be merged; export the adapter, without --merge"
             )
         weight.add_(oriented(whole, name, delta.dense()[0]))
-    for name, tensor in _plain(local).items():
-        whole.get_parameter(name).copy_(tensor)
     return whole
 
 

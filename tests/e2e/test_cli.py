@@ -158,13 +158,9 @@ def test_export_writes_a_peft_folder_with_tokenizer_and_label_names(
     outcome = cli_call("export", folder, made)
     assert (outcome.code, outcome.out) == (0, f"{made}\n")
     written = {path.name for path in made.iterdir()}
-    assert {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "tokenizer.json",
-        "config.json",
-    } <= written
-    names = json.loads((made / "config.json").read_text())["id2label"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= written
+    assert "config.json" not in written, "transformers would take it for a whole model"
+    names = json.loads((made / "labels" / "config.json").read_text())["id2label"]
     assert tuple(names.values()) == LABELS
 
 

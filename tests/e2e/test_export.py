@@ -400,6 +400,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(
 BESIDE = {
     "a layer norm": ["bert.embeddings.LayerNorm.weight"],
     "the bias of an adapted layer": ["bert.encoder.layer.0.attention.self.query.bias"],
+    "its weight": ["bert.encoder.layer.0.attention.self.query.weight"],
     "two in one module": ["bert.pooler.dense.weight", "bert.pooler.dense.bias"],
 }
 
@@ -425,8 +426,10 @@ def test_what_a_method_trains_beside_factors_and_head_is_exported_too(
     load: Any = AutoModelForSequenceClassification
     model: Any = load.from_pretrained(trained.config.model.name, config=config)
     theirs: Any = PeftModel.from_pretrained(model, tmp_path / "made")
-    with torch.no_grad():
-        assert (theirs.eval()(**_batch(trained)).logits - ours).abs().max() < 1e-5
+    whole: Any = export.merge(loaded.model, both)
+    for one in (theirs.eval(), whole):
+        with torch.no_grad():
+            assert (one(**_batch(trained)).logits - ours).abs().max() < 1e-5
 
 
 def test_modules_saved_whole_are_few_and_hold_every_parameter_that_is_named() -> None:
