@@ -79,7 +79,7 @@ def pull(grid: Grid, sent: str) -> RecordDict | None:
         return None
     answer = messages[0]  # a second one is a duplicate
     if answer.has_error():
-        raise WireError(_line(answer.error.reason or f"Flower's error {answer.error.code}"))
+        raise WireError(_line(answer.error.reason or "") or f"Flower's error {answer.error.code}")
     if not answer.has_content():
         raise WireError("the answer is empty")
     return answer.content

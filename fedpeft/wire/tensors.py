@@ -39,16 +39,15 @@ FORMATS: Final[Mapping[str, torch.dtype]] = {
 HEADER: Final = 1 << 24
 """Bytes of a header at most."""
 TENSORS: Final = 1 << 16
-"""Tensors in a file at most: twice the adapters of a mixture of 128 experts in 48 layers."""
+"""Tensors in a file at most; LoRA on a mixture of 128 experts in 48 layers has 36,864."""
 NAME: Final = 512
 """Characters of a tensor's name at most, as JSON escapes them."""
 DIMENSIONS: Final = 8
 """Dimensions of a tensor at most."""
-EMPTY: Final = 1 << 24
+EMPTY: Final = 1 << 16
 """What the other dimensions of an empty tensor multiply to at most.
 
-No bytes stand behind them, but whoever multiplies an (out, 0) by a (0, in) matrix needs memory for
-out times in.
+No bytes stand behind them, but what is made to fit them takes memory: a factor of their rank.
 """
 
 _NAMES: Final = {dtype: name for name, dtype in FORMATS.items()}

@@ -17,7 +17,7 @@ from fedpeft.federation.memory import Memories
 from fedpeft.types import NO_MEMORY, State
 from fedpeft.wire import durable
 from fedpeft.wire import messages as wire
-from fedpeft.wire.messages import encode
+from fedpeft.wire.messages import digest, encode
 from tests.strategies import PAYLOADS, bits
 
 CONFIG = "c0ffee"
@@ -151,9 +151,19 @@ def test_where_all_are_damaged_nothing_is_loaded_in_silence(tmp_path: Path) -> N
         checkpoint.load(tmp_path, [CONFIG], lambda _: None)
 
 
-@pytest.mark.parametrize(
-    "content", [b"[]", b"null", b"7", b'{"config": "c0ffee"}', b'{"config": "c0ffee", "files": 3}']
-)
+MANIFESTS = [
+    b"[]",
+    b"null",
+    b"7",
+    b'{"config": "c0ffee"}',
+    b'{"config": "c0ffee", "files": 3}',
+    b'{"config": "c0ffee", "files": {"../000002.state": ""}}',
+    b'{"config": "c0ffee", "files": {"\\u0000": ""}}',
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", MANIFESTS)
 def test_a_manifest_that_is_none_counts_as_damaged(tmp_path: Path, content: bytes) -> None:
     saved(tmp_path, 2)
     (tmp_path / "000003.json").write_bytes(content)
@@ -168,10 +178,81 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_both_are_named(
         checkpoint.load(tmp_path, ["7ea"], pytest.fail)
 
 
-def test_bytes_that_are_no_state_are_refused() -> None:
-    for blob in (b"", encode({"x": torch.ones(1)})):
-        with pytest.raises((WireError, KeyError)):
-            checkpoint.unpack(blob)
+@pytest.mark.parametrize("wrong", [{"round": "3"}, {"ledger": "30"}, {"ledger": None}])
+def test_a_manifest_with_fields_of_another_form_counts_as_damaged(
+    tmp_path: Path,
+    wrong: dict[str, object],
+) -> None:
+    saved(tmp_path, 2, 3)
+    path = tmp_path / "000003.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    assert loaded(tmp_path, []).state.round == 2
+
+
+def test_a_state_under_the_name_of_another_round_counts_as_damaged(tmp_path: Path) -> None:
+    saved(tmp_path, 2, 3)
+    path = tmp_path / "000003.json"
+    content = json.loads(path.read_text())
+    (tmp_path / "000003.state").write_bytes((tmp_path / "000002.state").read_bytes())
+    earlier = json.loads((tmp_path / "000002.json").read_text())["files"]
+    content["files"] |= {**earlier, "000003.state": earlier["000002.state"]}
+    path.write_text(json.dumps(content))
+    assert loaded(tmp_path, []).state.round == 2
+
+
+def test_a_damaged_manifest_before_the_one_that_is_whole_is_in_nobodys_way(tmp_path: Path) -> None:
+    saved(tmp_path, 2, 3)
+    (tmp_path / "000002.json").write_bytes(b"{")
+    (tmp_path / "000004.json").write_bytes(b"{")
+    says: list[str] = []
+    assert loaded(tmp_path, says).state.round == 3
+    assert len(says) == 1
+    saved(tmp_path, 4)
+    assert loaded(tmp_path).state.round == 4
+
+
+NUMBER = torch.tensor(3)
+KNOWN = torch.tensor([[1, 2], [2, 0]])
+STATES = {
+    "no field": {},
+    "no memories": {"round": NUMBER},
+    "no round": {"memories": KNOWN},
+    "memories that are flat": {"round": NUMBER, "memories": KNOWN.view(-1)},
+    "memories of three numbers": {"round": NUMBER, "memories": KNOWN.repeat(1, 2)[:, :3]},
+    "memories of one number": {"round": NUMBER, "memories": NUMBER},
+    "memories of fractions": {"round": NUMBER, "memories": KNOWN + 0.5},
+    "a round of two numbers": {"round": torch.tensor([3, 4]), "memories": KNOWN},
+    "half a round": {"round": torch.tensor(2.5), "memories": KNOWN},
+    "a round that is true": {"round": torch.tensor(True), "memories": KNOWN},
+    "a round before the first": {"round": torch.tensor(-1), "memories": KNOWN},
+    "a tensor of neither part": {"round": NUMBER, "memories": KNOWN, "x": NUMBER},
+    "a tensor of another part": {"round": NUMBER, "memories": KNOWN, "other/x": NUMBER},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_tensors_that_are_no_state_are_refused(name: str) -> None:
+    whole = {"round": NUMBER, "memories": KNOWN, "shared/x": NUMBER}
+    assert checkpoint.unpack(encode(whole)) == State(3, {"x": NUMBER}, {}, {1: 2, 2: 0})
+    with pytest.raises(WireError):
+        checkpoint.unpack(encode(STATES[name]))
+    with pytest.raises(WireError):
+        checkpoint.unpack(b"")
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_none_counts_as_damaged_under_a_true_digest(
+    tmp_path: Path,
+    name: str,
+) -> None:
+    saved(tmp_path, 2, 3)
+    path = tmp_path / "000003.json"
+    content = json.loads(path.read_text())
+    blob = encode(STATES[name])
+    (tmp_path / "000003.state").write_bytes(blob)
+    content["files"]["000003.state"] = digest(blob).hex()
+    path.write_text(json.dumps(content))
+    assert loaded(tmp_path, []).state.round == 2
 
 
 @pytest.mark.parametrize("step", range(1, 8))

@@ -11,12 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -24,11 +26,13 @@ from fedpeft.engines import flower
 from fedpeft.engines.flower import FlowerEngine, connect
 from fedpeft.engines.grid import BYTES, record
 from fedpeft.engines.local import LocalEngine
+from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
-from fedpeft.types import NO_MEMORY, Client, Engine, State
+from fedpeft.types import NO_MEMORY, Client, Engine, Payload, State
+from fedpeft.wire.messages import Kind, Request
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -97,6 +101,7 @@ def play(
     return list(states)[-1], rows
 
 
+@cache
 def alone(without: int | None = None, rounds: int = 2) -> State:
     """Return the state that the local engine ends in, with all clients but one."""
     clients = [client for client in CLIENTS if client.id != without]
@@ -166,6 +171,7 @@ NO_ANSWERS: Mapping[str, tuple[Answering, str]] = {
     "bytes that are no message": (holding({"answer": record(b"abc")}), "damaged"),
     "an error": (error("ValueError: no"), "ValueError: no"),
     "an error without a reason": (error(None, 7), "error 7"),
+    "an error with an empty reason": (error(" \n", 7), "error 7"),
     "an error of many lines": (error("a\nb\x1b[2J" + "c" * 10**6), "a b?[2J"),
 }
 
@@ -216,8 +222,9 @@ def test_an_answer_that_comes_twice_counts_once_and_one_to_no_question_not_at_al
     assert_same_state(state, alone())
 
 
-@pytest.mark.parametrize("when", ["before it is asked", "while it is at work"])
-def test_a_grid_out_of_reach_is_no_fault_of_a_client(when: str) -> None:
+@pytest.mark.parametrize("last", [None, 0, 2])
+def test_a_grid_out_of_reach_is_no_fault_of_a_client(last: int | None) -> None:
+    """Before anyone is asked; when the next client is asked; when answers are looked for."""
     here = grid()
     through = engine(here)
 
@@ -225,10 +232,12 @@ def test_a_grid_out_of_reach_is_no_fault_of_a_client(when: str) -> None:
         here.gone = True
         return [answer]
 
-    here.gone = when == "before it is asked"
-    here.spoil[100 + VICTIM] = unplugged
+    if last is None:
+        here.gone = True
+    else:
+        here.spoil[100 + last] = unplugged
     with pytest.raises(ConnectionError):
-        play(through)
+        play(through, rounds=1)
 
 
 def test_the_end_of_the_simulation_ends_the_run() -> None:
@@ -239,6 +248,15 @@ def test_the_end_of_the_simulation_ends_the_run() -> None:
         play(through)
     with pytest.raises(RuntimeError, match="ended with 2 of 3 nodes"):
         connect(grid([0, 1]), ended, 3, "a configuration")
+
+
+def test_a_simulation_that_ends_before_the_run_begins_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flower, "run_simulation", lambda *_, **__: None)
+    playing = worker(small("lora"), bert())
+    with pytest.raises(RuntimeError, match="before the run began"):
+        flower.launch(ClientPool(3, playing, "a configuration", lambda _: playing), lambda _: None)
 
 
 @pytest.mark.parametrize("held", [None, "1", "one", 7, -1, 0, 2.0, b"1", [1]])
@@ -307,6 +325,19 @@ def request(**changes: Any) -> RecordDict:
     return RecordDict({name: content for name, content in records.items() if content is not None})
 
 
+LAYER = "bert.encoder.layer.0.attention.self.query"
+
+
+def factors(A: tuple[int, int], B: tuple[int, int]) -> Payload:
+    """Return factors of one layer, of these shapes."""
+    return {f"{LAYER}:A": torch.ones(A), f"{LAYER}:B": torch.ones(B)}
+
+
+def asked(payload: Payload) -> RecordDict:
+    """Return a request to train on ``payload``."""
+    return request(request=record(Request(Kind.TRAIN, 0, CONFIG, payload).encode()))
+
+
 HOSTILE: Mapping[str, RecordDict] = {
     "no address": request(to=None),
     "an address of arrays": request(to=record(b"abc")),
@@ -317,13 +348,21 @@ HOSTILE: Mapping[str, RecordDict] = {
     "a request of settings": request(request=ConfigRecord()),
     "a request of floats": request(request=ArrayRecord({"blob": array(dtype="float32")})),
     "a damaged request": request(),
+    "of no tensor": asked({}),
+    "of one factor": asked({f"{LAYER}:A": torch.ones(3, 32)}),
+    "of factors of other sizes": asked(factors((3, 32), (5, 2))),
+    "of empty factors": asked(factors((0, 4096), (4096, 0))),
+    "of whole numbers": asked({"classifier.bias": torch.ones(3, dtype=torch.int64)}),
+    "of a parameter of its own": asked({"@x": torch.ones(3)}),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_whatever_a_server_sends_is_at_most_refused(name: str) -> None:
+def test_whatever_a_server_sends_is_at_most_refused_and_leaves_no_trace(name: str) -> None:
     here = grid()
     [sent] = here.push_messages([Message(HOSTILE[name], 100 + VICTIM, MessageType.TRAIN)])
     [answer] = here.pull_messages([sent])
     assert answer.has_error()
     assert len(here.nodes[100 + VICTIM].context.state) == 0
+    state, _ = play(engine(here))
+    assert_same_state(state, alone())
