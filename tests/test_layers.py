@@ -29,7 +29,7 @@ WINGS: Mapping[str, str] = {
     "engines": "federation wire",
     "experiment": "data engines federation ledger methods models mounting seeds tasks training wire wrappers",
     "api": "experiment",
-    "cli": "data experiment ledger methods models report",
+    "cli": "data experiment methods models report",
 }
 """Every wing of the package and the wings that it may import, beside ``errors`` and ``types``."""
 

@@ -22,6 +22,7 @@ from fedpeft.experiment.sections import (
     PartitionSection,
     TaskSection,
 )
+from fedpeft.experiment.wrapping import wrapped
 from fedpeft.methods import constructors
 from fedpeft.models import ModelSection
 from fedpeft.training.hardware import Machine
@@ -59,6 +60,7 @@ class Config:
     federation: FederationSection = field(default_factory=FederationSection)
     training: Training = field(default_factory=Training)
     method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
+    wrap: tuple[dict[str, Any], ...] = ()
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     engine: EngineSection = field(default_factory=EngineSection)
     compare: CompareSection = field(default_factory=CompareSection)
@@ -68,7 +70,10 @@ class Config:
         return adapter(Config).dump_json(self, indent=1).decode()
 
     def build_method(self) -> Method:
-        """Return the method that ``method`` describes, told the number of rounds where its schedule needs it."""
+        """Return the method that ``method`` describes, inside the wrappers of ``wrap``.
+
+        It is told the number of rounds where its schedule needs it.
+        """
         fields = dict(self.method)
         known = constructors()
         name = fields.pop("name", METHOD)
@@ -80,7 +85,8 @@ class Config:
         own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
         if "rounds" in own:
             fields.setdefault("rounds", self.federation.rounds)
-        return checked(constructor, fields, "method", also=("name",))
+        method: Method = checked(constructor, fields, "method", also=("name",))
+        return wrapped(method, self.wrap)
 
 
 def read(path: Path) -> Tree:

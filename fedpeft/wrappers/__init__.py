@@ -1,1 +1,16 @@
-"""What goes around a method without the method knowing."""
+"""What goes around a method without the method knowing: wrappers by name, and the seam they share."""
+
+from collections.abc import Mapping
+
+from fedpeft.wrappers.fedavgm import FedAvgM
+from fedpeft.wrappers.fedprox import FedProx
+from fedpeft.wrappers.staged import Staged
+from fedpeft.wrappers.wrapper import Wrapper
+
+WRAPPERS: Mapping[str, type[Wrapper]] = {
+    "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+}
+"""Every wrapper that ``[[wrap]]`` tables can name."""
+
+__all__ = ["WRAPPERS", "FedAvgM", "FedProx", "Staged", "Wrapper"]

@@ -1,0 +1,96 @@
+"""FedAvgM: momentum on the server (Hsu et al. 2019, section 4.3)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, final
+
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
+
+
+@final
+@dataclass(frozen=True)
+class FedAvgM:
+    """Let the server step along v <- momentum * v + (mean - w) instead of to the mean.
+
+    ``momentum``: 0 with ``rate`` 1 is the method inside. ``rate``: the server's learning rate.
+    """
+
+    paper: ClassVar[str] = "FedAvgM: Hsu et al. 2019, arXiv 1909.06335"
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    rate: Annotated[float, Gt(0)] = 1.0
+
+    def around(self, method: Method, owner: str) -> Method:
+        """Return ``method`` with momentum on its server."""
+        return WithMomentum(method, owner, self.momentum, self.rate)
+
+
+@final
+@dataclass(frozen=True)
+class WithMomentum:
+    """A method whose merged step is smoothed; the velocity of every floating tensor is the ``owner``'s slice."""
+
+    paper: ClassVar[str] = FedAvgM.paper
+    inner: Method
+    owner: str
+    momentum: float
+    rate: float
+
+    def init(self, base: Base, seed: int) -> State:
+        """Begin as the method inside does, at rest."""
+        return self.inner.init(base, seed)
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send what the method inside sends."""
+        return self.inner.send(state.without(self.owner), client)
+
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> AbstractContextManager[LocalTask]:
+        """Mount as the method inside does."""
+        return self.inner.mount(model, down, memory, context)
+
+    def expects(self, state: State, down: Payload) -> Payload:
+        """Expect what the method inside expects."""
+        return self.inner.expects(state.without(self.owner), down)
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Merge as the method inside does, then step along the velocity.
+
+        A tensor that the method has newly made or given another shape, as at a bridge between stages, is taken as it is
+        and begins at rest. A silent round changes nothing, the velocity included.
+        """
+        velocities = state.slice_of(self.owner)
+        counted = Counted(updates)
+        merged = self.inner.receive(state.without(self.owner), counted)
+        if counted.count == 0:
+            return merged.with_slice(self.owner, velocities)
+        shared = dict(merged.shared)
+        kept: dict[str, Tensor] = {}
+        for name, mean in merged.shared.items():
+            before = state.shared.get(name)
+            if before is None or before.shape != mean.shape or not mean.is_floating_point():
+                continue
+            step = mean - before
+            if name in velocities:
+                step = step + self.momentum * velocities[name]
+            kept[name] = step
+            shared[name] = before + self.rate * step
+        return replace(merged, shared=shared).with_slice(self.owner, kept)
+
+
+@final
+class Counted:
+    """A stream of updates that remembers how many have been read."""
+
+    def __init__(self, updates: Iterable[Update]) -> None:
+        self._updates = updates
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Update]:
+        for update in self._updates:
+            self.count += 1
+            yield update

@@ -1,0 +1,166 @@
+"""Wrappers go around every method: at rest they change nothing, at work they do what is written, and none sees another's."""
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fedpeft.errors import BadInput
+from fedpeft.experiment.config import from_tree
+from fedpeft.federation import checkpoint
+from fedpeft.methods import METHODS
+from fedpeft.types import Client, Method, State
+from fedpeft.wrappers import FedAvgM, FedProx
+from fedpeft.wrappers.fedprox import pull
+from tests.contract.reference import ROUNDS, reference, unmeasured
+from tests.tiny import assert_same_state, close, federation, small
+
+EXCHANGING = [name for name in METHODS if name != "local_only"]
+IN_ONE_STAGE = [name for name in EXCHANGING if name != "slora"]
+
+
+def twice(method: Method, momentum: float) -> Method:
+    """Return ``method`` inside two wrappers of one kind, whose velocities must not meet."""
+    inside = FedAvgM(momentum=momentum).around(method, "1.fedavgm")
+    return FedAvgM(momentum=momentum).around(inside, "0.fedavgm")
+
+
+def bare(state: State) -> State:
+    """Return the state as the method inside ``twice`` knows it."""
+    return state.without("0.fedavgm").without("1.fedavgm")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_term_of_weight_nothing_changes_no_bit(name: str) -> None:
+    around = federation(FedProx(mu=0.0).around(small(name), "0.fedprox"))
+    assert_same_state(around.play(ROUNDS), reference(name).states[ROUNDS])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_wrappers_at_rest_leave_every_method_as_it_is(name: str) -> None:
+    """Masks, anchors, seeds and stages are there as ever, and nothing of the wrappers' travels."""
+    around = federation(twice(small(name), momentum=0.0))
+    due = reference(name).states[ROUNDS]
+    last = around.play(ROUNDS)
+    close(bare(last).shared, due.shared, 1e-5)
+    assert bare(last).server.keys() == due.server.keys()
+    assert (last.round, last.memories) == (due.round, due.memories)
+    plain = reference(name).playing.rows
+    assert [(row.down, row.up) for row in around.rows] == [(row.down, row.up) for row in plain]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wrapped_run_that_is_resumed_ends_as_one_that_went_on(name: str, tmp_path: Path) -> None:
+    method = FedProx(mu=0.1).around(twice(small(name), momentum=0.5), "2.fedprox")
+    playing = federation(method)
+    half = playing.play(2)
+    checkpoint.save(tmp_path, half, deepcopy(playing.memories), 0, "c")
+    last = playing.play(2, half)
+    found = checkpoint.load(tmp_path, ["c"], pytest.fail)
+    assert found is not None
+    resumed = federation(method, memories=found.memories)
+    assert_same_state(resumed.play(2, found.state), last)
+    assert unmeasured(resumed.rows) == unmeasured(playing.rows[6:])
+
+
+@pytest.mark.parametrize("name", EXCHANGING)
+def test_the_pull_keeps_clients_nearer_to_where_they_began(name: str) -> None:
+    def moved(method: Method) -> float:
+        playing = federation(method)
+        first = playing.start
+        last = playing.play(1)
+        distances = [
+            float((last.shared[part] - tensor).double().square().sum())
+            for part, tensor in first.shared.items()
+            if part in last.shared and last.shared[part].shape == tensor.shape
+        ]
+        return sum(distances)
+
+    free, held = moved(small(name)), moved(FedProx(mu=1.0).around(small(name), "0.fedprox"))
+    assert 0 < held < free
+
+
+def test_the_pull_is_the_gradient_of_the_proximal_term() -> None:
+    """mu / 2 * |w - w_0|^2, for the clients still at work and nobody else."""
+    draw = torch.Generator().manual_seed(0)
+    begin = torch.randn(3, 2, 4, generator=draw)
+    parameter = nn.Parameter(torch.randn(3, 2, 4, generator=draw))
+    term = 0.7 / 2 * (parameter[:2] - begin[:2]).square().sum()
+    [due] = torch.autograd.grad(term, [parameter])
+    own = torch.randn(3, 2, 4, generator=draw)
+    parameter.grad = own.clone()
+    unused = nn.Parameter(torch.ones(3, 1))
+    trainable = {"w": parameter, "unused": unused}
+    pull(trainable, {"w": begin, "unused": torch.zeros(3, 1)}, slice(0, 2), 0.7)
+    torch.testing.assert_close(parameter.grad, own + due)
+    assert unused.grad is None
+
+
+@pytest.mark.parametrize("name", IN_ONE_STAGE)
+def test_the_server_steps_along_its_velocity(name: str) -> None:
+    """v <- 0.5 v + (mean - w), w <- w + 0.25 v, worked out from the means that the method inside gives."""
+    method = FedAvgM(momentum=0.5, rate=0.25).around(small(name), "0.fedavgm")
+    playing = federation(method)
+    before = playing.play(1)
+    inside = federation(small(name), memories=deepcopy(playing.memories))
+    after = playing.play(1, before)
+    mean = inside.play(1, before.without("0.fedavgm"))
+    velocity = before.slice_of("0.fedavgm")
+    assert velocity
+    for part, tensor in velocity.items():
+        due = 0.5 * tensor + (mean.shared[part] - before.shared[part])
+        torch.testing.assert_close(after.slice_of("0.fedavgm")[part], due)
+        torch.testing.assert_close(after.shared[part], before.shared[part] + 0.25 * due)
+
+
+@pytest.mark.parametrize("name", IN_ONE_STAGE)
+def test_a_silent_round_changes_neither_the_state_nor_the_velocity(name: str) -> None:
+    method = twice(small(name), momentum=0.9)
+    before = federation(method).play(1)
+    after = method.receive(before, ())
+    assert_same_state(after, replace(before, round=2))
+
+
+def test_what_a_wrapper_keeps_is_not_sent() -> None:
+    """FeDeRA sends all that it keeps on the server to a client that is new."""
+    method = twice(small("federa"), momentum=0.9)
+    state = federation(method).play(1)
+    assert state.slice_of("0.fedavgm")
+    sent = method.send(state, Client(9))
+    assert sent.keys() == small("federa").send(bare(state), Client(9)).keys()
+
+
+def test_a_bridge_between_stages_begins_at_rest() -> None:
+    """SLoRA's factors are no continuation of its sparse values."""
+    playing = federation(FedAvgM(momentum=0.9).around(small("slora"), "0.fedavgm"))
+    sparse = playing.play(1)
+    assert any(part.endswith(":values") for part in sparse.slice_of("0.fedavgm"))
+    bridged = playing.play(1, sparse)
+    assert not any(":" in part for part in bridged.slice_of("0.fedavgm"))
+    assert not any(part.endswith(":values") for part in bridged.shared)
+
+
+def test_wrap_tables_are_read_outermost_first() -> None:
+    tables = [{"name": "fedavgm", "momentum": 0.5}, {"name": "fedprox", "mu": 0.2}]
+    method = from_tree({"method": {"name": "lora"}, "wrap": tables}).build_method()
+    inside = FedProx(mu=0.2).around(METHODS["lora"](), "1.fedprox")
+    assert method == FedAvgM(momentum=0.5).around(inside, "0.fedavgm")
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"name": "fedprx"}, r"wrap\[0\].name = 'fedprx' is not a wrapper; did you mean 'fedprox'"),
+        ({"mu": 1.0}, r"wrap\[0\].name = None is not a wrapper; choose from: fedprox, fedavgm"),
+        ({"name": "fedprox", "nu": 1.0}, r"unknown key 'wrap\[0\].nu'; did you mean 'mu'"),
+        ({"name": "fedprox", "mu": -1.0}, r"wrap\[0\].mu = -1.0: must be at least 0"),
+    ],
+)
+def test_a_table_that_is_no_wrapper_is_refused_in_one_line(
+    table: dict[str, object], words: str
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        from_tree({"wrap": [table]})
