@@ -11,7 +11,7 @@ import pytest
 from .builders import Ground, cli_call, examples
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(kind: str) -> list[str]:
@@ -84,15 +84,23 @@ def test_python_example(place: Path, ground: Ground) -> None:
     assert (place / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_tree_names_every_file_and_no_other() -> None:
-    [tree] = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
-    inside = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
-    there = {
-        path.name
-        for path in (ROOT / "fedpeft").iterdir()
-        if path.name not in {"__init__.py", "__pycache__", "py.typed"}
-    }
-    assert inside == there
+def test_the_tree_names_every_file_and_no_other() -> None:
+    """docs/architecture.md: where to find what."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [tree] = re.findall(r"```\nfedpeft/\n(.*?)```", text, re.DOTALL)
+    named: set[str] = set()
+    wing = ""
     for line in tree.splitlines():
-        if not line.startswith(" "):
-            assert (ROOT / line.split()[0]).is_dir(), line
+        words = re.findall(r"^  (\S+/)|(\w+\.(?:py|toml))(?= |$)", line)
+        for folder, file in words:
+            if folder:
+                wing = folder
+            else:
+                named.add(file if not line.startswith("    ") else wing + file)
+    package = ROOT / "fedpeft"
+    there = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*")
+        if path.suffix in {".py", ".toml"} and path.name != "__init__.py"
+    }
+    assert named == there
