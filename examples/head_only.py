@@ -7,9 +7,21 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
-from fedpeft.mounting import detached, mounted, specs, trainable
-from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.method_kit import (
+    Base,
+    Client,
+    Context,
+    LocalTask,
+    Payload,
+    State,
+    Update,
+    Weighting,
+    averaged,
+    detached,
+    mounted,
+    specs,
+    trainable,
+)
 
 
 @final

@@ -1,4 +1,4 @@
-"""The vocabulary that every other file speaks: payloads, clients, updates, states, and the two seams (method, engine)."""
+"""The vocabulary that every other file speaks: payloads, clients, states, methods, engines."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -8,11 +8,11 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 Payload = Mapping[str, Tensor]
-"""Named tensors: what crosses the wire either way, and what a client remembers. Scalars are 0-d int64 or float64.
+"""Named tensors: what crosses the wire either way, and what a client remembers.
 
-A plain name (``classifier.weight``) is a parameter of the model; ``<module>:<part>`` is a part of an adapter branch on
-that module, such as ``encoder.layer.0.attention.self.query:A``. Names that begin with ``@`` are those of
-the loop and the wire.
+A plain name (``classifier.weight``) is a parameter of the model; ``<module>:<factor>`` is a factor
+of an adapter branch on that module, such as ``encoder.layer.0.attention.self.query:A``. Names that
+begin with ``@`` are those of the loop and the wire. Scalars are 0-d int64 or float64.
 """
 
 NO_MEMORY = -1
@@ -23,8 +23,12 @@ NO_MEMORY = -1
 class Client:
     """A member of the federation as the server knows it.
 
-    ``capacity`` is the share of a full adapter it can train, ``examples`` its number of training examples (0: unknown),
-    ``memory`` the round in which it last stored a memory that the server agrees with (``NO_MEMORY``: none).
+    ``capacity`` is the share of a full adapter that it can train, ``examples`` its number of
+    training examples (0: unknown), ``memory`` the round in which it last stored a memory that the
+    server agrees with (``NO_MEMORY``: none).
+
+    >>> Client(3).memory == NO_MEMORY
+    True
     """
 
     id: int
@@ -35,7 +39,11 @@ class Client:
 
 @dataclass(frozen=True)
 class Update:
-    """One client's valid reply to a training request; ``payload`` has no client axis any more."""
+    """One client's valid reply to a training request; ``payload`` has no client axis any more.
+
+    >>> Update(Client(0), examples=12, payload={}).examples
+    12
+    """
 
     client: Client
     examples: int
@@ -44,7 +52,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Context:
-    """What ``mount`` may know beside the messages: who is in the cohort, which round it is, and the run's seed."""
+    """What ``mount`` may know beside the messages: whom it mounts, the round, and the run's seed.
+
+    >>> len(Context(clients=[4, 7], round=0, seed=0).clients)  # K
+    2
+    """
 
     clients: Sequence[int]
     round: int
@@ -59,7 +71,7 @@ class Delta(Protocol):
         ...
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return (B, A) with B @ A = the difference, (K, out, r) and (K, r, in); None where no factors exist."""
+        """Return (B, A) with B @ A = the difference, (K, out, r) and (K, r, in); None without."""
         ...
 
 
@@ -68,15 +80,23 @@ def _nothing(_: slice) -> None: ...
 
 @dataclass(frozen=True)
 class LocalTask:
-    """What a cohort of K clients trains in one round and what it says afterwards.
+    """What a stack of K clients trains in one round and what it says afterwards.
 
     ``trainable``: every tensor has the client axis first, (K, ...).
     ``reply``: gives (what goes up, what stays with the client), stacked over K.
     ``deltas``: what the mounted branches add, by module; read by merge and export.
-    ``after_backward``: called after every backward pass with the clients still training; gradients are in ``.grad``.
+    ``after_backward``: called after every backward pass with the clients that are still training;
+    gradients are in ``.grad``.
     ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
     ``personal``: names of what of ``trainable`` stays with the client; with any of it there is no
     global model, and scores are those of the clients' own.
+
+    >>> import torch
+    >>> bias = nn.Parameter(torch.zeros(2, 3))  # of two clients
+    >>> task = LocalTask({"bias": bias}, reply=lambda: ({"bias": bias.detach()}, {}))
+    >>> up, stays = task.reply()
+    >>> up["bias"].shape, stays
+    (torch.Size([2, 3]), {})
     """
 
     trainable: Mapping[str, nn.Parameter]
@@ -91,9 +111,14 @@ class LocalTask:
 class Base:
     """The pre-trained model as a method's server half sees it: tensors and names, no code.
 
-    ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer, (out, in), by
-    module name, whatever way round the model stores it. ``head``: names of the parameters of the
-    task's output module, and of what else the checkpoint lacks.
+    ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer,
+    (out, in), by module name, whatever way round the model stores it. ``head``: names of the
+    parameters of the task's output module, and of what else the checkpoint lacks.
+
+    >>> import torch
+    >>> base = Base({"w": torch.ones(2), "head.bias": torch.ones(3)}, {}, frozenset({"head.bias"}))
+    >>> list(base.heads())
+    ['head.bias']
     """
 
     parameters: Payload
@@ -107,10 +132,13 @@ class Base:
 
 @dataclass(frozen=True)
 class State:
-    """The server's side of a federation as a value: saved, resumed, compared and printed as it is.
+    """The server's side of a federation as a value: saved, resumed, compared, printed as it is.
 
     ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``: what the method keeps
     for itself. ``memories``: client -> version of the memory it is known to hold (see ``memory``).
+
+    >>> State(0, shared={}).server
+    {}
     """
 
     round: int
@@ -121,7 +149,9 @@ class State:
     def slice_of(self, owner: str) -> dict[str, Tensor]:
         """Return what ``owner`` keeps in ``server``, under its own names.
 
-        >>> state = State(0, {}, {"mask": torch.ones(1)}).with_slice("0.fedavgm", {"w": torch.ones(2)})
+        >>> import torch
+        >>> state = State(0, {}, {"mask": torch.ones(1)})
+        >>> state = state.with_slice("0.fedavgm", {"w": torch.ones(2)})
         >>> list(state.server), list(state.slice_of("0.fedavgm"))
         (['mask', '0.fedavgm/w'], ['w'])
         """

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fedpeft.experiment.build import build as build
+from fedpeft.experiment.build import build
 from fedpeft.experiment.config import from_tree
 from fedpeft.experiment.run import start
 from fedpeft.methods import METHODS

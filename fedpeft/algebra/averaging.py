@@ -14,7 +14,14 @@ Weighting = Literal["examples", "uniform"]
 
 
 class Mean:
-    """A streaming weighted mean, linear in what is added; sums are float64 and cast once, at the end."""
+    """A streaming weighted mean, linear in what is added; sums are float64, cast once, at the end.
+
+    >>> total = Mean()
+    >>> total.add({"w": torch.tensor([0.0, 4.0])}, weight=1.0)
+    >>> total.add({"w": torch.tensor([4.0, 0.0])}, weight=3.0)
+    >>> total.result()["w"]
+    tensor([3., 1.])
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -32,10 +39,10 @@ class Mean:
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean in the dtypes that were added; empty when nothing was."""
-        return {
-            name: (total / self._weight).to(self._dtypes[name])
-            for name, total in self._sums.items()
-        }
+        means: dict[str, Tensor] = {}
+        for name, total in self._sums.items():
+            means[name] = (total / self._weight).to(self._dtypes[name])
+        return means
 
 
 def weight_of(update: Update, weighting: Weighting) -> float:
@@ -48,7 +55,14 @@ def mean(
     weighting: Weighting,
     read: Callable[[Update], Payload] = lambda update: update.payload,
 ) -> dict[str, Tensor]:
-    """Return the mean over ``updates`` of what ``read`` takes from each; empty when there was none."""
+    """Return the mean over ``updates`` of what ``read`` takes from each; empty when there was none.
+
+    >>> from fedpeft.types import Client
+    >>> few = Update(Client(0), examples=1, payload={"w": torch.tensor(0.0)})
+    >>> many = Update(Client(1), examples=3, payload={"w": torch.tensor(4.0)})
+    >>> mean([few, many], "examples"), mean([few, many], "uniform"), mean([], "uniform")
+    ({'w': tensor(3.)}, {'w': tensor(2.)}, {})
+    """
     total = Mean()
     for update in updates:
         total.add(read(update), weight_of(update, weighting))
@@ -56,7 +70,12 @@ def mean(
 
 
 def averaged(state: State, updates: Iterable[Update], weighting: Weighting) -> State:
-    """Return the next state: each shared tensor that came back is its mean over the replies, and a silent round keeps all."""
-    return replace(
-        state, round=state.round + 1, shared={**state.shared, **mean(updates, weighting)}
-    )
+    """Return the next state: what came back is its mean over the replies, the rest is kept.
+
+    >>> state = State(0, {"w": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    >>> after = averaged(state, [], "examples")  # a silent round
+    >>> after.round, after.shared == state.shared
+    (1, True)
+    """
+    merged = mean(updates, weighting)
+    return replace(state, round=state.round + 1, shared={**state.shared, **merged})

@@ -1,4 +1,4 @@
-"""The algebra of low-rank factors: B (..., out, r) and A (..., r, in) stand for the matrix scale * B A."""
+"""The algebra of low-rank factors: B (..., out, r) and A (..., r, in) stand for scale * B A."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,13 @@ Split = Literal["sqrt", "left", "right"]
 @final
 @dataclass(frozen=True)
 class LowRank:
-    """A difference scale * B diag(e) A, stacked over K clients; ``e`` is None for plain LoRA."""
+    """A difference scale * B diag(e) A, stacked over K clients; ``e`` is None for plain LoRA.
+
+    >>> A, B = torch.ones(1, 1, 3), torch.ones(1, 2, 1)
+    >>> LowRank(A, B, scale=2.0).dense()
+    tensor([[[2., 2., 2.],
+             [2., 2., 2.]]])
+    """
 
     A: Tensor
     B: Tensor
@@ -38,32 +44,50 @@ class LowRank:
 
 
 def deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
-    """Return the differences that the factors in ``tensors`` (``<module>:A``, ``:B``, maybe ``:e``) stand for, by module."""
-    return {
-        module: LowRank(parts["A"], parts["B"], scale, parts.get("e"))
-        for module, parts in by_module(tensors).items()
-        if "A" in parts
-    }
+    """Return the differences that factors stand for, by module.
+
+    ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, stacked over K; other names are passed over.
+
+    >>> factors = {"query:A": torch.ones(1, 1, 3), "query:B": torch.ones(1, 2, 1), "bias": torch.ones(1, 2)}
+    >>> list(deltas(factors, scale=1.0))
+    ['query']
+    """
+    found: dict[str, Delta] = {}
+    for module, factors in by_module(tensors).items():
+        if "A" in factors:
+            found[module] = LowRank(factors["A"], factors["B"], scale, factors.get("e"))
+    return found
 
 
 def by_module(tensors: Payload) -> dict[str, dict[str, Tensor]]:
-    """Group the branch parts of a payload: ``{"m:A": x, "m:B": y, "bias": z}`` -> ``{"m": {"A": x, "B": y}}``."""
+    """Group the factors in a payload by the module that they branch off.
+
+    >>> by_module({"query:A": 1, "query:B": 2, "value:A": 3, "bias": 4})
+    {'query': {'A': 1, 'B': 2}, 'value': {'A': 3}}
+    """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module, colon, part = name.partition(":")
+        module, colon, factor = name.partition(":")
         if colon:
-            groups.setdefault(module, {})[part] = tensor
+            groups.setdefault(module, {})[factor] = tensor
     return groups
 
 
 def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
-    """Return (B, A), the best rank-``rank`` approximation B A of an (out, in) matrix (Eckart-Young), S divided by ``split``.
+    """Return (B, A), the best approximation B A of rank ``rank`` of a matrix (Eckart-Young).
 
-    Of a direction whose singular value is 0, ``sqrt`` would leave both factors at 0, where neither
-    has a gradient. There all of it goes to B, and A keeps its row of norm 1, so it can be trained.
+    The matrix is (out, in); ``split`` says where its singular values go. Of a direction whose
+    singular value is 0, ``sqrt`` would leave both factors at 0, where neither has a gradient. There
+    all of it goes to B, and A keeps its row of norm 1, so it can be trained.
 
-    Computed in float64 and cast back. Factors are defined up to sign and may differ between thread counts and machines
-    in their last digits, so they are computed once and sent.
+    Computed in float64 and cast back. Factors are defined up to sign and may differ between thread
+    counts and machines in their last digits, so they are computed once and sent.
+
+    >>> matrix = torch.diag(torch.tensor([4.0, 1.0]))
+    >>> B, A = principal(matrix, rank=1, split="sqrt")
+    >>> (B @ A).round()
+    tensor([[4., 0.],
+            [0., 0.]])
     """
     left, values, right = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
     values = values[:rank]
@@ -81,24 +105,41 @@ def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def orthogonality(tensors: Payload) -> Tensor:
-    """Return the sum over modules and clients of |A A^T - I|_F + |B^T B - I|_F, 0-d (AdaLoRA, equation 4)."""
+    """Return the sum over modules and clients of |A A^T - I|_F + |B^T B - I|_F, 0-d.
+
+    Source: AdaLoRA, equation 4.
+    """
     total = torch.zeros(())
-    for parts in by_module(tensors).values():
-        for gram in (parts["A"] @ parts["A"].mT, parts["B"].mT @ parts["B"]):
-            total = total + (gram - torch.eye(gram.shape[-1]).to(gram)).norm(dim=(-2, -1)).sum().to(
-                total
-            )
+    for factors in by_module(tensors).values():
+        A, B = factors["A"], factors["B"]
+        for gram in (A @ A.mT, B.mT @ B):
+            identity = torch.eye(gram.shape[-1]).to(gram)
+            distances = (gram - identity).norm(dim=(-2, -1))
+            total = total + distances.sum().to(total)
     return total
 
 
 def uniform(rank: int, width: int, seed: int, module: str) -> Tensor:
-    """Return LoRA's random A, (rank, width): Kaiming uniform with a = sqrt(5), as in Hu et al.'s and peft's code."""
+    """Return LoRA's random A, (rank, width), for one module.
+
+    Kaiming uniform with a = sqrt(5), as in Hu et al.'s and peft's code: from -1 / sqrt(width) up.
+
+    >>> A = uniform(rank=2, width=16, seed=0, module="query")
+    >>> A.shape, bool((A.abs() <= 0.25).all())
+    (torch.Size([2, 16]), True)
+    """
     bound = 1.0 / math.sqrt(width)
-    return torch.rand(rank, width, generator=generator(seed, "lora", module)) * (2 * bound) - bound
+    draw = torch.rand(rank, width, generator=generator(seed, "lora", module))
+    return draw * (2 * bound) - bound
 
 
 def check_ranks(layers: Mapping[str, Tensor], rank: int, field: str = "method.rank") -> None:
-    """Raise BadInput where ``rank`` is below 1 or above what an (out, in) layer of that size can hold."""
+    """Raise BadInput where ``rank`` is below 1 or above what an (out, in) layer can hold.
+
+    >>> check_ranks({"query": torch.zeros(4, 3)}, rank=8)
+    Traceback (most recent call last):
+    fedpeft.errors.BadInput: method.rank = 8: layer 'query' is 4 x 3; choose a rank from 1 to 3
+    """
     for module, matrix in layers.items():
         if not 1 <= rank <= min(matrix.shape):
             raise BadInput(

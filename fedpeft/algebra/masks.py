@@ -1,4 +1,4 @@
-"""Seeded masks: which entries of a matrix a sparse method trains, known to both sides from the seed alone."""
+"""Seeded masks: which entries of a matrix a sparse method trains; both sides know the seed."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,13 @@ from fedpeft.seeds import generator
 def positions(
     shape: torch.Size | tuple[int, ...], density: float, seed: int, module: str
 ) -> Tensor:
-    """Return the sorted flat positions, int64 (n,), of the ``density`` share of entries that are trained; at least one.
+    """Return the sorted flat positions, (n,) int64, of the entries that are trained; at least one.
 
-    One random, data-independent draw without replacement per matrix (SLoRA, section 4: uniform density over layers).
+    ``density``: their share. One random, data-independent draw without replacement per matrix
+    (SLoRA, section 4: uniform density over layers).
+
+    >>> len(positions((4, 5), density=0.1, seed=0, module="query"))
+    2
     """
     size = shape[0] * shape[1]
     count = max(1, round(density * size))
@@ -20,5 +24,13 @@ def positions(
 
 
 def scatter(values: Tensor, where: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Return the (out, in) matrix that is ``values`` (n,) at flat positions ``where`` and 0 elsewhere; differentiable."""
-    return values.new_zeros(shape[0] * shape[1]).scatter(0, where, values).view(shape[0], shape[1])
+    """Return the (out, in) matrix with ``values``, (n,), at flat positions ``where`` and 0 elsewhere.
+
+    It is differentiable by ``values``.
+
+    >>> scatter(torch.tensor([7.0]), torch.tensor([4]), (2, 3))
+    tensor([[0., 0., 0.],
+            [0., 7., 0.]])
+    """
+    flat = values.new_zeros(shape[0] * shape[1])
+    return flat.scatter(0, where, values).view(shape[0], shape[1])

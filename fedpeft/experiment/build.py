@@ -195,9 +195,13 @@ def _model(
     def asked(one: Config, on: Hardware) -> tuple[object, ...]:
         return one.model, one.task, one.seed, on.device, on.attention
 
-    if reuse is not None and reuse.dataset is dataset:
-        if asked(reuse.config, reuse.hardware) == asked(config, hardware):
-            return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
+    same_data = reuse is not None and reuse.dataset is dataset
+    if (
+        reuse is not None
+        and same_data
+        and asked(reuse.config, reuse.hardware) == asked(config, hardware)
+    ):
+        return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
     loaded = load(config.model, task, hardware, config.seed)
     ready = task.with_tokenizer(loaded.tokenizer)
     return _Model(loaded, ready, ready.encode(dataset.train), ready.encode(dataset.test))

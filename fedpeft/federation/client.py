@@ -96,10 +96,10 @@ class Worker:
             self._stack([held[k] for k in order]),
         )
         own, kept = parted(memory)
-        with (
+        with (  # noqa: SIM117  # what is mounted is measured, too
             measured(self.hardware.torch_device) as meter,
             own_randomness(self.seed, context.clients[0], number),
-        ):  # noqa: SIM117
+        ):
             with self.method.mount(self.model, down, own, context) as local:
                 ready = self._with_states(context.clients, [shares[k] for k in order])
                 losses, kept = self._fit(local, ready, kept)

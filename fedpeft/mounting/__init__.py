@@ -14,7 +14,7 @@ __all__ = [
     "changes",
     "dense_layer",
     "describe",
-    "specs",
+    "detached",
     "mounted",
     "mounted_deltas",
     "oriented",
@@ -22,8 +22,8 @@ __all__ = [
     "replaced",
     "row_owners",
     "select",
+    "specs",
     "touched",
     "trace",
     "trainable",
-    "detached",
 ]

@@ -59,18 +59,24 @@ class Total:
 
 
 def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
-    """Return what ``mounted(model, tensors, scale)`` adds to the matrix of each dense layer, by module name.
+    """Return what ``mounted(model, tensors, scale)`` adds to the matrix of each dense layer.
 
-    What has no client axis, and so is the same for all clients, is a stack of one.
+    By module name. What has no client axis, and so is the same for all clients, is a stack of one.
+
+    >>> [delta] = mounted_deltas({"query:dense": torch.ones(1, 2, 3)}, scale=0.5).values()
+    >>> delta.dense()
+    tensor([[[0.5000, 0.5000, 0.5000],
+             [0.5000, 0.5000, 0.5000]]])
     """
     found: dict[str, Delta] = {}
-    for module, parts in by_module(tensors).items():
+    for module, factors in by_module(tensors).items():
         added: list[Delta] = []
-        if "A" in parts:
-            A, B, e = _stacked(parts["A"], 2), _stacked(parts["B"], 2), parts.get("e")
-            added.append(LowRank(A, B, scale, None if e is None else _stacked(e, 1)))
-        if "dense" in parts:
-            added.append(Dense(_stacked(parts["dense"], 2), scale))
+        if "A" in factors:
+            A, B = _stacked(factors["A"], 2), _stacked(factors["B"], 2)
+            e = _stacked(factors["e"], 1) if "e" in factors else None
+            added.append(LowRank(A, B, scale, e))
+        if "dense" in factors:
+            added.append(Dense(_stacked(factors["dense"], 2), scale))
         found[module] = added[0] if len(added) == 1 else Total(added)
     return found
 

@@ -37,7 +37,7 @@ FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj")
 
 
 def matrix(module: nn.Module) -> Tensor | None:
-    """Return a dense layer's weight as (out, in), a view of its storage; None for every other kind of module."""
+    """Return a dense layer's weight as (out, in), a view of its storage; None of other modules."""
     match module:
         case nn.Linear():
             return module.weight
@@ -48,7 +48,11 @@ def matrix(module: nn.Module) -> Tensor | None:
 
 
 def dense_layer(model: nn.Module, name: str) -> Tensor:
-    """Return the (out, in) matrix of dense layer ``name``; a name that is none raises WireError."""
+    """Return the (out, in) matrix of dense layer ``name``; a name that is none raises WireError.
+
+    >>> dense_layer(nn.Sequential(nn.Linear(3, 2)), "0").shape
+    torch.Size([2, 3])
+    """
     module = dict(model.named_modules()).get(name)
     weight = None if module is None else matrix(module)
     if weight is None:
@@ -57,18 +61,25 @@ def dense_layer(model: nn.Module, name: str) -> Tensor:
 
 
 def oriented(model: nn.Module, name: str, difference: Tensor) -> Tensor:
-    """Return an (out, in) matrix the way round in which layer ``name`` stores its weight."""
+    """Return an (out, in) matrix the way round in which layer ``name`` stores its weight.
+
+    >>> import torch
+    >>> gpt2_like = nn.Sequential(Conv1D(2, 3))  # 3 in, 2 out
+    >>> oriented(gpt2_like, "0", torch.zeros(2, 3)).shape
+    torch.Size([3, 2])
+    """
     return difference.t() if isinstance(model.get_submodule(name), Conv1D) else difference
 
 
 def describe(model: nn.Module, head: Iterable[str]) -> Base:
-    """Return the server's view of ``model``; ``head`` names the parameters that its checkpoint lacks."""
-    matrices = {name: matrix(module) for name, module in model.named_modules()}
-    return Base(
-        parameters={name: parameter.detach() for name, parameter in model.named_parameters()},
-        layers={name: weight.detach() for name, weight in matrices.items() if weight is not None},
-        head=frozenset(head),
-    )
+    """Return the server's view of ``model``; ``head`` names what every method trains in full."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    layers: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        weight = matrix(module)
+        if weight is not None:
+            layers[name] = weight.detach()
+    return Base(parameters, layers, frozenset(head))
 
 
 def select(base: Base, targets: Targets) -> dict[str, Tensor]:
@@ -76,6 +87,10 @@ def select(base: Base, targets: Targets) -> dict[str, Tensor]:
 
     Layers of the head are trained in full and so never chosen. A pattern that is malformed or
     matches nothing, or an ending that no layer has, raises BadInput.
+
+    >>> base = describe(nn.ModuleDict({"query": nn.Linear(3, 2), "value": nn.Linear(3, 2)}), head=[])
+    >>> list(select(base, "query|value")), list(select(base, ("value",)))
+    (['query', 'value'], ['value'])
     """
     names = [name for name in base.layers if f"{name}.weight" not in base.head]
     if not names:

@@ -1,4 +1,4 @@
-"""Mount tensors on a model for the length of a ``with``; names and shapes decide what goes where, and no trace is left."""
+"""Mount tensors on a model for the length of a ``with``; names and shapes decide what goes where."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,17 +17,32 @@ from fedpeft.types import Payload
 
 
 def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
-    """Return fresh parameters with the values of ``tensors``."""
+    """Return fresh parameters with the values of ``tensors``: what a client may train.
+
+    >>> sent = {"query:A": torch.ones(1, 2, 3)}
+    >>> own = trainable(sent)["query:A"]
+    >>> own.requires_grad, own.data_ptr() == sent["query:A"].data_ptr()
+    (True, False)
+    """
     return {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
 
 
 def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the values of ``parameters``, detached."""
+    """Return the values of ``parameters`` without their history: what a client may send.
+
+    >>> detached({"w": nn.Parameter(torch.ones(2))})
+    {'w': tensor([1., 1.])}
+    """
     return {name: tensor.detach() for name, tensor in parameters.items()}
 
 
 def specs(payload: Payload) -> dict[str, Tensor]:
-    """Return meta tensors of the names, shapes and dtypes of ``payload``."""
+    """Return the names, shapes and dtypes of ``payload``, as tensors without values.
+
+    >>> spec = specs({"w": torch.ones(2, 3)})["w"]
+    >>> spec.shape, spec.dtype, spec.is_meta
+    (torch.Size([2, 3]), torch.float32, True)
+    """
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in payload.items()}
 
 
@@ -39,14 +54,22 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the client
     axis is the same for all clients, and one product serves the whole batch. A name that the model
     lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises WireError.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    >>> x = torch.ones(1, 3)
+    >>> adapter = {"0:A": torch.ones(1, 1, 3), "0:B": torch.ones(1, 2, 1)}
+    >>> with mounted(model, adapter, scale=2.0):
+    ...     adapted = model(x)
+    >>> (adapted - model(x)).round().tolist()
+    [[6.0, 6.0]]
     """
     plain = {name: tensor for name, tensor in tensors.items() if ":" not in name}
     clients = {len(tensor) for tensor in plain.values()}
     with ExitStack() as undo:
-        for name, parts in by_module(tensors).items():
-            clients |= check_branch(name, parts, dense_layer(model, name).shape)
+        for name, factors in by_module(tensors).items():
+            clients |= check_branch(name, factors, dense_layer(model, name).shape)
             module = model.get_submodule(name)
-            for branch in branches(parts, scale):
+            for branch in branches(factors, scale):
                 handle = module.register_forward_hook(branch)
                 undo.callback(handle.remove)
                 undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
@@ -54,10 +77,10 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
             raise WireError(
                 f"the message's tensors are for different numbers of clients: {sorted(clients)}"
             )
-        if all(len(tensor) == 1 for tensor in plain.values()):
-            undo.enter_context(
-                replaced(model, {name: partial(_first, tensor) for name, tensor in plain.items()})
-            )
+        if clients <= {1} or not plain:
+            # One ordinary kernel for one client: its parameters stand in for the model's own.
+            alone = {name: partial(_first, tensor) for name, tensor in plain.items()}
+            undo.enter_context(replaced(model, alone))
         else:
             undo.enter_context(_side_by_side(model, plain))
         yield
@@ -65,9 +88,16 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
 
 @contextmanager
 def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Let ``makers[name](parameter)`` stand in for the parameter of that name, made anew before every forward pass.
+    """Let ``makers[name](parameter)`` stand in for the parameter of that name.
 
-    Tied parameters are replaced wherever they are used. On leaving, the very same parameter objects are back.
+    It is made anew before every forward pass. Tied parameters are replaced wherever they are used.
+    On leaving, the very same parameter objects are back.
+
+    >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    >>> with replaced(model, {"0.weight": lambda weight: 0 * weight}):
+    ...     nothing = model(torch.ones(1, 2))
+    >>> nothing.item(), model(torch.ones(1, 2)).item() != 0
+    (0.0, True)
     """
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     homes: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -98,11 +128,10 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
 
 @contextmanager
 def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
-    """Give modules whose parameters are in ``plain``, (K, ...), a forward that keeps the K clients apart."""
+    """Give modules whose parameters are in ``plain``, (K, ...), a forward of the K clients' own."""
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
     own: dict[str, dict[str, Tensor]] = {}
-    for name, places in _places(
-        dict(model.named_parameters(remove_duplicate=False)), plain
-    ).items():
+    for name, places in _places(everywhere, plain).items():
         for place in places:
             home, _, attribute = place.rpartition(".")
             own.setdefault(home, {})[attribute] = plain[name]
@@ -111,7 +140,8 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
         if not stackable(module):
             kind = type(module).__name__
             raise NotStackable(
-                f"the parameters of {name!r} ({kind}) cannot carry several clients at once; use a stack of 1"
+                f"the parameters of {name!r} ({kind}) cannot carry several clients at once; "
+                "use a stack of 1"
             )
     with ExitStack() as undo:
         for name, module in changed.items():
@@ -124,7 +154,7 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
 def overridden(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Let ``forward`` stand in for that of ``module`` for the length of a ``with``.
 
-    On leaving, the module has again what it had: its class's, or one that others gave this very module.
+    On leaving, the module has again what it had: its class's, or one that others gave this module.
     """
     before = vars(module).get("forward")
     module.forward = forward
@@ -150,7 +180,7 @@ def _home(model: nn.Module, place: str) -> tuple[nn.Module, str]:
 
 
 def _places(everywhere: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each of ``names`` every name under which the model uses the parameter: its own, and those it is tied to."""
+    """Return for each of ``names`` all names of the parameter: its own, and those it is tied to."""
     twins: dict[Tensor, list[str]] = {}
     for name, parameter in everywhere.items():
         twins.setdefault(parameter, []).append(name)

@@ -78,11 +78,9 @@ def merged(model: nn.Module, tensors: dict[str, Tensor], client: int) -> nn.Modu
         B, A = (tensors[f"{name}:{part}"][client] for part in "BA")
         e = tensors.get(f"{name}:e", torch.ones(K, len(A)))[client]
         difference = SCALE * B @ e.diag() @ A
-        module = other.get_submodule(name)
+        module: Any = other.get_submodule(name)
         with torch.no_grad():
-            getattr(module, "weight").add_(
-                difference.t() if isinstance(module, Conv1D) else difference
-            )  # noqa: B009
+            module.weight.add_(difference.t() if isinstance(module, Conv1D) else difference)
     return other
 
 

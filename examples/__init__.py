@@ -1,0 +1,1 @@
+"""Short programs to read: a method in one file, a federation in one page."""
