@@ -24,7 +24,8 @@ def train(
     """Run the federation that ``settings`` describe, nested as in a TOML file, in ``folder``; return what it has learnt.
 
     ``on_progress`` is called after every round with a ``Progress``. Raises BadInput for settings that do not work, before
-    anything is written, for a folder that exists, unless ``overwrite``, and for one that another process writes.
+    anything is written, for a folder that exists, unless ``overwrite``, and for one that another
+    process writes.
     """
     config, place = from_tree(settings), Path(folder)
     with beginning(place, overwrite=overwrite):

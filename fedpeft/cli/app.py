@@ -180,15 +180,13 @@ def sweep(
     _report(folders, root / "report", None, 1e6)
 
 
-def _play(
-    planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int
-) -> list[Path]:
+def _play(runs: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int) -> list[Path]:
     """Play many planned runs, with a bar for each, and return their folders."""
     from fedpeft.experiment.batch import play
 
     with stoppable(resume_all), progress_bars(out) as watch:
         return play(
-            planned,
+            runs,
             root,
             overwrite=overwrite,
             resume=go_on,

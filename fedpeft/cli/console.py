@@ -1,4 +1,4 @@
-"""What is printed where the console, or the file that stands for it, cannot show every character. Files stay UTF-8."""
+"""What is printed where the console, or what stands for it, lacks a character. Files stay UTF-8."""
 
 import codecs
 import io
@@ -43,7 +43,7 @@ HANDLER: Final = "fedpeft.nearest"
 
 
 def in_ascii(text: str) -> str:
-    """Return ``text`` with the nearest that ASCII has, or a question mark, for each character that it lacks.
+    """Return ``text`` with the nearest that ASCII has, or ``?``, for each character that it lacks.
 
     >>> in_ascii("3 \u00b1 1 \u2192 caf\u00e9 \u6f22")
     '3 +- 1 -> cafe ?'
@@ -56,15 +56,10 @@ def _nearest(character: str) -> str:
         return character
     if character in NEAREST:
         return NEAREST[character]
-    if (
-        "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
-        <= character
-        <= "\N{BOX DRAWINGS HEAVY LEFT AND LIGHT RIGHT}"
-    ):
+    if "\u2500" <= character <= "\u257f":  # lines and corners of tables
         return _line(unicodedata.name(character))
-    parts = unicodedata.normalize(
-        "NFKD", character
-    )  # a letter and its marks, or what a ligature stands for
+    # A letter and its marks, or what a ligature or a fraction stands for.
+    parts = unicodedata.normalize("NFKD", character)
     if parts == character:
         return "?"
     return "".join(_nearest(part) for part in parts if not unicodedata.combining(part))
@@ -86,21 +81,20 @@ def say(line: str, console: Console) -> None:
 
 
 def show_nearest(*streams: TextIO) -> None:
-    """Let ``streams`` print the nearest of what their encoding lacks, where they would raise UnicodeEncodeError."""
+    """Let ``streams`` print the nearest of what their encoding lacks, and never fail for it."""
     codecs.register_error(HANDLER, _replace)
     for stream in streams:
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # what a notebook or a test puts in its place takes any text
+        # What a notebook or a test puts in the place of a stream takes any text.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return what to print instead of the characters that could not be encoded, and where to go on."""
+    """Return what to print for the characters that could not be encoded, and where to go on."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    try:  # bytes of a file name that Python could not decode are what they were
+    try:  # bytes of a file's name that Python could not decode: as they were
         return lacking.encode("ascii", "surrogateescape"), error.end
     except UnicodeEncodeError:
         return in_ascii(lacking), error.end

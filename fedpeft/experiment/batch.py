@@ -1,4 +1,4 @@
-"""Many runs in one command: all their folders are claimed and all settings tried before the first of them trains."""
+"""Many runs in one command: folders are claimed and settings tried before the first one trains."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -37,29 +37,29 @@ def play(
 ) -> list[Path]:
     """Play every run in its folder under ``root`` and return the folders.
 
-    ``resume`` resumes what is there; without it, and without ``overwrite``, a folder that exists raises BadInput before
-    anything starts, and so does any that another process writes. All are claimed until the end. ``say`` is told of a
-    damaged checkpoint that is passed over. ``jobs``: how many run at once, each on its share of the cores; 0 for as many
-    as the machine has cores.
+    ``resume`` resumes what is there; without it, and without ``overwrite``, a folder that exists
+    raises BadInput before anything starts, and so does any that another process writes. All are
+    claimed until the end. ``say`` is told of a damaged checkpoint that is passed over. ``jobs``:
+    how many run at once, each on its share of the cores; 0 for as many as the machine has cores.
     """
     with ExitStack() as claims:
-        for run in sorted(
-            runs, key=lambda run: run.folder(root)
-        ):  # in one order: of two commands one gets them all
+        # All commands claim in one order, so that of two that come at once one gets all it wants.
+        for run in sorted(runs, key=lambda run: run.folder(root)):
             claims.enter_context(_claim(run, run.folder(root), overwrite=overwrite, resume=resume))
         last, hardware = _at_the_door(runs, root, on_warning, resume=resume)
         left = [run for run in runs if _is_left(run, run.folder(root), hardware)]
-        planned = [
-            Job(run.config.to_json(), run.folder(root), hardware.get(run.folder(root)))
-            for run in left
-        ]
+        planned = [_job(run, run.folder(root), hardware) for run in left]
         _play_jobs(left, planned, last, jobs, on_progress, on_warning)
     return [run.folder(root) for run in runs]
 
 
 def _is_left(run: Planned, folder: Path, anew: Mapping[Path, Hardware]) -> bool:
-    """Return whether ``run`` is still to be played: from its beginning (``anew``), or on from where it ended."""
+    """Return whether ``run`` is to be played: ``anew``, or on from where it ended."""
     return folder in anew or not finished(folder, run.config)
+
+
+def _job(run: Planned, folder: Path, anew: Mapping[Path, Hardware]) -> Job:
+    return Job(run.config.to_json(), folder, anew.get(folder))
 
 
 def _play_jobs(
@@ -74,9 +74,7 @@ def _play_jobs(
     fixed = any(run.config.machine.threads for run in left)
     count = processes(planned, asked, last and last.hardware, fixed)
     if count > 1:
-        shares = [
-            replace(job, hardware=job.hardware and job.hardware.shared_by(count)) for job in planned
-        ]
+        shares = [_shared(job, count) for job in planned]
         watches = [on_progress(run) for run in left]
         parallel.play(shares, count, lambda number, progress: watches[number](progress), on_warning)
         return
@@ -90,30 +88,44 @@ def _play_jobs(
             run_from_start(last, job.folder, on_progress(run))
 
 
+def _shared(job: Job, count: int) -> Job:
+    """Return ``job`` with its share of the threads; what is resumed keeps those that it had."""
+    if job.hardware is None:
+        return job
+    return replace(job, hardware=job.hardware.shared_by(count))
+
+
 def _claim(
-    run: Planned, folder: Path, *, overwrite: bool, resume: bool
+    run: Planned,
+    folder: Path,
+    *,
+    overwrite: bool,
+    resume: bool,
 ) -> AbstractContextManager[None]:
-    """Return the claim on the folder of ``run``; none where it is finished already and left as it is."""
+    """Return the claim on the folder of ``run``; none where it is finished and left as it is."""
     if not (resume and (folder / CONFIG).exists()):
         return beginning(folder, overwrite=overwrite or resume)
     found = json.loads(read_settings(folder)[0].to_json())
     now = json.loads(run.config.to_json())
     if found != now:
         apart = next(differences(found, now))
-        raise BadInput(
-            f"{folder}: was made with other settings ({apart}); remove it, or choose another name"
-        )
+        remedy = "remove it, or choose another name"
+        raise BadInput(f"{folder}: was made with other settings ({apart}); {remedy}")
     return nullcontext() if finished(folder, run.config) else claimed(folder)
 
 
 def _at_the_door(
-    runs: Sequence[Planned], root: Path, on_warning: OnWarning, *, resume: bool
+    runs: Sequence[Planned],
+    root: Path,
+    on_warning: OnWarning,
+    *,
+    resume: bool,
 ) -> tuple[Federation | None, dict[Path, Hardware]]:
-    """Raise BadInput for what would stop any of ``runs``, whose folders are claimed, after others have trained.
+    """Raise BadInput for what would stop any of ``runs`` after others have trained.
 
-    ``say`` is told, once each, what the user should know of data and models.
-
-    Returns the last that was assembled, and the choices for this machine by folder of all that begin anew.
+    ``say`` is told, once each, what the user should know of data and models. The folders are
+    claimed. Returns the last that was assembled, and by folder the choices for this machine of all
+    that begin anew.
     """
     assembly: Federation | None = None
     hardware: dict[Path, Hardware] = {}

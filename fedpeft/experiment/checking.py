@@ -1,4 +1,4 @@
-"""A tree of settings -> a checked dataclass, or one line that names the key, the value and the nearest valid choice."""
+"""A tree of settings -> a checked dataclass, or a line that names the key and what may be there."""
 
 import dataclasses
 import math
@@ -25,10 +25,11 @@ def adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def checked(kind: type[T], tree: Tree, prefix: str, also: Sequence[str] = ()) -> T:
-    """Return ``kind`` made from ``tree``; ``also`` names fields that are read elsewhere, for hints."""
+    """Return ``kind`` made from ``tree``; ``also``: fields that are read elsewhere, for hints."""
     _check_keys(kind, tree, prefix, also)
     try:
-        found: T = adapter(kind).validate_python(dict(tree))  # type: ignore[arg-type]  # a type is hashable
+        reader = adapter(kind)  # type: ignore[arg-type]  # a type is hashable
+        found: T = reader.validate_python(dict(tree))
     except ValidationError as error:
         raise BadInput(_explained(error.errors(), tree, prefix)) from error
     return found
@@ -74,7 +75,7 @@ def _number(bound: float) -> str:
 
 
 def _place(loc: Sequence[str | int], tree: Any, prefix: str) -> tuple[str, object]:
-    """Return the key in ``tree`` that pydantic's ``loc`` leads to, such as ``compare.seeds[1]``, and its value.
+    """Return the key that pydantic's ``loc`` leads to, such as ``compare.seeds[1]``, and its value.
 
     Past the value a ``loc`` goes on with the types that were tried on it.
     """

@@ -1,6 +1,8 @@
-"""One writer at a time: a run's folder is claimed by a lock of the operating system, which ends with its process.
+"""One writer at a time: a run's folder is claimed by a system lock that ends with its process.
 
-``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file behind, but no lock on it.
+``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file, but no lock on it.
+Not by way of the library ``filelock``, as its versions differ in what matters here: whether those
+who come second empty the file, whether it is removed, what a file system without locks leads to.
 """
 
 import errno
@@ -28,28 +30,29 @@ LOCKS: Final = frozenset({COMMAND, PROCESS})
 _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 _NO_LOCKS_HERE: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 _TRIES: Final = 100
-"""How often a lock's file or folder may vanish under us, as its last owner clears up, before we give up."""
+"""How often a lock's file or folder may be removed under us by its last owner until we give up."""
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only writer of ``folder`` for the length of a ``with``; it is made where it is not there.
+    """Be the only writer of ``folder`` for the length of a ``with``; it is made if it is not there.
 
-    A folder in which there is nothing, and what had to be made for it, is removed in the end.
+    In the end a folder in which there is nothing is removed, and so is what was made for it.
     Raises BadInput at once where another process, or another part of this one, has the folder, and
-    where it cannot be made or written. Readers need no claim. On a file system that knows no locks (some clusters') nothing is guarded.
+    where it cannot be made or written. Readers need no claim. On a file system that knows no locks
+    (as on some clusters) nothing is guarded.
     """
     missing = [place for place in folder.parents if not place.exists()]
     empty = False
     try:
         with _locked(folder, COMMAND):
             empty = never_begun(folder)
-            if (
-                folder / PROCESS
-            ).exists():  # left by a killed command: is its process still at work?
-                with _locked(folder, PROCESS):
-                    pass
-            yield
+            _take_from_processes(folder)
+            try:
+                yield
+            finally:
+                with suppress(BadInput):
+                    _take_from_processes(folder)
     finally:
         for place in [folder, *missing] if empty else missing:
             with suppress(OSError):  # it is in use: as a run, or by another who has claimed it
@@ -58,13 +61,20 @@ def claimed(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def on_behalf(folder: Path) -> Iterator[None]:
-    """Keep ``folder``, which the parent process has claimed, from being claimed anew should the parent be killed."""
+    """Hold ``folder``, which the parent process has claimed, should the parent be killed."""
     with _locked(folder, PROCESS):
         yield
 
 
+def _take_from_processes(folder: Path) -> None:
+    """Remove the lock that a killed process has left; BadInput where it is still at work."""
+    if (folder / PROCESS).exists():
+        with _locked(folder, PROCESS):
+            pass
+
+
 def never_begun(folder: Path) -> bool:
-    """Return whether all there is in ``folder`` is what a command left that was killed before it wrote anything."""
+    """Return whether ``folder`` holds no more than a command leaves that is killed at its start."""
     try:
         names = {path.name for path in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
@@ -83,7 +93,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _acquire(folder: Path, name: str) -> int:
-    """Return the descriptor of the locked file ``name`` in ``folder``; the lock lasts until it is closed."""
+    """Return the descriptor of the locked file ``name``; the lock lasts until it is closed."""
     path = folder / name
     reason = "its lock is removed again and again"
     for _ in range(_TRIES):
@@ -91,10 +101,8 @@ def _acquire(folder: Path, name: str) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError) as error:
-            reason = str(
-                error.strerror
-            )  # of a folder that its last owner has removed meanwhile: try again
-            continue
+            reason = str(error.strerror)
+            continue  # its last owner has perhaps removed the folder this very moment
         except (OSError, ValueError) as error:  # ValueError: a name that this system cannot write
             reason = str(error.strerror if isinstance(error, OSError) else error)
             break
@@ -102,27 +110,25 @@ def _acquire(folder: Path, name: str) -> int:
             return descriptor
     if folder.is_dir():
         raise BadInput(
-            f"{folder}: cannot be written ({reason}); make the folder writable, with room"
+            f"{folder}: cannot be written ({reason}); make it writable, with room",
         )
     raise BadInput(f"{folder}: cannot be made ({reason}); choose another place with --runs")
 
 
 def _is_taken(path: Path, descriptor: int) -> bool:
-    """Return whether the open file is locked by us now, or close it; BadInput where another holds it."""
+    """Return whether the open file is locked by us now, or close it; BadInput if others hold it."""
     try:
         if not _try_lock(descriptor):
-            raise BadInput(
-                f"{path.parent}: {_holder(descriptor)} is writing this run; wait until it has ended, or end it, and try again"
-            )
+            holder = _holder(descriptor)
+            remedy = "wait until it has ended, or end it, and try again"
+            raise BadInput(f"{path.parent}: {holder} is writing this run; {remedy}")
         if _is_at(path, descriptor):
             _sign(descriptor)
             return True
     except BaseException:
         os.close(descriptor)
         raise
-    os.close(
-        descriptor
-    )  # its last owner has just removed it: what we have locked is no longer there
+    os.close(descriptor)  # its last owner has just removed the file: what we locked has no name
     return False
 
 
@@ -152,7 +158,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write down who holds the lock, from the second byte on: Windows keeps others from reading the first."""
+    """Write down who holds the lock, from the second byte on: Windows hides a locked first one."""
     with suppress(OSError):  # a full disk: then the holder has no name
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -160,7 +166,7 @@ def _sign(descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Return who has signed the lock's file, such as ``process 4711``, and on which machine if not here."""
+    """Return who has signed the file, such as ``process 4711``, and where if it is not here."""
     try:
         os.lseek(descriptor, 1, os.SEEK_SET)
         number, host = os.read(descriptor, 300).decode().split()
@@ -171,13 +177,13 @@ def _holder(descriptor: int) -> str:
 
 def _release(path: Path, descriptor: int) -> None:
     """Remove the lock's file and end the lock."""
-    if (
-        sys.platform == "win32"
-    ):  # an open file cannot be removed, and neither can one that another has opened meanwhile
+    if sys.platform == "win32":
+        # An open file cannot be removed, and so neither can one that another has opened meanwhile.
         os.close(descriptor)
         with suppress(OSError):
             path.unlink()
-    else:  # removed while still held: who has opened it meanwhile sees that it is gone once the lock is theirs
+    else:
+        # Removed while it is still locked: who has opened it meanwhile finds out when it is theirs.
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)

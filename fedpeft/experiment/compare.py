@@ -27,7 +27,7 @@ class Planned:
     config: Config
 
     def folder(self, root: Path) -> Path:
-        """Return where it goes under ``root``: a folder's name on any system, whatever a sweep's values hold."""
+        """Return where it goes under ``root``, by a name that any system takes for a folder."""
         name = re.sub(r'[\s\\/:*?"<>|]', "-", self.label)
         return root / f"{name}-s{self.config.seed}"
 
@@ -76,9 +76,7 @@ def _check_apart(planned: Sequence[Planned]) -> None:
     for run in planned:
         other = labels.setdefault(run.folder(Path()), run.label)
         if other != run.label:
-            raise BadInput(
-                f"{run.label!r} and {other!r} would share a folder's name; sweep them one by one"
-            )
+            raise BadInput(f"{run.label!r} and {other!r} would share a folder; sweep them apart")
 
 
 def _alone(tree: Tree) -> Config:
@@ -124,9 +122,8 @@ def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
     if chosen != method:
-        raise BadInput(
-            f"{where}.method.name = {chosen!r}: these are settings of {method!r}; take that out"
-        )
+        field = f"{where}.method.name = {chosen!r}"
+        raise BadInput(f"{field}: these are settings of {method!r}; take that out")
     return merged
 
 

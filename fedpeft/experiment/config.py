@@ -33,10 +33,10 @@ METHOD: Final = "lora"
 """The method where a configuration names none."""
 
 RENAMED: Final[Mapping[str, str | None]] = {}
-"""What fields were called in run folders of older versions: dotted name then -> now, None for one that is gone.
+"""What fields were called in older run folders: dotted name then -> now, None for one that is gone.
 
-Fields of ``hardware.json`` stand under ``hardware``. A new field needs no entry: an old run takes its default, which
-therefore has to be what the old version did.
+Fields of ``hardware.json`` stand under ``hardware``. A new field needs no entry: an old run takes
+its default, which therefore has to be what the old version did.
 """
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -52,19 +53,19 @@ def play(
     on_progress: Callable[[int, Progress], None],
     on_warning: OnWarning,
 ) -> None:
-    """Play ``jobs`` in ``count`` processes; ``on_progress`` is told of a job's number and progress. What fails is raised.
+    """Play ``jobs`` in ``count`` processes; ``on_progress`` is told of a job's number and progress.
 
-    The caller has claimed the folders. KeyboardInterrupt ends the processes at once; their runs can be resumed.
+    What fails is raised. The caller has claimed the folders. KeyboardInterrupt ends the processes
+    at once; their runs can be resumed.
     """
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
     stopped, stop = context.Pipe(duplex=False)
     with ProcessPoolExecutor(count, context, _begin, (told, stopped)) as pool:
-        with _no_interrupts():  # a process inherits that, from its first instruction on
-            under_way: set[Future[None]] = {
-                pool.submit(_play, number, job) for number, job in enumerate(jobs)
-            }
         try:
+            with _interrupts_held_back():
+                tasks = [pool.submit(_play, number, job) for number, job in enumerate(jobs)]
+            under_way: set[Future[None]] = set(tasks)
             while under_way:
                 done, under_way = wait(under_way, timeout=0.1)
                 _pass_on(told, on_progress, on_warning)
@@ -78,21 +79,34 @@ def play(
             stop.send(None)
             raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            _wait_for_the_rest(pool, stop)
         _pass_on(told, on_progress, on_warning)
 
 
+def _wait_for_the_rest(pool: ProcessPoolExecutor, stop: Connection) -> None:
+    """Wait until the jobs that are under way have ended, or Ctrl-C ends them; no other begins."""
+    try:
+        pool.shutdown(wait=True, cancel_futures=True)
+    except KeyboardInterrupt:
+        stop.send(None)
+        raise
+
+
 @contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C, where this thread can: a terminal sends it to child processes, too, and the parent is to decide."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held_back() -> Iterator[None]:
+    """Hold back Ctrl-C in this thread for a while, and for good in processes that it starts now.
+
+    A terminal sends Ctrl-C to them, too, and it is for the parent to decide. On Windows they hear
+    it while they start.
+    """
+    if sys.platform == "win32":
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pass_on(
@@ -114,9 +128,9 @@ class _Here:
 
 
 def _begin(told: Any, stopped: Connection) -> None:
-    """Remember where to tell of progress, and end with the parent, or when it says so by ``stopped``.
+    """Remember where to tell of progress; end with the parent, or when it says so by ``stopped``.
 
-    A run that is resumed must have one writer. A run can be left at any instant, so nothing is tidied up.
+    A run that is resumed must have one writer. It can be left at any instant: nothing is tidied up.
     """
     _Here.told = told
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it as well

@@ -132,10 +132,11 @@ def _opened(path: Path, length: int) -> Ledger:
 
 
 def settings_digests(folder: Path) -> tuple[str, str]:
-    """Return the digests by which checkpoints know the configuration in ``folder``; new ones carry the first.
+    """Return the digests by which checkpoints know their settings; new ones carry the first.
 
-    Both are of what ``config.json`` says as it was written, so that fields which a later version adds or renames do not
-    part a run from its checkpoints. The second is what version 0.1 wrote: the digest of that content in pydantic's form.
+    Both are of what ``config.json`` says as it was written, so that fields which a later version
+    adds or renames do not part a run from its checkpoints. The second is what version 0.1 wrote: it
+    is of the same content as pydantic prints it.
     """
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

@@ -47,7 +47,7 @@ def start(
 
 
 def run_from_start(assembly: Federation, folder: Path, on_progress: OnProgress) -> State:
-    """Do what ``start`` does in a folder that is claimed; what an older run has left there is removed."""
+    """Do what ``start`` does in a folder that is claimed; what an older run left is removed."""
     first = assembly.first_state()
     about = {
         HARDWARE: assembly.hardware.describe(),
@@ -61,9 +61,8 @@ def run_from_start(assembly: Federation, folder: Path, on_progress: OnProgress) 
             for name, content in about.items():
                 write(folder / name, json.dumps(content, indent=1).encode())
         except OSError as error:
-            raise BadInput(
-                f"{folder}: cannot be written ({error.strerror}); make room and start again"
-            ) from error
+            remedy = "make room and start again"
+            raise BadInput(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
         undo.pop_all()
     return _play(assembly, folder, Checkpoint(first, Memories(), 0), on_progress)
 
@@ -75,7 +74,7 @@ def resume(
     on_progress: OnProgress = lambda _: None,
     on_warning: OnWarning = lambda _: None,
 ) -> State:
-    """Go on with the run in ``folder`` from its last whole checkpoint, with the hardware choices it was started with.
+    """Go on with the run in ``folder`` from its last whole checkpoint, with its hardware choices.
 
     Raises BadInput where there is no run, and where another process is writing it.
     """
@@ -154,9 +153,8 @@ def check_learnt(folder: Path) -> None:
     """Raise BadInput where no reply of a run was of any use."""
     lost = [row.lost for row in stream(folder / FILE) if isinstance(row, ClientRow)]
     if lost and None not in lost:
-        raise BadInput(
-            f"{folder}: nothing was learnt, as none of {len(lost)} replies could be used; the last one: {lost[-1]}"
-        )
+        none = f"none of {len(lost)} replies could be used; the last one: {lost[-1]}"
+        raise BadInput(f"{folder}: nothing was learnt, as {none}")
 
 
 def finished(folder: Path, config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""What a run's folder holds: what of it is ours, whether a run may begin there, and how it is cleared for a new one."""
+"""What a run's folder holds: what of it is ours, may a run begin there, how is it cleared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,12 +35,10 @@ _REPORTED: Final = frozenset(
 def beginning(folder: Path, *, overwrite: bool) -> Iterator[None]:
     """Claim ``folder`` for a run that is about to begin, before anything slow is done for it.
 
-    Raises BadInput where ``refuse_existing`` does, and where another process writes the folder. Where
-    no run begins in the end, no folder is left behind.
+    Raises BadInput where ``refuse_existing`` does, and where another process writes the folder.
+    Where no run begins in the end, no folder is left behind.
     """
-    refuse_existing(
-        folder, overwrite
-    )  # first, so that not even a lock gets into a folder of the user's
+    refuse_existing(folder, overwrite)  # first: not even a lock gets into a folder of the user's
     with claimed(folder):
         refuse_existing(folder, overwrite)  # and again, as it may have become a run in between
         yield
@@ -68,9 +66,9 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run has put into ``folder``; what is not ours stays. OSError as the disk gives it."""
+    """Remove what a run has put into ``folder``, and nothing else. OSError as the disk gives it."""
     ours = [path for path in _contents(folder) if _is_ours(path, folder) and path.name not in LOCKS]
-    # The settings, which make it a run, go first; those of the machine, which tell that they are ours, last.
+    # First the settings, which make it a run; last hardware.json, which tells that they are ours.
     for path in sorted(ours, key=lambda path: (path.name != CONFIG, path.name == HARDWARE)):
         path.unlink()
     for name in (CHECKPOINTS, REPORT):
@@ -93,14 +91,14 @@ def _named(place: Path) -> str:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the run folders that ``folder`` is or holds; itself where there is none, for an error to name."""
+    """Return the run folders that ``folder`` is or holds; itself if there is none, for errors."""
     if (folder / FILE).exists():
         return [folder]
     return sorted(path.parent for path in folder.glob(f"*/{FILE}")) or [folder]
 
 
 def _contents(folder: Path) -> Iterator[Path]:
-    """Yield what is in a run's folder, and in those of its checkpoints and report; hidden files are left out."""
+    """Yield what is in a run's folder and in its checkpoints and report, but hidden files."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue

@@ -21,6 +21,7 @@ KEEP = 2
 _NOTHING = torch.zeros(0, 0)
 _DAMAGE = (WireError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged checkpoint may raise; the last one for JSON that is nested too deep."""
+_OURS = re.compile(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,6 @@ class Written:
     checkpoints: dict[int, Mapping[str, str]] = field(default_factory=dict)
     tidy: bool = False
 
-    @property
-    def latest(self) -> Mapping[str, str]:
-        """Return the files of the last checkpoint with their digests."""
-        return self.checkpoints[max(self.checkpoints)] if self.checkpoints else {}
-
 
 def save(
     folder: Path,
@@ -109,12 +105,18 @@ def save(
     written = Written() if written is None else written
     held = {c: v for c, v in state.memories.items() if memories.holds(c, v)}
     state = replace(state, memories=held)
-    name = _state_file(state.round)
-    files = {name: _put(folder / name, pack(state))}
+    known = written.checkpoints.get(max(written.checkpoints, default=0), {})
+    files: dict[str, str] = {}
+    new = {_state_file(state.round): pack(state)}
     for client, version in held.items():
         name = _memory_file(client, version)
-        known = written.latest.get(name)  # a client's memory of one round never changes
-        files[name] = _put(folder / name, memories.get(client, version)) if known is None else known
+        if name in known:  # a client's memory of one round never changes
+            files[name] = known[name]
+        else:
+            new[name] = memories.get(client, version)
+    for name, blob in new.items():
+        files[name] = digest(blob).hex()
+        write(folder / name, blob)
     content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
     written.checkpoints[state.round] = files
@@ -133,21 +135,13 @@ def _memory_file(client: int, version: int) -> str:
     return f"client-{client}-{version:06d}.memory"
 
 
-def _put(path: Path, content: bytes) -> str:
-    """Write a file and return the digest of its content."""
-    write(path, content)
-    return digest(content).hex()
-
-
 def is_ours(name: str) -> bool:
     """Return whether a file of this name in a folder of checkpoints is one of ours.
 
     >>> is_ours("000012.state"), is_ours("client-3-000011.memory.tmp"), is_ours("notes.json")
     (True, True, False)
     """
-    return (
-        re.fullmatch(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?", name) is not None
-    )
+    return _OURS.fullmatch(name) is not None
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -157,7 +151,11 @@ def manifests(folder: Path) -> list[Path]:
 
 
 def load(
-    folder: Path, configs: Collection[str], on_warning: Callable[[str], None], *, mend: bool = True
+    folder: Path,
+    configs: Collection[str],
+    on_warning: Callable[[str], None],
+    *,
+    mend: bool = True,
 ) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
@@ -193,7 +191,8 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
     content = json.loads(path.read_bytes())
     if content["config"] not in configs:
         raise BadInput(
-            f"{path} belongs to configuration {content['config']}, the run folder says {next(iter(configs))}; "
+            f"{path} belongs to configuration {content['config']}, "
+            f"the run folder says {next(iter(configs))}; "
             "restore the configuration it was made with, or start again with --overwrite"
         )
     blobs: dict[str, bytes] = {}
@@ -211,7 +210,7 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
 
 
 def _prune(folder: Path) -> None:
-    """Delete all but the last checkpoints and every file that none of them names; what is not ours stays."""
+    """Delete all but the last checkpoints and all files of ours that none of them names."""
     found = manifests(folder)
     kept = found[-KEEP:]
     for path in found[:-KEEP]:  # before the files that they name: no reader takes them for damaged

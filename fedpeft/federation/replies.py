@@ -1,4 +1,4 @@
-"""Replies in the order in which their clients were asked, whenever they come, within bounded memory."""
+"""Replies in the order in which clients were asked, whenever they come, in bounded memory."""
 
 import tempfile
 from collections import deque
@@ -21,9 +21,9 @@ def in_order(
 ) -> Iterator[Reply | Lost]:
     """Yield ``outcomes`` in the order of ``asked``; a client that never answers is lost.
 
-    Replies that come before their turn are held back in memory up to ``most`` bytes, beyond that in a
-    temporary file. What comes unasked, or from a client that has answered already, is passed over.
-    BadInput where the disk is full.
+    Replies that come before their turn are held back in memory up to ``most`` bytes, beyond that in
+    a temporary file. What comes unasked, or from a client that has answered already, is passed
+    over. BadInput where the disk is full.
     """
     waiting = deque(asked)
     unanswered = {client.id for client in asked}
@@ -51,9 +51,8 @@ class _Early:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._held: dict[
-            int, tuple[Reply | Lost, int, int]
-        ] = {}  # the rest, where its bytes begin, how many
+        # client -> its outcome without the bytes, where these begin, how many they are
+        self._held: dict[int, tuple[Reply | Lost, int, int]] = {}
 
     def __contains__(self, client: int) -> bool:
         return client in self._held

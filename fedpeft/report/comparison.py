@@ -16,9 +16,9 @@ class Numbers:
     """One line of the CSV files, in their order; None where there is no such number.
 
     Accuracies and F1 are shares of 1. ``seconds_to_target`` is the measured training of every round's slowest client,
-    ``network_...`` and ``modelled_...`` are seconds at the comparison's bandwidth or at SLoRA's; the
-    training that is modelled is that of clients alone. ``equal_rounds_...`` is the evaluation after
-    the terms' round, ``equal_bytes_...`` the last one within the terms' budget.
+    ``network_...`` and ``modelled_...`` are seconds at the comparison's bandwidth or at SLoRA's;
+    the training that is modelled is that of clients alone. ``equal_rounds_...`` is the evaluation
+    after the terms' round, ``equal_bytes_...`` the last one within the terms' budget.
     """
 
     accuracy: float | None

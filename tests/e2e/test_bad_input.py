@@ -28,14 +28,17 @@ SETTINGS: dict[str, Wrong] = {
     ),
     "section without keys": Wrong(("training=5",), ("training = 5",)),
     "name of the method mistyped": Wrong(
-        ("method={nam='lora'}",), ("unknown key 'method.nam'", "did you mean 'name'")
+        ("method={nam='lora'}",),
+        ("unknown key 'method.nam'", "did you mean 'name'"),
     ),
     "field of no method": Wrong(("method={rnk=4}",), ("'method.rnk'", "did you mean 'rank'")),
     "wrong value without a method's name": Wrong(
-        ("method={rank=0}",), ("method.rank = 0: must be at least 1",)
+        ("method={rank=0}",),
+        ("method.rank = 0: must be at least 1",),
     ),
     "number too small for a method": Wrong(
-        ("method.rank=0",), ("method.rank = 0: must be at least 1",)
+        ("method.rank=0",),
+        ("method.rank = 0: must be at least 1",),
     ),
     "one of two types": Wrong(
         ("engine.stack=many",),
@@ -49,14 +52,17 @@ SETTINGS: dict[str, Wrong] = {
     "a word for a list": Wrong(("compare.methods=lora",), ("compare.methods = 'lora'", "list")),
     "a number for a list": Wrong(("compare.seeds=0",), ("compare.seeds = 0", "list")),
     "a word in a list of numbers": Wrong(
-        ('compare.seeds=[0, "a"]',), ("compare.seeds[1] = 'a'", "integer")
+        ('compare.seeds=[0, "a"]',),
+        ("compare.seeds[1] = 'a'", "integer"),
     ),
     "true in a list of numbers": Wrong(("compare.seeds=[0, true]",), ("compare.seeds[1] = true",)),
     "a negative number in a list": Wrong(
-        ("compare.seeds=[-1]",), ("compare.seeds[0] = -1: must be at least 0",)
+        ("compare.seeds=[-1]",),
+        ("compare.seeds[0] = -1: must be at least 0",),
     ),
     "a number in a list of words": Wrong(
-        ("compare.methods=[1]",), ("compare.methods[0] = 1", "string")
+        ("compare.methods=[1]",),
+        ("compare.methods[0] = 1", "string"),
     ),
     "a word for a section of sections": Wrong(
         ("compare.settings.lora=3",),
@@ -264,19 +270,24 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("compare.settings.lora", "'trainning'", "did you mean 'training'"),
     ),
     "number for a section in the settings": (
-        ("--set", "compare.settings.lora.training=0.1"), ("compare.settings.lora", "training = 0.1", "section"),
+        ("--set", "compare.settings.lora.training=0.1"),
+        ("compare.settings.lora", "training = 0.1", "section"),
     ),
     "wrong value in the settings": (
-        ("--set", "compare.settings.bitfit.training.lr=-1"), ("compare.settings.bitfit", "training.lr = -1"),
+        ("--set", "compare.settings.bitfit.training.lr=-1"),
+        ("compare.settings.bitfit", "training.lr = -1"),
     ),
     "wrong value in the settings of the references' method": (
         ("--methods", "bitfit", "--set", 'compare.references=["centralised"]',
          "--set", "compare.settings.lora.training.lr=-1"),
         ("compare.settings.lora", "training.lr = -1"),
     ),
-    "seed in the settings": (("--set", "compare.settings.lora.seed=3"), ("compare.settings.lora.seed",)),
+    "seed in the settings": (
+        ("--set", "compare.settings.lora.seed=3"), ("compare.settings.lora.seed",)
+    ),
     "method in the settings": (
-        ("--set", "compare.settings.lora.method.name=full"), ("compare.settings.lora.method.name = 'full'",)
+        ("--set", "compare.settings.lora.method.name=full"),
+        ("compare.settings.lora.method.name = 'full'",),
     ),
     "unknown method of the references": (
         ("--set", "compare.reference_method=lorra", "--set", 'compare.references=["centralised"]'),
@@ -285,7 +296,9 @@ COMPARISONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "number too small for a method": (
         ("--set", "method={rank=0}"), ("method.rank = 0: must be at least 1",)
     ),
-    "name of the method mistyped": (("--set", "method={nam='lora'}"), ("'method.nam'", "did you mean 'name'")),
+    "name of the method mistyped": (
+        ("--set", "method={nam='lora'}"), ("'method.nam'", "did you mean 'name'")
+    ),
     "unknown reference": (("--set", 'compare.references=["central"]'), ("compare.references", "'centralised'")),
     "seeds that are none": (("--seeds", "a,b"), ("compare.seeds", "a,b")),
     "rank above a layer's size": (("--methods", "lora", "--set", "compare.rank=33"), ("rank = 33", "from 1 to 32")),
@@ -387,19 +400,9 @@ def test_a_method_that_is_not_named_is_checked_as_the_default_one(
     assert not runs.exists()
 
 
-def test_a_sweep_of_a_field_that_a_method_lacks_names_the_method(
-    ground: Ground, runs: Path
-) -> None:
-    arguments = (
-        "sweep",
-        ground.config,
-        "method.rank=2,4",
-        "--methods",
-        "lora,bitfit",
-        "--runs",
-        runs,
-    )
-    refused(cli_call(*arguments), "bitfit: unknown key 'method.rank'")
+def test_a_sweep_of_a_field_that_a_method_lacks_names_it(ground: Ground, runs: Path) -> None:
+    arguments = ("sweep", ground.config, "method.rank=2,4", "--methods", "lora,bitfit")
+    refused(cli_call(*arguments, "--runs", runs), "bitfit: unknown key 'method.rank'")
     assert not runs.exists()
 
 

@@ -191,9 +191,7 @@ def test_compare_resume_plays_what_is_missing_and_leaves_the_rest(
     states = {run: _last_state(run) for run in runs}
     shutil.rmtree(root / "fedara-s1")  # never begun
     (root / "lora-s1" / "checkpoints" / "000002.json").unlink()  # half done
-    (root / "lora-s1" / "checkpoints" / "000003.json").write_text(
-        "{"
-    )  # later than 000001.json, and damaged
+    (root / "lora-s1" / "checkpoints" / "000003.json").write_text("{")  # the latest, and damaged
     outcome = cli_call(*arguments, "--resume")
     assert outcome.code == 0, outcome
     assert "falling back to the one before" in outcome.out
@@ -332,7 +330,7 @@ def _last_state(run: Path) -> State:
     return found.state
 
 
-def test_a_section_method_without_a_name_is_loras_and_common_to_a_comparison(
+def test_a_section_method_without_a_name_is_loras_and_common_in_a_comparison(
     ground: Ground,
 ) -> None:
     """As every other field that is not given, the name takes its default."""

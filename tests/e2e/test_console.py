@@ -21,7 +21,7 @@ ALL = """
 import importlib.util, json, sys, warnings
 from fedpeft.cli import app as cli
 find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "matplotlib" else find_spec(name, package)
+importlib.util.find_spec = lambda name: None if name == "matplotlib" else find_spec(name)
 warnings.filterwarnings("ignore", "Glyph")  # of fonts in pictures
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["fedpeft", *arguments]
@@ -41,12 +41,12 @@ ENCODINGS: dict[str, dict[str, str]] = {
 
 @pytest.fixture(scope="module")
 def place(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data and a configuration, whose labels and clients have names beyond ASCII."""
+    """A folder with data and a configuration; labels and clients have names beyond ASCII."""
     folder = tmp_path_factory.mktemp("accents")
-    rows = [
-        {**row, "label": NAMES[row["label"]], "site": f"h{row['site']} é漢"} for row in examples()
-    ]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = []
+    for row in examples():
+        named = {**row, "label": NAMES[row["label"]], "site": f"h{row['site']} é漢"}
+        lines.append(json.dumps(named, ensure_ascii=False) + "\n")
     (folder / "data.jsonl").write_text("".join(lines), encoding="utf-8")
     tree = {
         **ground.tree(),
@@ -62,12 +62,12 @@ def place(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_process(
-    folder: Path, surroundings: dict[str, str], *commands: tuple[str, ...]
+    folder: Path,
+    surroundings: dict[str, str],
+    *commands: tuple[str, ...],
 ) -> tuple[int, bytes, str]:
     """Run commands, one after another, in a process; return its exit code and what it printed."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))
-    }
+    kept = {name: value for name, value in os.environ.items() if name[:3] not in ("LC_", "LAN")}
     done = subprocess.run(
         [sys.executable, "-c", ALL, json.dumps(commands)],
         cwd=folder,
@@ -118,7 +118,9 @@ def test_every_command_prints_in_every_encoding(place: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["cp1252", "C locale"])
 def test_an_error_is_one_line_in_every_encoding(place: Path, name: str) -> None:
     code, _, err = in_process(
-        place, ENCODINGS[name], ("run", "mine.toml", "--set", "method.targets=漢→é")
+        place,
+        ENCODINGS[name],
+        ("run", "mine.toml", "--set", "method.targets=漢→é"),
     )
     assert code == 2
     assert len(err.splitlines()) == 1

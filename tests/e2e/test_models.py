@@ -101,7 +101,8 @@ def test_a_head_that_knows_the_labels_goes_on_with_its_rows_in_their_order(
     text = "birds0 word1 fish1"
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokens = loaded.tokenizer([text], return_tensors="pt")
-    expected = plain(tokens["input_ids"], tokens["attention_mask"]).logits.detach()
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    expected = plain(input_ids=ids, attention_mask=mask).logits.detach()
     torch.testing.assert_close(says(loaded, [text])[:, [2, 1, 0]], expected)
     assert loaded.model.config.id2label == dict(enumerate(ANIMALS))  # type: ignore[union-attr]
 
@@ -302,7 +303,9 @@ def test_padding_is_not_read(tmp_path: Path, family: str) -> None:
 
 def test_a_head_that_reads_the_end_of_text_finds_one_in_every_text(tmp_path: Path) -> None:
     """T5's wants equally many in each: long texts are cut, and some spell the mark."""
-    loaded = opened(zoo.write(tmp_path / "t5", "t5"))
+    folder = zoo.write(tmp_path / "t5", "t5")
+    zoo.edit(folder / "tokenizer_config.json", eos_token="[SEP]")
+    loaded = opened(folder)
     texts = ["word1 " * 50, "birds0", "fish1 [SEP] word2", ""]
     ids = loaded.tokenizer(texts, truncation=True, max_length=16)["input_ids"]
     end = loaded.model.config.eos_token_id  # type: ignore[union-attr]

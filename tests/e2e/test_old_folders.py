@@ -1,4 +1,4 @@
-"""Run folders of older versions: what a later version adds or renames does not part a run from its checkpoints."""
+"""Run folders of older versions: fields that are added or renamed do not part us from them."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def old_digest(settings: Mapping[str, Any]) -> str:
 
 
 def as_of_old(run: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings and the digest in every manifest as version 0.1 did, whose settings these are."""
+    """Write the settings, and their digest in every manifest, as version 0.1 did."""
     (run / CONFIG).write_text(json.dumps(settings, indent=1))
     for path in (run / CHECKPOINTS).glob("*.json"):
         content = json.loads(path.read_text())
@@ -54,14 +54,18 @@ def test_the_digest_here_is_the_one_that_the_old_version_took(assembly: Federati
 
 
 def test_a_run_of_the_old_version_ends_as_it_would_have(
-    run: Path, assembly: Federation, undisturbed: Outcome
+    run: Path,
+    assembly: Federation,
+    undisturbed: Outcome,
 ) -> None:
     as_of_old(run, settings_of(run))
     assert_resumes(run, assembly, undisturbed)
 
 
 def test_a_field_that_the_old_version_did_not_know_takes_its_default(
-    run: Path, assembly: Federation, undisturbed: Outcome
+    run: Path,
+    assembly: Federation,
+    undisturbed: Outcome,
 ) -> None:
     settings = settings_of(run)
     del settings["machine"]["cache"], settings["training"]["momentum"], settings["reference"]
@@ -74,7 +78,10 @@ def test_a_field_that_the_old_version_did_not_know_takes_its_default(
 
 
 def test_a_field_that_had_another_name_or_is_gone_is_read(
-    run: Path, assembly: Federation, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    assembly: Federation,
+    undisturbed: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = {"training.rate": "training.lr", "stack": "engine.stack", "training.old": None}
     monkeypatch.setattr(config, "RENAMED", {**names, "hardware.parts": "hardware.tokens"})
@@ -105,26 +112,31 @@ def test_settings_that_were_changed_by_hand_are_still_refused(run: Path) -> None
 
 
 def test_the_form_of_the_file_does_not_matter(
-    run: Path, assembly: Federation, undisturbed: Outcome
+    run: Path,
+    assembly: Federation,
+    undisturbed: Outcome,
 ) -> None:
     settings = settings_of(run)
     upside_down = dict(reversed(settings.items()))
     (run / CONFIG).write_text(
-        json.dumps(upside_down, separators=(",", ":"), ensure_ascii=False), encoding="utf-8"
+        json.dumps(upside_down, separators=(",", ":"), ensure_ascii=False),
+        encoding="utf-8",
     )
     assert_resumes(run, assembly, undisturbed)
 
 
 OLD = (
-    '{"name": "na\\u00efve", "seed": 9007199254740993, "reference": false, "data": {"train": "/donn\\u00e9es/x.jsonl", '
-    '"key": null}, "partition": {"alpha": 1e+16}, "training": {"lr": 1e-05, "clip": 1.0, "weight_decay": 0.0}, '
-    '"method": {"name": "slora", "scale": 2, "targets": "a\\u2192b|query"}, "compare": {"seeds": [0, 1], '
-    '"references": [], "settings": {"lora": {"training": {"lr": 0.003}}, "full": {}}}}'
+    '{"name": "na\\u00efve", "seed": 9007199254740993, "reference": false, '
+    '"data": {"train": "/donn\\u00e9es/x.jsonl", "key": null}, "partition": {"alpha": 1e+16}, '
+    '"training": {"lr": 1e-05, "clip": 1.0, "weight_decay": 0.0}, '
+    '"method": {"name": "slora", "scale": 2, "targets": "a\\u2192b|query"}, '
+    '"compare": {"seeds": [0, 1], "references": [], '
+    '"settings": {"lora": {"training": {"lr": 0.003}}, "full": {}}}}'
 )
 
 
 def test_digests_are_those_that_have_been_written(tmp_path: Path) -> None:
-    """Printed by the versions that wrote them, so that neither a new pydantic nor a new Python parts us from old runs."""
+    """Printed once and for all: neither a new pydantic nor a new Python may change them."""
     (tmp_path / CONFIG).write_text(OLD)
     assert settings_digests(tmp_path) == (
         "fa70c4b728dfba49eb741a6112707fc9",

@@ -1,4 +1,4 @@
-"""A run's folder has one writer: the second is refused in one line at once; readers need not wait."""
+"""A run's folder has one writer: the second is refused in one line at once; readers do not wait."""
 
 import json
 import os
@@ -45,7 +45,9 @@ def with_run(undisturbed: Outcome, folder: Path) -> Path:
 
 
 def test_whoever_would_write_a_run_that_is_written_is_refused(
-    ground: Ground, undisturbed: Outcome, runs: Path
+    ground: Ground,
+    undisturbed: Outcome,
+    runs: Path,
 ) -> None:
     folder = with_run(undisturbed, runs / "tiny")
     before = contents(runs)
@@ -61,7 +63,9 @@ def test_whoever_would_write_a_run_that_is_written_is_refused(
 
 
 def test_a_run_that_is_written_can_be_read(
-    undisturbed: Outcome, runs: Path, tmp_path: Path
+    undisturbed: Outcome,
+    runs: Path,
+    tmp_path: Path,
 ) -> None:
     folder = with_run(undisturbed, runs / "tiny")
     with claimed(folder):
@@ -75,7 +79,8 @@ def test_a_run_that_is_written_can_be_read(
 
 
 def test_a_comparison_is_refused_while_any_of_its_runs_is_written(
-    ground: Ground, runs: Path
+    ground: Ground,
+    runs: Path,
 ) -> None:
     arguments = ("compare", ground.config, "--runs", runs, "--methods", "lora,bitfit", *SHORT)
     assert cli_call(*arguments).code == 0
@@ -95,7 +100,10 @@ def test_a_comparison_is_refused_while_any_of_its_runs_is_written(
 
 @pytest.mark.parametrize("command", ["run", "compare", "sweep", "train"])
 def test_of_two_starts_at_once_the_second_is_refused_before_anything_slow(
-    ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    ground: Ground,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     """The second start comes while the first one is loading its model."""
     from fedpeft.experiment import batch
@@ -130,20 +138,25 @@ def test_of_two_starts_at_once_the_second_is_refused_before_anything_slow(
 
 
 def test_a_start_that_fails_leaves_the_run_that_it_would_have_replaced(
-    ground: Ground, undisturbed: Outcome, runs: Path
+    ground: Ground,
+    undisturbed: Outcome,
+    runs: Path,
 ) -> None:
     folder = with_run(undisturbed, runs / "tiny")
     before = contents(runs)
     wrong = ("--set", "method.rank=33")
     refused(
-        cli_call("run", ground.config, "--runs", runs, "--overwrite", *wrong), "method.rank = 33"
+        cli_call("run", ground.config, "--runs", runs, "--overwrite", *wrong),
+        "method.rank = 33",
     )
     assert contents(runs) == before
     assert not (folder / COMMAND).exists()
 
 
 def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(
-    assembly: Federation, undisturbed: Outcome, runs: Path
+    assembly: Federation,
+    undisturbed: Outcome,
+    runs: Path,
 ) -> None:
     runs.mkdir()
     (runs / COMMAND).write_text(" 4711 here")
@@ -166,11 +179,12 @@ def in_process(*arguments: str | Path) -> "subprocess.Popen[str]":
 
 @contextmanager
 def frozen_once(
-    happened: Callable[[], bool], *arguments: str | Path
+    happened: Callable[[], bool],
+    *arguments: str | Path,
 ) -> Iterator["subprocess.Popen[str]"]:
-    """Start a command, freeze it and its processes once something has happened, and kill it in the end.
+    """Start a command, freeze it and its processes once something has happened; kill it in the end.
 
-    What it has started itself is left to notice that.
+    Its processes are left to notice that.
     """
     process = in_process(*arguments)
     while not happened():
@@ -182,11 +196,13 @@ def frozen_once(
     finally:
         process.kill()
         os.killpg(process.pid, signal.SIGCONT)
-        process.communicate()  # returns when its own processes have ended, too: they hold its stdout
+        process.communicate()  # returns when its processes have ended, too: they hold its stdout
 
 
 def test_a_killed_run_is_resumed_and_one_at_work_is_not(
-    assembly: Federation, undisturbed: Outcome, runs: Path
+    assembly: Federation,
+    undisturbed: Outcome,
+    runs: Path,
 ) -> None:
     folder = with_run(undisturbed, runs)
     with frozen_once((folder / COMMAND).exists, "resume", folder) as process:
@@ -195,7 +211,8 @@ def test_a_killed_run_is_resumed_and_one_at_work_is_not(
 
 
 def test_a_comparison_in_processes_holds_all_its_folders_and_is_resumed_when_killed(
-    ground: Ground, runs: Path
+    ground: Ground,
+    runs: Path,
 ) -> None:
     rounds = ("--set", "federation.rounds=12", "--set", "training.steps=1")
     arguments = ("compare", ground.config, "--methods", "lora,bitfit,ffa_lora", *rounds)
@@ -220,10 +237,14 @@ def test_a_comparison_in_processes_holds_all_its_folders_and_is_resumed_when_kil
 
 
 @pytest.mark.parametrize(
-    "foreign", ["notes.txt", "checkpoints/notes.json", "report/mine.csv", "adapter/x", "model.tmp"]
+    "foreign",
+    ["notes.txt", "checkpoints/notes.json", "report/mine.csv", "adapter/x", "model.tmp"],
 )
 def test_what_the_user_has_put_into_a_run_folder_is_never_deleted(
-    ground: Ground, undisturbed: Outcome, runs: Path, foreign: str
+    ground: Ground,
+    undisturbed: Outcome,
+    runs: Path,
+    foreign: str,
 ) -> None:
     folder = with_run(undisturbed, runs / "tiny")
     (folder / foreign).parent.mkdir(exist_ok=True)
@@ -237,7 +258,8 @@ def test_what_the_user_has_put_into_a_run_folder_is_never_deleted(
 
 
 def test_overwriting_replaces_all_that_a_run_has_written_and_leaves_hidden_files(
-    ground: Ground, runs: Path
+    ground: Ground,
+    runs: Path,
 ) -> None:
     once = ("run", ground.config, "--runs", runs, *SHORT)
     assert cli_call(*once).code == 0
@@ -255,7 +277,9 @@ def test_overwriting_replaces_all_that_a_run_has_written_and_leaves_hidden_files
 
 
 def test_all_that_a_run_writes_with_its_figures_can_be_overwritten(
-    ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch
+    ground: Ground,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()  # with matplotlib, if it is installed
     once = (

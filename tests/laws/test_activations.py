@@ -34,6 +34,7 @@ from fedpeft.training.loop import Training
 from fedpeft.types import Client, Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import BERT, COMMON, DISTIL, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, played
+from tests.laws.test_cohorts import ENCODER_DECODERS, HEADS, encoder_decoder
 from tests.tiny import CONFIG, CPU, SEED, TASK, close, examples, shaken
 
 SIZES = {0: 6, 1: 11, 2: 9}
@@ -238,6 +239,22 @@ def test_a_forward_that_others_gave_a_block_is_used_and_is_there_afterwards(bloc
     assert all(
         "forward" not in vars(other) for other in blocks_of(plain.model) if other is not module
     )
+
+
+@pytest.mark.parametrize(
+    "targets", [r"encoder\.(layers|block)\.3\.", r"decoder\.(layers|block)\.[23]\."]
+)
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_a_model_with_two_stacks_of_blocks_comes_out_the_same(name: str, targets: str) -> None:
+    """Whichever of them is taken for the chain (BART), or none (T5)."""
+    method: Method = METHODS["lora"](targets=targets, rank=2)  # type: ignore[call-arg]
+    plain = encoder_decoder(name, method, 4)
+    kept = replace(plain, cache=ActivationCache(SIZES))
+    state = method.init(describe(plain.model, HEADS), SEED)
+    blob = Request(Kind.TRAIN, 0, CONFIG, method.send(state, Client(0))).encode()
+    for _ in range(2):
+        for stack in ((0,), (0, 1, 2)):
+            assert_like(kept, plain, blob, stack)
 
 
 class Lifted(nn.Module):

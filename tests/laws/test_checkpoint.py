@@ -44,7 +44,7 @@ def remembered(number: int) -> Memories:
 
 
 def saved(folder: Path, *numbers: int, written: checkpoint.Written | None = None) -> None:
-    """Save as one run, which knows what it has ``written``, or else one that begins with the first of ``numbers``."""
+    """Save as one run, which knows what it has ``written``, or as one that begins here."""
     written = checkpoint.Written() if written is None else written
     for number in numbers:
         checkpoint.save(folder, state(number), remembered(number), 10 * number, CONFIG, written)
@@ -301,7 +301,7 @@ def test_clients_that_keep_their_memory_elsewhere_are_new_after_a_resume(tmp_pat
 
 
 class Spy:
-    """Counts the bytes that checkpoints hash, the names that they write and the folders that they list."""
+    """Counts the bytes that checkpoints hash, the files they write and the folders they list."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hashed, self.listed = 0, 0
@@ -326,7 +326,7 @@ class Spy:
 
 
 def many(count: int, number: int) -> tuple[State, Memories]:
-    """Return a state after ``number`` rounds with ``count`` memories of a kilobyte, of which client 0's is new."""
+    """Return a state after ``number`` rounds and ``count`` memories, of which client 0's is new."""
     versions = dict.fromkeys(range(count), 0) | {0: number - 1}
     memories = Memories()
     for client, version in versions.items():
@@ -335,7 +335,8 @@ def many(count: int, number: int) -> tuple[State, Memories]:
 
 
 def test_saving_costs_what_has_changed_however_many_memories_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spent = []
     for count in (3, 300):
@@ -363,7 +364,8 @@ def files_of(path: Path) -> dict[str, str]:
 
 
 def test_a_resumed_run_writes_and_hashes_only_what_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint.save(tmp_path, *many(5, 1), 0, CONFIG)
     checkpoint.save(tmp_path, *many(5, 2), 0, CONFIG)
@@ -407,15 +409,14 @@ def test_what_is_not_ours_is_neither_read_nor_deleted(tmp_path: Path) -> None:
 
 def test_a_million_rounds_come_after_all_before_them(tmp_path: Path) -> None:
     saved(tmp_path, 999_998, 999_999, 1_000_000, 1_000_001)
-    assert [path.name for path in checkpoint.manifests(tmp_path)] == [
-        "1000000.json",
-        "1000001.json",
-    ]
+    found = [path.name for path in checkpoint.manifests(tmp_path)]
+    assert found == ["1000000.json", "1000001.json"]
     assert loaded(tmp_path).state.round == 1_000_001
 
 
 def test_whoever_reads_while_the_run_goes_on_finds_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between the manifest and its files the run saves twice, which deletes both."""
     written = checkpoint.Written()

@@ -1,4 +1,4 @@
-"""A folder has one writer: whoever comes second is told so at once, and a lock ends with its process."""
+"""A folder has one writer: who comes second is told at once, and a lock ends with its process."""
 
 import errno
 import os
@@ -30,7 +30,10 @@ def mounted_state(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Let another process claim ``folder`` for the length of a ``with``."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(folder)], stdin=pipe, stdout=pipe, text=True
+        [sys.executable, "-c", HOLDING, str(folder)],
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -106,7 +109,7 @@ def test_what_a_killed_start_left_counts_as_no_folder_and_is_removed(tmp_path: P
 
 
 def test_however_many_try_at_once_one_has_it(tmp_path: Path) -> None:
-    """Files and folders are made and removed all the time, so that a lock on a removed file would show."""
+    """Files and folders are made and removed all the time: a lock on a removed file would show."""
     inside: list[int] = []
     had = [0] * 4
     refusals: list[str] = []
@@ -143,7 +146,8 @@ def test_however_many_try_at_once_one_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock is POSIX")
 def test_where_the_file_system_knows_no_locks_work_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -153,9 +157,12 @@ def test_where_the_file_system_knows_no_locks_work_goes_on(
         pass
 
 
-@pytest.mark.parametrize(("place", "says"), [(".", "make the folder writable"), ("new", "--runs")])
+@pytest.mark.parametrize(("place", "says"), [(".", "make it writable"), ("new", "--runs")])
 def test_a_folder_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, says: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    says: str,
 ) -> None:
     def fail(*_: object, **__: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
