@@ -64,7 +64,8 @@ def test_a_run_and_its_resumption_say_how_to_go_on_and_can_be_gone_on_with(
     from .test_full_disk import _options
 
     folder = runs / "my runs"
-    start = ["run", ground.config, "--runs", folder, *map(str, _options(assembly))]
+    options = [str(option) for option in _options(assembly)]
+    start: list[str | Path] = ["run", ground.config, "--runs", folder, *options]
     with monkeypatch.context() as patched:
         interrupt_at(patched, Worker, "handle", 2)
         line = interrupted(cli_call(*start), str(folder / "tiny"))
