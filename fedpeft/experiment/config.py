@@ -41,27 +41,38 @@ therefore has to be what the old version did.
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is made from; ``method`` holds the method's ``name`` and its own fields.
-
-    ``label``: what reports call the run, the method's name where empty. ``reference``: whether it is a yardstick whose
-    exchange is no real traffic.
-    """
+    """Everything a run is made from."""
 
     name: str = "run"
+    """Names the run and its folder: letters, digits, `-` and `_`, also blanks and `.,=` inside."""
     label: str = ""
+    """What reports call the run; the method's name where empty."""
     reference: bool = False
+    """Whether the run is a yardstick, whose exchange is no real traffic."""
     seed: Annotated[int, Ge(0), Le(2**62)] = 0
+    """All that is drawn in a run follows from it."""
     task: TaskSection = field(default_factory=TaskSection)
+    """What is learnt."""
     model: ModelSection = field(default_factory=ModelSection)
+    """Which model is tuned."""
     machine: Machine = field(default_factory=Machine)
+    """What of the hardware is used."""
     data: DataSection = field(default_factory=DataSection)
+    """Which texts."""
     partition: PartitionSection = field(default_factory=PartitionSection)
+    """Who holds which texts."""
     federation: FederationSection = field(default_factory=FederationSection)
+    """How server and clients take turns."""
     training: Training = field(default_factory=Training)
+    """How a client trains."""
     method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
+    """The method's `name`, and the fields of that method."""
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    """When the model is scored, and on what."""
     engine: EngineSection = field(default_factory=EngineSection)
+    """How messages travel."""
     compare: CompareSection = field(default_factory=CompareSection)
+    """What `fedpeft compare` runs."""
 
     def to_json(self) -> str:
         """Return the settings as JSON that ``from_tree`` reads back."""
