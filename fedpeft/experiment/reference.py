@@ -8,7 +8,17 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Union, final, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    Union,
+    final,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -17,8 +27,8 @@ from fedpeft.experiment.checking import nearest, written_bound
 from fedpeft.experiment.config import Config
 from fedpeft.methods import constructors
 
-TOP: Final = "top level"
-"""What the fields that stand in no table of a TOML file are headed."""
+TOP: Final = "top"
+"""Names the fields that stand in no table of a TOML file."""
 
 CHOICES: Final[Mapping[str, Callable[[], Mapping[str, type[Any]]]]] = {"method": constructors}
 """What a configuration chooses by name, each with fields of its own: what it is -> all of them."""
@@ -52,7 +62,7 @@ def sections() -> list[SectionDoc]:
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
             tables[name] = kind  # type: ignore[assignment]  # a class, as it is a hint
-    described = [_described(TOP, TOP, Config, leave_out=tuple(tables))]
+    described = [_described(TOP, "top level", Config, leave_out=tuple(tables))]
     for name, kind in tables.items():
         described.append(_described(name, f"[{name}]", kind))
     for what, choices in CHOICES.items():
@@ -69,7 +79,9 @@ def section(name: str) -> SectionDoc:
     >>> section("federation").fields[0].name
     'rounds'
     """
-    known = {one.name: one for one in sections()}
+    known: dict[str, SectionDoc] = {}
+    for one in sections():
+        known.setdefault(one.name, one)  # a method may be called as a table is, which comes first
     if name not in known:
         raise BadInput(f"{name!r} is neither a section nor a method; {nearest(name, list(known))}")
     return known[name]
@@ -108,7 +120,7 @@ def _described(
         if field.init and field.name not in leave_out:
             meaning = meanings.get(field.name, "")
             fields.append(FieldDoc(field.name, _takes(hints[field.name]), _default(field), meaning))
-    about = " ".join(inspect.cleandoc(kind.__doc__ or "").split())
+    about = " ".join((kind.__doc__ or "").replace("``", "`").split())
     return SectionDoc(name, heading, about, tuple(fields))
 
 
@@ -130,7 +142,9 @@ def field_docstrings(kind: type[Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         match field, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(text))
+            ):
                 found[name] = " ".join(text.split())
     return found
 
