@@ -68,7 +68,7 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
     return f"{key} = {given!r}: {says}"
 
 
-def written_bound(bound: float) -> str:
+def written_bound(bound: object) -> str:
     """Return a bound as it is written: ``0`` for 0.0, and all digits of a large one."""
     return str(bound).removesuffix(".0")
 

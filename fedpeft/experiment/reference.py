@@ -58,10 +58,8 @@ class SectionDoc:
 
 def sections() -> list[SectionDoc]:
     """Return every section: the top level, the tables of a TOML file, then what has a name."""
-    tables: dict[str, type[Any]] = {}
-    for name, kind in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            tables[name] = kind  # type: ignore[assignment]  # a class, as it is a hint
+    hints: dict[str, Any] = get_type_hints(Config)
+    tables = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     described = [_described(TOP, "top level", Config, leave_out=tuple(tables))]
     for name, kind in tables.items():
         described.append(_described(name, f"[{name}]", kind))

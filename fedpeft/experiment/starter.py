@@ -255,12 +255,11 @@ def _rates(method: str) -> tuple[float | None, Tree]:
 def _toml(path: Path, data: Mapping[str, str], dataset: Dataset, method: str) -> str:
     """Return the text of the configuration; what is written is what differs, or may well be changed."""
     rows, least = len(dataset.train), PartitionSection.min_examples
-    # Of few rows two clients at least, as far as each of them gets enough.
-    clients = min(CLIENTS, max(2, rows // ROWS_PER_CLIENT), rows // least)
-    if clients < 1:
+    if rows < least:
         raise BadInput(
             f"{data['train']}: {rows} rows are left for training; a client needs {least} at least"
         )
+    clients = 1 if rows <= 2 * least else min(CLIENTS, max(2, rows // ROWS_PER_CLIENT))
     keys = len(set(dataset.train.keys)) or clients
     per_round = min(FederationSection.clients_per_round, clients, keys)
     name = path.stem if re.fullmatch(r"\w[\w .,=-]*", path.stem) else "run"
