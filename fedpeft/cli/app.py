@@ -85,18 +85,36 @@ def _say(line: str) -> None:
     say(line, out)
 
 
+def _settings(config: Path, assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in a TOML file with those of ``--set`` over them; old names are told."""
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.experiment.config import renamed
+
+    return renamed(arguments.tree(config, assignments), _say)
+
+
+def _values(assignments: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the values that a sweep tries for each field; old names are told."""
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.experiment.config import name_today
+
+    tried: dict[str, list[Any]] = {}
+    for name, values in arguments.values(assignments).items():
+        tried.setdefault(name_today(name, _say), []).extend(values)
+    return tried
+
+
 @app.command()
 def run(
     config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False
 ) -> None:
     """Train one federation with one method."""
-    from fedpeft.cli import parsing as arguments
     from fedpeft.experiment.build import build
     from fedpeft.experiment.config import from_tree
     from fedpeft.experiment.run import check_learnt, run_from_start
     from fedpeft.experiment.run_folder import beginning
 
-    chosen = from_tree(arguments.tree(config, settings))
+    chosen = from_tree(_settings(config, settings))
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
@@ -144,7 +162,7 @@ def compare(
     check(target, bandwidth)
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
     extra += [f"compare.seeds={arguments.seeds(seeds)}"] if seeds else []
-    planned = plan(arguments.tree(config, [*extra, *settings]))
+    planned = plan(_settings(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
     folders = _play(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
@@ -172,9 +190,7 @@ def sweep(
     from fedpeft.experiment.compare import grid
 
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
-    planned = grid(
-        arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods)
-    )
+    planned = grid(_settings(config, [*extra, *settings]), _values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     folders = _play(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", None, 1e6)
@@ -208,6 +224,49 @@ def methods() -> None:
     _wide().print(table)
 
 
+@app.command("config")
+def explain(
+    name: Annotated[
+        str,
+        typer.Argument(help="A section, such as training, or a method; default: all of them."),
+    ] = "",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As a page of Markdown: docs/config.md.")
+    ] = False,
+) -> None:
+    """Explain the fields of a configuration: what they take, their defaults, what they mean."""
+    from fedpeft.experiment import reference
+
+    described = [reference.section(name)] if name else reference.sections()
+    if markdown:
+        typer.echo(reference.page(described), nl=False)
+        return
+    for one in described:
+        table = Table("field", "takes", "default", "meaning", box=None)
+        for field in one.fields:
+            cells = (field.name, field.takes, field.default, field.meaning)
+            table.add_row(*(Text(cell) for cell in cells))
+        _wide().print(Text(f"{one.heading}\n{one.about}"), table, "")
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(help="The TOML file to write.", show_default=False)],
+    train: Annotated[
+        Path, typer.Option(help="The file of the training texts.", show_default=False)
+    ],
+    test: Annotated[
+        Path | None, typer.Option(help="That of the test texts; default: a part of train.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="The method's name.")] = "lora",
+) -> None:
+    """Write a short configuration for your own texts, which runs as it is."""
+    from fedpeft.experiment.starter import write_starter
+
+    for line in write_starter(config, train=train, test=test, method=method):
+        _say(line)
+
+
 @app.command()
 def partition(
     config: Config,
@@ -215,12 +274,11 @@ def partition(
     png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("partition.png"),
 ) -> None:
     """Show who holds what, as a table and a PNG."""
-    from fedpeft.cli import parsing as arguments
     from fedpeft.data import view as holdings
     from fedpeft.experiment.build import divide, read_data
     from fedpeft.experiment.config import from_tree
 
-    chosen = from_tree(arguments.tree(config, settings))
+    chosen = from_tree(_settings(config, settings))
     dataset = read_data(chosen.data)
     divided = divide(chosen, dataset)
     holdings.picture(dataset, divided, png)

@@ -51,13 +51,13 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
     bounds = first.get("ctx", {})
     match first["type"]:
         case "greater_than_equal":
-            says = f"must be at least {_number(bounds['ge'])}"
+            says = f"must be at least {written_bound(bounds['ge'])}"
         case "greater_than":
-            says = f"must be greater than {_number(bounds['gt'])}"
+            says = f"must be greater than {written_bound(bounds['gt'])}"
         case "less_than_equal":
-            says = f"must be at most {_number(bounds['le'])}"
+            says = f"must be at most {written_bound(bounds['le'])}"
         case "less_than":
-            says = f"must be less than {_number(bounds['lt'])}"
+            says = f"must be less than {written_bound(bounds['lt'])}"
         case "path_type":
             says = "write a path in quotes"
         case "dict_type":
@@ -69,7 +69,7 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
     return f"{key} = {given!r}: {says}"
 
 
-def _number(bound: float) -> str:
+def written_bound(bound: object) -> str:
     """Return a bound as it is written: ``0`` for 0.0, and all digits of a large one."""
     return str(bound).removesuffix(".0")
 

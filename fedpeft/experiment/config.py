@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -32,38 +32,53 @@ from fedpeft.types import Method
 METHOD: Final = "lora"
 """The method where a configuration names none."""
 
-RENAMED: Final[Mapping[str, str | None]] = {}
-"""What fields were called in older run folders: dotted name then -> now, None for one that is gone.
+RENAMED: Final[Mapping[str, str | None]] = {"engine.cohort": "engine.stack"}
+"""What fields were called by older versions: dotted name then -> now, None for one that is gone.
 
-Fields of ``hardware.json`` stand under ``hardware``. A new field needs no entry: an old run takes
-its default, which therefore has to be what the old version did.
+They are read under these names for one release, wherever settings come from. A new field needs no
+entry: an old run takes its default, which therefore has to be what the old version did. Fields of
+``hardware.json`` are read by ``Hardware``.
 """
+
+OnWarning = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is made from; ``method`` holds the method's ``name`` and its own fields.
-
-    ``label``: what reports call the run, the method's name where empty. ``reference``: whether it is a yardstick whose
-    exchange is no real traffic.
-    """
+    """Everything a run is made from."""
 
     name: str = "run"
+    """Names the run and its folder: letters, digits, `-` and `_`, also blanks and `.,=` inside."""
     label: str = ""
+    """What reports call the run; the method's name where empty."""
     reference: bool = False
+    """Whether the run is a yardstick, whose exchange is no real traffic."""
     seed: Annotated[int, Ge(0), Le(2**62)] = 0
+    """All that is drawn in a run follows from it."""
     task: TaskSection = field(default_factory=TaskSection)
+    """What is learnt."""
     model: ModelSection = field(default_factory=ModelSection)
+    """Which model is tuned."""
     machine: Machine = field(default_factory=Machine)
+    """What of the hardware is used."""
     data: DataSection = field(default_factory=DataSection)
+    """Which texts."""
     partition: PartitionSection = field(default_factory=PartitionSection)
+    """Who holds which texts."""
     federation: FederationSection = field(default_factory=FederationSection)
+    """How server and clients take turns."""
     training: Training = field(default_factory=Training)
+    """How a client trains."""
     method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
+    """The method's `name`, and the fields of that method."""
     wrap: tuple[dict[str, Any], ...] = ()
+    """Wrappers around the method, the outermost first, as `[[wrap]]` tables: `name`, and its fields."""
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    """When the model is scored, and on what."""
     engine: EngineSection = field(default_factory=EngineSection)
+    """How messages travel."""
     compare: CompareSection = field(default_factory=CompareSection)
+    """What `fedpeft compare` runs."""
 
     def to_json(self) -> str:
         """Return the settings as JSON that ``from_tree`` reads back."""
@@ -102,6 +117,11 @@ def read(path: Path) -> Tree:
         raise BadInput(f"{path}: is a folder, not a TOML file") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"{path}: not a TOML file: {error}") from error
+    return beside(tree, path.parent)
+
+
+def beside(tree: dict[str, Any], folder: Path) -> Tree:
+    """Return settings with full paths where they are relative to ``folder``; ``tree`` is changed."""
     for section, key in (
         ("data", "train"),
         ("data", "validation"),
@@ -109,10 +129,10 @@ def read(path: Path) -> Tree:
         ("partition", "file"),
     ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
-            tree[section][key] = str(_full(Path(tree[section][key]), path.parent))
+            tree[section][key] = str(_full(Path(tree[section][key]), folder))
     name = tree["model"].get("name") if isinstance(tree.get("model"), dict) else None
-    if isinstance(name, str) and _full(Path(name), path.parent).is_dir():
-        tree["model"]["name"] = str(_full(Path(name), path.parent))
+    if isinstance(name, str) and _full(Path(name), folder).is_dir():
+        tree["model"]["name"] = str(_full(Path(name), folder))
     return tree
 
 
@@ -157,8 +177,12 @@ def merge(*trees: Tree) -> dict[str, Any]:
     return merged
 
 
-def from_tree(tree: Tree) -> Config:
-    """Return checked settings; the method's own fields are checked too."""
+def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
+    """Return checked settings; the method's own fields are checked too.
+
+    ``on_warning`` is told of a field that is given by an old name.
+    """
+    tree = renamed(tree, on_warning)
     config = _absolute(checked(Config, tree, ""))
     check_finite(tree, "")
     if "name" not in config.method:
@@ -189,23 +213,75 @@ def from_tree(tree: Tree) -> Config:
     return config
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str, on_warning: OnWarning = lambda _: None) -> Config:
     """Return the settings that ``Config.to_json`` of this version or an older one wrote."""
-    return from_tree(renamed(json.loads(text)))
+    return from_tree(json.loads(text), on_warning)
 
 
-def renamed(tree: Tree) -> dict[str, Any]:
-    """Return what an older version wrote under the names of today (see ``RENAMED``)."""
-    today = merge(tree)
-    for then, now in RENAMED.items():
-        *sections, field_then = then.split(".")
-        section = today
-        for name in sections:
-            section = section.get(name, {})
-        if field_then in section:
-            kept = section.pop(field_then)
-            today = today if now is None else merge(today, nested(now, kept))
+def renamed(tree: Tree, on_warning: OnWarning) -> dict[str, Any]:
+    """Return settings under the names of today (see ``RENAMED``); ``on_warning`` is told of others.
+
+    Those of single rows of a comparison are renamed, too. Raises BadInput where a field is there
+    under both names.
+    """
+    today = _renamed(tree, "", on_warning)
+    compare = today.get("compare")
+    rows = compare.get("settings") if isinstance(compare, Mapping) else None
+    if isinstance(compare, Mapping) and isinstance(rows, Mapping):
+        settings: dict[str, Any] = {}
+        for label, row in rows.items():
+            where = f"compare.settings.{label}."
+            settings[label] = _renamed(row, where, on_warning) if isinstance(row, Mapping) else row
+        today["compare"] = {**compare, "settings": settings}
     return today
+
+
+def _renamed(tree: Tree, where: str, on_warning: OnWarning) -> dict[str, Any]:
+    """Return ``tree``, whose keys stand under the prefix ``where``, under the names of today."""
+    today = dict(tree)
+    for then, now in RENAMED.items():
+        today, found = _without(today, then.split("."))
+        if not found:
+            continue
+        if now is None:
+            on_warning(f"{where}{then} is gone: it is left out of account")
+            continue
+        [old] = found
+        if _without(today, now.split("."))[1]:
+            raise BadInput(
+                f"{where}{then} = {old!r}: is the old name of {where}{now}, "
+                f"which is given as well; take {where}{then} out"
+            )
+        on_warning(_told(f"{where}{then}", f"{where}{now}"))
+        today = merge(today, nested(now, old))
+    return today
+
+
+def name_today(name: str, on_warning: OnWarning) -> str:
+    """Return what the field with dotted ``name`` is called; ``on_warning`` is told of an old name."""
+    now = RENAMED.get(name)
+    if now is None:
+        return name
+    on_warning(_told(name, now))
+    return now
+
+
+def _told(then: str, now: str) -> str:
+    return f"{then} is called {now} now; the old name is read for one release"
+
+
+def _without(tree: Tree, keys: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
+    """Return ``tree`` without the value at the nested ``keys``, and that value, if there is one."""
+    key, *inner = keys
+    rest = dict(tree)
+    if key not in rest:
+        return rest, []
+    if not inner:
+        return rest, [rest.pop(key)]
+    if not isinstance(rest[key], Mapping):
+        return rest, []
+    rest[key], found = _without(rest[key], inner)
+    return rest, found
 
 
 def _absolute(config: Config) -> Config:

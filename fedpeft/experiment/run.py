@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from fedpeft.engines import ClientPool, launch
 from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed
-from fedpeft.experiment.config import Config, from_json, renamed
+from fedpeft.experiment.config import Config, from_json
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, OnProgress, Recorder, settings_digests
 from fedpeft.experiment.run_folder import HARDWARE, LABELS, beginning, check_is_run, clear
 from fedpeft.experiment.scoring import evaluation_row
@@ -90,10 +91,10 @@ def run_from_checkpoint(
     folder: Path, *, reuse: Federation | None, on_progress: OnProgress, on_warning: OnWarning
 ) -> State:
     """Do what ``resume`` does in a folder that is claimed."""
-    config, hardware, _ = read_settings(folder)
+    config, hardware, labels = read_settings(folder, on_warning)
     found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
     assembly = build(config, hardware, reuse)
-    _check_same(folder, assembly)
+    _check_same(folder, assembly, labels)
     method = assembly.method
     if (
         found
@@ -109,8 +110,13 @@ def run_from_checkpoint(
     )
 
 
-def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
-    """Return a run's settings, its hardware choices and its label names; a folder that holds no run raises BadInput."""
+def read_settings(
+    folder: Path, on_warning: OnWarning = lambda _: None
+) -> tuple[Config, Hardware, tuple[str, ...]]:
+    """Return a run's settings, its hardware choices and its label names.
+
+    ``on_warning`` is told of settings by an old name. A folder that holds no run raises BadInput.
+    """
     check_is_run(folder)
 
     def content(name: str, read: Callable[[str], T]) -> T:
@@ -121,15 +127,20 @@ def read_settings(folder: Path) -> tuple[Config, Hardware, tuple[str, ...]]:
                 f"{folder / name}: cannot be read ({error}); start again with --overwrite"
             ) from error
 
-    def hardware(text: str) -> Hardware:
-        return Hardware(**renamed({"hardware": json.loads(text)})["hardware"])
-
     labels = content(LABELS, lambda text: tuple(json.loads(text)))
-    return content(CONFIG, from_json), content(HARDWARE, hardware), labels
+
+    def warn(line: str) -> None:
+        on_warning(f"{folder / CONFIG}: {line}")
+
+    config = content(CONFIG, partial(from_json, on_warning=warn))
+    return config, content(HARDWARE, Hardware.from_json), labels
 
 
-def _check_same(folder: Path, assembly: Federation) -> None:
-    """Raise BadInput where texts, weights or partition are not those that the run was started on."""
+def _check_same(folder: Path, assembly: Federation, labels: tuple[str, ...]) -> None:
+    """Raise BadInput where data, weights or partition are not those that the run was started on.
+
+    ``labels``: those of the run, in the order of the model's outputs.
+    """
     first = run_row(folder)
     for what, given, now in (
         ("the texts", first and first.data_digest, assembly.dataset.digest()),
@@ -139,6 +150,13 @@ def _check_same(folder: Path, assembly: Federation) -> None:
         if given and given != now:
             raise BadInput(
                 f"{folder}: {what} had digest {given} when the run was started, and now {now}; "
+                "bring back what it was started on, or start again with --overwrite"
+            )
+    for number, (then, today) in enumerate(zip_longest(labels, assembly.dataset.labels)):
+        if then != today:
+            raise BadInput(
+                f"{folder / LABELS}: output {number} of the model stands for {then!r} in this run, and "
+                f"for {today!r} in the data, so texts would be learnt as others of their labels; "
                 "bring back what it was started on, or start again with --overwrite"
             )
 

@@ -1,4 +1,4 @@
-"""What a user can choose besides method, model, training and machine: the sections of a configuration, field by field."""
+"""The sections of a configuration besides method, model, training and machine, field by field."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,35 +11,41 @@ from fedpeft.mounting import Targets
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What is learnt: ``kind`` is ``classification``, one label a text."""
+    """What is learnt."""
 
     kind: Literal["classification"] = "classification"
+    """The kind of task: `classification` gives every text one label."""
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """Which texts. ``source`` is ``pydocs`` or ``files``; with files, ``train`` (and ``validation``, ``test``) are paths.
+    """Which texts.
 
-    Files are ``.jsonl``, ``.ndjson``, ``.json`` (also an array), ``.csv`` or ``.tsv``, each also
-    ``.gz``; a pattern such as ``data/*.jsonl`` names several. Relative paths start at the folder of
-    the configuration file, ``~`` is the user's home.
-
-    ``text``, ``label``, ``key``: column names; ``key`` names natural clients. ``delimiter``: what
-    separates the columns of ``.csv`` and ``.tsv``, one character or ``tab``; by default a comma and
-    a tab. Splits without a file are held out of train by ``validation_fraction`` and
-    ``test_fraction``.
+    Files are JSON (`.jsonl`, `.ndjson`, `.json`) or separated columns (`.csv`, `.tsv`), each also
+    with `.gz`. A pattern such as `data/*.jsonl` names several. Relative paths start at the folder
+    of the configuration file, `~` is the user's home.
     """
 
     source: Literal["pydocs", "files"] = "pydocs"
+    """Where the texts come from: the docstrings of Python's own library, or files of yours."""
     train: Path | None = None
+    """The file of the training texts; needed with `source = "files"`."""
     validation: Path | None = None
+    """The file of the validation texts; left out, a part of train is held out."""
     test: Path | None = None
+    """The file of the test texts; left out, a part of train is held out."""
     text: str = "text"
+    """The column that holds the text."""
     label: str = "label"
+    """The column that holds the label."""
     key: str | None = None
+    """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None
+    """What separates columns: one character or `tab`. Left out: a comma in `.csv`, a tab in `.tsv`."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """Share of each label's train rows that is held out where there is no validation file."""
     test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2
+    """Share of each label's train rows that is held out where there is no test file."""
 
 
 CLIENTS = 20
@@ -48,55 +54,59 @@ CLIENTS = 20
 
 @dataclass(frozen=True)
 class PartitionSection:
-    """Who holds what: ``kind`` with its own numbers.
-
-    ``iid``; ``dirichlet`` of ``alpha`` per class, redrawn until every client has ``min_examples``; ``shards`` sorted by
-    label, ``shards_per_client`` each; ``by_key``, the data's natural clients; ``file``, a JSON
-    object of client -> rows of train's file as it stands, counted from 0.
-    ``clients``: 20 where it is not given; of natural clients the largest so many, and otherwise all.
-    """
+    """Who holds which texts."""
 
     kind: Literal["iid", "dirichlet", "shards", "by_key", "file"] = "dirichlet"
+    """How rows are dealt: evenly at random, by Dirichlet shares of each label, in shards sorted by
+    label, by the column `data.key`, or as a file says."""
     clients: Annotated[int, Ge(1)] | None = None
+    """How many clients. Left out: 20, or all that the data (`by_key`) or the file names. With
+    `by_key`, so many of the largest."""
     alpha: Annotated[float, Gt(0)] = 0.1
+    """Parameter of the Dirichlet law, at least 0.001: the smaller, the less alike the clients."""
     min_examples: Annotated[int, Ge(1)] = 8
+    """Training rows that every client has at least, with `dirichlet`."""
     shards_per_client: Annotated[int, Ge(1)] = 2
+    """Shards that every client is dealt, with `shards`: the fewer, the fewer labels it sees."""
     file: Path | None = None
+    """JSON object of client name -> row numbers in train's file, from 0; needed with `file`."""
 
 
 @dataclass(frozen=True)
 class FederationSection:
-    """``rounds``, ``clients_per_round``, and ``min_replies``: with fewer usable ones a round changes nothing."""
+    """How server and clients take turns."""
 
     rounds: Annotated[int, Ge(1)] = 20
+    """Rounds of the whole run."""
     clients_per_round: Annotated[int, Ge(1)] = 4
+    """Clients that are drawn at random for each round."""
     min_replies: Annotated[int, Ge(1)] = 1
+    """With fewer usable replies a round changes nothing; at most `clients_per_round`."""
 
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """When and on what: ``every`` so many rounds and after the last, on ``limit`` texts of ``split`` (None: all).
-
-    ``per_client`` also scores every client on its own part of the test set.
-    """
+    """When the model is scored, and on what."""
 
     every: Annotated[int, Ge(1)] = 5
+    """Rounds between two evaluations; the last round is followed by one in any case."""
     limit: Annotated[int, Ge(1)] | None = None
+    """Texts that are scored; left out: all of the split."""
     split: Literal["validation", "test"] = "test"
+    """Which texts are scored."""
     per_client: bool = False
+    """Also score every client on its own part of the test set."""
 
 
 @dataclass(frozen=True)
 class EngineSection:
-    """How bytes travel: ``local`` in this process, or ``flower`` in Flower's simulation.
-
-    ``stack``: how many clients train side by side in this process where method and model can; ``auto`` finds out once,
-    by trying. With dropout in the base it is 1, as every client has a random stream of its own. Equality to the bit holds
-    between runs with the same cohort.
-    """
+    """How messages travel between server and clients."""
 
     kind: Literal["local", "flower"] = "local"
+    """In this process, or in Flower's simulation (extra `flower`)."""
     stack: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
+    """Clients that train side by side, where method and model can; `auto` finds out by trying. It is
+    1 with dropout in the base. Equal bits hold between runs with the same stack."""
 
 
 Reference = Literal["centralised", "local-only"]
@@ -105,18 +115,22 @@ Reference = Literal["centralised", "local-only"]
 
 @dataclass(frozen=True)
 class CompareSection:
-    """What ``fedpeft compare`` runs.
-
-    ``methods``, ``seeds``. ``recipe``: ``equal`` gives every method that has them the same ``targets`` and starting
-    ``rank``; ``paper`` leaves each its own defaults. ``references``: ``centralised`` and ``local-only`` rows, playing
-    ``reference_method``. ``settings``: overrides by method, such as ``[compare.settings.lora] training.lr = 3e-3``.
-    """
+    """What `fedpeft compare` runs."""
 
     methods: tuple[str, ...] = ("full", "bitfit", "lora", "ffa_lora", "federa", "slora", "fedara")
+    """Names of the methods that are compared."""
     seeds: tuple[Annotated[int, Ge(0), Le(2**62)], ...] = (0,)
+    """Every method is run once with each of these seeds."""
     recipe: Literal["equal", "paper"] = "equal"
+    """`equal` gives all methods that have them the same targets and starting rank; `paper` leaves
+    every method its own defaults."""
     targets: Targets = "query|value"
+    """Which dense layers are adapted at an equal recipe; written as a method's `targets`."""
     rank: Annotated[int, Ge(1)] = 8
+    """The rank of the adapters at the start, at an equal recipe."""
     references: tuple[Reference, ...] = ()
+    """Yardsticks that are run beside the methods: all data in one place, or no exchange at all."""
     reference_method: str = "lora"
+    """The method of the centralised yardstick."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of single rows by label, such as `[compare.settings.lora]` with `training.lr = 3e-3`."""

@@ -16,13 +16,11 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 @final
 @dataclass(frozen=True)
 class BitFit:
-    """Train, send and average the bias vectors and the head.
-
-    ``weighting``: by examples (FedAvg) or uniform.
-    """
+    """Train, send and average the bias vectors and the head."""
 
     paper: ClassVar[str] = "BitFit: Ben Zaken et al. 2021, arXiv 2106.10199"
     weighting: Weighting = "examples"
+    """How clients are averaged: by their examples (FedAvg), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
         """Start from the pre-trained biases; a model without any raises BadInput."""

@@ -21,33 +21,44 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 @final
 @dataclass(frozen=True)
 class FedARA:
-    """Truncated-SVD adapters B diag(e) A; clients score their ranks, vote one bit each, and dead ranks leave for good.
+    """Adapters B diag(e) A; clients score their ranks and vote, and dead ranks leave for good.
 
-    The form W + B E A and its three ideas are the paper's; every number and the scoring are a reconstruction after
-    AdaLoRA's code. ``rounds``: of the whole run. ``targets``: which dense layers. ``rank``: at the start. ``scale``:
-    alpha / rank, kept when ranks drop. ``kept``: share of all ranks alive at the end. ``warmup`` and ``settled``: shares
-    of the rounds before and after the cubic decay. ``threshold``: votes that keep a rank. ``score``: AdaLoRA's smoothed
-    ``sensitivity``, plain ``gradient`` |p * grad| or ``magnitude`` |p|. ``beta1``, ``beta2``: smoothing of sensitivity
-    and uncertainty. ``deviation``: of the normal draw of A and B. ``orthogonality``: weight of |A A^T - I| + |B^T B - I|.
-    ``weighting``: by examples or uniform, of factors and votes alike; a client without any score,
-    as after one step from e = 0, abstains.
+    The form W + B E A and its three ideas are the paper's; every number and the scoring are a
+    reconstruction after AdaLoRA's code. A client without any score, as after one step from e = 0,
+    abstains.
     """
 
     paper: ClassVar[str] = "FedARA: Wu et al. 2025, arXiv 2501.14406"
     rounds: Annotated[int, Ge(1)] = 20
+    """Rounds of the whole run; where it is left out, `federation.rounds`."""
     targets: Targets = "attention"
+    """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings.
+    Reconstruction."""
     rank: Annotated[int, Ge(1)] = 12
+    """Rank r of every adapter at the start; reconstruction."""
     scale: Annotated[float, Gt(0)] = 1.0
+    """What B E A is multiplied by: alpha / r, kept when ranks drop; reconstruction."""
     kept: Annotated[float, Gt(0), Le(1)] = 0.25
+    """Share of all ranks alive at the end; reconstruction."""
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of the rounds before the cubic decay of the number of ranks; reconstruction."""
     settled: Annotated[float, Ge(0), Le(1)] = 0.3
+    """Share of the rounds after the cubic decay; reconstruction."""
     threshold: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of the votes that keeps a rank; reconstruction."""
     score: Score = "sensitivity"
+    """What ranks are scored by: AdaLoRA's smoothed sensitivity, plain gradient |p * grad|, or
+    magnitude |p|. Reconstruction."""
     beta1: Annotated[float, Ge(0), Le(1)] = 0.85
+    """Smoothing of the sensitivity over steps; reconstruction, AdaLoRA's 0.85."""
     beta2: Annotated[float, Ge(0), Le(1)] = 0.85
+    """Smoothing of its uncertainty over steps; reconstruction, AdaLoRA's 0.85."""
     deviation: Annotated[float, Gt(0)] = 0.02
+    """Standard deviation of the normal draw of A and B; reconstruction."""
     orthogonality: Annotated[float, Ge(0)] = 0.0
+    """Weight in the loss of |A A^T - I| + |B^T B - I|; reconstruction."""
     weighting: Weighting = "examples"
+    """How clients' factors and votes are averaged: by their examples, or all alike. Reconstruction."""
 
     def init(self, base: Base, seed: int) -> State:
         """Draw A and B from N(0, deviation^2) and set e to 0, so the model starts unchanged; all ranks are alive."""

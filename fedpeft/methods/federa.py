@@ -19,19 +19,20 @@ from fedpeft.types import NO_MEMORY, Base, Client, Context, Delta, LocalTask, Pa
 @final
 @dataclass(frozen=True)
 class FeDeRA:
-    """Train B and A from the SVD of each pre-trained W_0, on the residual base W_0 - scale * B_0 A_0.
-
-    ``targets``: which dense layers (``mounting.Targets``). ``rank``: r; the paper's was not found,
-    so the default is a reconstruction. ``scale``: alpha / r, likewise. ``split``: where the singular values go;
-    reconstruction, ``sqrt`` equals PiSSA. ``weighting``: by examples (reconstruction) or uniform.
-    """
+    """Train B and A from the SVD of each pre-trained W_0, on the residual base W_0 - scale * B_0 A_0."""
 
     paper: ClassVar[str] = "FeDeRA: Yan et al. 2024, arXiv 2404.18848"
     targets: Targets = "attention"
+    """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings."""
     rank: Annotated[int, Ge(1)] = 8
+    """Rank r of the adapters; reconstruction, as the paper's was not found."""
     scale: Annotated[float, Gt(0)] = 1.0
+    """What B A is multiplied by: alpha / r; reconstruction, as the paper's was not found."""
     split: Split = "sqrt"
+    """Where the singular values go: `sqrt` gives B and A half each, `left` all to B, `right` all to
+    A. Reconstruction; `sqrt` equals PiSSA."""
     weighting: Weighting = "examples"
+    """How clients are averaged: by their examples (reconstruction), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
         """Take the r principal components of every W_0 / scale; the server keeps them as the anchor (B_0, A_0) too."""

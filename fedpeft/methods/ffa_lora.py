@@ -18,17 +18,20 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 @final
 @dataclass(frozen=True)
 class FFALoRA:
-    """Train and average B alone: the mean of the B_k A is exactly mean(B) A, and half of LoRA's bytes travel.
+    """Train and average B alone.
 
-    ``targets``: which dense layers (``mounting.Targets``). ``rank``: r. ``scale``: alpha / r.
-    ``weighting``: by examples (FedAvg) or uniform.
+    The mean of the B_k A is exactly mean(B) A, and half of LoRA's bytes travel.
     """
 
     paper: ClassVar[str] = "FFA-LoRA: Sun et al. 2024, arXiv 2403.12313"
     targets: Targets = "attention"
+    """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings."""
     rank: Annotated[int, Ge(1)] = 8
+    """Rank r of the adapters."""
     scale: Annotated[float, Gt(0)] = 1.0
+    """What B A is multiplied by: alpha / r."""
     weighting: Weighting = "examples"
+    """How clients are averaged: by their examples (FedAvg), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
         """B, (out, r), is 0, so the model starts unchanged; A is not part of the state."""

@@ -15,13 +15,14 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 @final
 @dataclass(frozen=True)
 class Full:
-    """Train, send and average every parameter of the model; the yardstick in accuracy and the worst case in bytes.
+    """Train, send and average every parameter of the model.
 
-    ``weighting``: by examples (FedAvg) or uniform.
+    The yardstick in accuracy and the worst case in bytes.
     """
 
     paper: ClassVar[str] = "FedAvg: McMahan et al. 2017, arXiv 1602.05629"
     weighting: Weighting = "examples"
+    """How clients are averaged: by their examples (FedAvg), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
         """Start from the pre-trained parameters and the head drawn from the seed."""

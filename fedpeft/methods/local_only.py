@@ -17,15 +17,15 @@ from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Payload, 
 @final
 @dataclass(frozen=True)
 class LocalOnly:
-    """Send the same start once; what a client trains stays in its memory, and nothing ever goes up.
-
-    ``targets``, ``rank`` and ``scale`` are LoRA's.
-    """
+    """Send the same start once; what a client trains stays in its memory, and nothing ever goes up."""
 
     paper: ClassVar[str] = "a reference, from no paper"
     targets: Targets = "attention"
+    """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings."""
     rank: Annotated[int, Ge(1)] = 8
+    """Rank r of the adapters."""
     scale: Annotated[float, Gt(0)] = 1.0
+    """What B A is multiplied by: alpha / r."""
 
     @cached_property
     def lora(self) -> LoRA:

@@ -18,19 +18,22 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 @final
 @dataclass(frozen=True)
 class LoRA:
-    """Train B and A of W + scale * B A and average each of them; inexact, as mean(B) mean(A) is not mean(B A).
+    """Train B and A of W + scale * B A and average each of them.
 
-    ``targets``: which dense layers (``mounting.Targets``). ``rank``: r. ``scale``: alpha / r.
-    ``weighting``: by examples (FedAvg) or uniform.
+    The average is inexact, as mean(B) mean(A) is not mean(B A).
     """
 
     paper: ClassVar[str] = (
         "LoRA: Hu et al. 2021, arXiv 2106.09685; FedIT: Zhang et al. 2023, arXiv 2305.05644"
     )
     targets: Targets = "attention"
+    """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings."""
     rank: Annotated[int, Ge(1)] = 8
+    """Rank r of the adapters."""
     scale: Annotated[float, Gt(0)] = 1.0
+    """What B A is multiplied by: alpha / r."""
     weighting: Weighting = "examples"
+    """How clients are averaged: by their examples (FedAvg), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
         """Draw A, (r, in), from the seed; B, (out, r), is 0, so the model starts unchanged."""

@@ -23,15 +23,7 @@ from fedpeft.wrappers.staged import Staged
 @final
 @dataclass(frozen=True)
 class SLoRA:
-    """Sparse tuning under one mask, then LoRA from the SVD of the difference it found; the base stays W_0.
-
-    ``rounds``: of the whole run. ``targets``: which dense layers, in both stages. ``density``: of the mask, the paper's
-    10 %. ``stage1``: share of the rounds spent in stage 1; reconstruction, the paper prints 100
-    rounds. It is rounded to whole rounds; above 0 it is at least one of two rounds or more.
-    ``rank``: the paper's 10. ``pre_classifier_rank``: the paper's 18, for adapted layers whose name
-    matches ``pre_classifier``. ``split``: the paper's B = U S, A = V^T. ``scale``: alpha / r, the
-    paper's 1. ``weighting``: the paper's plain mean. ``stage1_rate``: multiplies the learning rates
-    in stage 1; reconstruction, as no rate was printed.
+    """Sparse tuning under one mask, then LoRA from the SVD of its difference; the base stays W_0.
 
     A layer in which stage 1 found no difference, for want of rounds or of replies, has no SVD to
     start from: it starts as in LoRA, A random and B = 0 (reconstruction). With ``stage1`` = 0 that
@@ -40,16 +32,30 @@ class SLoRA:
 
     paper: ClassVar[str] = "SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
     rounds: Annotated[int, Ge(1)] = 20
+    """Rounds of the whole run; where it is left out, `federation.rounds`."""
     targets: Targets = "all-linear"
+    """Which dense layers are adapted, in both stages: `attention`, `all-linear`, a pattern or a list
+    of endings."""
     density: Annotated[float, Gt(0), Le(1)] = 0.10
+    """Share of each matrix that stage 1 trains; the paper's 10 %."""
     stage1: Annotated[float, Ge(0), Le(1)] = 0.2
+    """Share of the rounds spent in stage 1, rounded to whole rounds; above 0 it is at least one, of
+    two rounds or more. Reconstruction: the paper prints 100 rounds."""
     rank: Annotated[int, Ge(1)] = 10
+    """Rank r of the adapters; the paper's 10."""
     pre_classifier_rank: Annotated[int, Ge(1)] = 18
+    """Rank of adapted layers whose name matches `pre_classifier`; the paper's 18."""
     pre_classifier: str = r"pooler\.dense$|pre_classifier$|classifier\.dense$"
+    """Pattern that is searched in the names of layers, to find the one before the classifier."""
     split: Split = "left"
+    """Where the singular values go: `left` all to B, the paper's B = U S, A = V^T; `right` all to A;
+    `sqrt` gives half each."""
     scale: Annotated[float, Gt(0)] = 1.0
+    """What B A is multiplied by: alpha / r; the paper's 1."""
     weighting: Weighting = "uniform"
+    """How clients are averaged: all alike, the paper's plain mean, or by their examples."""
     stage1_rate: Annotated[float, Gt(0)] = 1.0
+    """What learning rates are multiplied by in stage 1; reconstruction, as no rate was printed."""
 
     @cached_property
     def stages(self) -> Staged:

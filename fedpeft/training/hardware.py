@@ -1,10 +1,12 @@
 """What the machine is good at, found out once per run: device, number format, attention kernel, threads."""
 
+import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from annotated_types import Ge
@@ -31,35 +33,63 @@ SHORT = 128
 
 @dataclass(frozen=True)
 class Machine:
-    """What the user asked of the hardware; ``auto`` is resolved once, by ``resolve``, and written to the run folder.
-
-    ``threads`` = 0 leaves torch's own choice. ``cache``: megabytes (10^6 bytes) of hidden states of frozen blocks that are
-    kept between rounds, where the base has no dropout and texts come again often enough; 0 keeps none.
-    """
+    """What of the hardware is used; what is left to `auto` is resolved once and kept with the run."""
 
     device: str = "auto"
+    """Where the model computes, as torch names it: `cpu`, `cuda`, `cuda:1`; `auto` is a GPU if any."""
     precision: Precision = "auto"
+    """Number format of the forward pass; `auto` is bf16 where it is much faster. Trained weights are
+    fp32 always."""
     attention: Attention = "auto"
+    """Kernel of the attention layers; `auto` is the fastest that the model's family has."""
     threads: Annotated[int, Ge(0)] = 0
+    """Threads of the process; 0 leaves torch's own choice."""
     cache: Annotated[int, Ge(0)] = 512
+    """Megabytes (10^6 bytes) of cached hidden states of frozen blocks, kept between rounds where the
+    base has no dropout and texts come again often enough; 0 keeps none."""
+
+
+OLD_NAMES: Final[Mapping[str, str]] = {"cohort": "stack", "grain": "pad_to_multiple_of"}
+"""What fields of ``hardware.json`` were called by older versions: name then -> name now."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The resolved choice: ``device`` (``cpu``, ``cuda``, ...), ``precision`` fp32 or bf16, ``attention``, ``threads``.
-
-    ``tokens``: how many go through the model together, padding included; a step of a stack is cut into parts by length.
-    ``pad_to_multiple_of``: lengths and numbers of rows of the parts are multiples of it, as far as they can be (see ``Buckets``).
-    ``stack``: clients that train side by side where the method can.
-    """
+    """The resolved choice for one machine, kept in ``hardware.json``."""
 
     device: str
+    """Where the model computes: ``cpu``, ``cuda``, ..."""
     precision: Literal["fp32", "bf16"]
+    """Number format of the forward pass."""
     attention: Literal["eager", "sdpa"]
+    """Kernel of the attention layers."""
     threads: int
+    """Threads of the process."""
     tokens: int = TOKENS
+    """Tokens that go through the model together, padding included; a step is cut by length."""
     pad_to_multiple_of: int = 1
+    """Lengths and numbers of rows are multiples of it, as far as they can be (see ``Buckets``)."""
     stack: int = 1
+    """Clients that train side by side where the method can."""
+
+    @classmethod
+    def from_json(cls, text: str) -> "Hardware":
+        """Return the choice that ``describe`` of this version or an older one gave, from JSON.
+
+        Raises ValueError or TypeError for what is no such choice, and for a field that is there
+        under its old name and its new one.
+
+        >>> then = '{"device": "cpu", "precision": "fp32", "attention": "eager", "threads": 1'
+        >>> Hardware.from_json(then + ', "grain": 4, "cohort": 2}').stack
+        2
+        """
+        fields: dict[str, Any] = {}
+        for name, value in dict(json.loads(text)).items():
+            today = OLD_NAMES.get(name, name)
+            if today in fields:
+                raise ValueError(f"{today!r} is there twice, once by the name of an older version")
+            fields[today] = value
+        return cls(**fields)
 
     @property
     def torch_device(self) -> torch.device:

@@ -23,27 +23,33 @@ from fedpeft.types import LocalTask, Payload
 
 @dataclass(frozen=True)
 class Training:
-    """How a client trains in one round.
-
-    ``optimizer``: ``adamw`` or ``sgd``. ``lr``: its rate. ``head_lr``: the rate of the head, ``lr`` where None.
-    ``steps``: optimizer steps, or None for ``epochs`` passes over the client's data. ``batch_size``: examples a step.
-    ``warmup``: steps over which the rate rises linearly. ``clip``: largest norm of one client's gradient, or None.
-    ``momentum``: of SGD. ``keep_optimizer``: a client's moments and its count of steps, and so its
-    warm-up, go on from round to round; they stay with it, in its memory. Without it every round
-    begins with a new optimizer. A tensor whose shape has changed in between begins anew.
-    """
+    """How a client trains in one round."""
 
     optimizer: Kind = "adamw"
+    """AdamW, or SGD with `momentum`."""
     lr: Annotated[float, Gt(0)] = 1e-3
+    """Learning rate."""
     head_lr: Annotated[float, Gt(0)] | None = None
+    """Learning rate of the head, the task's output module; left out: `lr`."""
     steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps of a client in a round; left out: `epochs` decides."""
     epochs: Annotated[int, Ge(1)] = 1
+    """Passes over a client's texts in a round, where `steps` is left out."""
     batch_size: Annotated[int, Ge(1)] = 16
+    """Texts of a step."""
     warmup: Annotated[int, Ge(0)] = 0
+    """Steps over which the learning rate rises linearly."""
     clip: Annotated[float, Gt(0)] | None = 1.0
+    """Largest norm of one client's gradient; longer ones are scaled down to it. Python's `None` clips
+    nothing; TOML has no word for it, so write a large number there."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Weight decay: decoupled with AdamW, an L2 penalty with SGD."""
     momentum: Annotated[float, Ge(0)] = 0.0
+    """Momentum of SGD."""
     keep_optimizer: bool = False
+    """A client's moments and its count of steps, and so its warm-up, go on from round to round, in
+    its memory; a tensor whose shape has changed begins anew. Otherwise every round begins with a
+    new optimizer."""
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, Sta
 @final
 @dataclass(frozen=True)
 class FedProx:
-    """Add mu / 2 * |w - w_0|^2 to every client's loss, w_0 being what it began the round with.
-
-    ``mu``: weight of the term; 0 changes nothing.
-    """
+    """Add mu / 2 * |w - w_0|^2 to every client's loss, w_0 being what it began the round with."""
 
     paper: ClassVar[str] = "FedProx: Li et al. 2020, arXiv 1812.06127"
     mu: Annotated[float, Ge(0)] = 0.01
+    """Weight of the term; 0 changes nothing. The paper tries 0.001 to 1."""
 
     def around(self, method: Method, owner: str) -> Method:
         """Return ``method`` with the proximal term in its clients' training."""
