@@ -45,8 +45,12 @@ def test_commands(place: Path, ground: Ground) -> None:
         "training.steps=1",
         "compare.rank=4",
     ]
-    commands = [shlex.split(line, comments=True) for line in blocks("sh")[0].splitlines()]
+    [shown] = [block for block in blocks("sh") if block.startswith("fedpeft")]
+    commands = [shlex.split(line, comments=True) for line in shown.splitlines()]
+    (place / "mine.toml").rename(place / "by hand.toml")  # the first command writes one
     assert {command[1] for command in commands} == {
+        "init",
+        "config",
         "partition",
         "run",
         "resume",
@@ -59,7 +63,8 @@ def test_commands(place: Path, ground: Ground) -> None:
     }
     for program, name, *rest in commands:
         assert program == "fedpeft"
-        settings = [f"--set={one}" for one in smaller] if "mine.toml" in rest else []
+        tuned = name != "init" and "mine.toml" in rest
+        settings = [f"--set={one}" for one in smaller] if tuned else []
         outcome = cli_call(name, *rest, *settings)
         assert (outcome.code, outcome.err) == (0, ""), (name, outcome)
     for made in (
@@ -69,6 +74,14 @@ def test_commands(place: Path, ground: Ground) -> None:
         "adapter/adapter_config.json",
     ):
         assert (place / made).exists(), made
+
+
+def test_the_configuration_that_is_shown_runs(place: Path, ground: Ground) -> None:
+    smaller = [f"model.name={str(ground.model)!r}", "partition.clients=5", "partition.alpha=1.0"]
+    smaller += ["federation.rounds=2", "training.steps=1", "method.rank=4", "machine.threads=1"]
+    settings = [f"--set={one}" for one in smaller]
+    outcome = cli_call("run", "mine.toml", "--set=model.max_length=16", *settings)
+    assert (outcome.code, outcome.err) == (0, "")
 
 
 def test_python_example(place: Path, ground: Ground) -> None:
