@@ -184,10 +184,10 @@ def _play(
     planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int
 ) -> list[Path]:
     """Play many planned runs, with a bar for each, and return their folders."""
-    from fedpeft.experiment.batch import play
+    from fedpeft.experiment.batch import run_all
 
     with stoppable(resume_all), progress_bars(out) as watch:
-        return play(
+        return run_all(
             planned,
             root,
             overwrite=overwrite,
