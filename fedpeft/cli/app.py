@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +86,24 @@ def _say(line: str) -> None:
     say(line, out)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        _say(f"fedpeft {version('fedpeft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
 @app.command()
 def run(
     config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False
@@ -100,10 +119,10 @@ def run(
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
-            assembly = build(chosen)
-            for note in assembly.notes:
+            federation = build(chosen)
+            for note in federation.notes:
                 _say(note)
-            run_from_start(assembly, folder, watch(chosen.name))
+            run_from_start(federation, folder, watch(chosen.name))
         _report([folder], folder / "report", None, 1e6)
     check_learnt(folder)
 
@@ -146,7 +165,7 @@ def compare(
     extra += [f"compare.seeds={arguments.seeds(seeds)}"] if seeds else []
     planned = plan(arguments.tree(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
-    folders = _play(planned, root, overwrite, resume, jobs)
+    folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
     if others := len(runs_in(root)) - len(folders):
         _say(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
@@ -176,14 +195,14 @@ def sweep(
         arguments.tree(config, [*extra, *settings]), arguments.values(values), methods=bool(methods)
     )
     root = runs / f"{planned[0].config.name}-sweep"
-    folders = _play(planned, root, overwrite, resume, jobs)
+    folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", None, 1e6)
 
 
-def _play(
-    planned: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int
+def _run_all(
+    planned: Sequence[Any], root: Path, overwrite: bool, resume: bool, jobs: int
 ) -> list[Path]:
-    """Play many planned runs, with a bar for each, and return their folders."""
+    """Train many planned runs, with a bar for each, and return their folders."""
     from fedpeft.experiment.batch import run_all
 
     with stoppable(resume_all), progress_bars(out) as watch:
@@ -191,7 +210,7 @@ def _play(
             planned,
             root,
             overwrite=overwrite,
-            resume=go_on,
+            resume=resume,
             on_progress=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
             on_warning=_say,
             jobs=jobs,
@@ -274,8 +293,10 @@ def report(
     """Report on runs: tables here; CSV and PNG files in a folder."""
     from fedpeft.experiment.run_folder import runs_in
 
-    found = [part for folder in folders for part in runs_in(folder)]
-    _report(found, to, target, bandwidth)
+    runs: list[Path] = []
+    for folder in folders:
+        runs += runs_in(folder)
+    _report(runs, to, target, bandwidth)
 
 
 def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: float) -> None:

@@ -1,4 +1,4 @@
-"""What is printed where the console, or the file that stands for it, cannot show every character. Files stay UTF-8."""
+"""What is printed where the console cannot show every character; files stay UTF-8."""
 
 import codecs
 import io
@@ -52,6 +52,7 @@ def in_ascii(text: str) -> str:
 
 
 def _nearest(character: str) -> str:
+    """Return what stands for one character, which may be several."""
     if character.isascii():
         return character
     if character in NEAREST:
@@ -62,9 +63,8 @@ def _nearest(character: str) -> str:
         <= "\N{BOX DRAWINGS HEAVY LEFT AND LIGHT RIGHT}"
     ):
         return _line(unicodedata.name(character))
-    parts = unicodedata.normalize(
-        "NFKD", character
-    )  # a letter and its marks, or what a ligature stands for
+    # A letter and its marks, or what a ligature stands for.
+    parts = unicodedata.normalize("NFKD", character)
     if parts == character:
         return "?"
     return "".join(_nearest(part) for part in parts if not unicodedata.combining(part))
@@ -86,17 +86,22 @@ def say(line: str, console: Console) -> None:
 
 
 def show_nearest(*streams: TextIO) -> None:
-    """Let ``streams`` print the nearest of what their encoding lacks, where they would raise UnicodeEncodeError."""
+    """Let ``streams`` print the nearest of what their encoding lacks.
+
+    They would raise UnicodeEncodeError.
+    """
     codecs.register_error(HANDLER, _replace)
     for stream in streams:
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # what a notebook or a test puts in its place takes any text
+        # What a notebook or a test puts in the place of a console takes any text.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return what to print instead of the characters that could not be encoded, and where to go on."""
+    """Return what to print for characters that could not be encoded, and where to go on.
+
+    The form that ``codecs.register_error`` asks for.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]

@@ -1,6 +1,6 @@
-"""One writer at a time: a run's folder is claimed by a lock of the operating system, which ends with its process.
+"""One writer at a time: a run's folder is claimed by a lock that ends with its process.
 
-``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file behind, but no lock on it.
+The operating system's: ``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file behind, but no lock on it.
 """
 
 import errno
@@ -28,7 +28,7 @@ LOCKS: Final = frozenset({COMMAND, PROCESS})
 _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 _NO_LOCKS_HERE: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 _TRIES: Final = 100
-"""How often a lock's file or folder may vanish under us, as its last owner clears up, before we give up."""
+"""How often a lock's file may vanish under us, as its last owner clears up, before we give up."""
 
 
 @contextmanager
@@ -37,34 +37,46 @@ def claimed(folder: Path) -> Iterator[None]:
 
     A folder in which there is nothing, and what had to be made for it, is removed in the end.
     Raises BadInput at once where another process, or another part of this one, has the folder, and
-    where it cannot be made or written. Readers need no claim. On a file system that knows no locks (some clusters') nothing is guarded.
+    where it cannot be made or written. Readers need no claim. On a file system that knows no locks
+    (some clusters') nothing is guarded.
     """
-    missing = [place for place in folder.parents if not place.exists()]
+    made_parents = [parent for parent in folder.parents if not parent.exists()]
     empty = False
     try:
         with _locked(folder, COMMAND):
             empty = never_begun(folder)
-            if (
-                folder / PROCESS
-            ).exists():  # left by a killed command: is its process still at work?
+            # Left by a command that was killed: is a process of its still at work?
+            if (folder / PROCESS).exists():
                 with _locked(folder, PROCESS):
                     pass
             yield
     finally:
-        for place in [folder, *missing] if empty else missing:
-            with suppress(OSError):  # it is in use: as a run, or by another who has claimed it
-                place.rmdir()
+        if empty:
+            _remove_if_empty(folder)
+        for parent in made_parents:
+            _remove_if_empty(parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is in use: as a run, or by another who has claimed it
+        folder.rmdir()
 
 
 @contextmanager
 def on_behalf(folder: Path) -> Iterator[None]:
-    """Keep ``folder``, which the parent process has claimed, from being claimed anew should the parent be killed."""
+    """Keep a killed command's ``folder`` claimed for as long as its process is at work in it.
+
+    The parent process has claimed it, and its lock would end with it.
+    """
     with _locked(folder, PROCESS):
         yield
 
 
 def never_begun(folder: Path) -> bool:
-    """Return whether all there is in ``folder`` is what a command left that was killed before it wrote anything."""
+    """Return whether there are only locks in ``folder``.
+
+    A command left them that was killed before it wrote anything.
+    """
     try:
         names = {path.name for path in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
@@ -83,7 +95,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _acquire(folder: Path, name: str) -> int:
-    """Return the descriptor of the locked file ``name`` in ``folder``; the lock lasts until it is closed."""
+    """Lock the file ``name`` in ``folder`` and return its descriptor, which ends the lock."""
     path = folder / name
     reason = "its lock is removed again and again"
     for _ in range(_TRIES):
@@ -91,9 +103,8 @@ def _acquire(folder: Path, name: str) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError) as error:
-            reason = str(
-                error.strerror
-            )  # of a folder that its last owner has removed meanwhile: try again
+            # Of a folder that its last owner has removed meanwhile: try again.
+            reason = str(error.strerror)
             continue
         except (OSError, ValueError) as error:  # ValueError: a name that this system cannot write
             reason = str(error.strerror if isinstance(error, OSError) else error)
@@ -108,11 +119,15 @@ def _acquire(folder: Path, name: str) -> int:
 
 
 def _is_taken(path: Path, descriptor: int) -> bool:
-    """Return whether the open file is locked by us now, or close it; BadInput where another holds it."""
+    """Return whether the open file is locked by us now, or close it.
+
+    BadInput where another holds it.
+    """
     try:
         if not _try_lock(descriptor):
             raise BadInput(
-                f"{path.parent}: {_holder(descriptor)} is writing this run; wait until it has ended, or end it, and try again"
+                f"{path.parent}: {_holder(descriptor)} is writing this run; "
+                "wait until it has ended, or end it, and try again"
             )
         if _is_at(path, descriptor):
             _sign(descriptor)
@@ -120,9 +135,8 @@ def _is_taken(path: Path, descriptor: int) -> bool:
     except BaseException:
         os.close(descriptor)
         raise
-    os.close(
-        descriptor
-    )  # its last owner has just removed it: what we have locked is no longer there
+    # Its last owner has just removed it: what we have locked is no longer there.
+    os.close(descriptor)
     return False
 
 
@@ -152,7 +166,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Write down who holds the lock, from the second byte on: Windows keeps others from reading the first."""
+    """Write down who holds the lock, from the second byte on.
+
+    Windows keeps others from reading the first, which is locked.
+    """
     with suppress(OSError):  # a full disk: then the holder has no name
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -163,21 +180,22 @@ def _holder(descriptor: int) -> str:
     """Return who has signed the lock's file, such as ``process 4711``, and on which machine if not here."""
     try:
         os.lseek(descriptor, 1, os.SEEK_SET)
-        number, host = os.read(descriptor, 300).decode().split()
+        process, host = os.read(descriptor, 300).decode().split()
     except (OSError, ValueError):
         return "another process"
-    return f"process {number}" if host == socket.gethostname() else f"process {number} on {host}"
+    return f"process {process}" if host == socket.gethostname() else f"process {process} on {host}"
 
 
 def _release(path: Path, descriptor: int) -> None:
     """Remove the lock's file and end the lock."""
-    if (
-        sys.platform == "win32"
-    ):  # an open file cannot be removed, and neither can one that another has opened meanwhile
+    if sys.platform == "win32":
+        # An open file cannot be removed, and neither can one that another has opened meanwhile.
         os.close(descriptor)
         with suppress(OSError):
             path.unlink()
-    else:  # removed while still held: who has opened it meanwhile sees that it is gone once the lock is theirs
+    else:
+        # Removed while still held: who has opened it meanwhile sees that it is gone once the lock
+        # is theirs.
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)
