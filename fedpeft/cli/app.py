@@ -21,7 +21,8 @@ from fedpeft.errors import BadInput
 
 app = typer.Typer(
     name="fedpeft",
-    help="Federated parameter-efficient fine-tuning of language models. Option --debug: show tracebacks.",
+    help="Federated parameter-efficient fine-tuning of language models. "
+    "Option --debug: show tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,7 +53,10 @@ Target = Annotated[
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""How torch's threads wait, read when it is loaded: those that spin for long stall each other when cores are shared."""
+"""How torch's threads wait, which it reads when it is loaded.
+
+Those that spin for long stall each other when cores are shared.
+"""
 DEBUG = "--debug"
 
 
@@ -300,7 +304,7 @@ def report(
 
 
 def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: float) -> None:
-    """Print the report on ``folders`` and write its files; without matplotlib, without the figures."""
+    """Print the report on ``folders`` and write its files; the figures only with matplotlib."""
     from importlib.util import find_spec
 
     from fedpeft.report import write

@@ -43,7 +43,7 @@ HANDLER: Final = "fedpeft.nearest"
 
 
 def in_ascii(text: str) -> str:
-    """Return ``text`` with the nearest that ASCII has, or a question mark, for each character that it lacks.
+    """Return ``text`` in ASCII: the nearest it has for each character, or a question mark.
 
     >>> in_ascii("3 \u00b1 1 \u2192 caf\u00e9 \u6f22")
     '3 +- 1 -> cafe ?'

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 INTERRUPTED: Final = 130
-"""The exit code of a command ended by Ctrl-C, as shells have it: 128 and the number of the signal."""
+"""The exit code of a command ended by Ctrl-C, as in shells: 128 and the number of the signal."""
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Progress on a terminal: one bar per run, with round, score, megabytes and the time that is left."""
+"""Progress on a terminal: a bar per run with round, score, megabytes and the time left."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

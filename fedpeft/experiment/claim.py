@@ -1,6 +1,7 @@
 """One writer at a time: a run's folder is claimed by a lock that ends with its process.
 
-The operating system's: ``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file behind, but no lock on it.
+It is the operating system's, ``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves
+the file behind, but no lock on it.
 """
 
 import errno
@@ -33,9 +34,9 @@ _TRIES: Final = 100
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only writer of ``folder`` for the length of a ``with``; it is made where it is not there.
+    """Be the only writer of ``folder`` for the length of a ``with``.
 
-    A folder in which there is nothing, and what had to be made for it, is removed in the end.
+    It is made where it is not there. A folder in which there is nothing, and what had to be made for it, is removed in the end.
     Raises BadInput at once where another process, or another part of this one, has the folder, and
     where it cannot be made or written. Readers need no claim. On a file system that knows no locks
     (some clusters') nothing is guarded.
@@ -177,7 +178,10 @@ def _sign(descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Return who has signed the lock's file, such as ``process 4711``, and on which machine if not here."""
+    """Return who has signed the lock's file, such as ``process 4711 on node3``.
+
+    The machine is left out where it is this one.
+    """
     try:
         os.lseek(descriptor, 1, os.SEEK_SET)
         process, host = os.read(descriptor, 300).decode().split()

@@ -56,8 +56,8 @@ _REPORTED: Final = frozenset(
 def beginning(folder: Path, *, overwrite: bool) -> Iterator[None]:
     """Claim ``folder`` for a run that is about to begin, before anything slow is done for it.
 
-    Raises BadInput where ``refuse_existing`` does, and where another process writes the folder. Where
-    no run begins in the end, no folder is left behind.
+    Raises BadInput where ``refuse_existing`` does, and where another process writes the folder.
+    Where no run begins in the end, no folder is left behind.
     """
     # First without a claim, so that not even a lock gets into a folder of the user's;
     # and again with it, as the folder may have become a run in between.
@@ -89,7 +89,10 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run has put into ``folder``, as far as it is ours. OSError as the disk has it."""
+    """Remove what runs have put into ``folder``; what is not ours stays.
+
+    Raises OSError as the disk gives it.
+    """
 
     def order(path: Path) -> int:
         # The settings, which make it a run, go first; the file that tells they are ours goes last.

@@ -53,7 +53,8 @@ class Trained:
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
         """Write the adapters as a folder for peft.
 
-        With ``merge``, write the whole model as one for transformers. A folder that exists, or a method without low-rank adapters unless ``merge``, raises BadInput.
+        With ``merge``, write the whole model as one for transformers. A folder that exists raises
+        BadInput, and so does a method without low-rank adapters unless ``merge``.
         """
         with self.mounted() as local:
             pass

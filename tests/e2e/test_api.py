@@ -40,8 +40,8 @@ def test_a_dozen_lines_lead_from_data_to_a_trained_adapter(
     given = {"MODEL": str(ground.model), "DATA": str(ground.data), "RUN": str(tmp_path / "run")}
     exec(EXAMPLE, {**given, "ADAPTER": str(tmp_path / "adapter")})
     said = capsys.readouterr().out
-    assert "('fish', " in said
-    assert "('trees', " in said
+    assert "Label(label='fish', " in said
+    assert "Label(label='trees', " in said
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
