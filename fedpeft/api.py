@@ -1,4 +1,4 @@
-"""The Python API: from settings to a trained adapter in a line; what the commands do, as functions."""
+"""The Python API: from settings to a trained adapter; what the commands do, as functions."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +21,15 @@ def train(
     overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
 ) -> Trained:
-    """Run the federation that ``settings`` describe, nested as in a TOML file, in ``folder``; return what it has learnt.
+    """Train what ``settings`` describe, in ``folder``, and return what it has learnt.
 
-    ``on_progress`` is called after every round with a ``Progress``. Raises BadInput for settings that do not work, before
-    anything is written, for a folder that exists, unless ``overwrite``, and for one that another
-    process writes.
+    ``settings`` are nested as in a TOML file, such as ``{"method": {"name": "lora", "rank": 4}}``.
+    ``on_progress`` is called after every round with a ``Progress``. Raises BadInput for settings
+    that do not work, before anything is written, for a folder that exists, unless ``overwrite``,
+    and for one that another process writes.
     """
-    config, place = from_tree(settings), Path(folder)
-    with beginning(place, overwrite=overwrite):
-        run_from_start(build(config), place, on_progress)
-    return open_run(place)
+    config = from_tree(settings)
+    folder = Path(folder)
+    with beginning(folder, overwrite=overwrite):
+        run_from_start(build(config), folder, on_progress)
+    return open_run(folder)

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,8 @@ from fedpeft.errors import BadInput
 
 app = typer.Typer(
     name="fedpeft",
-    help="Federated parameter-efficient fine-tuning of language models. Option --debug: show tracebacks.",
+    help="Federated parameter-efficient fine-tuning of language models. "
+    "Option --debug: show tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,7 +53,10 @@ Target = Annotated[
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""How torch's threads wait, read when it is loaded: those that spin for long stall each other when cores are shared."""
+"""How torch's threads wait, which it reads when it is loaded.
+
+Those that spin for long stall each other when cores are shared.
+"""
 DEBUG = "--debug"
 
 
@@ -83,6 +88,24 @@ def main() -> None:
 
 def _say(line: str) -> None:
     say(line, out)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _say(f"fedpeft {version('fedpeft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 def _settings(config: Path, assignments: Sequence[str]) -> dict[str, Any]:
@@ -118,10 +141,10 @@ def run(
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
-            assembly = build(chosen)
-            for note in assembly.notes:
+            federation = build(chosen)
+            for note in federation.notes:
                 _say(note)
-            run_from_start(assembly, folder, watch(chosen.name))
+            run_from_start(federation, folder, watch(chosen.name))
         _report([folder], folder / "report", None, 1e6)
     check_learnt(folder)
 
@@ -164,7 +187,7 @@ def compare(
     extra += [f"compare.seeds={arguments.seeds(seeds)}"] if seeds else []
     planned = plan(_settings(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
-    folders = _play(planned, root, overwrite, resume, jobs)
+    folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
     if others := len(runs_in(root)) - len(folders):
         _say(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
@@ -192,20 +215,22 @@ def sweep(
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
     planned = grid(_settings(config, [*extra, *settings]), _values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
-    folders = _play(planned, root, overwrite, resume, jobs)
+    folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", None, 1e6)
 
 
-def _play(runs: Sequence[Any], root: Path, overwrite: bool, go_on: bool, jobs: int) -> list[Path]:
-    """Play many planned runs, with a bar for each, and return their folders."""
-    from fedpeft.experiment.batch import play
+def _run_all(
+    planned: Sequence[Any], root: Path, overwrite: bool, resume: bool, jobs: int
+) -> list[Path]:
+    """Train many planned runs, with a bar for each, and return their folders."""
+    from fedpeft.experiment.batch import run_all
 
     with stoppable(resume_all), progress_bars(out) as watch:
-        return play(
-            runs,
+        return run_all(
+            planned,
             root,
             overwrite=overwrite,
-            resume=go_on,
+            resume=resume,
             on_progress=lambda one: watch(f"{one.label}, seed {one.config.seed}"),
             on_warning=_say,
             jobs=jobs,
@@ -330,12 +355,14 @@ def report(
     """Report on runs: tables here; CSV and PNG files in a folder."""
     from fedpeft.experiment.run_folder import runs_in
 
-    found = [part for folder in folders for part in runs_in(folder)]
-    _report(found, to, target, bandwidth)
+    runs: list[Path] = []
+    for folder in folders:
+        runs += runs_in(folder)
+    _report(runs, to, target, bandwidth)
 
 
 def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: float) -> None:
-    """Print the report on ``folders`` and write its files; without matplotlib, without the figures."""
+    """Print the report on ``folders`` and write its files; the figures only with matplotlib."""
     from importlib.util import find_spec
 
     from fedpeft.report import write

@@ -10,16 +10,25 @@ from fedpeft.experiment.config import merge, parse_set, read, value
 
 def tree(path: Path, settings: Sequence[str]) -> dict[str, Any]:
     """Return the settings in a TOML file with the ``--set`` options laid over them."""
-    return merge(read(path), *(parse_set(assignment) for assignment in settings))
+    overrides = [parse_set(assignment) for assignment in settings]
+    return merge(read(path), *overrides)
 
 
 def names(text: str) -> list[str]:
-    """Return ``["lora", "full"]`` for ``"lora, full"``."""
+    """Return names that are separated by commas.
+
+    >>> names("lora, full")
+    ['lora', 'full']
+    """
     return [name.strip() for name in text.split(",")]
 
 
 def seeds(text: str) -> list[int]:
-    """Return ``[0, 1]`` for ``"0,1"``."""
+    """Return whole numbers that are separated by commas; anything else raises BadInput.
+
+    >>> seeds("0,1")
+    [0, 1]
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -29,18 +38,23 @@ def seeds(text: str) -> list[int]:
 
 
 def values(assignments: Sequence[str]) -> dict[str, list[Any]]:
-    """Return ``{"training.lr": [0.001, 0.003]}`` for ``["training.lr=1e-3,3e-3"]``; each key once."""
-    found: dict[str, list[Any]] = {}
+    """Return the values to try by field; what has another form, or a key twice, raises BadInput.
+
+    >>> values(["training.lr=1e-3,3e-3", "method.name=lora,full"])
+    {'training.lr': [0.001, 0.003], 'method.name': ['lora', 'full']}
+    """
+    swept: dict[str, list[Any]] = {}
     for assignment in assignments:
-        key, _, tried = assignment.partition("=")
+        key, _, listed = assignment.partition("=")
         key = key.strip()
-        if not all(key.split(".")) or not tried:
+        if not all(key.split(".")) or not listed:
             raise BadInput(
-                f"{key!r}: write what to try as section.field=value,value, such as training.lr=0.001,0.003"
+                f"{key!r}: write what to try as section.field=value,value, "
+                "such as training.lr=0.001,0.003"
             )
-        if key in found:
+        if key in swept:
             raise BadInput(
                 f"{key}: is given twice; write its values in one, such as training.lr=0.001,0.003"
             )
-        found[key] = [value(part) for part in tried.split(",")]
-    return found
+        swept[key] = [value(part) for part in listed.split(",")]
+    return swept

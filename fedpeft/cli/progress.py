@@ -1,4 +1,4 @@
-"""Progress on a terminal: one bar per run, with round, score, megabytes and the time that is left."""
+"""Progress on a terminal: a bar per run with round, score, megabytes and the time left."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None]]]:
-    """Show one progress bar per run on a terminal, and nothing elsewhere; yields what makes the watcher of a named run."""
+    """Show one progress bar per run on a terminal, and nothing elsewhere.
+
+    Yields a function that takes the name of a run, adds its bar, and returns what is to be called
+    with the run's ``Progress`` after every round.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -24,10 +28,9 @@ def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None
             task = bar.add_task(name, total=None, stand="")
 
             def watch(progress: Any) -> None:
-                score = (
-                    "" if progress.score is None else f"{progress.metric} {progress.score:.3f}  "
-                )
-                stand = f"{score}{progress.bytes / 1e6:.1f} MB"
+                stand = f"{progress.bytes / 1e6:.1f} MB"
+                if progress.score is not None:
+                    stand = f"{progress.metric} {progress.score:.3f}  {stand}"
                 bar.update(task, completed=progress.round, total=progress.rounds, stand=stand)
 
             return watch

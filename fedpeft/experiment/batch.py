@@ -1,31 +1,23 @@
-"""Many runs in one command: folders are claimed and settings tried before the first one trains."""
+"""Many runs in one command: all folders are claimed and all settings tried before one trains."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from fedpeft.errors import BadInput
-from fedpeft.experiment import parallel
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.compare import Planned
 from fedpeft.experiment.config import differences
-from fedpeft.experiment.parallel import Job, processes
-from fedpeft.experiment.recorder import CONFIG, OnProgress
-from fedpeft.experiment.run import (
-    OnWarning,
-    finished,
-    read_settings,
-    run_from_checkpoint,
-    run_from_start,
-)
+from fedpeft.experiment.parallel import Job, processes, run_job, run_jobs
+from fedpeft.experiment.recorder import CONFIG, OnProgress, Progress
+from fedpeft.experiment.run import OnWarning, finished, read_settings
 from fedpeft.experiment.run_folder import beginning
 from fedpeft.training.hardware import Hardware
 
 
-def play(
+def run_all(
     runs: Sequence[Planned],
     root: Path,
     *,
@@ -35,64 +27,57 @@ def play(
     on_warning: OnWarning = lambda _: None,
     jobs: int = 1,
 ) -> list[Path]:
-    """Play every run in its folder under ``root`` and return the folders.
+    """Train every run in its folder under ``root`` and return the folders.
 
-    ``resume`` resumes what is there; without it, and without ``overwrite``, a folder that exists
-    raises BadInput before anything starts, and so does any that another process writes. All are
-    claimed until the end. ``say`` is told of a damaged checkpoint that is passed over. ``jobs``:
-    how many run at once, each on its share of the cores; 0 for as many as the machine has cores.
+    All folders are claimed until the end. A folder that exists raises BadInput before anything
+    starts, unless ``resume``, which goes on with it, or ``overwrite``; so does one that another
+    process writes. ``on_progress`` makes what is called after every round of a run; ``on_warning``
+    is told what the user should know of data and models, and of a damaged checkpoint that is passed
+    over. ``jobs``: how many run at once, each on its share of the cores; 0 for as many as there are
+    cores.
     """
     with ExitStack() as claims:
-        # All commands claim in one order, so that of two that come at once one gets all it wants.
+        # In one order: of two commands that want the same folders, one gets them all.
         for run in sorted(runs, key=lambda run: run.folder(root)):
-            claims.enter_context(_claim(run, run.folder(root), overwrite=overwrite, resume=resume))
-        last, hardware = _at_the_door(runs, root, on_warning, resume=resume)
-        left = [run for run in runs if _is_left(run, run.folder(root), hardware)]
-        planned = [_job(run, run.folder(root), hardware) for run in left]
-        _play_jobs(left, planned, last, jobs, on_progress, on_warning)
+            claim = _claim(run, run.folder(root), overwrite=overwrite, resume=resume)
+            claims.enter_context(claim)
+        federation, hardware = _check_all(runs, root, on_warning, resume=resume)
+        unfinished: list[Planned] = []
+        queue: list[Job] = []
+        for run in runs:
+            folder = run.folder(root)
+            if folder in hardware or not finished(folder, run.config):
+                unfinished.append(run)
+                queue.append(Job(run.config.to_json(), folder, hardware.get(folder)))
+        _run_unfinished(unfinished, queue, federation, jobs, on_progress, on_warning)
     return [run.folder(root) for run in runs]
 
 
-def _is_left(run: Planned, folder: Path, anew: Mapping[Path, Hardware]) -> bool:
-    """Return whether ``run`` is to be played: ``anew``, or on from where it ended."""
-    return folder in anew or not finished(folder, run.config)
-
-
-def _job(run: Planned, folder: Path, anew: Mapping[Path, Hardware]) -> Job:
-    return Job(run.config.to_json(), folder, anew.get(folder))
-
-
-def _play_jobs(
-    left: Sequence[Planned],
-    planned: Sequence[Job],
-    last: Federation | None,
+def _run_unfinished(
+    runs: Sequence[Planned],
+    queue: Sequence[Job],
+    federation: Federation | None,
     asked: int,
     on_progress: Callable[[Planned], OnProgress],
     on_warning: OnWarning,
 ) -> None:
-    """Play the runs that are ``left``, as ``planned``: one after another, or ``asked`` at once."""
-    fixed = any(run.config.machine.threads for run in left)
-    count = processes(planned, asked, last and last.hardware, fixed)
-    if count > 1:
-        shares = [_shared(job, count) for job in planned]
-        watches = [on_progress(run) for run in left]
-        parallel.play(shares, count, lambda number, progress: watches[number](progress), on_warning)
+    """Train ``runs``, each of which has its job in ``queue``: in turn, or ``asked`` at once.
+
+    ``federation``: one that has been built, whose data and model are taken over.
+    """
+    hardware = None if federation is None else federation.hardware
+    threads_are_fixed = any(run.config.machine.threads for run in runs)
+    count = processes(queue, asked, hardware, threads_are_fixed)
+    if count == 1:
+        for run, job in zip(runs, queue, strict=True):
+            federation = run_job(job, federation, on_progress(run), on_warning)
         return
-    for run, job in zip(left, planned, strict=True):
-        if job.hardware is None:
-            run_from_checkpoint(
-                job.folder, reuse=last, on_progress=on_progress(run), on_warning=on_warning
-            )
-        else:
-            last = build(run.config, job.hardware, last)
-            run_from_start(last, job.folder, on_progress(run))
+    watchers = [on_progress(run) for run in runs]
 
+    def pass_on(index: int, progress: Progress) -> None:
+        watchers[index](progress)
 
-def _shared(job: Job, count: int) -> Job:
-    """Return ``job`` with its share of the threads; what is resumed keeps those that it had."""
-    if job.hardware is None:
-        return job
-    return replace(job, hardware=job.hardware.shared_by(count))
+    run_jobs([job.shared_by(count) for job in queue], count, pass_on, on_warning)
 
 
 def _claim(
@@ -102,45 +87,47 @@ def _claim(
     overwrite: bool,
     resume: bool,
 ) -> AbstractContextManager[None]:
-    """Return the claim on the folder of ``run``; none where it is finished and left as it is."""
+    """Return the claim on the folder of ``run``; none where it is finished and left as it is.
+
+    Raises BadInput where a run that is to be resumed was made with other settings.
+    """
     if not (resume and (folder / CONFIG).exists()):
         return beginning(folder, overwrite=overwrite or resume)
-    found = json.loads(read_settings(folder)[0].to_json())
+    recorded = json.loads(read_settings(folder)[0].to_json())
     now = json.loads(run.config.to_json())
-    if found != now:
-        apart = next(differences(found, now))
-        remedy = "remove it, or choose another name"
-        raise BadInput(f"{folder}: was made with other settings ({apart}); {remedy}")
+    if recorded != now:
+        difference = next(differences(recorded, now))
+        raise BadInput(
+            f"{folder}: was made with other settings ({difference}); "
+            "remove it, or choose another name"
+        )
     return nullcontext() if finished(folder, run.config) else claimed(folder)
 
 
-def _at_the_door(
-    runs: Sequence[Planned],
-    root: Path,
-    on_warning: OnWarning,
-    *,
-    resume: bool,
+def _check_all(
+    runs: Sequence[Planned], root: Path, on_warning: OnWarning, *, resume: bool
 ) -> tuple[Federation | None, dict[Path, Hardware]]:
-    """Raise BadInput for what would stop any of ``runs`` after others have trained.
+    """Raise BadInput now for what would stop any of ``runs`` after others have trained.
 
-    ``say`` is told, once each, what the user should know of data and models. The folders are
-    claimed. Returns the last that was assembled, and by folder the choices for this machine of all
-    that begin anew.
+    Their folders are claimed. ``on_warning`` is told, once each, what the user should know of data
+    and models. Returns the federation that was built last, and the hardware choices by folder of
+    all runs that begin anew.
     """
-    assembly: Federation | None = None
+    federation: Federation | None = None
     hardware: dict[Path, Hardware] = {}
-    fitting: set[str] = set()
-    said: set[str] = set()
+    fitting_labels: set[str] = set()
+    told_notes: set[str] = set()
     for run in runs:
-        if resume and (run.folder(root) / CONFIG).exists():
+        folder = run.folder(root)
+        if resume and (folder / CONFIG).exists():
             continue
-        assembly = build(run.config, reuse=assembly)
-        hardware[run.folder(root)] = assembly.hardware
-        for note in assembly.notes:
-            if note not in said:
+        federation = build(run.config, reuse=federation)
+        hardware[folder] = federation.hardware
+        for note in federation.notes:
+            if note not in told_notes:
                 on_warning(note)
-                said.add(note)
-        if run.label not in fitting:
-            assembly.first_state()  # fails where the method does not fit the model
-            fitting.add(run.label)
-    return assembly, hardware
+                told_notes.add(note)
+        if run.label not in fitting_labels:
+            federation.first_state()  # fails where the method does not fit the model
+            fitting_labels.add(run.label)
+    return federation, hardware

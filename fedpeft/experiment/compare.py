@@ -1,4 +1,4 @@
-"""Many runs from one configuration: every method with every seed, or every value of a sweep; each in a folder of its own."""
+"""Many runs from one configuration: every method with every seed, or every value of a sweep."""
 
 import itertools
 import re
@@ -21,53 +21,90 @@ SETTLED: Final = ("name", "label", "reference", "seed", "compare")
 @final
 @dataclass(frozen=True)
 class Planned:
-    """One run to be: what to call it, and its settings."""
+    """One run to be: what to call it, and its settings.
+
+    >>> Planned("lora training.lr=0.01", Config(seed=3)).folder(Path("runs")).name
+    'lora-training.lr=0.01-s3'
+    """
 
     label: str
     config: Config
 
     def folder(self, root: Path) -> Path:
-        """Return where it goes under ``root``, by a name that any system takes for a folder."""
+        """Return where it goes under ``root``.
+
+        A folder's name on any system, whatever a sweep's values hold.
+        """
         name = re.sub(r'[\s\\/:*?"<>|]', "-", self.label)
         return root / f"{name}-s{self.config.seed}"
 
 
 def plan(tree: Tree) -> list[Planned]:
-    """Return the runs of a comparison: methods, then references, for every seed; all settings are checked here."""
-    rows, seeds = _rows(tree), from_tree(tree).compare.seeds
-    return [
-        Planned(label, _alone(merge(settings, {"label": label, "seed": seed})))
-        for seed in seeds
-        for label, settings in rows
-    ]
+    """Return the runs of a comparison: methods, then references, for every seed.
+
+    All settings are checked here; those that do not work raise BadInput.
+
+    >>> runs = plan({"compare": {"methods": ["lora", "federa"], "seeds": [0, 1]}})
+    >>> [(run.label, run.config.seed) for run in runs]
+    [('lora', 0), ('federa', 0), ('lora', 1), ('federa', 1)]
+    """
+    rows = _rows(tree)
+    seeds = from_tree(tree).compare.seeds
+    planned: list[Planned] = []
+    for seed in seeds:
+        for label, settings in rows:
+            config = _alone(merge(settings, {"label": label, "seed": seed}))
+            planned.append(Planned(label, config))
+    return planned
 
 
 def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list[Planned]:
-    """Return the runs of a sweep, scored on validation: every combination of ``values``, dotted key -> values.
+    """Return the runs of a sweep, scored on validation: every combination of ``values``.
 
-    With ``methods`` it is made for each method of the comparison, on that method's settings.
+    ``values``: dotted key -> what to try. With ``methods`` the sweep is made for each method of the
+    comparison, on that method's settings. Settings that do not work raise BadInput.
+
+    >>> runs = grid({}, {"training.lr": [0.01, 0.02], "seed": [0]}, methods=False)
+    >>> [run.label for run in runs]
+    ['training.lr=0.01 seed=0', 'training.lr=0.02 seed=0']
+    >>> runs[1].config.training.lr
+    0.02
     """
     for key, tried in values.items():
-        if key in ("name", "label", "reference", "evaluation.split") or key.startswith("compare."):
-            raise BadInput(f"{key}: the sweep itself settles that; sweep another field")
-        if any(value in tried[:number] for number, value in enumerate(tried)):
-            raise BadInput(f"{key} = {', '.join(map(str, tried))}: name each value once")
-    planned = []
-    for label, settings in _rows(tree) if methods else [("", tree)]:
-        for chosen in itertools.product(*values.values()):
-            pairs = dict(zip(values, chosen, strict=True))
-            name = " ".join(
-                [*filter(None, [label]), *(f"{key}={value}" for key, value in pairs.items())]
-            )
-            overrides = [nested(key, value) for key, value in pairs.items()]
-            scored = {"label": name, "evaluation": {"split": "validation"}}
-            try:
-                config = _alone(merge(settings, *overrides, scored))
-            except BadInput as error:
-                raise BadInput(f"{label}: {error}" if label else str(error)) from error
-            planned.append(Planned(name, config))
+        _check_swept(key, tried)
+    rows = _rows(tree) if methods else [("", tree)]
+    planned: list[Planned] = []
+    for label, settings in rows:
+        for combination in itertools.product(*values.values()):
+            chosen = dict(zip(values, combination, strict=True))
+            planned.append(_swept(label, settings, chosen))
     _check_apart(planned)
     return planned
+
+
+def _check_swept(key: str, tried: Sequence[Any]) -> None:
+    """Raise BadInput for a field that cannot be swept, and for a value that is given twice."""
+    if key in ("name", "label", "reference", "evaluation.split") or key.startswith("compare."):
+        raise BadInput(f"{key}: the sweep itself settles that; sweep another field")
+    for index, value in enumerate(tried):
+        if value in tried[:index]:
+            raise BadInput(f"{key} = {', '.join(map(str, tried))}: name each value once")
+
+
+def _swept(label: str, settings: Tree, chosen: Mapping[str, Any]) -> Planned:
+    """Return the run of one combination of values, ``chosen``: dotted key -> value.
+
+    ``label``: the method's, which goes before an error; empty for a sweep of no method.
+    """
+    assignments = [f"{key}={value}" for key, value in chosen.items()]
+    name = " ".join([label, *assignments] if label else assignments)
+    overrides = [nested(key, value) for key, value in chosen.items()]
+    scored = {"label": name, "evaluation": {"split": "validation"}}
+    try:
+        config = _alone(merge(settings, *overrides, scored))
+    except BadInput as error:
+        raise BadInput(f"{label}: {error}" if label else str(error)) from error
+    return Planned(name, config)
 
 
 def _check_apart(planned: Sequence[Planned]) -> None:
@@ -87,21 +124,24 @@ def _alone(tree: Tree) -> Config:
 def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     """Return the rows of a comparison, methods then references, with the settings of each."""
     choice = from_tree(tree).compare
-    for what, given in (
-        ("methods", choice.methods),
-        ("references", choice.references),
-        ("seeds", choice.seeds),
-    ):
-        if len(set(given)) < len(given) or not (given or what == "references"):
-            raise BadInput(f"compare.{what} = {list(given)}: name at least one, and each once")
-    rows = [(name, _playing(tree, choice, name)) for name in choice.methods]
-    rows += [(reference, _reference(tree, choice, reference)) for reference in choice.references]
+    _check_named("methods", choice.methods)
+    _check_named("references", choice.references, may_be_empty=True)
+    _check_named("seeds", choice.seeds)
+    methods = [(name, _with_method(tree, choice, name)) for name in choice.methods]
+    references = [(name, _reference(tree, choice, name)) for name in choice.references]
+    rows = methods + references
     labels = [label for label, _ in rows]
-    for name in (
-        choice.settings.keys() - set(labels) - constructors().keys() - set(get_args(Reference))
-    ):
-        raise BadInput(f"unknown key 'compare.settings.{name}'; {nearest(name, labels)}")
+    known = {*labels, *constructors(), *get_args(Reference)}
+    for unknown in choice.settings.keys() - known:
+        raise BadInput(f"unknown key 'compare.settings.{unknown}'; {nearest(unknown, labels)}")
     return [(label, _with_own_settings(settings, choice, label)) for label, settings in rows]
+
+
+def _check_named(field: str, names: Sequence[object], *, may_be_empty: bool = False) -> None:
+    """Raise BadInput where ``compare.<field>`` names something twice, or nothing."""
+    repeats = len(set(names)) < len(names)
+    if repeats or not (names or may_be_empty):
+        raise BadInput(f"compare.{field} = {list(names)}: name at least one, and each once")
 
 
 def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
@@ -109,14 +149,14 @@ def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
 
     What is wrong in that section raises BadInput with its name.
     """
-    own = choice.settings.get(label, {})
-    if not own:
+    overrides = choice.settings.get(label, {})
+    if not overrides:
         return tree
     where = f"compare.settings.{label}"
-    for key in set(own).intersection(SETTLED):
+    for key in set(overrides).intersection(SETTLED):
         raise BadInput(f"{where}.{key}: the comparison itself settles that; take it out")
     method = from_tree(tree).method["name"]  # raises what is not this section's fault
-    merged = merge(tree, own)
+    merged = merge(tree, overrides)
     try:
         chosen = from_tree(merged).method["name"]
     except BadInput as error:
@@ -127,36 +167,39 @@ def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
     return merged
 
 
-def _playing(tree: Tree, choice: CompareSection, name: str, field: str = "methods") -> Tree:
-    """Return ``tree`` with method ``name``; at an equal recipe with the common targets and starting rank.
+def _with_method(tree: Tree, choice: CompareSection, name: str, field: str = "methods") -> Tree:
+    """Return ``tree`` with method ``name``; at an equal recipe with the common targets and rank.
 
-    Where ``compare`` does not name these, those of the section ``method`` are common; its other fields stay its method's.
-    ``field``: the one of ``compare`` that names the method.
+    Where ``compare`` does not name these, those of the section ``method`` are common; its other
+    fields stay its method's. ``field``: the one of ``compare`` that names the method.
     """
     known = constructors()
     if name not in known:
         raise BadInput(f"compare.{field}: {name!r} is not a method; {nearest(name, list(known))}")
-    written, section = {"name": METHOD, **tree.get("method", {})}, tree.get("compare", {})
-    own = {part.name for part in fields(known[name])}  # type: ignore[arg-type]
-    mine = {key: value for key, value in written.items() if written.get("name") == name}
+    section: Tree = {"name": METHOD, **tree.get("method", {})}
+    chosen = dict(section) if section["name"] == name else {}
     if choice.recipe == "equal":
-        default = {"targets": choice.targets, "rank": choice.rank}
-        common = {key: section.get(key, written.get(key, value)) for key, value in default.items()}
-        mine |= {key: value for key, value in common.items() if key in own}
-    rest = {key: value for key, value in tree.items() if key != "method"}
-    return merge(rest, {"method": {**mine, "name": name}})
+        written = tree.get("compare", {})
+        accepted = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
+        for key, default in (("targets", choice.targets), ("rank", choice.rank)):
+            if key in accepted:
+                chosen[key] = written.get(key, section.get(key, default))
+    others = {key: value for key, value in tree.items() if key != "method"}
+    return merge(others, {"method": {**chosen, "name": name}})
 
 
 def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
-    """Return the settings of a yardstick: clients that never exchange anything, or all data at one client.
+    """Return the settings of a yardstick.
 
-    Centralised training takes as many examples a round as the federation's cohort does together, and
-    its one optimizer goes on from round to round, as that of ordinary training does.
+    That is: clients that never exchange anything, or all data at one client. Centralised training
+    takes as many examples a round as the federation's cohort does together, and its one optimizer
+    goes on from round to round, as that of ordinary training does.
     """
     if name == "local-only":
-        return merge(_playing(tree, choice, "local_only"), {"reference": True})
-    name = choice.reference_method
-    settings = _with_own_settings(_playing(tree, choice, name, "reference_method"), choice, name)
+        return merge(_with_method(tree, choice, "local_only"), {"reference": True})
+    method = choice.reference_method
+    plain = _with_method(tree, choice, method, "reference_method")
+    settings = _with_own_settings(plain, choice, method)
     config = from_tree(settings)
     federation, steps = config.federation, config.training.steps
     together = {

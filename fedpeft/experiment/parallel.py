@@ -1,4 +1,4 @@
-"""Several runs at once, each in a process with its share of the cores, so that none waits for another's odd jobs."""
+"""Several runs at once, each in a process with its share of the cores, so that none waits."""
 
 import multiprocessing
 import os
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as ended
+from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -20,7 +20,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import on_behalf
 from fedpeft.experiment.config import from_json
-from fedpeft.experiment.recorder import Progress
+from fedpeft.experiment.recorder import OnProgress, Progress
 from fedpeft.experiment.run import OnWarning, run_from_checkpoint, run_from_start
 from fedpeft.training.hardware import Hardware
 
@@ -31,56 +31,103 @@ MOST: Final = 4
 @final
 @dataclass(frozen=True)
 class Job:
-    """A run to be: its settings as JSON, its folder, and the choices for this machine; None goes on with what is there."""
+    """One run to train, in a form that another process can read.
+
+    ``settings``: its configuration as JSON. ``hardware``: the choices for this machine; None where
+    the run in ``folder`` is resumed, which brings its own.
+
+    >>> Job("{}", Path("runs/mine"), hardware=None).resumes
+    True
+    """
 
     settings: str
     folder: Path
     hardware: Hardware | None
 
+    @property
+    def resumes(self) -> bool:
+        """Return whether the run goes on from its last checkpoint, not from its beginning."""
+        return self.hardware is None
 
-def processes(jobs: Sequence[Job], asked: int, hardware: Hardware | None, fixed: bool) -> int:
-    """Return how many processes play ``jobs``: as many as ``asked``, or where that is 0 as many as there are cores.
+    def shared_by(self, count: int) -> "Job":
+        """Return the job for one of ``count`` processes, with its share of the threads.
 
-    One on a GPU, which they would share, and where the number of threads was ``fixed`` by the user.
+        A run that is resumed keeps the threads that it was started with.
+        """
+        if self.hardware is None:
+            return self
+        return replace(self, hardware=self.hardware.shared_by(count))
+
+
+def run_job(
+    job: Job, reuse: Federation | None, on_progress: OnProgress, on_warning: OnWarning
+) -> Federation | None:
+    """Train one run, whose folder is claimed, and return a federation for the next job to reuse."""
+    if job.resumes:
+        run_from_checkpoint(job.folder, reuse=reuse, on_progress=on_progress, on_warning=on_warning)
+        return reuse
+    federation = build(from_json(job.settings), job.hardware, reuse)
+    run_from_start(federation, job.folder, on_progress)
+    return federation
+
+
+def processes(
+    jobs: Sequence[Job], asked: int, hardware: Hardware | None, threads_are_fixed: bool
+) -> int:
+    """Return how many processes train ``jobs``: ``asked``, or where that is 0 one per core.
+
+    Never more than there are jobs. Where it is open, one on a GPU, which they would share, and one
+    where the user has fixed the number of threads.
+
+    >>> job = Job("{}", Path("runs/mine"), hardware=None)
+    >>> processes([job] * 3, 8, None, False), processes([job] * 3, 0, None, False)
+    (3, 1)
     """
-    alone = hardware is None or hardware.device != "cpu" or fixed
-    return max(1, min(asked or (1 if alone else min(MOST, os.cpu_count() or 1)), len(jobs)))
+    if asked:
+        count = asked
+    elif hardware is None or hardware.device != "cpu" or threads_are_fixed:
+        count = 1
+    else:
+        count = min(MOST, os.cpu_count() or 1)
+    return max(1, min(count, len(jobs)))
 
 
-def play(
+def run_jobs(
     jobs: Sequence[Job],
     count: int,
     on_progress: Callable[[int, Progress], None],
     on_warning: OnWarning,
 ) -> None:
-    """Play ``jobs`` in ``count`` processes; ``on_progress`` is told of a job's number and progress.
+    """Train ``jobs``, whose folders are claimed, in ``count`` processes.
 
-    What fails is raised. The caller has claimed the folders. KeyboardInterrupt ends the processes
-    at once; their runs can be resumed.
+    ``on_progress`` is told a job's index and where its run stands. What fails in a process is
+    raised here. KeyboardInterrupt ends the processes at once; their runs can be resumed.
     """
     context = multiprocessing.get_context("spawn")
-    told: Any = context.Queue()
+    messages: Any = context.Queue()
     stopped, stop = context.Pipe(duplex=False)
-    with ProcessPoolExecutor(count, context, _begin, (told, stopped)) as pool:
+    with ProcessPoolExecutor(count, context, _begin, (messages, stopped)) as pool:
+        pending: set[Future[None]] = set()
         try:
             with _interrupts_held_back():
-                tasks = [pool.submit(_play, number, job) for number, job in enumerate(jobs)]
-            under_way: set[Future[None]] = set(tasks)
-            while under_way:
-                done, under_way = wait(under_way, timeout=0.1)
-                _pass_on(told, on_progress, on_warning)
+                for index, job in enumerate(jobs):
+                    pending.add(pool.submit(_run_here, index, job))
+            while pending:
+                done, pending = wait(pending, timeout=0.1)
+                _pass_on(messages, on_progress, on_warning)
                 for future in done:
                     future.result()
         except BrokenProcessPool as error:
             raise BadInput(
-                f"--jobs {count}: a process was ended from outside, perhaps for memory; go on with --resume"
+                f"--jobs {count}: a process was ended from outside, perhaps for memory; "
+                "go on with --resume"
             ) from error
         except KeyboardInterrupt:
             stop.send(None)
             raise
         finally:
             _wait_for_the_rest(pool, stop)
-        _pass_on(told, on_progress, on_warning)
+        _pass_on(messages, on_progress, on_warning)
 
 
 def _wait_for_the_rest(pool: ProcessPoolExecutor, stop: Connection) -> None:
@@ -110,52 +157,59 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def _pass_on(
-    told: Any, on_progress: Callable[[int, Progress], None], on_warning: OnWarning
+    messages: Any, on_progress: Callable[[int, Progress], None], on_warning: OnWarning
 ) -> None:
+    """Hand on all that the processes have told so far: progress, and lines of warning."""
     while True:
         try:
-            number, news = told.get_nowait()
+            index, news = messages.get_nowait()
         except queue.Empty:
             return
-        on_warning(news) if isinstance(news, str) else on_progress(number, news)
+        if isinstance(news, str):
+            on_warning(news)
+        else:
+            on_progress(index, news)
 
 
 class _Here:
-    """What a process keeps between its runs."""
+    """What one process keeps between its jobs.
 
-    told: Any = None
-    last: Federation | None = None
-
-
-def _begin(told: Any, stopped: Connection) -> None:
-    """Remember where to tell of progress; end with the parent, or when it says so by ``stopped``.
-
-    A run that is resumed must have one writer. It can be left at any instant: nothing is tidied up.
+    A pool calls a plain function for each job and has no place for what outlives it, so it stands
+    in this class, of which every process has its own: the queue that ``_begin`` is given once, as
+    queues can be inherited but not sent with a job, and the last federation, so that data and model
+    are not loaded anew for every run.
     """
-    _Here.told = told
+
+    messages: Any = None
+    federation: Federation | None = None
+
+
+def _begin(messages: Any, stopped: Connection) -> None:
+    """Remember where to tell of progress, and end with the parent, or when it says so.
+
+    It does by ``stopped``. A run that is resumed must have one writer, so no process may outlive
+    its parent. A run can be left at any instant, so nothing is tidied up.
+    """
+    _Here.messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it as well
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
-        ended([parent.sentinel, stopped])
+    def end_with_parent() -> None:
+        wait_for_any([parent.sentinel, stopped])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _play(number: int, job: Job) -> None:
+def _run_here(index: int, job: Job) -> None:
+    """Train one job in this process, and tell the parent how it stands."""
+
     def on_progress(progress: Progress) -> None:
-        _Here.told.put((number, progress))
+        _Here.messages.put((index, progress))
 
     def on_warning(line: str) -> None:
-        _Here.told.put((number, line))
+        _Here.messages.put((index, line))
 
     with on_behalf(job.folder):
-        if job.hardware is None:
-            run_from_checkpoint(
-                job.folder, reuse=_Here.last, on_progress=on_progress, on_warning=on_warning
-            )
-        else:
-            _Here.last = build(from_json(job.settings), job.hardware, _Here.last)
-            run_from_start(_Here.last, job.folder, on_progress)
+        _Here.federation = run_job(job, _Here.federation, on_progress, on_warning)

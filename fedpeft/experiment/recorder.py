@@ -1,8 +1,8 @@
-"""A run's folder while the run is under way: the ledger grows, and after every round a checkpoint makes it good."""
+"""A run under way: its ledger grows, and a checkpoint after every round makes it good."""
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -31,6 +31,10 @@ class Progress:
     """Where a run stands: rounds done and planned, its last score (None before any), bytes so far.
 
     ``metric``: what the score is one of.
+
+    >>> stand = Progress(round=1, rounds=10)
+    >>> stand.after(ClientRow(round=1, client=0, down=300, up=200)).bytes
+    500
     """
 
     round: int
@@ -55,31 +59,33 @@ OnProgress = Callable[[Progress], None]
 
 @final
 class Recorder:
-    """Takes down rows and states; a crash between two calls of ``save`` loses what came after the first.
+    """Takes down rows and states; a crash loses what came after the last call of ``save``.
 
-    Opening cuts the ledger back to where ``begin`` left it; a run from its beginning writes its first row and state. A
-    full disk raises BadInput and leaves the last checkpoint as it was.
+    Opening cuts the ledger back to where ``begin`` left it; a run from its beginning writes its
+    first row and state. A full disk raises BadInput and leaves the last checkpoint as it was.
     """
 
     def __init__(
-        self, assembly: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
+        self, federation: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
     ) -> None:
-        self._folder, self._memories, self._on_progress = folder, begin.memories, on_progress
+        self._folder = folder
+        self._memories = begin.memories
+        self._on_progress = on_progress
         self._digest = settings_digests(folder)[0]
         self._written = Written({begin.state.round: begin.files} if begin.files else {})
-        self._stand = Progress(begin.state.round, assembly.config.federation.rounds)
+        self._progress = Progress(begin.state.round, federation.config.federation.rounds)
         try:
             self._ledger = _opened(folder / FILE, begin.ledger)
         except OSError as error:
             raise self._unsaved(error) from error
         for row in read(folder / FILE):
-            self._stand = self._stand.after(row)
-        if begin.ledger:
-            on_progress(self._stand)
+            self._progress = self._progress.after(row)
+        if begin.ledger:  # the run is resumed, and its ledger has a first row
+            on_progress(self._progress)
             return
         with ExitStack() as undo:
             undo.push(self)
-            self.record(assembly.run_row())
+            self.record(federation.run_row())
             self.save(begin.state)
             sync(folder)
             undo.pop_all()
@@ -90,23 +96,24 @@ class Recorder:
             self._ledger.append(row)
         except OSError as error:
             raise self._unsaved(error) from error
-        self._stand = self._stand.after(row)
+        self._progress = self._progress.after(row)
 
     def save(self, state: State) -> None:
         """Put the ledger and ``state`` on the disk, and tell the watcher where the run stands."""
         try:
             length = self._ledger.sync()
-            place = self._folder / CHECKPOINTS
-            checkpoint.save(place, state, self._memories, length, self._digest, self._written)
+            folder = self._folder / CHECKPOINTS
+            checkpoint.save(folder, state, self._memories, length, self._digest, self._written)
         except OSError as error:
             raise self._unsaved(error) from error
-        self._stand = replace(self._stand, round=state.round)
-        self._on_progress(self._stand)
+        self._progress = replace(self._progress, round=state.round)
+        self._on_progress(self._progress)
 
     def _unsaved(self, error: OSError) -> BadInput:
         return BadInput(
-            f"{self._folder}: what came after round {self._stand.round} cannot be saved ({error.strerror}); "
-            f"what was there is intact: make the folder writable, with room, then: fedpeft resume {self._folder}"
+            f"{self._folder}: what came after round {self._progress.round} cannot be saved "
+            f"({error.strerror}); what was there is intact: make the folder writable, with room, "
+            f"then: fedpeft resume {self._folder}"
         )
 
     def __enter__(self) -> Self:
@@ -118,8 +125,11 @@ class Recorder:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        with suppress(OSError) if error else nullcontext():  # a full disk has been told of already
+        try:
             self._ledger.close()
+        except OSError:
+            if error is None:  # otherwise a full disk has been told of already
+                raise
 
 
 def _opened(path: Path, length: int) -> Ledger:
@@ -132,11 +142,11 @@ def _opened(path: Path, length: int) -> Ledger:
 
 
 def settings_digests(folder: Path) -> tuple[str, str]:
-    """Return the digests by which checkpoints know their settings; new ones carry the first.
+    """Return the digests by which checkpoints know the configuration in ``folder``.
 
-    Both are of what ``config.json`` says as it was written, so that fields which a later version
-    adds or renames do not part a run from its checkpoints. The second is what version 0.1 wrote: it
-    is of the same content as pydantic prints it.
+    New ones carry the first. Both are of what ``config.json`` says as it was written, so that
+    fields which a later version adds or renames do not part a run from its checkpoints. The second
+    is what version 0.1 wrote: the digest of that content in pydantic's form.
     """
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""One run in one folder: start it, play its rounds, evaluate, keep ledger and checkpoints, and resume it after a crash."""
+"""One run in one folder: start it, run its rounds, evaluate, save, and resume it after a crash."""
 
 import json
 from collections.abc import Callable
@@ -32,40 +32,41 @@ OnWarning = Callable[[str], None]
 
 
 def start(
-    assembly: Federation,
+    federation: Federation,
     folder: Path,
     *,
     overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
 ) -> State:
-    """Run ``assembly`` from its beginning in ``folder`` and return the last state.
+    """Run ``federation`` from its beginning in ``folder`` and return the last state.
 
     A folder that exists raises BadInput unless ``overwrite``, and one that another process writes
     raises it always; nothing is written before all input has been checked.
     """
     with beginning(folder, overwrite=overwrite):
-        return run_from_start(assembly, folder, on_progress)
+        return run_from_start(federation, folder, on_progress)
 
 
-def run_from_start(assembly: Federation, folder: Path, on_progress: OnProgress) -> State:
-    """Do what ``start`` does in a folder that is claimed; what an older run left is removed."""
-    first = assembly.first_state()
-    about = {
-        HARDWARE: assembly.hardware.describe(),
-        LABELS: assembly.dataset.labels,
-        CONFIG: json.loads(assembly.config.to_json()),
+def run_from_start(federation: Federation, folder: Path, on_progress: OnProgress) -> State:
+    """Do what ``start`` does in a folder that is claimed; an older run there is removed."""
+    first_state = federation.first_state()
+    files = {
+        HARDWARE: federation.hardware.describe(),
+        LABELS: federation.dataset.labels,
+        CONFIG: json.loads(federation.config.to_json()),
     }
     with ExitStack() as undo:
         try:
             clear(folder)
             undo.callback(clear, folder)
-            for name, content in about.items():
+            for name, content in files.items():
                 write(folder / name, json.dumps(content, indent=1).encode())
         except OSError as error:
             remedy = "make room and start again"
             raise BadInput(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
         undo.pop_all()
-    return _play(assembly, folder, Checkpoint(first, Memories(), 0), on_progress)
+    begin = Checkpoint(first_state, Memories(), ledger=0)
+    return _run_rounds(federation, folder, begin, on_progress)
 
 
 def resume(
@@ -75,9 +76,11 @@ def resume(
     on_progress: OnProgress = lambda _: None,
     on_warning: OnWarning = lambda _: None,
 ) -> State:
-    """Go on with the run in ``folder`` from its last whole checkpoint, with its hardware choices.
+    """Go on with the run in ``folder`` from its last whole checkpoint and return the last state.
 
-    Raises BadInput where there is no run, and where another process is writing it.
+    The hardware choices are those it was started with. ``reuse``: a federation whose data and model
+    are taken over where the settings agree. Raises BadInput where there is no run, and where
+    another process is writing it.
     """
     folder = Path(folder)
     check_is_run(folder)
@@ -92,22 +95,14 @@ def run_from_checkpoint(
 ) -> State:
     """Do what ``resume`` does in a folder that is claimed."""
     config, hardware, labels = read_settings(folder, on_warning)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
-    assembly = build(config, hardware, reuse)
-    _check_same(folder, assembly, labels)
-    method = assembly.method
-    if (
-        found
-        and config.engine.kind != "local"
-        and not method.expects(found.state, method.send(found.state, FULL_CLIENT))
-    ):
-        raise BadInput(
-            f"{folder}: what method {config.method['name']!r} trains is kept by the clients of engine "
-            f"{config.engine.kind!r} alone, and they are gone; start again with --overwrite"
-        )
-    return _play(
-        assembly, folder, found or Checkpoint(assembly.first_state(), Memories(), 0), on_progress
-    )
+    begin = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
+    federation = build(config, hardware, reuse)
+    _check_same(folder, federation, labels)
+    if begin is None:  # killed before the first checkpoint
+        begin = Checkpoint(federation.first_state(), Memories(), ledger=0)
+    else:
+        _check_memories(folder, federation, begin.state)
+    return _run_rounds(federation, folder, begin, on_progress)
 
 
 def read_settings(
@@ -115,102 +110,135 @@ def read_settings(
 ) -> tuple[Config, Hardware, tuple[str, ...]]:
     """Return a run's settings, its hardware choices and its label names.
 
-    ``on_warning`` is told of settings by an old name. A folder that holds no run raises BadInput.
+    ``on_warning`` is told of settings by an old name. A folder that holds no run, and a file in it
+    that cannot be read, raise BadInput.
     """
     check_is_run(folder)
-
-    def content(name: str, read: Callable[[str], T]) -> T:
-        try:
-            return read((folder / name).read_text(encoding="utf-8"))
-        except (BadInput, OSError, ValueError, TypeError, AttributeError) as error:
-            raise BadInput(
-                f"{folder / name}: cannot be read ({error}); start again with --overwrite"
-            ) from error
-
-    labels = content(LABELS, lambda text: tuple(json.loads(text)))
 
     def warn(line: str) -> None:
         on_warning(f"{folder / CONFIG}: {line}")
 
-    config = content(CONFIG, partial(from_json, on_warning=warn))
-    return config, content(HARDWARE, Hardware.from_json), labels
+    labels = _parsed(folder / LABELS, _parse_labels)
+    config = _parsed(folder / CONFIG, partial(from_json, on_warning=warn))
+    hardware = _parsed(folder / HARDWARE, Hardware.from_json)
+    return config, hardware, labels
 
 
-def _check_same(folder: Path, assembly: Federation, labels: tuple[str, ...]) -> None:
+def _parsed(path: Path, parse: Callable[[str], T]) -> T:
+    """Return what ``parse`` makes of a file of a run; BadInput with its name where it cannot."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (BadInput, OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); start again with --overwrite") from error
+
+
+def _parse_labels(text: str) -> tuple[str, ...]:
+    return tuple(json.loads(text))
+
+
+def _check_same(folder: Path, federation: Federation, labels: tuple[str, ...]) -> None:
     """Raise BadInput where data, weights or partition are not those that the run was started on.
 
     ``labels``: those of the run, in the order of the model's outputs.
     """
-    first = run_row(folder)
-    for what, given, now in (
-        ("the texts", first and first.data_digest, assembly.dataset.digest()),
-        ("the weights of the model", first and first.model_digest, assembly.loaded.digest),
-        ("the partition", first and first.partition_digest, assembly.partition.digest()),
-    ):
-        if given and given != now:
-            raise BadInput(
-                f"{folder}: {what} had digest {given} when the run was started, and now {now}; "
-                "bring back what it was started on, or start again with --overwrite"
-            )
-    for number, (then, today) in enumerate(zip_longest(labels, assembly.dataset.labels)):
+    row = run_row(folder)
+    if row is not None:
+        _check_digests(folder, federation, row)
+    for number, (then, today) in enumerate(zip_longest(labels, federation.dataset.labels)):
         if then != today:
             raise BadInput(
-                f"{folder / LABELS}: output {number} of the model stands for {then!r} in this run, and "
-                f"for {today!r} in the data, so texts would be learnt as others of their labels; "
+                f"{folder / LABELS}: output {number} of the model stands for {then!r} in this run, "
+                f"and for {today!r} in the data, so texts would be learnt as others of their "
+                "labels; bring back what it was started on, or start again with --overwrite"
+            )
+
+
+def _check_digests(folder: Path, federation: Federation, row: RunRow) -> None:
+    """Raise BadInput where a digest differs from that in the run's first row."""
+    for what, recorded, now in (
+        ("the texts", row.data_digest, federation.dataset.digest()),
+        ("the weights of the model", row.model_digest, federation.loaded.digest),
+        ("the partition", row.partition_digest, federation.partition.digest()),
+    ):
+        if recorded and recorded != now:  # an older version recorded fewer digests
+            raise BadInput(
+                f"{folder}: {what} had digest {recorded} when the run was started, and now {now}; "
                 "bring back what it was started on, or start again with --overwrite"
             )
+
+
+def _check_memories(folder: Path, federation: Federation, state: State) -> None:
+    """Raise BadInput where all that was trained lay with clients that have ended with the run.
+
+    Checkpoints keep the clients' memories of engine ``local``; another engine keeps its own.
+    """
+    config, method = federation.config, federation.method
+    if config.engine.kind == "local":
+        return
+    if not method.expects(state, method.send(state, FULL_CLIENT)):
+        raise BadInput(
+            f"{folder}: what method {config.method['name']!r} trains is kept by the clients of "
+            f"engine {config.engine.kind!r} alone, and they are gone; start again with --overwrite"
+        )
 
 
 def run_row(folder: Path) -> RunRow | None:
     """Return the first row of a run's ledger; None where the run ended before it was written."""
-    first = next(stream(folder / FILE), None) if (folder / FILE).exists() else None
-    return first if isinstance(first, RunRow) else None
+    ledger = folder / FILE
+    if not ledger.exists():
+        return None
+    row = next(stream(ledger), None)
+    return row if isinstance(row, RunRow) else None
 
 
 def check_learnt(folder: Path) -> None:
     """Raise BadInput where no reply of a run was of any use."""
-    lost = [row.lost for row in stream(folder / FILE) if isinstance(row, ClientRow)]
-    if lost and None not in lost:
-        none = f"none of {len(lost)} replies could be used; the last one: {lost[-1]}"
-        raise BadInput(f"{folder}: nothing was learnt, as {none}")
+    losses = [row.lost for row in stream(folder / FILE) if isinstance(row, ClientRow)]
+    if losses and None not in losses:
+        raise BadInput(
+            f"{folder}: nothing was learnt, as none of {len(losses)} replies could be used; "
+            f"the last one: {losses[-1]}"
+        )
 
 
 def finished(folder: Path, config: Config) -> bool:
-    """Return whether the run in ``folder`` has played all its rounds."""
+    """Return whether the run in ``folder`` has done all its rounds."""
     return checkpoint.manifest(folder / CHECKPOINTS, config.federation.rounds).exists()
 
 
-def _play(assembly: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress) -> State:
-    """Play the rounds that are left; after each of them ledger and checkpoint are on the disk."""
-    config, federation = assembly.config, assembly.config.federation
+def _run_rounds(
+    federation: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
+) -> State:
+    """Run the rounds that are left; after each, ledger and checkpoint are on the disk."""
+    config, plan = federation.config, federation.config.federation
+    cohort = partial(sample, federation.clients, plan.clients_per_round, config.seed)
 
     def body(engine: Engine) -> State:
         state = begin.state
-        with Recorder(assembly, folder, begin, on_progress) as journal:
+        with Recorder(federation, folder, begin, on_progress) as recorder:
             for state in federate(
-                assembly.method,
+                federation.method,
                 begin.state,
                 engine,
-                partial(sample, assembly.clients, federation.clients_per_round, config.seed),
-                range(begin.state.round, federation.rounds),
-                config=assembly.worker.config,
-                min_replies=federation.min_replies,
-                record=journal.record,
+                cohort,
+                range(begin.state.round, plan.rounds),
+                config=federation.worker.config,
+                min_replies=plan.min_replies,
+                record=recorder.record,
             ):
-                if state.round % config.evaluation.every == 0 or state.round == federation.rounds:
-                    journal.record(evaluation_row(assembly, state, engine, begin.memories))
-                journal.save(state)
+                if state.round % config.evaluation.every == 0 or state.round == plan.rounds:
+                    recorder.record(evaluation_row(federation, state, engine, begin.memories))
+                recorder.save(state)
         return state
 
-    settings = json.dumps({"config": config.to_json(), "hardware": assembly.hardware.describe()})
-    return launch(
-        config.engine.kind,
-        ClientPool(len(assembly.clients), assembly.worker, settings, rebuild, begin.memories),
-        body,
-    )
+    settings = json.dumps({"config": config.to_json(), "hardware": federation.hardware.describe()})
+    pool = ClientPool(len(federation.clients), federation.worker, settings, rebuild, begin.memories)
+    return launch(config.engine.kind, pool, body)
 
 
 def rebuild(settings: str) -> Worker:
-    """Return, in another process, the worker that ``_play`` describes by ``settings``."""
+    """Return, in another process, the worker of a run: ``settings`` are a ``ClientPool``'s."""
     fields = json.loads(settings)
-    return build(from_json(fields["config"]), Hardware(**fields["hardware"])).worker
+    config = from_json(fields["config"])
+    hardware = Hardware(**fields["hardware"])
+    return build(config, hardware).worker

@@ -1,4 +1,25 @@
-"""What a run's folder holds: what of it is ours, may a run begin there, how is it cleared."""
+"""What a run's folder holds, whether a run may begin there, and how it is cleared for a new one.
+
+::
+
+    runs/mine/
+      config.json            the settings, with every default, as they were when the run was started
+      hardware.json          what was resolved automatically for the machine
+      labels.json            the names of the labels, in their order
+      ledger.jsonl           the run, then every reply and every evaluation: a row a line
+      checkpoints/           the last two of them
+        000012.json          after 12 rounds: digests of its files, and how long the ledger was
+        000012.state         what the server keeps: tensors, and the version of each client's memory
+        client-3-000011.memory    what client 3 keeps for itself, as round 11 left it
+      report/                the run's own report
+        summary.csv, runs.csv, curves.csv
+        accuracy_over_rounds.png, ..._megabytes.png, ..._time.png
+      writer.lock            while a command writes the folder; see claim.py
+      process.lock           while a process of ``--jobs`` does
+
+A file that ends in ``.tmp`` is one that a crash kept from being whole. The settings make a folder a
+run's; ``hardware.json`` tells them from those of a model.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,9 +59,11 @@ def beginning(folder: Path, *, overwrite: bool) -> Iterator[None]:
     Raises BadInput where ``refuse_existing`` does, and where another process writes the folder.
     Where no run begins in the end, no folder is left behind.
     """
-    refuse_existing(folder, overwrite)  # first: not even a lock gets into a folder of the user's
+    # First without a claim, so that not even a lock gets into a folder of the user's;
+    # and again with it, as the folder may have become a run in between.
+    refuse_existing(folder, overwrite)
     with claimed(folder):
-        refuse_existing(folder, overwrite)  # and again, as it may have become a run in between
+        refuse_existing(folder, overwrite)
         yield
 
 
@@ -66,11 +89,19 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run has put into ``folder``, and nothing else. OSError as the disk gives it."""
-    ours = [path for path in _contents(folder) if _is_ours(path, folder) and path.name not in LOCKS]
-    # First the settings, which make it a run; last hardware.json, which tells that they are ours.
-    for path in sorted(ours, key=lambda path: (path.name != CONFIG, path.name == HARDWARE)):
-        path.unlink()
+    """Remove what runs have put into ``folder``; what is not ours stays.
+
+    Raises OSError as the disk gives it.
+    """
+
+    def order(path: Path) -> int:
+        # The settings, which make it a run, go first; the file that tells they are ours goes last.
+        return {CONFIG: 0, HARDWARE: 2}.get(path.name, 1)
+
+    ours = [path for path in _contents(folder) if _is_ours(path, folder)]
+    for path in sorted(ours, key=order):
+        if path.name not in LOCKS:
+            path.unlink()
     for name in (CHECKPOINTS, REPORT):
         with suppress(OSError):  # not there, or a hidden file is still in it
             (folder / name).rmdir()
@@ -80,39 +111,47 @@ def check_is_run(folder: Path) -> None:
     """Raise BadInput, which names the runs that are near, where ``folder`` holds none."""
     if (folder / CONFIG).exists():
         return
-    inside, beside = _named(folder), _named(folder.parent)
+    inside = _list_of_runs(folder)
+    beside = _list_of_runs(folder.parent)
     near = f"runs in it: {inside}" if inside else f"runs beside it: {beside or 'none'}"
     raise BadInput(f"{folder}: holds no run; {near}")
 
 
-def _named(place: Path) -> str:
-    """Return the folders in ``place`` that hold a run, as a list to print."""
-    return ", ".join(sorted(str(path.parent) for path in place.glob(f"*/{HARDWARE}")))
+def _list_of_runs(parent: Path) -> str:
+    """Return the folders in ``parent`` that hold a run, as a list to print."""
+    return ", ".join(sorted(str(path.parent) for path in parent.glob(f"*/{HARDWARE}")))
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the run folders that ``folder`` is or holds; itself if there is none, for errors."""
+    """Return the run folders that ``folder`` is or holds, sorted.
+
+    The folder itself where there is none, for an error to name.
+    """
     if (folder / FILE).exists():
         return [folder]
-    return sorted(path.parent for path in folder.glob(f"*/{FILE}")) or [folder]
+    runs = sorted(path.parent for path in folder.glob(f"*/{FILE}"))
+    return runs or [folder]
 
 
 def _contents(folder: Path) -> Iterator[Path]:
-    """Yield what is in a run's folder and in its checkpoints and report, but hidden files."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
+    """Yield what is in a run's folder, its checkpoints and its report, without hidden files."""
+    for path in _visible(folder):
         if path.name in (CHECKPOINTS, REPORT) and path.is_dir():
-            yield from (inner for inner in sorted(path.iterdir()) if not inner.name.startswith("."))
+            yield from _visible(path)
         else:
             yield path
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _is_ours(path: Path, folder: Path) -> bool:
     """Return whether a file in a run's folder has a name that runs give."""
     if path.parent != folder:
-        inside = checkpoint.is_ours if path.parent.name == CHECKPOINTS else _REPORTED.__contains__
-        return inside(path.name)
+        if path.parent.name == CHECKPOINTS:
+            return checkpoint.is_ours(path.name)
+        return path.name in _REPORTED
     if path.name == CONFIG:  # an exported model has one, too, but knows no hardware
         return (folder / HARDWARE).exists()
     return path.name.removesuffix(".tmp") in _FILES

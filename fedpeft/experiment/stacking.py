@@ -1,8 +1,8 @@
-"""How many clients had best train side by side here: found out once per run, by trying, within the memory there is."""
+"""How many clients had best train side by side here: found out once per run, by trying."""
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -29,37 +29,54 @@ SHARE: Final = 0.5
 
 
 def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) -> int:
-    """Return how many of the ``count`` clients of a round train side by side: the most that gain by it.
+    """Return how many of the ``count`` clients of a round train side by side.
 
-    Measured on one step of LoRA each, the yardstick of model and machine; what a method cannot carry, the engine finds out
-    when it tries.
+    That is the most that gain by it within the memory there is. Measured on one step of LoRA each,
+    the yardstick of model and machine; what a method cannot carry, the engine finds out when it
+    tries.
     """
-    most = sorted(clients, key=lambda client: client.examples, reverse=True)[
-        :count
-    ]  # full batches first
-    if len(most) == 1:
+    by_size = sorted(clients, key=lambda client: client.examples, reverse=True)
+    largest = by_size[:count]  # their batches are full
+    if len(largest) == 1:
         return 1
     trial, request = _trial(worker, base)
     with measured(worker.hardware.torch_device) as before:
         pass
 
-    def once(size: int) -> tuple[float, int]:
-        ids = [client.id for client in most[:size]]
+    def timed(size: int) -> tuple[float, int]:
+        """Return the seconds and the peak bytes of one step of ``size`` clients side by side."""
+        ids = [client.id for client in largest[:size]]
         start = time.perf_counter()
         answers = trial.handle(ids, [request] * size, [b""] * size)
-        return time.perf_counter() - start, Response.decode(answers[0][0]).measured.peak_memory
+        seconds = time.perf_counter() - start
+        return seconds, Response.decode(answers[0][0]).measured.peak_memory
 
-    once(1)  # makes the kernels for these shapes
-    alone, peak = min(once(1), once(1))
-    each = (
-        peak - before.peak_memory
-    ) or peak  # some systems tell the peak since the process began alone
-    memory = SHARE * _memory(worker.hardware.torch_device) - before.peak_memory
-    for size in sorted(sizes(len(most)), reverse=True)[:-1]:
-        if size * alone > PATIENCE or size * each > memory:
-            continue
+    def gains(size: int) -> bool:
+        """Return whether one of two trials takes less time per client than a client alone."""
+        for _ in range(2):
+            seconds, _peak = timed(size)
+            if seconds / size < GAIN * alone:
+                return True
+        return False
+
+    timed(1)  # makes the kernels for these shapes
+    alone, peak = min(timed(1), timed(1))
+    # Some systems tell the peak since the process began alone, which then has not grown.
+    bytes_each = (peak - before.peak_memory) or peak
+    room = SHARE * _memory(worker.hardware.torch_device) - before.peak_memory
+
+    def is_affordable(size: int) -> bool:
+        return size * alone <= PATIENCE and size * bytes_each <= room
+
+    larger = sizes(len(largest))[1:]
+    return _largest_that_gains([size for size in larger if is_affordable(size)], gains)
+
+
+def _largest_that_gains(candidates: Sequence[int], gains: Callable[[int], bool]) -> int:
+    """Return the largest of ``candidates``, in increasing order, that gains; 1 where none does."""
+    for size in reversed(candidates):
         try:
-            if any(once(size)[0] / size < GAIN * alone for _ in range(2)):
+            if gains(size):
                 return size
         except NotStackable:
             break
@@ -69,11 +86,11 @@ def widest(worker: Worker, base: Base, clients: Sequence[Client], count: int) ->
 
 
 def apart(worker: Worker, base: Base) -> bool:
-    """Return whether the model keeps the rows of a batch apart in every dense layer, as side by side they must be.
+    """Return whether every dense layer keeps the rows of a batch apart, as stacks need.
 
-    Told from the number of rows that the layers see, for a batch whose texts have another length than it has rows: a
-    model may turn (rows, length) round inside, or feed a layer with rows of its own. A model that cannot be tried so
-    is not known to do, whatever the reason.
+    Told from the number of rows that the layers see, for a batch whose texts have another length
+    than it has rows: a model may turn (rows, length) round inside, or feed a layer with rows of its
+    own. A model that cannot be tried so is not known to do, whatever the reason.
     """
     trial, request = _trial(worker, base)
     probe = _probe(worker)
@@ -81,21 +98,19 @@ def apart(worker: Worker, base: Base) -> bool:
         return False
     text, label = probe
     rows = 3 if len(text) != 2 * 3 else 4  # of each of two clients
-    own = Encoded([text] * rows, [label] * rows)
-    first = next(iter(worker.client_data))
+    batch = Encoded([text] * rows, [label] * rows)
+    client = next(iter(worker.client_data))
     trial = replace(
         trial,
-        client_data={first: ClientData(own, own)},
+        client_data={client: ClientData(batch, batch)},
         training=replace(trial.training, batch_size=rows),
-        hardware=replace(
-            worker.hardware, pad_to_multiple_of=1
-        ),  # padded, it might be as long as there are rows
+        # Padded, a text might be as long as there are rows.
+        hardware=replace(worker.hardware, pad_to_multiple_of=1),
     )
     try:
-        trial.handle([first] * 2, [request] * 2, [b""] * 2)
-    except (
-        Exception
-    ):  # NotStackable as a rule; a model that fails alone, too, fails again in training
+        trial.handle([client] * 2, [request] * 2, [b""] * 2)
+    except Exception:
+        # NotStackable as a rule; a model that fails alone, too, fails again in training.
         return False
     return True
 
@@ -107,22 +122,20 @@ def _probe(worker: Worker) -> tuple[Tensor, Tensor] | None:
     end was cut off.
     """
     pairs: list[tuple[Tensor, Tensor]] = []
-    for own in worker.client_data.values():
-        pairs += zip(own.train.ids, own.train.labels, strict=True)
-    enough = [pair for pair in pairs if len(pair[0]) >= TOKENS]
-    if enough:
-        return min(enough, key=lambda pair: len(pair[0]))
+    for data in worker.client_data.values():
+        pairs += zip(data.train.ids, data.train.labels, strict=True)
+    long_enough = [pair for pair in pairs if len(pair[0]) >= TOKENS]
+    if long_enough:
+        return min(long_enough, key=lambda pair: len(pair[0]))
     return max(pairs, key=lambda pair: len(pair[0]), default=None)
 
 
 def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
     """Return a worker that takes one step with LoRA on every dense layer, and its request."""
-    yardstick = LoRA(
-        targets="all-linear", rank=min(8, *(min(weight.shape) for weight in base.layers.values()))
-    )
-    request = Request(
-        Kind.TRAIN, 0, worker.config, yardstick.init(base, worker.seed).shared
-    ).encode()
+    smallest = min(min(weight.shape) for weight in base.layers.values())
+    yardstick = LoRA(targets="all-linear", rank=min(8, smallest))
+    state = yardstick.init(base, worker.seed)
+    request = Request(Kind.TRAIN, 0, worker.config, state.shared)
     trial = replace(
         worker,
         method=yardstick,
@@ -130,18 +143,29 @@ def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
         cache=ActivationCache(),
         step_alone=None,
     )
-    return trial, request
+    return trial, request.encode()
 
 
 def sizes(count: int) -> list[int]:
-    """Return what deals ``count`` clients evenly into stacks: 1, about 2, 4, 8 and so on, and all of them."""
-    stacks = [max(1, count >> power) for power in range(count.bit_length())]
-    return sorted({-(-count // number) for number in stacks})
+    """Return the sizes of a stack that deal ``count`` clients evenly, in increasing order.
+
+    1, about 2, 4, 8 and so on, and all of them.
+
+    >>> sizes(8), sizes(20)
+    ([1, 2, 4, 8], [1, 2, 4, 10, 20])
+    """
+    found: set[int] = set()
+    for power in range(count.bit_length()):
+        stacks = max(1, count >> power)
+        found.add(-(-count // stacks))  # rounded up
+    return sorted(found)
 
 
 def _memory(device: torch.device) -> int:
-    """Return the bytes of memory of a GPU, or of this machine; where the system does not tell, 8 GiB."""
+    """Return the bytes of memory of a GPU, or of this machine; 8 GiB where no one tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    known = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 8 << 30
+    known = set(getattr(os, "sysconf_names", ()))
+    if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= known:
+        return 8 << 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

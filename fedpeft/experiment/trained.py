@@ -47,13 +47,14 @@ class Trained:
             raise TypeError(f"predict takes a list of texts, not the text {texts!r}")
         examples = self.task.encode(self.task.unanswered(texts))
         with self.mounted():
-            found = predictions(self.loaded.model, self.task, examples, self.hardware)
-        return self.task.answers(found)
+            outputs = predictions(self.loaded.model, self.task, examples, self.hardware)
+        return self.task.answers(outputs)
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
-        """Write the adapters as a folder for peft, or with ``merge`` the whole model as one for transformers.
+        """Write the adapters as a folder for peft.
 
-        A folder that exists, or a method without low-rank adapters unless ``merge``, raises BadInput.
+        With ``merge``, write the whole model as one for transformers. A folder that exists raises
+        BadInput, and so does a method without low-rank adapters unless ``merge``.
         """
         with self.mounted() as local:
             pass
@@ -64,25 +65,36 @@ class Trained:
 
 
 def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: None) -> Trained:
-    """Return what the run in ``folder`` has learnt so far; BadInput for a folder without a run or without a checkpoint."""
+    """Return what the run in ``folder`` has learnt so far, without its data.
+
+    ``on_warning`` is told of a damaged checkpoint that is passed over. Raises BadInput for a folder
+    without a run or without a checkpoint, where the model's weights are not those it was trained
+    on, and for a method that keeps parts of the model with its clients.
+    """
     folder = Path(folder)
     config, hardware, labels = read_settings(folder)
-    found = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning, mend=False)
-    if found is None:
+    latest = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning, mend=False)
+    if latest is None:
         raise BadInput(
             f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}"
         )
     use(hardware)
     task = make_task(config.task.kind, labels, config.model.max_length)
     loaded = load(config.model, task, hardware, config.seed)
-    first = run_row(folder)
-    if first and first.model_digest != loaded.digest:
+    row = run_row(folder)
+    if row is not None and row.model_digest != loaded.digest:
         raise BadInput(
-            f"{folder}: the weights of {config.model.name} had digest {first.model_digest} when "
+            f"{folder}: the weights of {config.model.name} had digest {row.model_digest} when "
             f"the run was started, and now {loaded.digest}; bring back those it was trained on"
         )
-    ready = task.with_tokenizer(loaded.tokenizer)
-    trained = Trained(config, hardware, loaded, ready, config.build_method(), found.state)
+    trained = Trained(
+        config=config,
+        hardware=hardware,
+        loaded=loaded,
+        task=task.with_tokenizer(loaded.tokenizer),
+        method=config.build_method(),
+        state=latest.state,
+    )
     with trained.mounted() as local:
         if local.personal:
             raise BadInput(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import fedpeft
 from fedpeft import api
 from fedpeft.errors import BadInput
 from fedpeft.experiment import run as runs
@@ -39,8 +40,8 @@ def test_a_dozen_lines_lead_from_data_to_a_trained_adapter(
     given = {"MODEL": str(ground.model), "DATA": str(ground.data), "RUN": str(tmp_path / "run")}
     exec(EXAMPLE, {**given, "ADAPTER": str(tmp_path / "adapter")})
     said = capsys.readouterr().out
-    assert "label='fish'" in said
-    assert "label='trees'" in said
+    assert "Label(label='fish', " in said
+    assert "Label(label='trees', " in said
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
@@ -77,9 +78,23 @@ def test_training_refuses_a_folder_that_exists(ground: Ground, tmp_path: Path) -
     assert not [*tmp_path.iterdir()]
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, fedpeft, fedpeft.cli.app; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize(
+    "statement",
+    ["import fedpeft", "import fedpeft; dir(fedpeft)", "import fedpeft.cli"],
+)
+def test_what_help_needs_is_imported_without_torch_or_transformers(statement: str) -> None:
+    code = f"{statement}\nimport sys\nprint(*{{'torch', 'transformers'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "\n"
+
+
+def test_the_names_of_the_api_can_be_had_from_the_package() -> None:
+    assert fedpeft.__all__ == api.__all__
+    for name in fedpeft.__all__:
+        assert name in dir(fedpeft)
+        assert getattr(fedpeft, name) is getattr(api, name)
+    with pytest.raises(AttributeError, match="has no attribute 'tarin'"):
+        _ = fedpeft.tarin
 
 
 @pytest.fixture

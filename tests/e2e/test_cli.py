@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,11 @@ def test_on_a_terminal_a_bar_shows_rounds_accuracy_and_megabytes(
     assert cli_call("run", ground.config, "--runs", runs, *SHORT).code == 0
     for shown in ("tiny", "2/2", "accuracy 0.", "MB"):
         assert shown in screen.getvalue()
+
+
+def test_the_version_is_the_installed_ones() -> None:
+    outcome = cli_call("--version")
+    assert (outcome.code, outcome.out) == (0, f"fedpeft {version('fedpeft')}\n")
 
 
 @pytest.mark.usefixtures("no_figures")
