@@ -13,11 +13,12 @@ from fedpeft.wire.messages import Form, Response, forgotten, form
 
 T = TypeVar("T")
 Forms = tuple[Form, Form]
+"""The forms of a request and of the memory that it assumes."""
 
 
 @final
 @dataclass(frozen=True)
-class Asked:
+class Pending:
     """A client with its request and the memory that this assumes."""
 
     client: Client
@@ -28,55 +29,57 @@ class Asked:
 @final
 @dataclass(frozen=True)
 class LocalEngine:
-    """Lets ``worker`` play every client; ``memories`` is what the clients keep.
+    """An engine whose clients are all in this process, where ``worker`` does their work.
 
-    ``stack``: how many clients train side by side, if their requests and memories have the same form. ``single``: forms
-    of which it was found out that they cannot.
+    ``memories``: what the clients keep. ``stack``: how many of them train side by side, if their
+    requests and memories have the same form. ``unstackable``: forms of which it was found out that
+    they cannot.
     """
 
     worker: Worker
     memories: Memories = field(default_factory=Memories)
     stack: int = 1
-    single: set[Forms] = field(default_factory=set)
+    unstackable: set[Forms] = field(default_factory=set)
 
     def exchange(
         self, clients: Sequence[Client], request: Callable[[Client], bytes]
     ) -> Iterator[Reply | Lost]:
         """Ask the clients, stack by stack; a request that a client refuses makes it lost.
 
-        Requests are held back until there are enough of one form for a stack, but not past twice as many clients.
-        A client that lacks the memory which its request assumes says so at once. An error that is
-        no WireError ends the exchange; its note names clients and round.
+        Requests are held back until there are enough of one form for a stack, but not past twice as
+        many clients. A client that lacks the memory which its request assumes says so at once. An
+        error that is no WireError ends the exchange; its note names clients and round.
         """
-        waiting: dict[Forms, list[Asked]] = {}
-        since: dict[Forms, int] = {}
-        last: tuple[bytes, Form] = (b"", ())
-        for number, client in enumerate(clients):
+        waiting: dict[Forms, list[Pending]] = {}
+        first_index: dict[Forms, int] = {}  # of the client that has waited longest, by form
+        last_request, last_form = b"", form(b"")
+        for index, client in enumerate(clients):
             blob = request(client)
             try:
-                asked = Asked(client, blob, self.memories.get(client.id, client.memory))
-                last = last if last[0] is blob else (blob, form(blob))  # many get the very same
-                kind = last[1], form(asked.memory)
+                pending = Pending(client, blob, self.memories.get(client.id, client.memory))
+                if blob is not last_request:  # many clients get the very same one
+                    last_request, last_form = blob, form(blob)
+                forms = last_form, form(pending.memory)
             except Forgotten:
                 yield self._forgotten(client, blob)
                 continue
             except WireError as error:
                 yield Lost(client, str(error))
                 continue
-            waiting.setdefault(kind, []).append(asked)
-            since.setdefault(kind, number)
-            full = (
-                {kind}
-                if len(waiting[kind]) >= (1 if kind in self.single else self.stack)
-                else set[Forms]()
-            )
-            for due in full | {
-                old for old, first in since.items() if number - first >= 2 * self.stack
-            }:
-                del since[due]
-                yield from self._play(waiting.pop(due), due)
-        for kind, group in waiting.items():
-            yield from self._play(group, kind)
+            waiting.setdefault(forms, []).append(pending)
+            first_index.setdefault(forms, index)
+            size = 1 if forms in self.unstackable else self.stack
+            ready = {forms} if len(waiting[forms]) >= size else set[Forms]()
+            # A form that few clients share is not held back for ever: the server would have to
+            # keep the replies of all that come after it.
+            for other, first in first_index.items():
+                if index - first >= 2 * self.stack:
+                    ready.add(other)
+            for group in ready:
+                del first_index[group]
+                yield from self._run_group(waiting.pop(group), group)
+        for group, rest in waiting.items():
+            yield from self._run_group(rest, group)
 
     def _forgotten(self, client: Client, request: bytes) -> Reply | Lost:
         """Return what a client says that lacks the memory which ``request`` assumes."""
@@ -85,31 +88,34 @@ class LocalEngine:
         except WireError as error:
             return Lost(client, str(error))
 
-    def _play(self, group: Sequence[Asked], kind: Forms) -> Iterator[Reply | Lost]:
-        """Let ``group`` train side by side; one by one where that cannot be, and where it never can be, remember that."""
+    def _run_group(self, group: Sequence[Pending], forms: Forms) -> Iterator[Reply | Lost]:
+        """Let the clients of ``group``, whose messages have these ``forms``, train side by side.
+
+        Where that cannot be they train one by one, and where it never can be, that is remembered.
+        """
         try:
-            found = self.worker.handle(
-                [asked.client.id for asked in group],
-                [asked.request for asked in group],
-                [asked.memory for asked in group],
+            results = self.worker.handle(
+                [pending.client.id for pending in group],
+                [pending.request for pending in group],
+                [pending.memory for pending in group],
             )
         except WireError as error:
             if len(group) == 1:
                 yield Lost(group[0].client, str(error))
                 return
             if isinstance(error, NotStackable):
-                self.single.add(kind)
-            for asked in group:
-                yield from self._play([asked], kind)
+                self.unstackable.add(forms)
+            for pending in group:
+                yield from self._run_group([pending], forms)
             return
-        for asked, (answer, kept) in zip(group, found, strict=True):
-            if kept:
-                self.memories.put(
-                    asked.client.id, Response.decode(answer).memory, kept, asked.client.memory
-                )
-            yield Reply(asked.client, answer)
+        for pending, (reply, memory) in zip(group, results, strict=True):
+            client = pending.client
+            if memory:
+                version = Response.decode(reply).memory
+                self.memories.put(client.id, version, memory, assumed=client.memory)
+            yield Reply(client, reply)
 
 
-def launch(site: ClientPool, body: Callable[[Engine], T]) -> T:
-    """Call ``body`` with the clients of ``site`` in this process."""
-    return body(LocalEngine(site.worker, site.memories, site.worker.hardware.stack))
+def launch(pool: ClientPool, body: Callable[[Engine], T]) -> T:
+    """Call ``body`` with an engine for the clients of ``pool`` in this process."""
+    return body(LocalEngine(pool.worker, pool.memories, pool.worker.hardware.stack))

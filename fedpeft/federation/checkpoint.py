@@ -1,4 +1,7 @@
-"""Save and resume: state, memories and the length of the ledger, made one by a manifest that is renamed into place last."""
+"""Save and resume: state, memories and the length of the ledger.
+
+A manifest makes them one checkpoint: it names their files and is renamed into place last.
+"""
 
 import json
 import re
@@ -38,39 +41,49 @@ class Checkpoint:
 
 
 def pack(state: State) -> bytes:
-    """Return a state as bytes."""
-    known = sorted(state.memories.items())
-    return encode(
-        {
-            **{f"shared/{name}": tensor for name, tensor in state.shared.items()},
-            **{f"server/{name}": tensor for name, tensor in state.server.items()},
-            "round": torch.tensor(state.round),
-            "memories": torch.tensor(known, dtype=torch.int64).reshape(-1, 2),
-        }
-    )
+    """Return a state as bytes.
+
+    >>> state = State(3, {"w": torch.ones(2)}, memories={7: 2})
+    >>> unpack(pack(state)).memories
+    {7: 2}
+    """
+    fields: dict[str, torch.Tensor] = {}
+    for name, tensor in state.shared.items():
+        fields[f"shared/{name}"] = tensor
+    for name, tensor in state.server.items():
+        fields[f"server/{name}"] = tensor
+    versions = sorted(state.memories.items())  # (client, version), one a row
+    fields["round"] = torch.tensor(state.round)
+    fields["memories"] = torch.tensor(versions, dtype=torch.int64).reshape(-1, 2)
+    return encode(fields)
 
 
 def unpack(blob: bytes) -> State:
     """Return the state that ``pack`` turned into ``blob``; anything else raises WireError."""
     fields = decode(blob)
-    number = fields.pop("round", _NOTHING)
-    known = fields.pop("memories", _NOTHING)
-    if (number.shape, number.dtype) != ((), torch.int64) or number < 0:
+    round_number = fields.pop("round", _NOTHING)
+    versions = fields.pop("memories", _NOTHING)
+    if (round_number.shape, round_number.dtype) != ((), torch.int64) or round_number < 0:
         raise WireError("not a state: its round is missing or of another form")
-    if (known.ndim, known.dtype) != (2, torch.int64) or known.shape[1] != 2:
+    if (versions.ndim, versions.dtype) != (2, torch.int64) or versions.shape[1] != 2:
         raise WireError("not a state: its clients' memories are missing or of another form")
-    parts: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "server": {}}
-    for name, tensor in fields.items():
-        part, slash, own = name.partition("/")
-        if part not in parts or not slash:
-            raise WireError(f"not a state: tensor {name!r} is of no use in one")
-        parts[part][own] = tensor
-    return State(int(number), parts["shared"], parts["server"], dict(known.tolist()))
+    groups: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "server": {}}
+    for full_name, tensor in fields.items():
+        group, slash, name = full_name.partition("/")
+        if group not in groups or not slash:
+            raise WireError(f"not a state: tensor {full_name!r} is of no use in one")
+        groups[group][name] = tensor
+    memories = dict(versions.tolist())
+    return State(int(round_number), groups["shared"], groups["server"], memories)
 
 
-def manifest(folder: Path, number: int) -> Path:
-    """Return the path of the manifest of the checkpoint after ``number`` rounds."""
-    return folder / f"{number:06d}.json"
+def manifest(folder: Path, rounds: int) -> Path:
+    """Return the path of the manifest of the checkpoint after so many ``rounds``.
+
+    >>> manifest(Path("checkpoints"), 12).name
+    '000012.json'
+    """
+    return folder / f"{rounds:06d}.json"
 
 
 @final
@@ -94,16 +107,21 @@ def save(
     config: str,
     written: Written | None = None,
 ) -> None:
-    """Write a checkpoint into ``folder``; until its manifest is in place, the one before it is the latest.
+    """Write a checkpoint into ``folder``; until its manifest is there, the one before is latest.
 
-    ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest of the configuration.
-    ``written``: what earlier calls have left there, brought up to date; what it does not name is
-    written anew, as a crash may have left it. Of memories that clients keep elsewhere nothing is
-    saved: a resumed run takes these clients for new. OSError as the disk gives it.
+    ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest
+    of the configuration. ``written``: what earlier calls have left there, brought up to date; what
+    it does not name is written anew, as a crash may have left it. Of memories that clients keep
+    elsewhere nothing is saved: a resumed run takes these clients for new. OSError as the disk gives
+    it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = Written() if written is None else written
-    held = {c: v for c, v in state.memories.items() if memories.holds(c, v)}
+    held = {
+        client: version
+        for client, version in state.memories.items()
+        if memories.holds(client, version)
+    }
     state = replace(state, memories=held)
     known = written.checkpoints.get(max(written.checkpoints, default=0), {})
     files: dict[str, str] = {}
@@ -127,11 +145,13 @@ def save(
         written.tidy = True
 
 
-def _state_file(number: int) -> str:
-    return f"{number:06d}.state"
+def _state_file(rounds: int) -> str:
+    """Return the name of the file with the state after so many ``rounds``."""
+    return f"{rounds:06d}.state"
 
 
 def _memory_file(client: int, version: int) -> str:
+    """Return the name of the file with one version of a client's memory."""
     return f"client-{client}-{version:06d}.memory"
 
 
@@ -146,8 +166,8 @@ def is_ours(name: str) -> bool:
 
 def manifests(folder: Path) -> list[Path]:
     """Return the paths of the manifests in ``folder``, by number of rounds."""
-    found = [path for path in folder.glob("*.json") if is_ours(path.name)]
-    return sorted(found, key=lambda path: int(path.stem))
+    ours = [path for path in folder.glob("*.json") if is_ours(path.name)]
+    return sorted(ours, key=lambda path: int(path.stem))
 
 
 def load(
@@ -159,17 +179,18 @@ def load(
 ) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
-    A damaged one is passed over, and ``say`` told so; ``mend`` deletes it, so that its files are
-    written anew. A run that is at work may overtake who reads: then what has come is read. BadInput
-    when all are damaged or belong to none of ``configs``, digests of the configuration.
+    A damaged one is passed over, and ``on_warning`` told so; ``mend`` deletes it, so that its files
+    are written anew. A run that is at work may overtake who reads: then what has come is read.
+    BadInput when all are damaged or belong to none of ``configs``, digests of the configuration.
     """
     tried: set[Path] = set()
     damaged: list[Path] = []
+    # The folder is looked at anew each time: a run at work may have written and dropped some.
     while left := [path for path in manifests(folder) if path not in tried]:
         path = left[-1]
         tried.add(path)
         try:
-            found = _read(path, configs)
+            latest = _read(path, configs)
         except _DAMAGE as error:
             if path.exists():  # otherwise the run has got further, and has dropped it
                 on_warning(
@@ -181,13 +202,17 @@ def load(
                 for other in damaged:
                     other.unlink()
                 _prune(folder)
-            return found
+            return latest
     if damaged:
         raise BadInput(f"{folder}: every checkpoint is damaged; start again with --overwrite")
     return None
 
 
 def _read(path: Path, configs: Collection[str]) -> Checkpoint:
+    """Return the checkpoint with the manifest at ``path``, one of ``_DAMAGE`` where it is damaged.
+
+    BadInput where it belongs to none of ``configs``.
+    """
     content = json.loads(path.read_bytes())
     if content["config"] not in configs:
         raise BadInput(
@@ -210,10 +235,14 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
 
 
 def _prune(folder: Path) -> None:
-    """Delete all but the last checkpoints and all files of ours that none of them names."""
-    found = manifests(folder)
-    kept = found[-KEEP:]
-    for path in found[:-KEEP]:  # before the files that they name: no reader takes them for damaged
+    """Delete all but the last checkpoints and every file that none of them names.
+
+    What is not ours stays.
+    """
+    by_round = manifests(folder)
+    kept = by_round[-KEEP:]
+    # Manifests go before the files that they name: no reader takes them for damaged.
+    for path in by_round[:-KEEP]:
         path.unlink()
     named = {path.name for path in kept}
     for path in kept:

@@ -1,4 +1,4 @@
-"""A machine that can play clients: bytes in, bytes out, no I/O."""
+"""A worker does the work of clients: bytes in, bytes out, no I/O."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.errors import WireError
-from fedpeft.ledger import Measured, measured
+from fedpeft.ledger import Measured, Measurement, measured
 from fedpeft.tasks import Encoded, Task, examples_in
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
@@ -22,7 +22,7 @@ from fedpeft.wire.versions import carried, joined, parted
 @final
 @dataclass(frozen=True)
 class ClientData:
-    """What one client holds: its training examples and, for scores of its own, its part of the test set."""
+    """What one client holds: training examples and, for scores of its own, test examples."""
 
     train: Encoded
     test: Encoded
@@ -35,12 +35,12 @@ MountedForm = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Plays the clients in ``client_data`` with one method on one frozen model.
+    """Trains and scores the clients in ``client_data`` with one method on one frozen model.
 
     ``head``: names of the head's parameters. ``config``: digest of what server and client must
-    agree on; a request for anything else raises WireError. ``cache``: what is kept of frozen
-    blocks between rounds. ``step_alone``: seconds of one step of a client alone, by what is mounted,
-    found out when clients first train side by side with it; None where nobody wants to know.
+    agree on; a request for anything else raises WireError. ``cache``: hidden states of frozen
+    blocks, kept between rounds. ``step_alone``: seconds of one step of a client alone, by what is
+    mounted, found out when clients first train side by side with it; None where nobody wants to know.
     """
 
     method: Method
@@ -58,74 +58,119 @@ class Worker:
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
     ) -> Sequence[tuple[bytes, bytes]]:
-        """Answer one request for each of ``clients``, which train side by side as one stack.
+        """Handle one request for each of ``clients``, which train side by side as one stack.
 
-        ``memories``: what each client holds as of the version its request assumes, empty for none. Returns (answer, new
-        memory) for each, the memory empty where it stays as it was. Requests of different kinds or rounds, or for
-        clients that are not held here, raise WireError. An error of any kind comes with a note that
-        names clients and round.
+        ``memories``: what each client holds as of the version its request assumes, empty for none.
+        Returns (reply, new memory) for each, the memory empty where it stays as it was. Requests of
+        different kinds or rounds, or for clients that are not held here, raise WireError. An error
+        of any kind comes with a note that names clients and round.
         """
-        asked = [Request.decode(blob, self.config) for blob in requests]
-        if len({(request.kind, request.round) for request in asked}) != 1:
+        decoded = [Request.decode(blob, self.config) for blob in requests]
+        if len({(request.kind, request.round) for request in decoded}) != 1:
             raise WireError("the requests of one stack differ in kind or round")
+        kind, round_number = decoded[0].kind, decoded[0].round
         for client in clients:
             if client not in self.client_data:
                 raise WireError(f"client {client} is not held here")
         held = [decode(blob) if blob else {} for blob in memories]
-        play = {Kind.TRAIN: self._train, Kind.EVALUATE: self._evaluate}[asked[0].kind]
+        handlers = {Kind.TRAIN: self._train, Kind.EVALUATE: self._evaluate}
         try:
-            return play(clients, asked, held)
+            return handlers[kind](clients, decoded, held)
         except Exception as error:
-            whose = ", ".join(str(client) for client in clients)
-            error.add_note(f"raised by the work of client {whose} in round {asked[0].round}")
+            names = ", ".join(str(client) for client in clients)
+            error.add_note(f"raised by the work of client {names} in round {round_number}")
             raise
 
     def _train(
-        self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]
+        self, clients: Sequence[int], requests: Sequence[Request], memories: Sequence[Payload]
     ) -> list[tuple[bytes, bytes]]:
-        number = asked[0].round
-        shares = [self._share(client, number) for client in clients]
+        """Train ``clients`` side by side; return (reply, new memory) of each, in their order."""
+        stack = self._prepare(clients, requests, memories)
+        trained = self._train_stack(stack)
+        results: list[tuple[bytes, bytes]] = [(b"", b"")] * len(clients)
+        for row, place in enumerate(stack.places):
+            results[place] = self._reply(stack, trained, row)
+        return results
+
+    def _prepare(
+        self, clients: Sequence[int], requests: Sequence[Request], memories: Sequence[Payload]
+    ) -> "_Stack":
+        """Put what was sent and what is held into one stack, the client with most steps first."""
+        round_number = requests[0].round
+        shares = [self._share(client, round_number) for client in clients]
         for client, share in zip(clients, shares, strict=True):
             if not share.steps:
                 raise WireError(f"client {client} holds no examples to train on")
-        order = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
-        self.cache.trace(self.model, self._forward, shares[0].examples.take([0]))
-        context = Context([clients[k] for k in order], number, self.seed)
-        down, memory = (
-            self._stack([asked[k].payload for k in order]),
-            self._stack([held[k] for k in order]),
+        longest_first = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
+        down = self._stack([requests[k].payload for k in longest_first])
+        memory = self._stack([memories[k] for k in longest_first])
+        methods_part, optimizer_state = parted(memory)
+        return _Stack(
+            places=longest_first,
+            context=Context([clients[k] for k in longest_first], round_number, self.seed),
+            shares=[shares[k] for k in longest_first],
+            versions=[requests[k].memory for k in longest_first],
+            down=down,
+            methods_part=methods_part,
+            optimizer_state=optimizer_state,
         )
-        own, kept = parted(memory)
-        with (  # noqa: SIM117  # what is mounted is measured, too
+
+    def _train_stack(self, stack: "_Stack") -> "_Trained":
+        """Mount the stack, train it, and return what goes up and what stays, with its measures."""
+        context = stack.context
+        self.cache.trace(self.model, self._forward, stack.shares[0].examples.take([0]))
+        with (
             measured(self.hardware.torch_device) as meter,
-            own_randomness(self.seed, context.clients[0], number),
+            own_randomness(self.seed, context.clients[0], context.round),
+            self.method.mount(self.model, stack.down, stack.methods_part, context) as local,
         ):
-            with self.method.mount(self.model, down, own, context) as local:
-                ready = self._with_states(context.clients, [shares[k] for k in order])
-                losses, kept = self._fit(local, ready, kept)
-                up, stays = local.reply()
-                remembered = joined(stays, own, kept)
-                trained = sum(parameter[0].numel() for parameter in local.trainable.values())
-        a_step = self._seconds_alone(down, own, context, ready[0]) if len(clients) > 1 else None
-        all_steps = sum(len(share.steps) for share in shares)
-        answers: list[tuple[bytes, bytes]] = [(b"", b"")] * len(clients)
-        for row, k in enumerate(order):
-            steps = len(shares[k].steps)
-            seconds = meter.seconds * steps / all_steps
-            figures = Measured(
-                examples=len(shares[k].examples),
-                steps=steps,
-                trained=trained,
-                loss=float(losses[row]),
-                seconds=seconds,
-                seconds_alone=seconds if a_step is None else steps * a_step,
-                peak_memory=meter.peak_memory,
-                shared_by=len(clients),
-            )
-            version = _version(number, asked[k].memory, stays, remembered)
-            answer = Response(number, _row(up, row), figures, memory=version)
-            answers[k] = answer.encode(), encode(_row(remembered, row)) if remembered else b""
-        return answers
+            shares = self._with_states(context.clients, stack.shares)
+            losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
+            up, stays = local.reply()
+            remembered = joined(stays, stack.methods_part, optimizer_state)
+            num_trained = sum(parameter[0].numel() for parameter in local.trainable.values())
+        step_alone = None
+        if len(shares) > 1:
+            step_alone = self._seconds_alone(stack, shares[0])
+        return _Trained(
+            up=up,
+            remembered=remembered,
+            news=bool(stays),
+            losses=losses,
+            num_trained=num_trained,
+            meter=meter,
+            step_alone=step_alone,
+        )
+
+    def _reply(self, stack: "_Stack", trained: "_Trained", row: int) -> tuple[bytes, bytes]:
+        """Return the reply and the new memory of the client in ``row`` of a trained stack.
+
+        The seconds of the stack are shared out by steps.
+        """
+        share = stack.shares[row]
+        steps = len(share.steps)
+        all_steps = sum(len(other.steps) for other in stack.shares)
+        seconds = trained.meter.seconds * steps / all_steps
+        seconds_alone = seconds
+        if trained.step_alone is not None:
+            seconds_alone = steps * trained.step_alone
+        figures = Measured(
+            examples=len(share.examples),
+            steps=steps,
+            trained=trained.num_trained,
+            loss=float(trained.losses[row]),
+            seconds=seconds,
+            seconds_alone=seconds_alone,
+            peak_memory=trained.meter.peak_memory,
+            shared_by=len(stack.shares),
+        )
+        round_number, before = stack.context.round, stack.versions[row]
+        version = _version(round_number, before, trained.news, trained.remembered)
+        response = Response(round_number, _row(trained.up, row), figures, memory=version)
+        memory = b""
+        if trained.remembered:
+            memory = encode(_row(trained.remembered, row))
+        return response.encode(), memory
 
     def _fit(
         self,
@@ -149,45 +194,44 @@ class Worker:
             self.cache,
             optimizer,
         )
-        return losses, optimizer.state() if self.training.keep_optimizer else {}
+        if not self.training.keep_optimizer:
+            return losses, {}
+        return losses, optimizer.state()
 
-    def _seconds_alone(
-        self,
-        down: Payload,
-        memory: Payload,
-        context: Context,
-        share: Share,
-    ) -> float | None:
+    def _seconds_alone(self, stack: "_Stack", share: Share) -> float | None:
         """Return the seconds that a step takes one client alone; None where nobody wants to know.
 
-        Found out once for what is mounted, (K, ...), by a step of the first client whose outcome is
-        thrown away: nothing that is computed elsewhere depends on it.
+        Found out once for what is mounted, by a step of the first client, with its ``share``. Its
+        outcome is thrown away: nothing that is computed elsewhere depends on it.
         """
         if self.step_alone is None:
             return None
-        form = _form_of_one({**memory, **down})
+        form = _form_of_one({**stack.methods_part, **stack.down})
         if form not in self.step_alone:
-            one = replace(context, clients=context.clients[:1])
-            first = replace(share, steps=share.steps[:1])
+            context = replace(stack.context, clients=stack.context.clients[:1])
+            down, methods_part = _first(stack.down), _first(stack.methods_part)
+            one_step = replace(share, steps=share.steps[:1])
             with (
-                own_randomness(self.seed, one.clients[0], one.round),
-                self.method.mount(self.model, _first(down), _first(memory), one) as local,
+                own_randomness(self.seed, context.clients[0], context.round),
+                self.method.mount(self.model, down, methods_part, context) as local,
                 measured(self.hardware.torch_device) as meter,
             ):
-                self._fit(local, [first], {})
+                self._fit(local, [one_step], {})
             self.step_alone[form] = meter.seconds
         return self.step_alone[form]
 
     def _evaluate(
-        self, clients: Sequence[int], asked: Sequence[Request], held: Sequence[Payload]
+        self, clients: Sequence[int], requests: Sequence[Request], memories: Sequence[Payload]
     ) -> list[tuple[bytes, bytes]]:
-        answers = []
-        for client, request, own in zip(clients, asked, held, strict=True):
+        """Score what each of ``clients`` was sent on its own test examples, one after another."""
+        results: list[tuple[bytes, bytes]] = []
+        for client, request, memory in zip(clients, requests, memories, strict=True):
             context = Context([client], request.round, self.seed)
-            down, (memory, _) = self._stack([request.payload]), parted(self._stack([own]))
+            down = self._stack([request.payload])
+            methods_part, _ = parted(self._stack([memory]))
             with (
                 measured(self.hardware.torch_device) as meter,
-                self.method.mount(self.model, down, memory, context),
+                self.method.mount(self.model, down, methods_part, context),
             ):
                 counts = score(self.model, self.task, self.client_data[client].test, self.hardware)
             figures = Measured(
@@ -197,30 +241,39 @@ class Worker:
                 seconds_alone=meter.seconds,
                 peak_memory=meter.peak_memory,
             )
-            answer = Response(request.round, counts, figures, memory=request.memory)
-            answers.append((answer.encode(), b""))
-        return answers
+            response = Response(request.round, counts, figures, memory=request.memory)
+            results.append((response.encode(), b""))
+        return results
 
-    def _share(self, client: int, number: int) -> Share:
+    def _share(self, client: int, round_number: int) -> Share:
+        """Return the examples of ``client`` and the rows of its steps in a round."""
         examples = self.client_data[client].train
-        return Share(examples, plan(len(examples), self.training, self.seed, client, number))
+        steps = plan(len(examples), self.training, self.seed, client, round_number)
+        return Share(examples, steps)
 
     def _with_states(self, clients: Sequence[int], shares: Sequence[Share]) -> list[Share]:
-        """Return the shares with what is known of their examples, if it is of all: a part begins at one block."""
+        """Return the shares with cached hidden states, if all ``clients`` have them.
+
+        The rows of a micro-batch begin at one block, whosever they are.
+        """
         if not all(self.cache.keeps(client) for client in clients):
             return list(shares)
-        states = (
-            self.cache.get(client, self.model, self._forward, share.examples)
-            for client, share in zip(clients, shares, strict=True)
-        )
-        return [replace(share, states=own) for share, own in zip(shares, states, strict=True)]
+        with_states: list[Share] = []
+        for client, share in zip(clients, shares, strict=True):
+            states = self.cache.get(client, self.model, self._forward, share.examples)
+            with_states.append(replace(share, states=states))
+        return with_states
 
     def _forward(self, texts: Encoded) -> None:
+        """Run the model over ``texts``, for the sake of what happens on the way."""
         with self.hardware.computing(self.model), self.hardware.autocast():
             self.task.predict(self.model, self.task.collate(texts, self.hardware.torch_device))
 
     def _stack(self, payloads: Sequence[Payload]) -> dict[str, Tensor]:
-        """Return K payloads as one with a client axis, on the worker's device; unequal names or shapes raise WireError."""
+        """Return K payloads as one with a client axis, (K, ...), on the worker's device.
+
+        Unequal names or shapes raise WireError.
+        """
         names = sorted(set().union(*payloads))
         try:
             stacks = {name: _stacked([payload[name] for payload in payloads]) for name in names}
@@ -231,11 +284,52 @@ class Worker:
         return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
 
 
-def _version(number: int, before: int, stays: Payload, remembered: Payload) -> int:
-    """Return the version of a client's memory after round ``number``, told that ``before``."""
-    if stays:
-        return number
-    return carried(number, before) if remembered else before
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Stack:
+    """What K clients train on side by side, the one with most steps first.
+
+    ``places``: the place of each among those that were asked. ``context``: names them.
+    ``versions``: of the memory that each request assumes. ``down``, ``methods_part`` and
+    ``optimizer_state``: what was sent and the two parts of what is held, (K, ...).
+    """
+
+    places: Sequence[int]
+    context: Context
+    shares: Sequence[Share]
+    versions: Sequence[int]
+    down: Payload
+    methods_part: Payload
+    optimizer_state: Payload
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """What became of a stack.
+
+    ``up`` and ``remembered``: what goes up and what is to be remembered, (K, ...). ``news``: if the
+    method keeps anything new. ``losses``: (K,). ``num_trained``: numbers that each client
+    trained. ``step_alone``: seconds of a step of one client alone, None if unknown.
+    """
+
+    up: Payload
+    remembered: Payload
+    news: bool
+    losses: Tensor
+    num_trained: int
+    meter: Measurement
+    step_alone: float | None
+
+
+def _version(round_number: int, before: int, news: bool, remembered: Payload) -> int:
+    """Return the version of a client's memory after a round.
+
+    ``before``: that after the rounds before it. ``news``: whether the method keeps anything new.
+    """
+    if news:
+        return round_number
+    return carried(round_number, before) if remembered else before
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -244,16 +338,16 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _row(stacks: Payload, row: int) -> dict[str, Tensor]:
-    """Return one client's part of tensors with a client axis, without it."""
+    """Return the tensors of the client in ``row``, (K, ...) -> (...)."""
     return {name: stack[row] for name, stack in stacks.items()}
 
 
 def _first(stacks: Payload) -> dict[str, Tensor]:
-    """Return the first client's part of tensors with a client axis, which it keeps."""
+    """Return the stack of the first client alone, (K, ...) -> (1, ...)."""
     return {name: stack[:1] for name, stack in stacks.items()}
 
 
 def _form_of_one(stacks: Payload) -> MountedForm:
-    """Return the form of one client's part of tensors with a client axis, in order of names."""
+    """Return the form of the tensors of one client of a stack, in order of names."""
     named = sorted(stacks.items())
     return tuple((name, tuple(stack.shape[1:]), stack.dtype) for name, stack in named)

@@ -11,29 +11,38 @@ from fedpeft.wire.versions import written
 class Memories:
     """The memories of the clients of one process.
 
-    A reply may be lost after its client has stored a new memory, and the server then goes on assuming the old one. So a
-    client keeps two versions: the newest and the one that it was started from.
+    A reply may be lost after its client has stored a new memory, and the server then goes on
+    assuming the old one. So a client keeps two versions: the newest and the one that it was started
+    from.
+
+    >>> memories = Memories()
+    >>> memories.put(3, version=0, blob=b"first")
+    >>> memories.put(3, version=1, blob=b"second", assumed=0)
+    >>> memories.get(3, version=0), memories.get(3, version=1)
+    (b'first', b'second')
     """
 
     def __init__(self) -> None:
-        self._versions: dict[int, dict[int, bytes]] = {}
+        self._versions: dict[int, dict[int, bytes]] = {}  # client -> version -> memory
 
     def get(self, client: int, version: int) -> bytes:
-        """Return a memory of ``client``, empty for ``NO_MEMORY``; Forgotten where it is not here."""
+        """Return a memory of ``client``, empty for ``NO_MEMORY``; Forgotten where it is missing."""
         if version == NO_MEMORY:
             return b""
-        own = self._versions.get(client, {})
-        if version not in own:
-            here = sorted(written(held) for held in own)
-            lacks = f"holds no memory of round {written(version)}, only of {here or 'none'}"
+        versions = self._versions.get(client, {})
+        if version not in versions:
+            rounds = sorted(written(known) for known in versions)
+            lacks = f"holds no memory of round {written(version)}, only of {rounds or 'none'}"
             raise Forgotten(f"client {client} {lacks}")
-        return own[version]
+        return versions[version]
 
     def holds(self, client: int, version: int) -> bool:
         """Return whether that version of the client's memory is here."""
         return version in self._versions.get(client, {})
 
     def put(self, client: int, version: int, blob: bytes, assumed: int = NO_MEMORY) -> None:
-        """Store a new memory and forget all others but the ``assumed`` one, from which it was made."""
-        own = self._versions.get(client, {})
-        self._versions[client] = {v: b for v, b in own.items() if v == assumed} | {version: blob}
+        """Store a new memory; forget all others but the ``assumed`` one, from which it was made."""
+        before = self._versions.get(client, {})
+        versions = {assumed: before[assumed]} if assumed in before else {}
+        versions[version] = blob
+        self._versions[client] = versions

@@ -1,4 +1,4 @@
-"""Replies in the order in which clients were asked, whenever they come, in bounded memory."""
+"""Replies in the order in which their clients were asked, within bounded memory."""
 
 import tempfile
 from collections import deque
@@ -24,6 +24,11 @@ def in_order(
     Replies that come before their turn are held back in memory up to ``most`` bytes, beyond that in
     a temporary file. What comes unasked, or from a client that has answered already, is passed
     over. BadInput where the disk is full.
+
+    >>> first, second = Client(0), Client(1)
+    >>> replies = [Reply(second, b"early"), Reply(first, b"late")]
+    >>> [reply.blob for reply in in_order([first, second], replies)]
+    [b'late', b'early']
     """
     waiting = deque(asked)
     unanswered = {client.id for client in asked}
@@ -39,6 +44,7 @@ def in_order(
                 continue
             waiting.popleft()
             yield outcome
+            # Those that came earlier and had to wait for this one alone.
             while waiting and waiting[0].id in early:
                 yield early.take(waiting.popleft().id)
         for silent in waiting:
@@ -51,7 +57,7 @@ class _Early:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        # client -> its outcome without the bytes, where these begin, how many they are
+        # Client -> the outcome without its bytes, where these begin in the file, how many they are.
         self._held: dict[int, tuple[Reply | Lost, int, int]] = {}
 
     def __contains__(self, client: int) -> bool:

@@ -1,6 +1,6 @@
-"""The server's loop as a generator of states: ask a cohort, check and count what comes back, merge, go on."""
+"""The server's loop, a generator of states: ask a cohort, check what comes back, merge, go on."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -17,9 +17,18 @@ from fedpeft.wire.messages import Kind, Request, Response, check
 from fedpeft.wire.versions import as_told
 
 
-def sample(clients: Sequence[Client], count: int, seed: int, number: int) -> list[Client]:
-    """Return the ``count`` clients of round ``number``, drawn without replacement, in the order of ``clients``."""
-    chosen = torch.randperm(len(clients), generator=generator(seed, "cohort", number))[:count]
+def sample(clients: Sequence[Client], count: int, seed: int, round_number: int) -> list[Client]:
+    """Return the cohort of a round: ``count`` of the ``clients``, in their order.
+
+    They are drawn without replacement, anew in every round.
+
+    >>> clients = [Client(k) for k in range(5)]
+    >>> cohort = sample(clients, 2, seed=0, round_number=7)
+    >>> len(cohort), cohort == sample(clients, 2, seed=0, round_number=7)
+    (2, True)
+    """
+    random = generator(seed, "cohort", round_number)
+    chosen = torch.randperm(len(clients), generator=random)[:count]
     return [clients[index] for index in sorted(chosen.tolist())]
 
 
@@ -36,17 +45,14 @@ def federate(
 ) -> Iterator[State]:
     """Yield the state after each of ``rounds``.
 
-    ``config``: digest of what server and clients must agree on. A reply that cannot be used is recorded with the reason
-    and left out; with fewer than ``min_replies`` usable ones the round is silent. ``record`` gets one row per client.
-    Everyone of a cohort is asked, also where ``receive`` leaves some of their updates unread.
+    ``config``: digest of what server and clients must agree on. A reply that cannot be used is
+    recorded with the reason and left out; with fewer than ``min_replies`` usable ones the round is
+    silent. ``record`` gets one row per client. Everyone of a cohort is asked, also where
+    ``receive`` leaves some of their updates unread.
     """
-    for number in rounds:
-        asked = [
-            replace(client, memory=state.memories.get(client.id, NO_MEMORY))
-            for client in cohort(number)
-        ]
-        exchange = _Exchange(method, state, engine, config, number)
-        updates = exchange.updates(asked)
+    for round_number in rounds:
+        exchange = _Exchange(method, state, engine, config, round_number)
+        updates = exchange.updates(_with_memories(cohort(round_number), state))
         merged = method.receive(state, updates)
         for _ in updates:  # a client is asked when the stream comes to it
             pass
@@ -57,18 +63,22 @@ def federate(
             rows = [row if row.lost else replace(row, lost=why) for row in rows]
         for row in rows:
             record(row)
-        if merged.round != number + 1:
+        if merged.round != round_number + 1:
+            name = type(method).__name__
             raise ValueError(
-                f"{type(method).__name__}.receive gave a state of round {merged.round} after round {number}"
+                f"{name}.receive gave a state of round {merged.round} after round {round_number}"
             )
         known = {**state.memories, **memories}
-        state = replace(merged, memories=_without(known, exchange.forgetful))
+        for client in exchange.forgetful:
+            known.pop(client, None)
+        state = replace(merged, memories=known)
         yield state
 
 
-def _without(memories: Mapping[int, int], forgetful: set[int]) -> dict[int, int]:
-    """Return the known memories but those of clients that have forgotten them."""
-    return {client: version for client, version in memories.items() if client not in forgetful}
+def _with_memories(clients: Sequence[Client], state: State) -> list[Client]:
+    """Return ``clients`` with the versions of their memories that ``state`` knows of."""
+    versions = state.memories
+    return [replace(client, memory=versions.get(client.id, NO_MEMORY)) for client in clients]
 
 
 def poll(
@@ -84,22 +94,21 @@ def poll(
 
     Clients without any, or lost, are left out.
     """
-    asked = [replace(client, memory=state.memories.get(client.id, NO_MEMORY)) for client in clients]
 
     def request(client: Client) -> bytes:
         down = method.send(state, as_told(client))
         return Request(Kind.EVALUATE, state.round, config, down, client.memory).encode()
 
-    found: dict[int, Counts] = {}
-    for outcome in engine.exchange(asked, request):
+    counts_of: dict[int, Counts] = {}
+    for outcome in engine.exchange(_with_memories(clients, state), request):
         match outcome:
             case Reply(client, blob):
                 with suppress(WireError):
                     response = Response.decode(blob)
-                    found[client.id] = _counts(response, client, state.round, task)
+                    counts_of[client.id] = _counts(response, client, state.round, task)
             case Lost():
                 pass
-    return found
+    return counts_of
 
 
 def _counts(response: Response, client: Client, round_number: int, task: Task) -> Counts:
@@ -116,51 +125,64 @@ def _counts(response: Response, client: Client, round_number: int, task: Task) -
 
 @final
 @dataclass(frozen=True)
-class _Pending:
-    """A request: what goes ``down``, the version of the ``memory`` it assumes, both as bytes, and what is ``due`` in return."""
+class _Sent:
+    """A request as it was sent.
+
+    ``down``: its payload. ``memory``: the version that it assumes. ``blob``: the whole as bytes.
+    ``expected``: names, shapes and dtypes of a valid reply.
+    """
 
     down: Payload
     memory: int
     blob: bytes
-    due: Payload
+    expected: Payload
 
 
 @final
 @dataclass
 class _Exchange:
-    """One round's exchange: what was sent to whom, what came back, and what the ledger is to say of it."""
+    """One round's exchange with its cohort.
+
+    ``rows``: the ledger's row of each client. ``memories``: client -> the version that it holds now.
+    ``forgetful``: clients that lack what their request assumed. ``count``: of usable replies.
+    """
 
     method: Method
     state: State
     engine: Engine
     config: bytes
-    number: int
+    round_number: int
     rows: list[ClientRow] = field(default_factory=list)
     memories: dict[int, int] = field(default_factory=dict)
-    forgetful: set[int] = field(default_factory=set)  # who lacks what its request assumed
+    forgetful: set[int] = field(default_factory=set)
     count: int = 0
-    _under_way: dict[int, tuple[int, Payload]] = field(
-        default_factory=dict
-    )  # bytes down, what is due
-    _last: _Pending | None = None
+    # Client -> bytes of its request, and what a valid reply to it looks like.
+    _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)
+    _last: _Sent | None = None
 
-    def updates(self, asked: Sequence[Client]) -> Iterator[Update]:
-        """Yield the usable replies of ``asked``, in their order, and take down every client's row."""
-        for outcome in in_order(asked, self.engine.exchange(asked, self._request)):
+    def updates(self, cohort: Sequence[Client]) -> Iterator[Update]:
+        """Yield the usable replies of ``cohort``, in its order, and note every client's row."""
+        for outcome in in_order(cohort, self.engine.exchange(cohort, self._request)):
             client = outcome.client
             down, expected = self._under_way.pop(client.id, (0, {}))
-            measured, lost, answer = Measured(), None, None
+            measured, lost, response = Measured(), None, None
             try:
-                answer = _answer(outcome)
-                measured = self._believed(answer, client)
-                check(answer, self.number, expected, memory=client.memory, examples=client.examples)
+                response = _response(outcome)
+                measured = self._believed(response, client)
+                check(
+                    response,
+                    self.round_number,
+                    expected,
+                    memory=client.memory,
+                    examples=client.examples,
+                )
             except Forgotten as error:
                 self.forgetful.add(client.id)
                 lost = str(error)
             except WireError as error:
                 lost = str(error)
             row = ClientRow(
-                round=self.number,
+                round=self.round_number,
                 client=client.id,
                 down=down,
                 up=len(outcome.blob),
@@ -168,34 +190,32 @@ class _Exchange:
                 lost=lost,
             )
             self.rows.append(row)
-            if answer is None or lost is not None:
+            if response is None or lost is not None:
                 continue
             self.count += 1
-            if answer.memory != NO_MEMORY:
-                self.memories[client.id] = answer.memory
-            yield Update(client, measured.examples, answer.payload)
+            if response.memory != NO_MEMORY:
+                self.memories[client.id] = response.memory
+            yield Update(client, measured.examples, response.payload)
 
-    def _believed(self, answer: Response, client: Client) -> Measured:
-        """Return what an answer says of this round as far as it can be true, of another nothing."""
-        if answer.round != self.number:
+    def _believed(self, response: Response, client: Client) -> Measured:
+        """Return what ``client`` measured, as far as it can be true; nothing of another round."""
+        if response.round != self.round_number:
             return Measured()
-        return answer.measured.sound(client.examples)
+        return response.measured.sound(client.examples)
 
     def _request(self, client: Client) -> bytes:
+        """Return the request to ``client``; many clients get the very same bytes."""
         down = self.method.send(self.state, as_told(client))
-        last = self._last
-        if (
-            last is None or last.down is not down or last.memory != client.memory
-        ):  # many get the very same
-            blob = Request(Kind.TRAIN, self.number, self.config, down, client.memory).encode()
-            self._last = last = _Pending(
-                down, client.memory, blob, self.method.expects(self.state, down)
-            )
-        self._under_way[client.id] = len(last.blob), last.due
-        return last.blob
+        sent = self._last
+        if sent is None or sent.down is not down or sent.memory != client.memory:
+            request = Request(Kind.TRAIN, self.round_number, self.config, down, client.memory)
+            expected = self.method.expects(self.state, down)
+            self._last = sent = _Sent(down, client.memory, request.encode(), expected)
+        self._under_way[client.id] = len(sent.blob), sent.expected
+        return sent.blob
 
 
-def _answer(outcome: Reply | Lost) -> Response:
+def _response(outcome: Reply | Lost) -> Response:
     """Return what came back, before any check; of a lost client WireError says why."""
     match outcome:
         case Lost(_, reason):

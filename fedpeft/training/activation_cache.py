@@ -1,4 +1,4 @@
-"""What is frozen is not computed twice: the hidden states below the lowest mounted block, kept per client."""
+"""Cached hidden states: what the frozen blocks below the lowest mounted one give is computed once."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,97 +21,108 @@ Forward = Callable[[Encoded], object]
 @final
 @dataclass(frozen=True)
 class Chain:
-    """A model's blocks, each of which hands its output to the next, and all modules in the order in which they are called."""
+    """A model's blocks, each of which hands its output to the next.
+
+    ``order``: all modules of the model in the order in which they are called.
+    """
 
     blocks: tuple[nn.Module, ...] = ()
     order: tuple[nn.Module, ...] = ()
 
     def lowest(self, mounted: Collection[nn.Module]) -> int:
-        """Return the number of the last block that begins no later than the first of ``mounted``.
+        """Return the index of the last block that begins no later than the first of ``mounted``.
 
-        0 where none does, and where one of ``mounted`` was never called: what uses it is not known then.
+        0 where none does, and where one of ``mounted`` was never called: what uses it is unknown.
         """
         if not set(mounted) <= set(self.order):
             return 0
-        number = 0
+        index = 0
         for module in self.order:
             if module in self.blocks:
-                number = self.blocks.index(module)
+                index = self.blocks.index(module)
             if module in mounted:
                 break
-        return number
+        return index
 
 
 @final
 class ActivationCache:
-    """Keeps, for some clients, what enters the lowest block on which anything is mounted, and lets passes begin there.
+    """Caches the hidden states that enter the lowest mounted block, so that passes can begin there.
 
-    Exact where the frozen part is deterministic, that is without dropout. A client's states are computed from its texts
-    alone, in batches of their own, so they do not depend on what ran before and a resumed run sees the same bits.
-    ``clients``: whose states are kept. ``rows``: texts of a batch. A model whose blocks form no chain (ALBERT uses one
-    many times) is left alone, and so is one on which anything is mounted in a way that this package does not know.
+    Exact where the frozen blocks are deterministic, that is without dropout. A client's states are
+    computed from its texts alone, in batches of their own: they do not depend on what ran before,
+    and a resumed run sees the same bits. ``clients``: whose states are cached. ``rows``: texts in
+    such a batch. Nothing is cached for a model whose blocks form no chain (ALBERT uses one many
+    times), nor for one on which anything is mounted in a way that this package does not know.
     """
 
     def __init__(self, clients: Collection[int] = (), rows: int = 32) -> None:
         self._clients, self._rows = frozenset(clients), rows
-        self._bare: Trace | None = None  # the model before anything is mounted
+        self._unmounted: Trace | None = None  # the model before anything is mounted
         self._chain = Chain()
-        self._looked = False  # at what is mounted now
-        self._lowest = 0
-        self._kept: dict[int, tuple[Encoded, Sequence[Tensor]]] = {}
+        self._is_located = False  # whether _lowest is that of what is mounted now
+        self._lowest = 0  # index of the lowest mounted block; 0: nothing can be saved
+        self._states: dict[int, tuple[Encoded, Sequence[Tensor]]] = {}
 
     def keeps(self, client: int) -> bool:
-        """Return whether the states of ``client`` are kept."""
+        """Return whether the states of ``client`` are cached."""
         return client in self._clients
 
     def trace(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
-        """Find out how ``model`` is built, unless it is as it was; called each time before anything is mounted."""
+        """Find the chain of blocks of ``model``, unless the model is as it was.
+
+        To be called each time before anything is mounted.
+        """
         if not self._clients:
             return
-        self._looked = False
-        if self._bare is not None and not changes(self._bare, trace(model)):
+        self._is_located = False
+        if self._unmounted is not None and not changes(self._unmounted, trace(model)):
             return
-        self._kept.clear()
+        self._states.clear()
         length = len(text.ids[0])
         rows = 2 if length != 2 else 3  # another number than the length, to tell these axes apart
         with _recorded(model) as calls, torch.no_grad():
             forward(text.take([0] * rows))
         self._chain = _chain(model, calls, torch.Size([rows, length]))
-        self._bare = trace(model)
+        self._unmounted = trace(model)
 
     def get(
         self, client: int, model: nn.Module, forward: Forward, texts: Encoded
     ) -> Sequence[Tensor] | None:
-        """Return what enters the lowest block for each of the client's ``texts``, (length, width); None where not kept."""
-        if self._bare is None or client not in self._clients:
+        """Return the hidden states of each of the client's ``texts``, (length, width).
+
+        They are computed where they are not cached yet. None where they cannot be, or are not to be.
+        """
+        if self._unmounted is None or client not in self._clients:
             return None
-        if not self._looked:
-            self._look(model, self._bare)
+        if not self._is_located:
+            self._locate(model, self._unmounted)
         if self._lowest == 0:
             return None
-        known, states = self._kept.get(client, (None, ()))
-        if known is not texts:
-            states = _states(self._chain.blocks[self._lowest], forward, texts, self._rows)
-            self._kept[client] = texts, states
+        cached_texts, states = self._states.get(client, (None, ()))
+        if cached_texts is not texts:
+            states = _hidden_states(self._chain.blocks[self._lowest], forward, texts, self._rows)
+            self._states[client] = texts, states
         return states
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Let passes in the ``with`` begin at the lowest block if they are given what enters it (see ``entering``)."""
+        """Let passes in the ``with`` begin at the lowest mounted block if they are ``entering``."""
         with ExitStack() as undo:
-            if self._looked and self._lowest > 0:
+            if self._is_located and self._lowest > 0:
                 for block in self._chain.blocks[: self._lowest]:
-                    undo.enter_context(overridden(block, partial(_unless_known, block.forward)))
-                undo.callback(_change_input(self._chain.blocks[self._lowest], _known_or))
+                    undo.enter_context(overridden(block, partial(_skip_or_run, block.forward)))
+                lowest = self._chain.blocks[self._lowest]
+                undo.callback(_change_input(lowest, _cached_or_computed))
             yield
 
-    def _look(self, model: nn.Module, bare: Trace) -> None:
-        """Find out where the lowest block is; what enters another one than before is forgotten."""
-        mounted = touched(model, bare)
+    def _locate(self, model: nn.Module, unmounted: Trace) -> None:
+        """Find the lowest mounted block; states that enter another one are forgotten."""
+        mounted = touched(model, unmounted)
         lowest = 0 if mounted is None else self._chain.lowest(mounted)
         if lowest != self._lowest:
-            self._kept.clear()
-        self._lowest, self._looked = lowest, True
+            self._states.clear()
+        self._lowest, self._is_located = lowest, True
 
 
 _ENTERING: ContextVar[Sequence[Tensor] | None] = ContextVar("entering", default=None)
@@ -119,7 +130,10 @@ _ENTERING: ContextVar[Sequence[Tensor] | None] = ContextVar("entering", default=
 
 @contextmanager
 def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
-    """OnWarning, for a pass in the ``with``, what enters the lowest block for each of its texts, (length, width), if known."""
+    """Let a pass in the ``with`` begin with ``states``, or at the lowest block of all if None.
+
+    ``states``: the cached hidden states of each of its texts, (length, width).
+    """
     token = _ENTERING.set(states)
     try:
         yield
@@ -127,60 +141,80 @@ def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
         _ENTERING.reset(token)
 
 
-def _unless_known(
+def _skip_or_run(
     forward: Callable[..., object], hidden_states: Tensor, *args: object, **kwargs: object
 ) -> object:
-    """Compute a block below the lowest, unless the pass begins above it."""
-    return forward(hidden_states, *args, **kwargs) if _ENTERING.get() is None else hidden_states
+    """Run a block below the lowest mounted one, unless the pass begins above it."""
+    if _ENTERING.get() is None:
+        return forward(hidden_states, *args, **kwargs)
+    return hidden_states
 
 
-def _known_or(hidden: Tensor) -> Tensor:
-    """Return what enters the lowest block: what is known, padded as ``hidden``, (n, L, width), or what was computed."""
-    if (states := _ENTERING.get()) is None:
-        return hidden
-    known = states[0].new_zeros(len(states), *hidden.shape[1:])
-    for row, own in zip(known, states, strict=True):
-        row[: len(own)] = own
-    return known
+def _cached_or_computed(computed: Tensor) -> Tensor:
+    """Return the hidden states that enter the lowest mounted block.
+
+    They are the cached ones, padded as ``computed``, (n, L, width), or else those themselves.
+    """
+    states = _ENTERING.get()
+    if states is None:
+        return computed
+    padded = states[0].new_zeros(len(states), *computed.shape[1:])
+    for row, text_states in zip(padded, states, strict=True):
+        row[: len(text_states)] = text_states
+    return padded
 
 
 def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> list[int]:
-    """Return the clients, in order, whose states for all their ``texts`` fit into ``limit`` bytes together."""
-    left, found = limit, list[int]()
-    for client, own in sorted(texts.items()):
-        size = bytes_per_token * sum(len(text) for text in own.ids)
+    """Return the clients whose states for all their ``texts`` fit into ``limit`` bytes together.
+
+    They are taken in order; one that does not fit is passed over.
+
+    >>> short, long = (Encoded([torch.zeros(size)], []) for size in (10, 90))
+    >>> fitting({0: short, 1: long, 2: short}, bytes_per_token=4, limit=100)
+    [0, 2]
+    """
+    left = limit
+    clients: list[int] = []
+    for client, client_texts in sorted(texts.items()):
+        size = bytes_per_token * sum(len(ids) for ids in client_texts.ids)
         if size <= left:
-            found.append(client)
+            clients.append(client)
             left -= size
-    return found
+    return clients
 
 
-class _Enough(Exception):
-    """Ends a pass that has told what was to be known."""
+class _Stop(Exception):
+    """Ends a pass once the hidden states are known."""
 
 
-def _states(block: nn.Module, forward: Forward, texts: Encoded, rows: int) -> Sequence[Tensor]:
-    """Return what enters ``block`` for each of ``texts``; what is above is not computed."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts.ids[row]))
-    found: dict[int, Tensor] = {}
+def _hidden_states(
+    block: nn.Module, forward: Forward, texts: Encoded, rows: int
+) -> Sequence[Tensor]:
+    """Return the hidden states that enter ``block`` for each of ``texts``, (length, width).
 
-    def take(hidden: Tensor) -> Tensor:
-        for row, states in zip(batch, hidden, strict=True):
-            found[row] = states[: len(texts.ids[row])].clone()
-        raise _Enough
+    What is above is not computed. ``rows``: texts in a batch.
+    """
+    by_length = sorted(range(len(texts)), key=lambda row: len(texts.ids[row]))
+    states_of: dict[int, Tensor] = {}
+
+    def record(hidden: Tensor) -> Tensor:
+        for row, padded in zip(batch, hidden, strict=True):
+            length = len(texts.ids[row])
+            states_of[row] = padded[:length].clone()
+        raise _Stop
 
     with ExitStack() as undo:
         undo.enter_context(torch.no_grad())
-        undo.callback(_change_input(block, take))
-        for start in range(0, len(order), rows):
-            batch = order[start : start + rows]
-            with suppress(_Enough):
+        undo.callback(_change_input(block, record))
+        for start in range(0, len(by_length), rows):
+            batch = by_length[start : start + rows]
+            with suppress(_Stop):
                 forward(texts.take(batch))
-    return [found[row] for row in range(len(texts))]
+    return [states_of[row] for row in range(len(texts))]
 
 
 def _change_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Let ``change`` make the first argument of ``block`` from the one given; return what undoes that."""
+    """Replace the hidden states that ``block`` is given by ``change`` of them; return the undoing."""
 
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -197,19 +231,21 @@ class _Call:
     """One call of a module: its first input and its output."""
 
     module: nn.Module
-    given: object
+    first_input: object
     output: object = None
 
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
-    """Yield a list that fills with the calls of all modules inside ``model``, in the order in which they begin."""
+    """Yield a list that fills with the calls of all modules inside ``model``, as they begin."""
     calls: list[_Call] = []
     open_calls: list[_Call] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(module, args[0] if args else kwargs.get("hidden_states")))
-        open_calls.append(calls[-1])
+        first_input = args[0] if args else kwargs.get("hidden_states")
+        call = _Call(module, first_input)
+        calls.append(call)
+        open_calls.append(call)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
         open_calls.pop().output = output
@@ -222,24 +258,32 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
 
 
 def _chain(model: nn.Module, calls: Sequence[_Call], tokens: torch.Size) -> Chain:
-    """Return the longest list of blocks that were called once each, every one with the output of the one before.
+    """Return the longest list of blocks of ``model`` that form a chain, none if there is no such.
 
-    ``tokens``: (rows, length) of the batch; what enters a block is one vector for each of them.
+    Each is called once, with the output of the one before. ``tokens``: (rows, length) of the batch
+    in which ``calls`` were recorded.
     """
-    chains = [Chain()]
-    for blocks in (
-        tuple(module) for module in model.modules() if isinstance(module, nn.ModuleList)
-    ):
-        passed = [call for call in calls if call.module in blocks]
-        joined = all(
-            isinstance(a.output, Tensor) and a.output is b.given for a, b in pairwise(passed)
-        )
-        whole = all(
-            isinstance(call.given, Tensor)
-            and call.given.ndim == 3
-            and call.given.shape[:2] == tokens
-            for call in passed
-        )
-        if tuple(call.module for call in passed) == blocks and joined and whole:
-            chains.append(Chain(blocks, tuple(call.module for call in calls)))
-    return max(chains, key=lambda chain: len(chain.blocks))
+    longest = Chain()
+    order = tuple(call.module for call in calls)
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        blocks = tuple(module)
+        block_calls = [call for call in calls if call.module in blocks]
+        once_each = tuple(call.module for call in block_calls) == blocks
+        joined = all(_hands_on(one, following) for one, following in pairwise(block_calls))
+        by_token = all(_takes_vectors(call, tokens) for call in block_calls)
+        if once_each and joined and by_token and len(blocks) > len(longest.blocks):
+            longest = Chain(blocks, order)
+    return longest
+
+
+def _hands_on(call: _Call, following: _Call) -> bool:
+    """Return whether the output of one call is the very input of another."""
+    return isinstance(call.output, Tensor) and call.output is following.first_input
+
+
+def _takes_vectors(call: _Call, tokens: torch.Size) -> bool:
+    """Return whether a call was given one vector for each of the ``tokens``, (rows, length)."""
+    hidden = call.first_input
+    return isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == tokens

@@ -1,4 +1,4 @@
-"""Rows of like length in buckets, which go through the model one by one: little padding, few shapes."""
+"""Rows of like length in buckets, which go through the model in turn: little padding, few shapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,15 +6,20 @@ from typing import final
 
 import numpy as np
 
+Edges = np.ndarray[tuple[int], np.dtype[np.int64]]
+"""Numbers of rows, ascending from 0: where a bucket of sorted rows may begin or end."""
+
 
 @final
 @dataclass(frozen=True)
 class Buckets:
     """What a bucket may hold and what it costs.
 
-    ``max_tokens``: tokens, padding included, unless one row is longer. ``overhead_tokens``: what a bucket costs by itself, in tokens.
-    ``pad_to_multiple_of``: texts are padded to a multiple of it, and numbers of rows are multiples, too, but for the bucket of the
-    shortest and for rows so long that ``pad_to_multiple_of`` of them exceed ``max_tokens``. So the same shapes come again and again.
+    ``max_tokens``: tokens in a bucket, padding included, unless one row alone has more.
+    ``overhead_tokens``: what a bucket costs by itself, in tokens.
+    ``pad_to_multiple_of``: texts are padded to a multiple of it. Numbers of rows are multiples of
+    it, too, so that the same shapes come again and again. Two kinds of buckets are excepted: that
+    of the shortest rows, and those whose rows are so long that this many exceed ``max_tokens``.
     """
 
     max_tokens: int
@@ -22,69 +27,98 @@ class Buckets:
     pad_to_multiple_of: int = 1
 
     def padded(self, length: int) -> int:
-        """Return ``length`` as a multiple of the pad_to_multiple_of."""
+        """Return ``length`` rounded up to a multiple of ``pad_to_multiple_of``.
+
+        >>> Buckets(100, 5, pad_to_multiple_of=4).padded(6)
+        8
+        """
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def cost(self, lengths: Sequence[int]) -> int:
-        """Return what a bucket of rows with ``lengths`` costs, in tokens."""
+        """Return what a bucket of rows with ``lengths`` costs, in tokens.
+
+        >>> Buckets(100, overhead_tokens=5).cost([3, 6])  # two rows of 6, and 5
+        17
+        """
         return len(lengths) * self.padded(max(lengths)) + self.overhead_tokens
 
     def cheapest(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Return the rows with ``lengths`` in the buckets that cost least together, the dearest first."""
+        """Return the rows with ``lengths`` in the buckets that cost least together.
+
+        The dearest bucket comes first.
+
+        >>> Buckets(max_tokens=100, overhead_tokens=5).cheapest([9, 2, 10, 3])
+        [[0, 2], [1, 3]]
+        >>> Buckets(max_tokens=100, overhead_tokens=50).cheapest([9, 2, 10, 3])
+        [[1, 3, 0, 2]]
+        """
+        if not lengths:
+            return []
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        if len(order) * self.padded(max(lengths, default=0)) <= min(
-            self.max_tokens, self.overhead_tokens
-        ):
-            return [order] if order else []  # a second bucket costs more than it can save
-        edges = self._edges([lengths[row] for row in order])
-        least, begins = np.zeros(len(edges)), [0]
-        for number in range(1, len(edges)):
-            length = self.padded(lengths[order[edges[number] - 1]])
-            first = min(
-                int(np.searchsorted(edges, edges[number] - self.max_tokens // length)), number - 1
-            )
-            costs = (
-                least[first:number]
-                + (edges[number] - edges[first:number]) * float(length)
-                + self.overhead_tokens
-            )
-            begins.append(first + int(costs.argmin()))
-            least[number] = costs.min()
-        found = []
-        number = len(edges) - 1
-        while number:
-            found.append(order[edges[begins[number]] : edges[number]])
-            number = begins[number]
+        all_in_one = len(order) * self.padded(max(lengths))
+        if all_in_one <= min(self.max_tokens, self.overhead_tokens):
+            return [order]  # a second bucket costs more than it can save
+        ascending = [lengths[row] for row in order]
+        edges = self._edges(ascending)
+        start = self._cheapest_starts(ascending, edges)
+        buckets: list[list[int]] = []
+        end = len(edges) - 1
+        while end > 0:
+            buckets.append(order[edges[start[end]] : edges[end]])
+            end = start[end]
         return sorted(
-            found, key=lambda rows: self.cost([lengths[row] for row in rows]), reverse=True
+            buckets, key=lambda rows: self.cost([lengths[row] for row in rows]), reverse=True
         )
 
-    def _edges(self, lengths: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return where a bucket of rows with ascending ``lengths`` may begin or end."""
-        short = sum(
-            self.pad_to_multiple_of * self.padded(length) <= self.max_tokens for length in lengths
-        )
-        in_grains = range(
-            short % self.pad_to_multiple_of or self.pad_to_multiple_of,
-            short + 1,
-            self.pad_to_multiple_of,
-        )
-        return np.array([0, *in_grains, *range(short + 1, len(lengths) + 1)])
+    def _cheapest_starts(self, ascending: Sequence[int], edges: Edges) -> list[int]:
+        """Return for every edge where the last bucket before it begins if all of them cost least.
 
-    def dealt(self, lengths: Sequence[int], lanes: int) -> list[list[int]]:
-        """Return the rows in buckets of ``max_tokens`` tokens or somewhat fewer: those that ``lanes`` end first."""
+        ``ascending``: the lengths of the sorted rows. An edge is given by its index in ``edges``.
+        """
+        # Dynamic programming over rows sorted by length. cost[i]: the least cost of the first
+        # edges[i] rows; start[i]: the index of the edge where the last of their buckets begins.
+        cost = np.zeros(len(edges))
+        start = [0]
+        for end in range(1, len(edges)):
+            length = self.padded(ascending[edges[end] - 1])
+            most_rows = self.max_tokens // length
+            earliest = int(np.searchsorted(edges, edges[end] - most_rows))
+            earliest = min(earliest, end - 1)  # a row beyond max_tokens has its own bucket
+            num_rows = edges[end] - edges[earliest:end]
+            costs = cost[earliest:end] + num_rows * float(length) + self.overhead_tokens
+            start.append(earliest + int(costs.argmin()))
+            cost[end] = costs.min()
+        return start
 
-        def longest(buckets: list[list[int]]) -> int:
-            busy = [0] * lanes
+    def _edges(self, ascending: Sequence[int]) -> Edges:
+        """Return where a bucket of rows with ``ascending`` lengths may begin or end."""
+        step = self.pad_to_multiple_of
+        # Of the short rows, ``step`` fit into a bucket, and the bucket of the shortest takes the
+        # remainder. Longer rows stand alone or in any number.
+        num_short = sum(step * self.padded(length) <= self.max_tokens for length in ascending)
+        among_short = range(num_short % step or step, num_short + 1, step)
+        among_long = range(num_short + 1, len(ascending) + 1)
+        return np.array([0, *among_short, *among_long])
+
+    def dealt(self, lengths: Sequence[int], threads: int) -> list[list[int]]:
+        """Return the rows in buckets that ``threads`` threads finish first.
+
+        Buckets of ``max_tokens`` tokens are compared with those of somewhat fewer.
+
+        >>> [len(rows) for rows in Buckets(80, 1).dealt([10] * 24, threads=2)]
+        [6, 6, 6, 6]
+        """
+
+        def finish(buckets: list[list[int]]) -> int:
+            """Return when the last thread is done; each takes a bucket as soon as it is free."""
+            busy = [0] * threads
             for rows in buckets:
                 busy[busy.index(min(busy))] += self.cost([lengths[row] for row in rows])
             return max(busy)
 
-        eighths = (8, 7, 6, 5) if lanes > 1 else (8,)
-        return min(
-            (
-                replace(self, max_tokens=self.max_tokens * share // 8).cheapest(lengths)
-                for share in eighths
-            ),
-            key=longest,
-        )
+        eighths = (8, 7, 6, 5) if threads > 1 else (8,)
+        choices: list[list[list[int]]] = []
+        for share in eighths:
+            smaller = replace(self, max_tokens=self.max_tokens * share // 8)
+            choices.append(smaller.cheapest(lengths))
+        return min(choices, key=finish)

@@ -1,4 +1,4 @@
-"""Score a state: mount what the server sends without training it, and count what the model says."""
+"""Score a state: mount what the server sends and count how good the predictions are."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,28 +27,30 @@ def score(model: nn.Module, task: Task, examples: Encoded, hardware: Hardware) -
 def predictions(
     model: nn.Module, task: Task, examples: Encoded, hardware: Hardware
 ) -> list[Prediction]:
-    """Return what ``model``, as it is mounted now, says about each of ``examples``, in order.
+    """Return the predictions of ``model``, as it is mounted now, for ``examples``, in their order.
 
     Batches are formed by length, and as many are computed at once as there are threads.
     """
     lengths = [len(ids) for ids in examples.ids]
     buckets = replace(hardware.buckets, max_tokens=min(hardware.tokens, EVALUATED))
     batches = buckets.cheapest(lengths)
+    num_parallel = min(hardware.threads, len(batches))
 
     def forward(rows: Sequence[int]) -> Mapping[str, Tensor]:
+        """Return the model's outputs for ``rows``, named tensors, (n, ...)."""
         chosen = examples.take(rows)
         batch = task.collate(chosen, hardware.torch_device, buckets.pad_to_multiple_of)
         with torch.inference_mode(), hardware.autocast():
             outputs = task.predict(model, batch)
         return {name: tensor.cpu() for name, tensor in outputs.items()}
 
-    found: list[Prediction] = [{}] * len(examples)
+    in_order: list[Prediction] = [{}] * len(examples)
     model.eval()
-    with hardware.computing(model), thread_map(min(hardware.threads, len(batches))) as parallel_map:
+    with hardware.computing(model), thread_map(num_parallel) as parallel_map:
         for rows, outputs in zip(batches, parallel_map(forward, batches), strict=True):
-            for place, row in enumerate(rows):
-                found[row] = {name: tensor[place] for name, tensor in outputs.items()}
-    return found
+            for index, row in enumerate(rows):
+                in_order[row] = {name: tensor[index] for name, tensor in outputs.items()}
+    return in_order
 
 
 @contextmanager
@@ -61,15 +63,18 @@ def mounted_state(
     client: Client = FULL_CLIENT,
     memory: Payload | None = None,
 ) -> Iterator[LocalTask]:
-    """Mount ``state`` on ``model`` as ``client``, with its ``memory``, holds it; by default the whole of it."""
+    """Mount ``state`` on ``model`` as ``client``, with its ``memory``, holds it.
 
-    def stack(payload: Payload) -> dict[str, Tensor]:
-        return {
-            name: tensor.to(hardware.torch_device).unsqueeze(0) for name, tensor in payload.items()
-        }
-
+    By default that is the whole state.
+    """
     context = Context([client.id], state.round, seed)
-    own, _ = parted(memory or {})
-    down = method.send(state, as_told(client))
-    with method.mount(model, stack(down), stack(own), context) as local:
+    methods_part, _ = parted(memory or {})
+    down = _stack_of_one(method.send(state, as_told(client)), hardware.torch_device)
+    own = _stack_of_one(methods_part, hardware.torch_device)
+    with method.mount(model, down, own, context) as local:
         yield local
+
+
+def _stack_of_one(payload: Payload, device: torch.device) -> dict[str, Tensor]:
+    """Return a payload on ``device`` with a client axis, (1, ...)."""
+    return {name: tensor.to(device).unsqueeze(0) for name, tensor in payload.items()}

@@ -1,4 +1,4 @@
-"""What the machine is good at, found out once per run: device, number format, attention kernel, threads."""
+"""What the machine is good at, found out once: device, number format, attention, threads."""
 
 import json
 import os
@@ -22,9 +22,12 @@ Kernel = Literal["eager", "sdpa"]
 Kernels = tuple[Kernel, ...]
 
 TOKENS = 1280
-"""Tokens that go through the model together on CPU, where matrix products are efficient long before that."""
+"""Tokens that go through the model together on CPU, where products are soon large enough."""
 GRAIN = 4
-"""For bf16 on CPU, where torch makes its kernels anew for every shape: a twelfth of a step, unless shapes come again."""
+"""``pad_to_multiple_of`` for bf16 on CPU.
+
+Torch makes its kernels anew there for every shape: a twelfth of a step, unless shapes come again.
+"""
 EVERYTHING = 1 << 40
 """On a GPU the whole stack goes through at once."""
 SHORT = 128
@@ -130,42 +133,45 @@ def resolve(
     ``kernels``: those that the model's family has for attention. Another one that was asked for by
     name, a device that does not work and too many threads raise BadInput.
     """
-    if machine.threads > (most := 4 * (os.cpu_count() or 1)):
+    cores = os.cpu_count() or 1
+    most = 4 * cores
+    if machine.threads > most:
         raise BadInput(
-            f"machine.threads = {machine.threads}: this machine has {os.cpu_count()} cores; choose at most {most}"
+            f"machine.threads = {machine.threads}: this machine has {cores} cores; "
+            f"choose at most {most}"
         )
-    device = machine.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(machine.device)
+    on_cpu = device.type == "cpu"
+    precision = machine.precision
+    if precision == "auto":
+        precision = "bf16" if _bf16_is_fast(device) else "fp32"
+    fastest: Kernel = "eager" if on_cpu and max_length <= SHORT else "sdpa"
+    return Hardware(
+        device=str(device),
+        precision=precision,
+        attention=_kernel(machine.attention, kernels, fastest),
+        threads=machine.threads or torch.get_num_threads(),
+        tokens=TOKENS if on_cpu else EVERYTHING,
+        pad_to_multiple_of=GRAIN if on_cpu and precision == "bf16" else 1,
+    )
+
+
+def _device(name: str) -> torch.device:
+    """Return the device called ``name``; BadInput where it does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=device).item()
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
         raise BadInput(
-            f"machine.device = {device!r} is not usable here ({line}); choose 'cpu' or 'auto'"
+            f"machine.device = {name!r} is not usable here ({line}); choose 'cpu' or 'auto'"
         ) from error
-    cpu = torch.device(device).type == "cpu"
-    precision = machine.precision
-    if precision == "auto":
-        precision = "bf16" if _bf16_is_fast(torch.device(device)) else "fp32"
-    fastest: Kernel = "eager" if cpu and max_length <= SHORT else "sdpa"
-    attention = _kernel(machine.attention, kernels, fastest)
-    tokens, pad_to_multiple_of = (
-        TOKENS if cpu else EVERYTHING,
-        GRAIN if cpu and precision == "bf16" else 1,
-    )
-    return Hardware(
-        device,
-        precision,
-        attention,
-        machine.threads or torch.get_num_threads(),
-        tokens,
-        pad_to_multiple_of,
-    )
+    return torch.device(name)
 
 
 def _kernel(asked: Attention, kernels: Kernels, fastest: Kernel) -> Kernel:
-    """Return the kernel ``asked`` for; of itself the ``fastest``, if the model has it."""
+    """Return the kernel ``asked`` for; for ``auto`` the ``fastest``, if the model has it."""
     if asked == "auto":
         return fastest if fastest in kernels else kernels[0]
     if asked not in kernels:
@@ -188,6 +194,7 @@ def _bf16_is_fast(device: torch.device) -> bool:
 
 
 def _seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:
+    """Return the seconds of a product of two (``size``, ``size``) matrices, the least of three."""
     matrix = torch.ones(size, size, dtype=dtype, device=device)
 
     def once() -> float:
@@ -195,5 +202,5 @@ def _seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float
         matrix @ matrix
         return time.perf_counter() - start
 
-    once()
+    once()  # the first one prepares the kernel
     return min(once() for _ in range(3))

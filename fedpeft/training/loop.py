@@ -1,10 +1,13 @@
-"""The local loop: K clients side by side on one frozen base, each with batches, clipping and optimizer state of its own."""
+"""The local loop: K clients side by side on one frozen base.
+
+Each has batches, gradient clipping and optimizer state of its own.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Annotated, final
+from operator import attrgetter
+from typing import Annotated, NamedTuple, final
 
 import torch
 from annotated_types import Ge, Gt
@@ -54,23 +57,37 @@ class Training:
 
 @dataclass(frozen=True)
 class Share:
-    """One client's examples, the rows of each of its steps, and what is known of every example (see ``ActivationCache``)."""
+    """What one client trains on in one round.
+
+    ``steps``: the rows of ``examples`` in each of its optimizer steps. ``states``: the cached hidden
+    states of every example, (length, width), or None where they are not cached.
+    """
 
     examples: Encoded
     steps: Sequence[Sequence[int]]
     states: Sequence[Tensor] | None = None
 
 
-def plan(examples: int, training: Training, seed: int, client: int, number: int) -> list[list[int]]:
-    """Return the rows of every step of one client in one round, in an order of its own; an epoch's last may be short."""
+def plan(
+    examples: int, training: Training, seed: int, client: int, round_number: int
+) -> list[list[int]]:
+    """Return the rows of every step of one client in one round.
+
+    Each pass over the ``examples`` has a random order of its own; its last step may be short.
+
+    >>> steps = plan(5, Training(batch_size=2), seed=0, client=3, round_number=0)
+    >>> [len(rows) for rows in steps], sorted(sum(steps, []))
+    ([2, 2, 1], [0, 1, 2, 3, 4])
+    """
     size = training.batch_size
-    rows: list[list[int]] = []
-    for epoch in range(training.epochs if training.steps is None else training.steps):
-        order = torch.randperm(
-            examples, generator=generator(seed, "order", client, number, epoch)
-        ).tolist()
-        rows += [order[start : start + size] for start in range(0, examples, size)]
-    return rows[: training.steps]
+    # Every epoch has at least one step, so that as many epochs as steps are enough.
+    epochs = training.epochs if training.steps is None else training.steps
+    steps: list[list[int]] = []
+    for epoch in range(epochs):
+        random = generator(seed, "order", client, round_number, epoch)
+        order = torch.randperm(examples, generator=random).tolist()
+        steps += [order[start : start + size] for start in range(0, examples, size)]
+    return steps[: training.steps]
 
 
 def fit(
@@ -89,39 +106,43 @@ def fit(
     ``optimizer``: what steps it, by default a new one (see ``optimizer_of``).
     """
     optimizer = optimizer or optimizer_of(local, training, head)
-    device, trained = hardware.torch_device, list(local.trainable.values())
+    device = hardware.torch_device
+    trained = list(local.trainable.values())
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
-    buckets, count = _cut(shares, hardware)
+    buckets, num_parallel = _grouping(shares, hardware)
 
-    def play(part: MicroBatch) -> tuple[MicroBatch, Tensor, Sequence[Tensor | None]]:
-        owners = part.owners if isinstance(part.owners, slice) else part.owners.to(device)
-        with entering(part.states), row_owners(owners, len(part.examples)), hardware.autocast():
-            each = task.losses(
-                model, task.collate(part.examples, device, buckets.pad_to_multiple_of)
-            )
-        weighted = each * part.weights.to(device)
+    def forward_and_backward(micro_batch: MicroBatch) -> _Gradients:
+        """Return the weighted losses of the rows and their gradients; it runs in any thread."""
+        owners, rows = micro_batch.owners, len(micro_batch.examples)
+        if isinstance(owners, Tensor):
+            owners = owners.to(device)
+        with entering(micro_batch.states), row_owners(owners, rows), hardware.autocast():
+            batch = task.collate(micro_batch.examples, device, buckets.pad_to_multiple_of)
+            row_losses = task.losses(model, batch)
+        weighted = row_losses * micro_batch.weights.to(device)
         if not trained:
-            return part, weighted.detach(), ()
-        return (
-            part,
-            weighted.detach(),
-            torch.autograd.grad(weighted.sum(), trained, allow_unused=True),
-        )
+            return _Gradients(micro_batch, weighted.detach(), ())
+        gradients = torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
+        return _Gradients(micro_batch, weighted.detach(), gradients)
 
     with (
         _training(model),
         hardware.computing(model),
         cache.reading(),
-        thread_map(count, trained) as at_once,
+        thread_map(num_parallel, trained) as parallel_map,
     ):
         for step in range(len(shares[0].steps)):
-            active = slice(0, sum(step < len(share.steps) for share in shares))
+            num_active = sum(step < len(share.steps) for share in shares)
+            active = slice(0, num_active)
             for parameter in trained:
                 parameter.grad = None
             batches = [(share, share.steps[step]) for share in shares[active]]
-            for part, weighted, gradients in at_once(play, micro_batches(batches, buckets, count)):
-                losses.index_add_(0, part.clients.to(device), weighted.to(losses.dtype))
-                _add(trained, gradients)
+            stream = micro_batches(batches, buckets, num_parallel)
+            # Gradients are added in the order of the micro-batches, whichever thread is faster.
+            for done in parallel_map(forward_and_backward, stream):
+                clients = done.micro_batch.clients.to(device)
+                losses.index_add_(0, clients, done.losses.to(losses.dtype))
+                _add(trained, done.gradients)
             local.after_backward(active)
             if training.clip is not None:
                 clip(local.trainable, active, training.clip)
@@ -134,8 +155,9 @@ def fit(
 class MicroBatch:
     """Some rows of one step of a stack, which go through the model together.
 
-    ``clients``: whose each row is, (n,); ``owners``: the same for ``row_owners``; ``weights``: of each row in its client's
-    mean loss, (n,). ``states``: what is known of each row, or None where it is not known of all.
+    ``clients``: the place in the stack of each row's client, (n,). ``owners``: the same for
+    ``row_owners``. ``weights``: of each row in its client's mean loss, (n,). ``states``: the cached
+    hidden states of each row, or None unless they are cached for the whole step.
     """
 
     examples: Encoded
@@ -145,56 +167,91 @@ class MicroBatch:
     weights: Tensor
 
 
-def micro_batches(
-    batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, count: int
-) -> Iterator[MicroBatch]:
-    """Yield the batches of k clients in parts, formed by length, whoever's they are, for ``count`` lanes.
+class _Gradients(NamedTuple):
+    """What a micro-batch gives: its rows' weighted losses, (n,), and a gradient a parameter."""
 
-    Gradients are per client whatever the grouping. Within a part the rows of a client stay together.
+    micro_batch: MicroBatch
+    losses: Tensor
+    gradients: Sequence[Tensor | None]
+
+
+class Row(NamedTuple):
+    """One row of a step: its share, its client's place in the stack, which example it is."""
+
+    share: Share
+    client: int
+    example: int
+
+
+def micro_batches(
+    batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, threads: int
+) -> Iterator[MicroBatch]:
+    """Yield the K clients' batches of one step in micro-batches of rows of like length.
+
+    A micro-batch may hold rows of several clients, those of one client together: gradients are per
+    client whatever the grouping. ``threads``: how many micro-batches are computed at once.
     """
-    everything = [(k, row) for k, (_, own) in enumerate(batches) for row in own]
-    known = all(share.states is not None for share, _ in batches)
-    lengths = [len(batches[k][0].examples.ids[row]) for k, row in everything]
-    for together in buckets.dealt(lengths, count):
-        mine = [
-            (batches[k][0], k, row)
-            for k, row in sorted((everything[i] for i in together), key=itemgetter(0))
-        ]
-        ids = [share.examples.ids[row] for share, _, row in mine]
-        labels = [share.examples.labels[row] for share, _, row in mine]
-        clients = torch.tensor([k for _, k, _ in mine])
-        weights = torch.tensor([1.0 / len(batches[k][1]) for _, k, _ in mine])
-        states = (
-            [share.states[row] for share, _, row in mine if share.states is not None]
-            if known
-            else None
-        )
-        yield MicroBatch(Encoded(ids, labels), states, clients, _owners(clients), weights)
+    rows: list[Row] = []
+    for client, (share, indices) in enumerate(batches):
+        rows += [Row(share, client, example) for example in indices]
+    lengths = [len(row.share.examples.ids[row.example]) for row in rows]
+    weights = [1.0 / len(indices) for _, indices in batches]
+    cached = all(share.states is not None for share, _ in batches)
+    for bucket in buckets.dealt(lengths, threads):
+        # A stable sort: the rows of a client stay in the order of the bucket.
+        by_client = sorted([rows[place] for place in bucket], key=attrgetter("client"))
+        yield _micro_batch(by_client, weights, cached)
+
+
+def _micro_batch(rows: Sequence[Row], weights: Sequence[float], cached: bool) -> MicroBatch:
+    """Return ``rows``, sorted by client, as a micro-batch.
+
+    ``weights``: of a row of each client. ``cached``: whether every share has hidden states.
+    """
+    ids: list[Tensor] = []
+    labels: list[Tensor] = []
+    states: list[Tensor] = []
+    for share, _, example in rows:
+        ids.append(share.examples.ids[example])
+        labels.append(share.examples.labels[example])
+        if share.states is not None:
+            states.append(share.states[example])
+    clients = torch.tensor([row.client for row in rows])
+    return MicroBatch(
+        examples=Encoded(ids, labels),
+        states=states if cached else None,
+        clients=clients,
+        owners=_owners(clients),
+        weights=torch.tensor([weights[row.client] for row in rows]),
+    )
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    """Add to ``.grad`` of each parameter the gradient of one part, None where the part did not use it.
+    """Add the gradients of one micro-batch to ``.grad`` of the ``parameters``.
 
-    Contiguous, as fused optimizers take for granted: the gradient of what is used transposed comes transposed. And in
-    memory of its own, as it is changed in place: of two parameters that enter as a sum, both gradients are one tensor.
+    None is that of a parameter which the micro-batch did not use. A new ``.grad`` is contiguous, as
+    fused optimizers take for granted: the gradient of what is used transposed comes transposed. And
+    it has memory of its own, as it is changed in place: of two parameters that enter as a sum, both
+    gradients are one tensor.
     """
-    taken: set[int] = set()
+    taken: set[int] = set()  # addresses of memory that is some parameter's .grad already
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
         if parameter.grad is not None:
             parameter.grad.add_(gradient)
             continue
-        own = gradient.contiguous()
-        if (memory := own.untyped_storage().data_ptr()) in taken:
-            own = own.clone()
-        taken.add(memory)
-        parameter.grad = own
+        first = gradient.contiguous()
+        address = first.untyped_storage().data_ptr()
+        if address in taken:
+            first = first.clone()
+        taken.add(address)
+        parameter.grad = first
 
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into training mode for the length of a ``with``, and each module back into its own."""
+    """Put ``model`` into training mode for a ``with``, and then each module back into its own."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train()
@@ -204,11 +261,11 @@ def _training(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _cut(shares: Sequence[Share], hardware: Hardware) -> tuple[Buckets, int]:
-    """Return how steps are cut into parts, and how many of these are computed at once.
+def _grouping(shares: Sequence[Share], hardware: Hardware) -> tuple[Buckets, int]:
+    """Return how a step is cut into micro-batches, and how many of these are computed at once.
 
     A client alone may have whole weights, whose gradients are dear to add up and which stand in for
-    the model's, of which there is one set: its parts are few, one after another.
+    the model's, of which there is one set: its micro-batches are few, one after another.
     """
     if len(shares) == 1:
         return replace(hardware.buckets, overhead_tokens=hardware.tokens), 1
@@ -216,24 +273,35 @@ def _cut(shares: Sequence[Share], hardware: Hardware) -> tuple[Buckets, int]:
 
 
 def _num_parallel(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:
-    """Return how many parts of a step are computed at once: all, as far as there are threads."""
-    lengths = [len(share.examples.ids[row]) for share in shares for row in share.steps[0]]
+    """Return how many micro-batches are computed at once: all, as far as there are threads."""
+    lengths: list[int] = []
+    for share in shares:
+        lengths += [len(share.examples.ids[row]) for row in share.steps[0]]
     return min(hardware.threads, len(buckets.cheapest(lengths)))
 
 
 def _owners(clients: Tensor) -> slice | Tensor:
-    """Return a slice where ascending ``clients``, (n,), are some in a row, with equally many rows each."""
+    """Return whose rows they are in the form that ``row_owners`` takes.
+
+    ``clients``, (n,), ascending: the client of each row. A slice where they are neighbours in the
+    stack with equally many rows each, which needs no gathering; otherwise ``clients`` themselves.
+    """
     present, counts = torch.unique_consecutive(clients, return_counts=True)
     first, last = int(present[0]), int(present[-1])
-    even = last - first + 1 == len(present) and bool((counts == counts[0]).all())
-    return slice(first, last + 1) if even else clients
+    neighbours = last - first + 1 == len(present)
+    if neighbours and bool((counts == counts[0]).all()):
+        return slice(first, last + 1)
+    return clients
 
 
 @contextmanager
-def own_randomness(seed: int, client: int, number: int) -> Iterator[None]:
-    """Give the code in the ``with``, dropout above all, a random stream of this client and round, and restore torch's."""
+def own_randomness(seed: int, client: int, round_number: int) -> Iterator[None]:
+    """Give a ``with`` a random stream of this client and round, and then restore torch's.
+
+    Dropout above all draws from it.
+    """
     with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, "client", client, number))
+        torch.manual_seed(derive(seed, "client", client, round_number))
         yield
 
 
@@ -243,11 +311,14 @@ def optimizer_of(
     head: frozenset[str],
     kept: Payload | None = None,
 ) -> Optimizer:
-    """Return what steps ``local`` at its own rates, going on from the state ``kept``, if any."""
+    """Return what steps ``local`` at its own rates, going on from the state ``kept``, if any.
+
+    ``head``: names of the head's parameters, which have a rate of their own.
+    """
     head_lr = training.lr if training.head_lr is None else training.head_lr
-    rates = {
-        name: local.rate * (head_lr if name in head else training.lr) for name in local.trainable
-    }
+    rates: dict[str, float] = {}
+    for name in local.trainable:
+        rates[name] = local.rate * (head_lr if name in head else training.lr)
     return Optimizer(
         training.optimizer,
         local.trainable,

@@ -1,4 +1,4 @@
-"""AdamW and SGD on stacked parameters: state per client, and only the clients still training move."""
+"""AdamW and SGD on stacked parameters: state per client; only clients still training move."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -23,8 +23,8 @@ MOMENT: Final = "@moment"
 class Optimizer:
     """Steps ``parameters``, each (K, ...), by torch's own kernels, at ``rates`` per parameter name.
 
-    A client that has stopped training must not move at all: weight decay and Adam's moments would move it even with zero
-    gradients, so every step works on the slice of clients that are active.
+    A client that has stopped training must not move at all. Weight decay and Adam's moments would
+    move it even with zero gradients, so every step works on the slice of clients that are active.
 
     ``warmup``: steps over which the rates of a client rise linearly. ``kept``: what ``state`` gave
     when the same clients last trained, (K, ...), from which they go on; a tensor that it lacks, or
@@ -47,17 +47,23 @@ class Optimizer:
         self._weight_decay, self._momentum, self._warmup = weight_decay, momentum, warmup
         clients = max((len(p) for p in parameters.values()), default=0)
         slots = {"adamw": 2, "sgd": int(momentum > 0)}[kind]
-        found = {name: _begin(name, p, slots, kept or {}) for name, p in parameters.items()}
-        self._moments = {name: moments for name, (moments, _) in found.items()}
         # How many steps each client has taken, and how many of them moved each tensor.
         self._steps: list[int] = kept[STEPS].tolist() if kept else [0] * clients
-        self._moves = {name: moves for name, (_, moves) in found.items()}
-        self._alike = [(run, self._clocks(run)) for run in self._runs(clients)]
+        self._moves: dict[str, list[int]] = {}
+        self._moments: dict[str, list[Tensor]] = {}
+        for name, parameter in parameters.items():
+            self._moments[name], self._moves[name] = _begin(name, parameter, slots, kept or {})
+        self._runs = [(run, self._clocks(run)) for run in self._equal_neighbours(clients)]
 
-    def _runs(self, clients: int) -> list[slice]:
+    def _equal_neighbours(self, clients: int) -> list[slice]:
         """Return the neighbours that have taken equally many steps: torch steps these at once."""
-        marks = [(self._steps[k], [own[k] for own in self._moves.values()]) for k in range(clients)]
-        starts = [k for k in range(clients) if k == 0 or marks[k] != marks[k - 1]]
+        starts: list[int] = []
+        before: list[int] | None = None
+        for k in range(clients):
+            counts = [self._steps[k], *(moves[k] for moves in self._moves.values())]
+            if counts != before:
+                starts.append(k)
+            before = counts
         return [slice(start, stop) for start, stop in pairwise([*starts, clients])]
 
     def _clocks(self, run: slice) -> dict[str, Tensor]:
@@ -71,30 +77,29 @@ class Optimizer:
         """Return all that another optimizer needs to go on from here, (K, ...); see ``kept``."""
         if not self._parameters:
             return {}
-        found = {STEPS: torch.tensor(self._steps)}
+        state = {STEPS: torch.tensor(self._steps)}
         for name, moments in self._moments.items():
             if moments:  # plain SGD has none
-                found |= dict(zip(_keys(name, len(moments)), moments, strict=True))
-                found[f"{MOVES}{name}"] = torch.tensor(self._moves[name])
-        return found
+                state |= dict(zip(_keys(name, len(moments)), moments, strict=True))
+                state[f"{MOVES}{name}"] = torch.tensor(self._moves[name])
+        return state
 
     @torch.no_grad()
     def step(self, active: slice) -> None:
         """Move the ``active`` clients, which are the first so many, by their gradients."""
-        for run, clocks in self._alike:
+        for run, clocks in self._runs:
             moving = slice(run.start, min(run.stop, active.stop))
             if moving.start < moving.stop:
-                self._step_alike(moving, clocks)
+                self._step_run(moving, clocks)
 
-    def _step_alike(self, active: slice, clocks: Mapping[str, Tensor]) -> None:
+    def _step_run(self, active: slice, clocks: Mapping[str, Tensor]) -> None:
         """Move clients that have taken equally many steps, and so have one rate and one clock."""
         lr_factor = min(1.0, (self._steps[active.start] + 1) / (self._warmup + 1))
         for rate in sorted(set(self._rates.values())):
-            names = [
-                n
-                for n, p in self._parameters.items()
-                if self._rates[n] == rate and p.grad is not None
-            ]
+            names: list[str] = []
+            for name, parameter in self._parameters.items():
+                if self._rates[name] == rate and parameter.grad is not None:
+                    names.append(name)
             if names:
                 self._move(names, active, rate * lr_factor, clocks)
             for name in names:
@@ -108,6 +113,7 @@ class Optimizer:
         rate: float,
         clocks: Mapping[str, Tensor],
     ) -> None:
+        """Let torch's kernel move the ``active`` clients' slices of the tensors ``names``."""
         parameters = [self._parameters[name][active] for name in names]
         gradients = [_gradient(self._parameters[name])[active] for name in names]
         moments = [[moment[active] for moment in self._moments[name]] for name in names]
@@ -115,7 +121,7 @@ class Optimizer:
             sgd(
                 parameters,
                 gradients,
-                [own[0] if own else None for own in moments],
+                [slots[0] if slots else None for slots in moments],
                 fused=True,
                 weight_decay=self._weight_decay,
                 momentum=self._momentum,
@@ -128,8 +134,8 @@ class Optimizer:
             adamw(
                 parameters,
                 gradients,
-                [own[0] for own in moments],
-                [own[1] for own in moments],
+                [slots[0] for slots in moments],
+                [slots[1] for slots in moments],
                 [],
                 [clocks[name] for name in names],
                 fused=True,
@@ -160,7 +166,10 @@ def _begin(
     slots: int,
     kept: Payload,
 ) -> tuple[list[Tensor], list[int]]:
-    """Return the moments of one tensor and how often each client moved it: as ``kept``, or none."""
+    """Return the moments of one tensor and how often each client moved it.
+
+    They are those in ``kept`` where all are there and fit ``parameter``, (K, ...), and otherwise 0.
+    """
     keys, moves = _keys(name, slots), f"{MOVES}{name}"
     fits = all(key in kept and kept[key].shape == parameter.shape for key in keys)
     if fits and moves in kept:
@@ -170,15 +179,23 @@ def _begin(
 
 @torch.no_grad()
 def clip(parameters: Mapping[str, nn.Parameter], active: slice, limit: float) -> None:
-    """Scale the gradients of each ``active`` client so that their joint norm is at most ``limit``."""
+    """Scale the gradients of each ``active`` client to a joint norm of at most ``limit``."""
     gradients = [p.grad[active] for p in parameters.values() if p.grad is not None]
     if not gradients:
         return
-    norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients])
-    factors = (limit / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    by_tensor = torch.stack([_norm_per_client(gradient) for gradient in gradients])
+    by_client = torch.linalg.vector_norm(by_tensor, dim=0)
+    factors = (limit / (by_client + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     for gradient in gradients:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
+def _norm_per_client(gradient: Tensor) -> Tensor:
+    """Return the norm of each client's gradient of one tensor, (K, ...) -> (K,)."""
+    norms: Tensor = torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1)
+    return norms
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of ``parameter``, 0 where it has none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,4 +1,7 @@
-"""Passes computed at once in one process, a thread each: they use the cores better than the threads within one pass."""
+"""Forward passes at once in one process, each in a thread of its own.
+
+They use the cores better than many threads within one pass.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,23 +17,30 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 @contextmanager
 def thread_map(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
-    """Yield a ``map`` that computes ``count`` items at once, on torch threads shared evenly, and gives results in order.
+    """Yield a ``map`` that computes ``count`` items at once and gives the results in order.
 
-    One lane is Python's own ``map``, in the calling thread. A lane has the thread's own defaults: modes such as autocast or
-    inference, and context variables, are for the mapped function to set. ``leaves``: all that lanes differentiate by.
+    The threads share torch's threads evenly. With a count of one it is Python's own ``map``, in the
+    calling thread. Other threads begin with torch's defaults: modes such as autocast or inference,
+    and context variables, are for the mapped function to set. ``leaves``: all the tensors by which
+    the threads differentiate.
+
+    >>> with thread_map(2) as parallel_map:
+    ...     list(parallel_map(abs, [-3, 4]))
+    [3, 4]
     """
     if count <= 1:
         yield map
         return
-    threads = torch.get_num_threads()
-    # A leaf's AccumulateGrad node is made when a graph first needs it, under the leaf's mutex, and making it takes the GIL: a
-    # lane with the mutex and one with the GIL would wait for each other for good. A view makes the node here, and keeps it.
+    torch_threads = torch.get_num_threads()
+    # A leaf's AccumulateGrad node is made when a graph first needs it, under the leaf's mutex, and
+    # making it takes the GIL: a thread with the mutex and one with the GIL would wait for each
+    # other for good. A view makes the node here, and keeps it.
     views = [leaf.view_as(leaf) for leaf in leaves]
+    each = max(1, torch_threads // count)
     try:
-        with ThreadPoolExecutor(
-            count, initializer=partial(torch.set_num_threads, max(1, threads // count))
-        ) as pool:
+        with ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, each)) as pool:
             yield pool.map
     finally:
         del views
-        torch.set_num_threads(threads)  # a lane changes what threads to come begin with
+        # A thread that sets its number changes what threads to come begin with, too.
+        torch.set_num_threads(torch_threads)

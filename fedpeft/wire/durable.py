@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name, to the disk, then renamed. I/O errors raise OSError."""
+    """Write a file whole or not at all: under a temporary name, to the disk, then renamed.
+
+    I/O errors raise OSError.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,4 +1,7 @@
-"""Messages as bytes: a 16-byte content digest, then a safetensors file without metadata, so equal shapes give equal lengths."""
+"""Messages as bytes: a 16-byte digest of the content, then a safetensors file without metadata.
+
+So messages with equal names, shapes and dtypes have equal lengths.
+"""
 
 import math
 from collections.abc import Sequence
@@ -34,23 +37,37 @@ class Kind(IntEnum):
 
 
 def digest(content: bytes | memoryview) -> bytes:
-    """Return the 128-bit XXH3 of ``content``, which tells damage, not intent: who can change a message can its digest, too."""
+    """Return the 128-bit XXH3 of ``content``.
+
+    It tells damage, not intent: who can change a message can change its digest, too.
+    """
     return xxh3_128_digest(content)
 
 
 def encode(payload: Payload) -> bytes:
-    """Return ``payload`` as bytes; equal names, shapes and dtypes give equal lengths."""
+    """Return ``payload`` as bytes; equal names, shapes and dtypes give equal lengths.
+
+    >>> blob = encode({"b": torch.ones(2), "a": torch.tensor(7)})
+    >>> decode(blob)
+    {'a': tensor(7), 'b': tensor([1., 1.])}
+    >>> len(blob) == len(encode({"b": torch.zeros(2), "a": torch.tensor(8)}))
+    True
+    """
     body = codec.buffers(payload)
-    whole = xxh3_128()
-    for part in body:
-        whole.update(part)
-    return b"".join([whole.digest(), *body])
+    hashed = xxh3_128()
+    for piece in body:
+        hashed.update(piece)
+    return b"".join([hashed.digest(), *body])
 
 
 def decode(blob: bytes) -> dict[str, Tensor]:
-    """Return the payload that ``encode`` turned into ``blob``, in order of names; anything else raises WireError.
+    """Return the payload that ``encode`` turned into ``blob``, in order of names.
 
-    The tensors are views of ``blob``, for reading only.
+    The tensors are views of ``blob``, for reading only. Anything else raises WireError.
+
+    >>> decode(b"something else entirely")
+    Traceback (most recent call last):
+    fedpeft.errors.WireError: damaged message: 23 bytes do not match their digest
     """
     if digest(memoryview(blob)[DIGEST:]) != blob[:DIGEST]:
         raise WireError(f"damaged message: {len(blob)} bytes do not match their digest")
@@ -58,30 +75,45 @@ def decode(blob: bytes) -> dict[str, Tensor]:
 
 
 def form(blob: bytes) -> Form:
-    """Return what the messages of clients that train side by side have in common: names, dtypes, shapes, whole numbers.
+    """Return what the messages of clients that train side by side have in common.
 
-    Whole numbers are the 0-d int64 tensors of the payload, such as a seed; of an empty ``blob`` the form is empty. A
-    message without a header raises WireError.
+    These are names, dtypes, shapes and whole numbers, that is the 0-d int64 tensors of the payload,
+    such as a seed. An empty ``blob`` has the empty form. A message without a header raises
+    WireError.
+
+    >>> form(encode({"w": torch.ones(2, 3), "b": torch.ones(2)}))
+    (('b', 'F32', (2,), b''), ('w', 'F32', (2, 3), b''))
     """
+    if not blob:
+        return ()
     body = memoryview(blob)[DIGEST:]
-    return tuple(
-        (
-            name,
-            place.format,
-            place.shape,
-            bytes(body[place.start : place.stop]) if _is_whole(name, place) else b"",
-        )
-        for name, place in sorted(codec.places(body).items() if blob else ())
-    )
+    tensors: list[tuple[str, str, tuple[int, ...], bytes]] = []
+    for name, place in sorted(codec.places(body).items()):
+        value = b""
+        if _is_whole_number(name, place):
+            value = bytes(body[place.start : place.stop])
+        tensors.append((name, place.format, place.shape, value))
+    return tuple(tensors)
 
 
-def _is_whole(name: str, place: codec.Place) -> bool:
+def _is_whole_number(name: str, place: codec.Place) -> bool:
+    """Return whether a tensor is a whole number of the payload, none of the loop or the wire."""
     return (place.format, place.shape) == ("I64", ()) and not name.startswith("@")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks one client; ``memory`` is the version of the client's memory that it assumes."""
+    """What the server asks one client.
+
+    ``round``: rounds done so far. ``config``: digest of what both must agree on, 16 bytes.
+    ``memory``: the version of the client's memory that the request assumes.
+
+    >>> config = digest(b"the configuration")
+    >>> blob = Request(Kind.TRAIN, 3, config, {"w": torch.ones(2)}).encode()
+    >>> request = Request.decode(blob, config)
+    >>> request.kind.name, request.round, request.payload
+    ('TRAIN', 3, {'w': tensor([1., 1.])})
+    """
 
     kind: Kind
     round: int
@@ -105,22 +137,35 @@ class Request:
     def decode(blob: bytes, config: bytes) -> "Request":
         """Read a request; what is none, or is for another configuration, raises WireError."""
         fields = decode(blob)
-        whole = torch.empty((), dtype=torch.int64)
-        bytes_ = torch.empty(DIGEST, dtype=torch.uint8)
-        due = {"@kind": whole, "@round": whole, "@memory": whole, "@config": bytes_}
-        found = {name: fields.pop(name, _NOTHING) for name in due}
-        for name, like in due.items():
-            if (found[name].shape, found[name].dtype) != (like.shape, like.dtype):
-                raise WireError(f"not a request: field {name} is missing or of another form")
-        theirs = bytes(found["@config"].tolist())
-        if theirs != config:
+        kind = _whole_number(fields, "@kind")
+        round_number = _whole_number(fields, "@round")
+        memory = _whole_number(fields, "@memory")
+        asked_config = bytes(_field(fields, "@config", (DIGEST,), torch.uint8).tolist())
+        if asked_config != config:
             raise WireError(
-                f"the request is for configuration {theirs.hex()}, this client has {config.hex()}"
+                f"the request is for configuration {asked_config.hex()}, "
+                f"this client has {config.hex()}"
             )
-        kind, number, memory = (int(found[name]) for name in ("@kind", "@round", "@memory"))
-        if kind not in set(Kind) or number < 0 or memory < NO_MEMORY:
-            raise WireError(f"not a request: kind {kind}, round {number}, memory of round {memory}")
-        return Request(Kind(kind), number, theirs, fields, memory)
+        if kind not in set(Kind) or round_number < 0 or memory < NO_MEMORY:
+            raise WireError(
+                f"not a request: kind {kind}, round {round_number}, memory of round {memory}"
+            )
+        return Request(Kind(kind), round_number, config, fields, memory)
+
+
+def _whole_number(fields: dict[str, Tensor], name: str) -> int:
+    """Take a whole number out of the fields of a request; WireError where it is none."""
+    return int(_field(fields, name, (), torch.int64))
+
+
+def _field(
+    fields: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Take a tensor out of the fields of a request; WireError where it is missing or other."""
+    tensor = fields.pop(name, _NOTHING)
+    if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+        raise WireError(f"not a request: field {name} is missing or of another form")
+    return tensor
 
 
 class Status(IntEnum):
@@ -132,7 +177,7 @@ class Status(IntEnum):
 
 
 _ABOUT = ("round", "memory", "status")
-"""The fields of an answer that travel beside its payload and what was measured, in their order."""
+"""The fields of a response that travel beside its payload and what was measured, in their order."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +185,11 @@ class Response:
     """What a client says back: the payload and, for the ledger, what it ``measured``.
 
     ``memory``: the version of the memory that the client holds now.
+
+    >>> blob = Response(3, {"w": torch.ones(2)}, Measured(examples=9)).encode()
+    >>> response = Response.decode(blob)
+    >>> response.round, response.measured.examples, response.status.name
+    (3, 9, 'DONE')
     """
 
     round: int
@@ -149,7 +199,7 @@ class Response:
     status: Status = Status.DONE
 
     def encode(self) -> bytes:
-        """Return the answer as bytes; its length depends on the payload's names and shapes alone."""
+        """Return the response as bytes; their number depends on the payload's form alone."""
         about = [int(getattr(self, name)) for name in _ABOUT]
         counts = [getattr(self.measured, name) for name in COUNTS]
         reals = [getattr(self.measured, name) for name in REALS]
@@ -164,11 +214,11 @@ class Response:
 
     @staticmethod
     def decode(blob: bytes) -> "Response":
-        """Read an answer; a message that is none raises WireError. What it says is not checked."""
+        """Read a response; a message that is none raises WireError. What it says is not checked."""
         fields = decode(blob)
-        about = _numbers(fields, "@about", _ABOUT, torch.int64)
-        counts = _numbers(fields, "@counts", COUNTS, torch.int64)
-        reals = _numbers(fields, "@measures", REALS, torch.float64)
+        about = _by_name(fields, "@about", _ABOUT, torch.int64)
+        counts = _by_name(fields, "@counts", COUNTS, torch.int64)
+        reals = _by_name(fields, "@measures", REALS, torch.float64)
         loss = None if math.isnan(reals["loss"]) else reals["loss"]
         try:
             status = Status(about["status"])
@@ -183,7 +233,7 @@ def _or_nan(real: float | None) -> float:
     return math.nan if real is None else real
 
 
-def _numbers(
+def _by_name(
     fields: dict[str, Tensor],
     key: str,
     names: Sequence[str],
@@ -200,55 +250,64 @@ def _numbers(
 
 
 def forgotten(request: bytes, config: bytes) -> bytes:
-    """Return what a client answers that holds no memory of the version which ``request`` assumes.
+    """Return the reply of a client that holds no memory of the version which ``request`` assumes.
 
     The server then assumes none in its next request to that client. ``config`` is the client's own;
     a request that cannot be read, or is for another one, raises WireError.
     """
-    asked = Request.decode(request, config)
-    return Response(asked.round, {}, status=Status.FORGOTTEN).encode()
+    round_number = Request.decode(request, config).round
+    return Response(round_number, {}, status=Status.FORGOTTEN).encode()
 
 
 def check(
-    answer: Response,
+    response: Response,
     round_number: int,
     expected: Payload,
     *,
     memory: int,
     examples: int = 0,
 ) -> None:
-    """Raise WireError unless ``answer`` can be used, Forgotten where its client lacked the memory.
+    """Raise WireError unless ``response`` can be used, Forgotten if its client lacked the memory.
 
     It is of this round; what it measured can be true, with no more ``examples`` than the client is
     known to hold (0: unknown); its memory is of the version that the request assumed, ``memory``,
     or of this round; it has the expected names, shapes and dtypes only, and is finite.
     """
-    number = answer.round
-    if number != round_number:
-        raise WireError(f"stale: the reply is for round {number}, this is round {round_number}")
-    if answer.status is Status.FORGOTTEN:
+    if response.round != round_number:
+        raise WireError(
+            f"stale: the reply is for round {response.round}, this is round {round_number}"
+        )
+    if response.status is Status.FORGOTTEN:
         raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
-    if faults := answer.measured.faults(examples):
+    if faults := response.measured.faults(examples):
         raise WireError("; ".join(faults.values()))
-    if answer.memory not in {memory, number, carried(number, memory)}:
-        others = f"the request assumed that of {memory}, this is round {number}"
-        raise WireError(f"the reply claims a memory of round {answer.memory}; {others}")
-    for name in expected.keys() - answer.payload.keys():
+    if response.memory not in {memory, round_number, carried(round_number, memory)}:
+        others = f"the request assumed that of {memory}, this is round {round_number}"
+        raise WireError(f"the reply claims a memory of round {response.memory}; {others}")
+    _check_payload(response.payload, expected)
+
+
+def _check_payload(payload: Payload, expected: Payload) -> None:
+    """Raise WireError unless ``payload`` is finite, with the expected names, shapes and dtypes."""
+    for name in expected.keys() - payload.keys():
         raise WireError(f"missing tensor {name!r}")
-    for name in answer.payload.keys() - expected.keys():
+    for name in payload.keys() - expected.keys():
         raise WireError(f"unexpected tensor {name!r}")
-    for name, tensor in answer.payload.items():
-        given, due = ((tuple(t.shape), t.dtype) for t in (tensor, expected[name]))
-        if given != due:
+    for name, tensor in payload.items():
+        like = expected[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
             raise WireError(
-                f"tensor {name!r} has shape {given[0]} of {given[1]}, expected {due[0]} of {due[1]}"
+                f"tensor {name!r} has shape {tuple(tensor.shape)} of {tensor.dtype}, "
+                f"expected {tuple(like.shape)} of {like.dtype}"
             )
-        if not _finite(tensor):
+        if not _is_finite(tensor):
             raise WireError(f"tensor {name!r} is not finite")
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Return whether no value is infinite or not a number, in one pass without a copy: either would be the extreme one."""
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether no value is infinite or not a number."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    # Either would be the least or the greatest value: one pass, and no copy as for isfinite.
+    extremes = torch.stack(torch.aminmax(tensor))
+    return bool(torch.isfinite(extremes).all())

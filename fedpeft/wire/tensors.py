@@ -1,8 +1,9 @@
 """Named tensors as a safetensors file in memory, written and read without a copy more than needed.
 
-The format is safetensors' own (https://huggingface.co/docs/safetensors): the length of a JSON header in 8 bytes, the header
-with dtype, shape and place of every tensor, the tensors. Its library copies every tensor twice on the way; 90 MB of
-parameters in every message of full fine-tuning make that the larger part of a round.
+The format is safetensors' own (https://huggingface.co/docs/safetensors): the length of a JSON
+header in 8 bytes, the header with dtype, shape and place of every tensor, the tensors. Its library
+copies every tensor twice on the way; 90 MB of parameters in every message of full fine-tuning make
+that the larger part of a round.
 
 Whoever sends a file may mean harm, so its header is not given to a JSON parser, which would build
 whatever it is told to. It is read by one pattern that knows only what the library and ``buffers``
@@ -70,15 +71,14 @@ _TENSOR: Final = re.compile(
 """One tensor of a header, and the comma before the next one."""
 
 with warnings.catch_warnings():
+    # Torch warns, once in a process, that the memory is for reading only.
     warnings.simplefilter("ignore")
-    torch.frombuffer(
-        b" ", dtype=torch.uint8
-    )  # torch warns, once in a process, that the memory is for reading only
+    torch.frombuffer(b" ", dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is: its format, its shape, and its bytes, counted from the start of the file."""
+    """Where a tensor is: its format, its shape, and its bytes from ``start`` to ``stop`` of the file."""
 
     format: str
     shape: tuple[int, ...]
@@ -87,60 +87,68 @@ class Place:
 
 
 def buffers(payload: Payload) -> list[memoryview]:
-    """Return the parts of the file that holds ``payload``, in order; equal names, shapes and dtypes give equal headers.
+    """Return the pieces of the file that holds ``payload``, in order: its header, then the tensors.
 
-    The parts may be views of the tensors' own memory. WireError for a dtype that the format lacks,
-    and for what is beyond the bounds above, which no receiver would read.
+    Equal names, shapes and dtypes give equal headers. The pieces may be views of the tensors' own
+    memory. WireError for a dtype that the format lacks, and for what is beyond the bounds above,
+    which no receiver would read.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in payload.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise WireError(
-                f"tensor {name!r} is {tensor.dtype}, which cannot be sent; choose from: {', '.join(FORMATS)}"
-            )
-        if len(json.dumps(name)) - len('""') > NAME:
-            start = f"{name[:40]!r}..."
-            raise WireError(f"tensor {start} cannot be sent: its name has over {NAME} characters")
-        if fault := _fault(tensor.shape):
-            raise WireError(f"tensor {name!r} cannot be sent: {fault}")
+        _check_sendable(name, tensor)
     if len(tensors) > TENSORS:
         raise WireError(f"{len(tensors)} tensors cannot be sent at once; at most {TENSORS}")
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].itemsize, name)
-    )  # so that every tensor is aligned
-    about, end = {}, 0
+    # The widest numbers first, so that every tensor begins at a multiple of their width.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    entries: dict[str, object] = {}
+    data: list[memoryview] = []
+    end = 0
     for name in order:
-        begin, end = end, end + tensors[name].nbytes
-        about[name] = {
-            "dtype": _NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    header = json.dumps(about, separators=(",", ":")).encode()
+        if tensor.numel() > 0:
+            data.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH)
     if len(header) > HEADER:
         raise WireError(f"a header of {len(header)} bytes cannot be sent; at most {HEADER}")
-    bytes_of = [
-        tensors[name].reshape(-1).view(torch.uint8).numpy().data
-        for name in order
-        if tensors[name].numel()
-    ]
-    return [memoryview(len(header).to_bytes(_LENGTH, "little") + header), *bytes_of]
+    return [memoryview(len(header).to_bytes(_LENGTH, "little") + header), *data]
+
+
+def _check_sendable(name: str, tensor: Tensor) -> None:
+    """Raise WireError for a tensor that no receiver would read."""
+    if tensor.dtype not in _NAMES:
+        raise WireError(
+            f"tensor {name!r} is {tensor.dtype}, which cannot be sent; "
+            f"choose from: {', '.join(FORMATS)}"
+        )
+    if len(json.dumps(name)) - len('""') > NAME:
+        start = f"{name[:40]!r}..."
+        raise WireError(f"tensor {start} cannot be sent: its name has over {NAME} characters")
+    if fault := _fault(tensor.shape):
+        raise WireError(f"tensor {name!r} cannot be sent: {fault}")
 
 
 def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
-    """Return where every tensor is; a file that is none, or has bytes that belong to no tensor, raises WireError."""
+    """Return where every tensor is.
+
+    A file of another format, or with bytes that belong to no tensor, raises WireError.
+    """
     try:
         data = _LENGTH + int.from_bytes(file[:_LENGTH], "little")
         if not _LENGTH <= data <= min(len(file), _LENGTH + HEADER):
             raise ValueError(f"{len(file)} bytes are no header")
-        found = _entries(bytes(file[_LENGTH:data]), data)
-        _check_cover(
-            sorted(found.values(), key=lambda place: (place.start, place.stop)), data, len(file)
-        )
+        by_name = _entries(bytes(file[_LENGTH:data]), data)
+        in_file = sorted(by_name.values(), key=lambda place: (place.start, place.stop))
+        _check_cover(in_file, data, len(file))
     except ValueError as error:
         raise WireError(f"not a safetensors message: {error}") from error
-    return found
+    return by_name
 
 
 def _entries(header: bytes, data: int) -> dict[str, Place]:
@@ -148,27 +156,28 @@ def _entries(header: bytes, data: int) -> dict[str, Place]:
     header = header.rstrip(b" ")
     if header[:1] + header[-1:] != b"{}":
         raise ValueError("its header is no JSON object")
-    found: dict[str, Place] = {}
-    at, end = len(b"{"), len(header) - len(b"}")
-    while at < end:
-        entry = _TENSOR.match(header, at, end)
+    by_name: dict[str, Place] = {}
+    position, end = len(b"{"), len(header) - len(b"}")
+    while position < end:
+        entry = _TENSOR.match(header, position, end)
         if entry is None:
-            raise ValueError(f"no tensor is described at byte {at} of its header")
+            raise ValueError(f"no tensor is described at byte {position} of its header")
         name = str(json.loads(b'"' + entry["name"] + b'"'))
         if len(entry["name"]) > NAME:
             raise ValueError(f"a tensor's name is longer than {NAME} characters")
-        if name in found:
+        if name in by_name:
             raise ValueError(f"two tensors are called {name!r}")
-        if len(found) == TENSORS:
+        if len(by_name) == TENSORS:
             raise ValueError(f"it has more than {TENSORS} tensors")
-        found[name] = _place(entry, data)
-        at = entry.end()
-    return found
+        by_name[name] = _place(entry, data)
+        position = entry.end()
+    return by_name
 
 
 def _place(entry: re.Match[bytes], data: int) -> Place:
+    """Return the place that an entry of the header describes; ValueError where it cannot be one."""
     name = entry["format"].decode()
-    shape = tuple(int(number) for number in entry["shape"].split(b",") if number)
+    shape = tuple(int(size) for size in entry["shape"].split(b",") if size)
     start, stop = int(entry["start"]), int(entry["stop"])
     if name not in FORMATS:
         raise ValueError(f"{name!r} is no dtype; choose from: {', '.join(FORMATS)}")
@@ -189,9 +198,9 @@ def _fault(shape: Sequence[int]) -> str:
     return ""
 
 
-def _check_cover(found: Sequence[Place], data: int, end: int) -> None:
+def _check_cover(in_file: Sequence[Place], data: int, end: int) -> None:
     """Raise ValueError unless the places follow each other from ``data`` to ``end``."""
-    for place in found:
+    for place in in_file:
         if place.start != data:
             raise ValueError(f"a tensor begins at byte {place.start}, not at {data}")
         data = place.stop
@@ -200,20 +209,20 @@ def _check_cover(found: Sequence[Place], data: int, end: int) -> None:
 
 
 def tensors(file: bytes, offset: int) -> dict[str, Tensor]:
-    """Return the tensors of the file that begins at ``offset`` in ``file``, by name in order, as views of its memory.
+    """Return the tensors of the file that begins at ``offset`` in ``file``, in order of names.
 
-    They are for reading: nobody may write to what was received. WireError as in ``places``, and for
-    a truth value that is neither 0 nor 1.
+    They are views of its memory and for reading: nobody may write to what was received. WireError
+    as in ``places``, and for a truth value that is neither 0 nor 1.
     """
-    found: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = {}
     for name, place in sorted(places(memoryview(file)[offset:]).items()):
         dtype = FORMATS[place.format]
         if place.start == place.stop:
-            found[name] = torch.empty(place.shape, dtype=dtype)
+            views[name] = torch.empty(place.shape, dtype=dtype)
             continue
         count, start = math.prod(place.shape), offset + place.start
         flat = torch.frombuffer(file, dtype=dtype, count=count, offset=start)
         if dtype == torch.bool and flat.view(torch.uint8).max() > 1:
             raise WireError(f"tensor {name!r} holds a truth value that is neither 0 nor 1")
-        found[name] = flat.view(place.shape)
-    return found
+        views[name] = flat.view(place.shape)
+    return views

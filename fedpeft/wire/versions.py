@@ -1,13 +1,16 @@
-"""What a memory is called and made of: versions, and the method's part beside the local loop's.
+"""Versions of what a client remembers: a server names the one that it assumes, by round.
 
-A memory holds what a method keeps and, under names that begin with ``@``, what the local loop keeps
-(see ``Training.keep_optimizer``). A version is one whole number that tells two rounds: when the
-memory was written, and when the method's part of it was. They differ where a method kept nothing
-new and the loop did; the method's part is then carried along as it was. Methods are only ever told
-of their own part, so that it is the same to them whether a loop keeps anything.
+A client may keep a memory from round to round, and the server must know which one, as what it sends
+depends on it. So every memory has a version, a whole number: the round in which it was written.
+
+A memory has two parts, though: what the method keeps and, under names that begin with ``@``, what
+the local loop keeps (see ``Training.keep_optimizer``). Where only the loop has something new, the
+method's part is carried along as it was, and the two parts are of different rounds. Then the
+version holds both: the round of the memory in its lower 32 bits, that of the method's part above
+them. Methods are only ever told of their own part, so it makes no difference to them whether a loop
+keeps anything.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -16,13 +19,13 @@ from torch import Tensor
 from fedpeft.types import NO_MEMORY, Client, Payload
 
 RESERVED: Final = "@"
-"""How the names begin of what a memory holds beside a method's part."""
+"""How the names begin that the local loop uses in a memory."""
 _SHIFT: Final = 32
-"""A version is the round where both are the same; else it has the older one above this bit, too."""
+"""Where the round of an older method's part begins in a version, in bits."""
 
 
-def carried(number: int, before: int) -> int:
-    """Return the version of a memory of round ``number`` with the method's part of ``before``.
+def carried(round_number: int, before: int) -> int:
+    """Return the version of a memory of a round with the method's part of version ``before``.
 
     >>> version = carried(7, before=3)
     >>> written(version), written_by_method(version)
@@ -31,37 +34,53 @@ def carried(number: int, before: int) -> int:
     True
     """
     older = written_by_method(before) - NO_MEMORY + 1  # at least 1, so that it shows
-    return (older << _SHIFT) + number
+    return (older << _SHIFT) + round_number
 
 
 def written(version: int) -> int:
     """Return the round in which a memory of ``version`` was written, ``NO_MEMORY`` for none."""
-    return version if version < 1 << _SHIFT else version % (1 << _SHIFT)
+    if version < 1 << _SHIFT:
+        return version
+    return version % (1 << _SHIFT)
 
 
 def written_by_method(version: int) -> int:
-    """Return the round in which the method's part was written, ``NO_MEMORY`` where there is none."""
-    return version if version < 1 << _SHIFT else (version >> _SHIFT) - 1 + NO_MEMORY
+    """Return the round in which the method's part was written, ``NO_MEMORY`` for none."""
+    if version < 1 << _SHIFT:
+        return version
+    return (version >> _SHIFT) - 1 + NO_MEMORY
 
 
 def as_told(client: Client) -> Client:
-    """Return ``client`` as its method knows it: its memory is the method's part alone."""
+    """Return ``client`` as its method knows it: its memory is the method's part alone.
+
+    >>> as_told(Client(5, memory=carried(7, before=3))).memory
+    3
+    """
     return replace(client, memory=written_by_method(client.memory))
 
 
 def parted(memory: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the method's part of a memory, and the rest."""
-    own = {name: tensor for name, tensor in memory.items() if not name.startswith(RESERVED)}
-    rest = {name: tensor for name, tensor in memory.items() if name.startswith(RESERVED)}
-    return own, rest
+    """Return the method's part of a memory, and the loop's.
+
+    >>> methods_part, loops_part = parted({"anchor": Tensor(), "@steps": Tensor()})
+    >>> list(methods_part), list(loops_part)
+    (['anchor'], ['@steps'])
+    """
+    methods_part: dict[str, Tensor] = {}
+    loops_part: dict[str, Tensor] = {}
+    for name, tensor in memory.items():
+        part = loops_part if name.startswith(RESERVED) else methods_part
+        part[name] = tensor
+    return methods_part, loops_part
 
 
-def joined(stays: Payload, own: Payload, rest: Mapping[str, Tensor]) -> Payload:
+def joined(stays: Payload, methods_part: Payload, loops_part: Payload) -> Payload:
     """Return what is remembered of a round; empty where the memory stays as it was.
 
-    ``stays``: what the method keeps, empty for nothing new. ``own``: its part so far, which is
-    carried along where there is a ``rest`` to write.
+    ``stays``: what the method keeps of this round, empty for nothing new. ``methods_part``: what it
+    has kept so far, which is carried along where there is a ``loops_part`` to write.
     """
-    if not rest:
+    if not loops_part:
         return stays
-    return {**(stays or own), **rest}
+    return {**(stays or methods_part), **loops_part}
