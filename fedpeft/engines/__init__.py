@@ -11,22 +11,30 @@ from fedpeft.types import Engine
 T = TypeVar("T")
 
 ENGINES: Mapping[str, str] = {"local": "fedpeft.engines.local", "flower": "fedpeft.engines.flower"}
-"""The module of every engine; each has a function ``launch(site, body)``."""
+"""The module of every engine; each has a function ``launch(pool, body)``."""
 
 
-def launch(kind: str, site: ClientPool, body: Callable[[Engine], T]) -> T:
-    """Start the clients of ``site``, call ``body`` with the engine that reaches them, and return what it returns."""
-    result: T = find(kind).launch(site, body)
+def launch(kind: str, pool: ClientPool, body: Callable[[Engine], T]) -> T:
+    """Start the clients of ``pool``, call ``body`` with an engine for them, return its result.
+
+    BadInput where what the engine needs is not installed.
+    """
+    result: T = find(kind).launch(pool, body)
     return result
 
 
 def find(kind: str) -> Any:
-    """Return the module of an engine; BadInput where what it needs is not installed."""
+    """Return the module of an engine; BadInput where what it needs is not installed.
+
+    >>> find("local").__name__
+    'fedpeft.engines.local'
+    """
     try:
         return import_module(ENGINES[kind])
     except ModuleNotFoundError as error:
         raise BadInput(
-            f"engine.kind = {kind!r} needs {error.name!r}; get it with: pip install 'fedpeft[{kind}]'"
+            f"engine.kind = {kind!r} needs {error.name!r}; "
+            f"get it with: pip install 'fedpeft[{kind}]'"
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""Flower carries the bytes: the engine on the server's side, the app on the clients', a simulation that joins them.
+"""Flower carries the bytes: an engine for the server, an app for the clients, a simulation of both.
 
-A message holds the request as one raw ``uint8`` array, and for which client, configuration and memory it is; the answer
-holds one raw array. What a client remembers stays in its node's ``Context.state``, the last two versions of it.
+A message holds the request as one raw ``uint8`` array, and for which client, configuration and
+memory it is; the answer holds the reply as one raw array. What a client remembers stays in its
+node's ``Context.state``, the last two versions of it.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Final, TypeVar, final
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when it is imported
 
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     ConfigRecordValues,
@@ -37,13 +39,13 @@ from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput, WireError
 from fedpeft.federation.client import Worker
 from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Reply
-from fedpeft.wire.messages import Response
-from fedpeft.wire.versions import written
+from fedpeft.wire.messages import Response, forgotten
 
 T = TypeVar("T")
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 FAILED: Final = 2  # Flower's code for an app that raised
 Build = Callable[[str], Worker]
+"""Makes a worker from its configuration."""
 
 
 @final
@@ -60,9 +62,10 @@ class Pending:
 class FlowerEngine:
     """An engine whose clients sit behind a Flower grid.
 
-    ``ended``: set when the grid is gone. ``nodes``: the node of each client. ``config``: what a node builds its worker
-    from. ``patience``: seconds until a request is lost. ``window``: requests under way at once, which bounds memory.
-    ``poll``: seconds between two looks for answers (1 or more over a network).
+    ``ended``: set when the grid is gone. ``nodes``: the node of each client. ``config``: what a
+    node builds its worker from. ``patience``: seconds until a request is lost. ``window``: requests
+    under way at once, which bounds memory. ``poll``: seconds between two looks for answers (1 or
+    more over a network).
     """
 
     grid: Grid
@@ -80,9 +83,9 @@ class FlowerEngine:
 
         A client is lost, with the reason, if it has no node, if Flower refuses its request, and if
         what comes back within ``patience`` is no answer or cannot be read; what comes later, or
-        twice, is not looked at. Nodes that have joined since the last exchange are asked whom they
-        play, and take part from the next one on. RuntimeError where the grid is gone; where it is
-        out of reach, what it raises itself.
+        twice, is not looked at. Nodes that have joined since the last exchange are asked which
+        client they are, and take part from the next one on. RuntimeError where the grid is gone;
+        where it is out of reach, what it raises itself.
         """
         self.nodes.look()
         under_way: dict[str, Pending] = {}
@@ -112,6 +115,7 @@ class FlowerEngine:
             yield Lost(client, str(error))
 
     def _message(self, client: Client, node: int, request: bytes) -> Message:
+        """Return a request and for whom it is as a message to ``node``."""
         to = ConfigRecord({"config": self.config, "client": client.id, "memory": client.memory})
         content = RecordDict({"to": to, "request": record(request)})
         return Message(content, node, MessageType.TRAIN, ttl=self.patience)
@@ -123,16 +127,16 @@ class FlowerEngine:
         for sent, pending in list(under_way.items()):
             try:
                 content = pull(self.grid, sent)
-                answer = None if content is None else blob(content, "answer")
-                if answer is None and time.monotonic() >= pending.deadline:
+                reply = None if content is None else blob(content, "answer")
+                if reply is None and time.monotonic() >= pending.deadline:
                     raise WireError(f"no answer within {self.patience:g} s")
             except WireError as error:
                 del under_way[sent]
                 yield Lost(pending.client, str(error))
                 continue
-            if answer is not None:
+            if reply is not None:
                 del under_way[sent]
-                yield Reply(pending.client, answer)
+                yield Reply(pending.client, reply)
 
 
 def connect(
@@ -164,73 +168,92 @@ def connect(
     return FlowerEngine(grid, ended, nodes, config)
 
 
-_workers: Final[
-    dict[str, Worker]
-] = {}  # the last configuration's worker, for as long as the actor lives
+# The last configuration's worker, for as long as the process of an actor lives.
+_workers: Final[dict[str, Worker]] = {}
 
 
 @final
 @dataclass(frozen=True)
-class _Play:
-    """Plays one client for one message. Ray pickles it as a class of this module, so ``_workers`` is found again."""
+class ClientHandler:
+    """Handles the messages to a node's client.
+
+    Ray pickles it as a class of this module, so that ``_workers`` is found again.
+    """
 
     build: Build
 
     def __call__(self, message: Message, context: Context) -> Message:
-        try:
-            answer = self._play(message.content, context.state)
-        except Exception as error:  # told in one line; Flower would wrap it and log it twice
-            return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
-        return Message(RecordDict({"answer": record(answer)}), reply_to=message)
+        """Answer ``message`` with a reply, or with an error of one line; nothing is raised.
 
-    def _play(self, content: RecordDict, state: RecordDict) -> bytes:
-        config, client, version = (
-            str(content["to"][name]) for name in ("config", "client", "memory")
-        )
-        held = arrays(state, config)
-        if version not in {str(NO_MEMORY), *held}:
-            here = sorted(written(int(known)) for known in held)
-            lacks = f"holds no memory of round {written(int(version))}, only of {here or 'none'}"
-            raise WireError(f"client {client} {lacks}")
-        assumed = {round_: array for round_, array in held.items() if round_ == version}
+        Flower would wrap what is raised and log it twice.
+        """
+        try:
+            reply = self._handle(message.content, context.state)
+        except Exception as error:
+            return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+        return Message(RecordDict({"answer": record(reply)}), reply_to=message)
+
+    def _handle(self, content: RecordDict, state: RecordDict) -> bytes:
+        """Return the reply to a request, and store the client's new memory in ``state``.
+
+        A client that lacks the memory which the request assumes says so. WireError where the
+        message or the request cannot be read.
+        """
+        to = content["to"]
+        config, client, version = str(to["config"]), int(str(to["client"])), str(to["memory"])
+        request = blob(content, "request")
+        worker = self._worker(config)
+        versions = arrays(state, config)
+        assumed: dict[str, Array] = {}
+        if version != str(NO_MEMORY):
+            if version not in versions:
+                return forgotten(request, worker.config)
+            assumed[version] = versions[version]
+        memory = assumed[version].data if assumed else b""
+        [(reply, new_memory)] = worker.handle([client], [request], [memory])
+        if new_memory:
+            # Beside it stays the one that the server goes on to assume should this reply be lost.
+            new_version = str(Response.decode(reply).memory)
+            state[config] = ArrayRecord({**assumed, new_version: record(new_memory)["blob"]})
+        return reply
+
+    def _worker(self, config: str) -> Worker:
+        """Return the worker of a configuration, built where it is not that of the last message."""
         if config not in _workers:
             _workers.clear()  # one model in memory, not one per configuration
             _workers[config] = self.build(config)
-        memory = b"".join(array.data for array in assumed.values())
-        request = blob(content, "request")
-        [(answer, kept)] = _workers[config].handle([int(client)], [request], [memory])
-        if (
-            kept
-        ):  # beside it stays the one that the server goes on to assume should this answer be lost
-            newest = str(Response.decode(answer).memory)
-            state[config] = ArrayRecord({**assumed, newest: record(kept)["blob"]})
-        return answer
+        return _workers[config]
 
 
-def _partition(message: Message, context: Context) -> Message:
+def _tell_partition(message: Message, context: Context) -> Message:
+    """Answer the question which partition this node holds."""
     return Message(RecordDict({"node": ConfigRecord({**context.node_config})}), reply_to=message)
 
 
 def client_app(build: Build) -> ClientApp:
-    """Return the app that plays clients; ``build`` makes a worker from its configuration."""
+    """Return the app of the clients; ``build`` makes a worker from its configuration."""
     app = ClientApp()
-    app.query()(_partition)
-    app.train()(_Play(build))
+    app.query()(_tell_partition)
+    app.train()(ClientHandler(build))
     return app
 
 
 @contextlib.contextmanager
 def _surroundings(ended: threading.Event) -> Iterator[str]:
-    """Keep Flower and Ray offline, quiet and in a folder of their own; then put everything back and set ``ended``."""
+    """Keep Flower and Ray offline, quiet and in a folder of their own, which is yielded.
+
+    Then put everything back and set ``ended``.
+    """
+    rays_warnings = (  # Ray 2.55, 2026-11
+        r"unclosed file <_io\.\w+ name='/dev/null'",
+        r"subprocess \d+ is still running",
+    )
     with (
         tempfile.TemporaryDirectory(prefix="fl", ignore_cleanup_errors=True) as folder,
         warnings.catch_warnings(),
     ):
-        for message in (
-            r"unclosed file <_io\.\w+ name='/dev/null'",
-            r"subprocess \d+ is still running",
-        ):
-            warnings.filterwarnings("ignore", message, ResourceWarning)  # Ray 2.55, 2026-11
+        for message in rays_warnings:
+            warnings.filterwarnings("ignore", message, ResourceWarning)
         before, log = dict(os.environ), logging.getLogger("flwr")
         level = log.level
         os.environ |= {"FLWR_HOME": folder, "FLWR_LOG_LEVEL": "CRITICAL", **QUIET}
@@ -245,17 +268,18 @@ def _surroundings(ended: threading.Event) -> Iterator[str]:
             os.environ |= before  # Flower has made PYTHONPATH longer
 
 
-def launch(site: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
-    """Start a simulation of the clients of ``site``, call ``body`` with the engine that reaches them, return its result.
+def launch(pool: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
+    """Simulate the clients of ``pool``, call ``body`` with the engine, and return its result.
 
-    ``body`` runs in the server app, a thread of this process. ``actors`` processes play the clients.
+    ``body`` runs in the server app, a thread of this process. ``actors`` processes are the clients.
     """
     outcome, ended, server = Future[T](), threading.Event(), ServerApp()
 
     @server.main()
     def main(grid: Grid, _: Context) -> None:
         try:
-            outcome.set_result(body(connect(grid, ended, site.clients, site.settings)))
+            engine = connect(grid, ended, pool.clients, pool.settings)
+            outcome.set_result(body(engine))
         except BaseException as error:
             outcome.set_exception(error)
 
@@ -267,10 +291,9 @@ def launch(site: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
         }
         ray |= {"log_to_driver": False, "logging_level": "ERROR", "_temp_dir": folder}
         actor: dict[str, ConfigRecordValues] = {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1}
-        app = client_app(site.rebuild)
-        run_simulation(
-            server, app, site.clients, backend_config={"client_resources": actor, "init_args": ray}
-        )
+        app = client_app(pool.rebuild)
+        backend = {"client_resources": actor, "init_args": ray}
+        run_simulation(server, app, pool.clients, backend_config=backend)
     if not outcome.done():
         raise RuntimeError("the Flower simulation ended before the run began")
     return outcome.result()

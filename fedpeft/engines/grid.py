@@ -1,4 +1,4 @@
-"""What crosses a Flower grid: messages that hold raw arrays, one by one; and who plays whom.
+"""What crosses a Flower grid: messages that hold raw arrays, one by one; and whose node is whose.
 
 Nodes are not trusted: whatever one of them sends is at most a WireError about that one message.
 """
@@ -18,7 +18,11 @@ REASON: Final = 300
 
 
 def record(content: bytes) -> ArrayRecord:
-    """Return a record that holds ``content`` as its one array."""
+    """Return a record that holds ``content`` as its one array.
+
+    >>> blob(RecordDict({"request": record(b"abc")}), "request")
+    b'abc'
+    """
     return ArrayRecord({"blob": Array("uint8", (len(content),), BYTES, content)})
 
 
@@ -28,23 +32,23 @@ def arrays(records: RecordDict, name: str) -> ArrayRecord:
     WireError unless all are of the form that ``record`` gives them.
     """
     # Not records.array_records: a cycle in it keeps the blobs until the next garbage collection.
-    found = records.get(name, ArrayRecord())
-    if not isinstance(found, ArrayRecord):
+    content = records.get(name, ArrayRecord())
+    if not isinstance(content, ArrayRecord):
         raise WireError(f"record {name!r} of a Flower message should hold arrays")
-    for array in found.values():
+    for array in content.values():
         form = (array.stype, array.dtype, tuple(array.shape))
-        due = (BYTES, "uint8", (len(array.data),))
-        if form != due:
+        expected = (BYTES, "uint8", (len(array.data),))
+        if form != expected:
             raise WireError(f"record {name!r} of a Flower message should hold flat uint8 {BYTES}")
-    return found
+    return content
 
 
 def blob(records: RecordDict, name: str) -> bytes:
     """Return what ``record`` put into record ``name``; WireError where it is missing or other."""
-    found = arrays(records, name)
-    if found.keys() != {"blob"}:
+    content = arrays(records, name)
+    if content.keys() != {"blob"}:
         raise WireError(f"record {name!r} of a Flower message should hold one array, 'blob'")
-    return found["blob"].data
+    return content["blob"].data
 
 
 def push(grid: Grid, message: Message) -> str:
@@ -85,19 +89,21 @@ def pull(grid: Grid, sent: str) -> RecordDict | None:
     return answer.content
 
 
-def _line(said: object) -> str:
-    """Return what was said elsewhere as one line that a ledger and a console can bear."""
-    text = f"{type(said).__name__}: {said}" if isinstance(said, Exception) else str(said)
-    shown = " ".join(text[:REASON].split())
-    return "".join(character if character.isprintable() else "?" for character in shown)
+def _line(reason: object) -> str:
+    """Return a reason that was given elsewhere as one line that a ledger and a console can bear."""
+    text = str(reason)
+    if isinstance(reason, Exception):
+        text = f"{type(reason).__name__}: {reason}"
+    one_line = " ".join(text[:REASON].split())
+    return "".join(character if character.isprintable() else "?" for character in one_line)
 
 
 @final
 class Nodes:
-    """Which node plays which client: every node that joins is asked which partition it holds.
+    """Which node is which client: every node that joins is asked which partition it holds.
 
     A node that names no partition of this federation, or one that another node has that is still
-    there, plays nobody.
+    there, is no client.
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:
@@ -125,18 +131,20 @@ class Nodes:
                 content = pull(self._grid, question)
                 if content is None:
                     continue
-                self._seat(node, _partition(content))
+                self._assign(node, _partition(content))
             except WireError:
                 pass
             del self._asked[question]
 
-    def _seat(self, node: int, client: int) -> None:
+    def _assign(self, node: int, client: int) -> None:
+        """Take ``node`` for ``client``, if there is such a client and no other node for it."""
         taken = self._node_of.get(client) in self._present
         if client in self._clients and not taken:
             self._node_of[client] = node
 
 
 def _partition(content: RecordDict) -> int:
+    """Return the partition that a node says it holds; WireError where it does not say so."""
     about = content.get("node")
     partition = about.get("partition-id") if isinstance(about, ConfigRecord) else None
     if not isinstance(partition, int):

@@ -1,4 +1,4 @@
-"""What an engine needs to have clients somewhere: the worker itself here, or how to build one elsewhere."""
+"""What an engine needs to run clients: the worker here, or how to build one elsewhere."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +13,9 @@ from fedpeft.federation.memory import Memories
 class ClientPool:
     """The clients 0 .. ``clients`` - 1 of one run.
 
-    ``worker`` plays them in this process and ``memories`` is what they keep there; ``rebuild(settings)`` gives an equal
-    worker in another process, where the memories are that process's own affair.
+    ``worker`` does their work in this process and ``memories`` is what they keep there.
+    ``rebuild(settings)`` gives an equal worker in another process, where the memories are that
+    process's own affair.
     """
 
     clients: int

@@ -1,1 +1,1 @@
-"""Both ends of a round: the server's loop, the client's answer, what each keeps."""
+"""Both ends of a round: the server's loop, the client's work, what each keeps."""

@@ -40,7 +40,7 @@ class Worker:
     ``head``: names of the head's parameters. ``config``: digest of what server and client must
     agree on; a request for anything else raises WireError. ``cache``: hidden states of frozen
     blocks, kept between rounds. ``step_alone``: seconds of one step of a client alone, by what is
-    mounted, found out when clients first train side by side with it; None where nobody wants to know.
+    mounted, found out when clients first train side by side with it; None where nobody asks.
     """
 
     method: Method

@@ -143,7 +143,7 @@ class _Sent:
 class _Exchange:
     """One round's exchange with its cohort.
 
-    ``rows``: the ledger's row of each client. ``memories``: client -> the version that it holds now.
+    ``rows``: the ledger's row of each client. ``memories``: client -> the version that it now has.
     ``forgetful``: clients that lack what their request assumed. ``count``: of usable replies.
     """
 

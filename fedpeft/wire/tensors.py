@@ -78,7 +78,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is: its format, its shape, and its bytes from ``start`` to ``stop`` of the file."""
+    """Where a tensor is: its format, its shape, and its bytes ``start`` to ``stop`` of the file."""
 
     format: str
     shape: tuple[int, ...]

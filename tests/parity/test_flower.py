@@ -24,15 +24,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.engines import flower
 from fedpeft.engines.flower import FlowerEngine, connect
-from fedpeft.engines.grid import BYTES, record
+from fedpeft.engines.grid import BYTES, blob, record
 from fedpeft.engines.local import LocalEngine
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
+from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Engine, Payload, State
-from fedpeft.wire.messages import Kind, Request
+from fedpeft.wire.messages import Kind, Request, Response, Status
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -366,3 +367,49 @@ def test_whatever_a_server_sends_is_at_most_refused_and_leaves_no_trace(name: st
     assert len(here.nodes[100 + VICTIM].context.state) == 0
     state, _ = play(engine(here))
     assert_same_state(state, alone())
+
+
+def handled(node: Node, memory: int, config: bytes = CONFIG) -> Message:
+    """Return the answer of ``node`` to a training request that assumes this memory."""
+    here = grid([])
+    here.nodes[100] = node
+    sent = Request(Kind.TRAIN, 7, config, small("lora").init(base_of(bert()), SEED).shared, memory)
+    content = request(to=address(memory=memory), request=record(sent.encode()))
+    [number] = here.push_messages([Message(content, 100, MessageType.TRAIN)])
+    [answer] = here.pull_messages([number])
+    return answer
+
+
+def test_a_node_that_lacks_the_memory_says_so_in_an_answer_of_its_own_kind() -> None:
+    node = Node.holding(VICTIM)
+    response = Response.decode(blob(handled(node, memory=5).content, "answer"))
+    assert (response.status, response.round, response.payload) == (Status.FORGOTTEN, 7, {})
+    assert len(node.context.state) == 0
+    refusal = handled(node, memory=5, config=b"x" * 16)
+    assert refusal.has_error()
+    assert "is for configuration" in refusal.error.reason
+
+
+def test_a_node_that_has_lost_its_memory_is_lost_once_and_then_begins_anew() -> None:
+    """As one that was set up again: the server's belief in its memory is reset."""
+    here = grid()
+    keeping = Training(steps=1, keep_optimizer=True)
+    here._app = flower.client_app(lambda _: worker(small("lora"), bert(), keeping))
+    through, method, rows = engine(here), small("lora"), list[ClientRow]()
+    states = federate(
+        method,
+        method.init(base_of(bert()), SEED),
+        through,
+        lambda _: CLIENTS,
+        range(3),
+        config=CONFIG,
+        min_replies=1,
+        record=rows.append,
+    )
+    assert VICTIM in next(states).memories
+    here.nodes[100 + VICTIM].context.state.clear()
+    assert VICTIM not in next(states).memories
+    assert VICTIM in next(states).memories
+    lost = {(row.round, row.client): row.lost for row in rows if row.lost}
+    assert lost.keys() == {(1, VICTIM)}
+    assert "forgotten" in lost[1, VICTIM]
