@@ -39,9 +39,8 @@ class Partition:
         """Return 16 hex digits of the SHA-256 of who holds what: equal digests mean equal partitions, under any names."""
         whole = sha256()
         for rows in (*self.train, *self.test):
-            whole.update(
-                len(rows).to_bytes(8, "little") + np.ascontiguousarray(rows, dtype="<i8").tobytes()
-            )
+            whole.update(len(rows).to_bytes(8, "little"))
+            whole.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
         return whole.hexdigest()[:16]
 
 
@@ -52,72 +51,78 @@ def iid(dataset: Dataset, clients: int, seed: int) -> Partition:
     """
     _check(dataset, clients)
     rng = np.random.default_rng(derive(seed, "iid"))
-    train, test = (
-        np.array_split(rng.permutation(len(split)), clients)
-        for split in (dataset.train, dataset.test)
-    )
+    train = np.array_split(rng.permutation(len(dataset.train)), clients)
+    test = np.array_split(rng.permutation(len(dataset.test)), clients)
     return _partition(train, test)
 
 
 def dirichlet(
     dataset: Dataset, clients: int, seed: int, *, alpha: float, min_examples: int = 1
 ) -> Partition:
-    """Deal each label's rows, of train and of test, by shares drawn from Dir(alpha) over the clients.
+    """Deal each label's rows, of train and of test, by shares drawn from Dir(alpha) over clients.
 
-    The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing until every client has
-    ``min_examples`` train rows (see ``dirichlet.py``). Source: Yurochkin et al. 2019, section 4. Hsu et al. 2019 draw
-    the labels of each client instead.
+    The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing until
+    every client has ``min_examples`` train rows (see ``dirichlet.py``). Source: Yurochkin et al.
+    2019, section 4. Hsu et al. 2019 draw the labels of each client instead.
 
-    Raises BadInput for a number out of range, or so extreme that no draw gives every client ``min_examples``.
+    Raises BadInput for a number out of range, or so extreme that no draw gives every client
+    ``min_examples``.
     """
     _check(dataset, clients, "min_examples", min_examples)
     if not 0.001 <= alpha < np.inf:  # smaller Gamma numbers vanish in float64
         raise BadInput(f"partition.alpha = {alpha}: must be a number from 0.001 up, as 0.1 or 1.0")
-    train, test = (_codes(split, dataset.labels) for split in (dataset.train, dataset.test))
+    train = _codes(dataset.train, dataset.labels)
+    test = _codes(dataset.test, dataset.labels)
     share = shares(np.bincount(train), clients, alpha, min_examples, seed)
     rng = np.random.default_rng(derive(seed, "dirichlet", "rows"))
     return _partition(_deal(train, share, rng), _deal(test, share, rng))
 
 
 def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int = 2) -> Partition:
-    """Sort train by label, cut it into equal shards and deal each client ``shards_per_client`` of them at random.
+    """Sort train by label, cut it into equal shards and deal each client a few of them at random.
 
-    So a client sees few labels. Test rows are dealt by each client's share of the label's train rows. Source: McMahan
-    et al. 2017, section 3 (the "pathological non-IID partition").
+    So a client sees few labels. Test rows are dealt by each client's share of the label's train
+    rows. Source: McMahan et al. 2017, section 3 (the "pathological non-IID partition").
 
     Raises BadInput for a number out of range and for more shards than train has examples.
     """
     _check(dataset, clients, "shards_per_client", shards_per_client)
     rng = np.random.default_rng(derive(seed, "shards"))
-    mixed = rng.permutation(len(dataset.train))
-    ordered = mixed[np.argsort(_codes(dataset.train, dataset.labels)[mixed], kind="stable")]
-    cut = np.array_split(ordered, clients * shards_per_client)
+    shuffled = rng.permutation(len(dataset.train))
+    codes = _codes(dataset.train, dataset.labels)[shuffled]
+    by_label = shuffled[np.argsort(codes, kind="stable")]  # shuffled within each label
+    cut = np.array_split(by_label, clients * shards_per_client)
     dealt = rng.permutation(len(cut)).reshape(clients, shards_per_client)
-    train = [np.concatenate([cut[shard] for shard in hand]) for hand in dealt]
+    train: list[Indices] = []
+    for hand in dealt:
+        train.append(np.concatenate([cut[shard] for shard in hand]))
     held = label_counts(dataset.train, _partition(train, []))  # (clients, labels)
-    return _partition(
-        train, _deal(_codes(dataset.test, dataset.labels), (held / held.sum(axis=0)).T, rng)
-    )
+    share = (held / held.sum(axis=0)).T
+    test = _deal(_codes(dataset.test, dataset.labels), share, rng)
+    return _partition(train, test)
 
 
 def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
     """Make each distinct key of train a client with that key's rows of train and of test.
 
-    With ``clients``, the keys with the most train rows are kept (the first by name among equals) and the rows of all
-    others are not used. Clients are in the order of their names.
+    With ``clients``, the keys with the most train rows are kept (the first by name among equals)
+    and the rows of all others are not used. Clients are in the order of their names.
 
     Raises BadInput when the data has no keys, or fewer than ``clients``.
     """
     rows = Counter(dataset.train.keys)
     if not rows:
         raise BadInput(
-            "partition.kind = 'by_key': the data has no keys; name the column that holds them in data.key"
+            "partition.kind = 'by_key': the data has no keys; "
+            "name the column that holds them in data.key"
         )
     if clients is not None and not 1 <= clients <= len(rows):
         raise BadInput(
-            f"partition.clients = {clients}: train has {len(rows)} keys; choose 1 to {len(rows)} clients"
+            f"partition.clients = {clients}: train has {len(rows)} keys; "
+            f"choose 1 to {len(rows)} clients"
         )
-    names = sorted(sorted(rows, key=lambda name: (-rows[name], name))[:clients])
+    largest_first = sorted(rows, key=lambda name: (-rows[name], name))
+    names = sorted(largest_first[:clients])
     return _partition(_holding(dataset.train, names), _holding(dataset.test, names), names)
 
 
@@ -138,7 +143,8 @@ def from_file(dataset: Dataset, path: Path) -> Partition:
         raise BadInput(f"{path}: not JSON: {error}") from error
     if not isinstance(clients, tuple) or not clients:
         raise BadInput(
-            f'{path}: must hold a JSON object of client names and row numbers, as {{"anna": [0, 1]}}'
+            f"{path}: must hold a JSON object of client names and row numbers, "
+            'as {"anna": [0, 1]}'
         )
     numbers = dataset.train.numbers or range(len(dataset.train))
     row_at = {number: row for row, number in enumerate(numbers)}
@@ -169,48 +175,58 @@ def label_counts(rows: Rows, partition: Partition) -> Indices:
 
 
 def _check(dataset: Dataset, clients: int, field: str = "clients", each: int = 1) -> None:
-    """Refuse numbers below 1, and more clients, times ``each`` of ``field``, than train has examples."""
+    """Refuse numbers below 1, and more clients, times ``each`` of ``field``, than examples."""
     examples = len(dataset.train)
     if clients < 1 or each < 1:
         name, value = ("clients", clients) if clients < 1 else (field, each)
         raise BadInput(f"partition.{name} = {value}: must be 1 or more")
     if clients > examples:
         raise BadInput(
-            f"partition.clients = {clients}: train has only {examples} examples; at most {examples} clients"
+            f"partition.clients = {clients}: train has only {examples} examples; "
+            f"at most {examples} clients"
         )
     if clients * each > examples:
         most = examples // clients
         raise BadInput(
-            f"partition.{field} = {each}: train has only {examples} examples for {clients} clients; at most {most} each"
+            f"partition.{field} = {each}: train has only {examples} examples for {clients} clients; "
+            f"at most {most} each"
         )
 
 
 def _partition(
     train: Sequence[Indices], test: Sequence[Indices], names: Sequence[str] = ()
 ) -> Partition:
-    """Return the partition with sorted rows; no ``test`` gives nobody test rows, no ``names`` numbers the clients."""
-    empty = [np.empty(0, dtype=np.int64)] * len(train)
-    return Partition(
-        train=tuple(np.sort(rows) for rows in train),
-        test=tuple(np.sort(rows) for rows in test or empty),
-        names=tuple(names or (f"client {client}" for client in range(len(train)))),
-    )
+    """Return the partition with sorted rows.
+
+    Without ``test`` nobody has test rows; without ``names`` the clients are numbered.
+    """
+    if not test:
+        test = [np.empty(0, dtype=np.int64)] * len(train)
+    if not names:
+        names = [f"client {client}" for client in range(len(train))]
+    return Partition(tuple(map(np.sort, train)), tuple(map(np.sort, test)), tuple(names))
 
 
 def _codes(rows: Rows, labels: Sequence[str]) -> Indices:
     """Return where each row's label stands among ``labels``, (rows,)."""
-    place = {label: code for code, label in enumerate(labels)}
-    return np.array([place[label] for label in rows.labels], dtype=np.int64)
+    code_of = {label: code for code, label in enumerate(labels)}
+    return np.array([code_of[label] for label in rows.labels], dtype=np.int64)
 
 
 def _deal(codes: Indices, share: NDArray[np.float64], rng: np.random.Generator) -> list[Indices]:
-    """Deal the shuffled rows of each label by ``share`` (labels, clients); ``codes`` (rows,) are their labels."""
-    held: list[list[Indices]] = [[] for _ in range(share.shape[1])]
-    for label, whole in enumerate(counts(share, np.bincount(codes, minlength=len(share)))):
-        own = rng.permutation(np.flatnonzero(codes == label))
-        for pieces, piece in zip(held, np.split(own, np.cumsum(whole)[:-1]), strict=True):
-            pieces.append(piece)
-    return [np.concatenate(pieces) for pieces in held]
+    """Deal the shuffled rows of each label by ``share`` (labels, clients).
+
+    ``codes`` (rows,) are their labels. Returns the rows of each client.
+    """
+    clients = share.shape[1]
+    pieces: list[list[Indices]] = [[] for _ in range(clients)]
+    sizes = np.bincount(codes, minlength=len(share))
+    for label, counts_of_label in enumerate(counts(share, sizes)):
+        rows = rng.permutation(np.flatnonzero(codes == label))
+        cuts = np.cumsum(counts_of_label)[:-1]
+        for client, piece in enumerate(np.split(rows, cuts)):
+            pieces[client].append(piece)
+    return [np.concatenate(own) for own in pieces]
 
 
 def _holding(split: Rows, names: Iterable[str]) -> list[Indices]:

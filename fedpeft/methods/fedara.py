@@ -61,11 +61,15 @@ class FedARA:
     """How clients' factors and votes are averaged: by their examples, or all alike. Reconstruction."""
 
     def init(self, base: Base, seed: int) -> State:
-        """Draw A and B from N(0, deviation^2) and set e to 0, so the model starts unchanged; all ranks are alive."""
+        """Draw A and B from N(0, deviation^2) and set e to 0; all ranks are alive.
+
+        So the model starts unchanged.
+        """
         layers = select(base, self.targets)
         check_ranks(layers, self.rank)
         start: dict[str, Tensor] = {}
-        for name, (out, width) in {name: weight.shape for name, weight in layers.items()}.items():
+        for name, weight in layers.items():
+            out, width = weight.shape
             draw = generator(seed, "fedara", name)
             start[f"{name}:A"] = self.deviation * torch.randn(self.rank, width, generator=draw)
             start[f"{name}:B"] = self.deviation * torch.randn(out, self.rank, generator=draw)
@@ -73,34 +77,47 @@ class FedARA:
         alive = {f"{name}:alive": torch.ones(self.rank, dtype=torch.bool) for name in layers}
         return State(0, start | base.heads(), server=alive)
 
-    def budget(self, number: int, total: int) -> int:
-        """Return how many of ``total`` ranks may live after round ``number``: AdaLoRA's cubic schedule, in rounds."""
-        begin, end = self.warmup * self.rounds, (1 - self.settled) * self.rounds
+    def budget(self, round_number: int, total: int) -> int:
+        """Return how many of ``total`` ranks may live after round ``round_number``.
+
+        AdaLoRA's cubic schedule, in rounds: all of them until ``begin``, a share ``kept`` of them
+        from ``end`` on, and in between, t rounds done,
+
+            last + (total - last) * (1 - (t - begin) / (end - begin))^3
+
+        >>> method = FedARA(rounds=10, warmup=0.2, settled=0.3, kept=0.25)
+        >>> [method.budget(round_number, total=100) for round_number in (0, 1, 4, 6, 9)]
+        [100, 100, 30, 25, 25]
+        """
+        begin = self.warmup * self.rounds
+        end = (1 - self.settled) * self.rounds
         last = max(1, round(self.kept * total))
-        left = (
-            min(1.0, max(0.0, 1 - (number + 1 - begin) / (end - begin)))
-            if end > begin
-            else float(number + 1 < begin)
-        )
+        rounds_done = round_number + 1
+        if end > begin:
+            decayed = (rounds_done - begin) / (end - begin)
+            left = min(1.0, max(0.0, 1 - decayed))
+        else:  # nothing between the two: one cut
+            left = 1.0 if rounds_done < begin else 0.0
         return last + round((total - last) * left**3)
 
     def send(self, state: State, client: Client) -> Payload:
-        """Send the live triplets of every module that has any, the head, and how many ranks the client may vote for."""
+        """Send the live triplets of every module that has any, the head, and the budget.
+
+        The budget is how many ranks the client may vote for.
+        """
         del client
-        budget = torch.tensor(
-            self.budget(state.round, sum(len(alive) for alive in state.server.values()))
-        )
-        live = {name: _take(state, name) for name in state.shared}
-        return {
-            **{name: tensor for name, tensor in live.items() if tensor.numel()},
-            "budget": budget,
-        }
+        sent = {"budget": torch.tensor(self.budget(state.round, _total(state)))}
+        for name in state.shared:
+            live = _take(state, name)
+            if live.numel():
+                sent[name] = live
+        return sent
 
     @contextmanager
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Mount a branch on every module that is still alive; score its ranks as they train, and vote."""
+        """Mount a branch on every module that is alive; score its ranks as they train, and vote."""
         del memory
         tensors = dict(down)
         budget = int(tensors.pop("budget").max())
@@ -119,35 +136,39 @@ class FedARA:
             yield LocalTask(trained, reply, partial(deltas, trained, self.scale), after_backward)
 
     def expects(self, state: State, down: Payload) -> Payload:
-        """Expect the live triplets and the head back, and one bit per live rank, packed into bytes."""
+        """Expect the live triplets and the head back, and one bit per live rank, 8 to a byte."""
         expected = specs(down)
         del expected["budget"]
-        return {
-            **expected,
-            "votes": torch.empty(-(-_count(state) // 8), dtype=torch.uint8, device="meta"),
-        }
+        ballot_bytes = -(-_count(state) // 8)
+        expected["votes"] = torch.empty(ballot_bytes, dtype=torch.uint8, device="meta")
+        return expected
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
-        """Average the live triplets and the head; a rank dies when too few clients voted for it, and stays dead."""
+        """Average the live triplets and the head, and count the votes.
+
+        A rank dies when too few clients voted for it, and stays dead.
+        """
         tally = Tally(_count(state))
 
         def read(update: Update) -> Payload:
             tally.add(update.payload["votes"], weight_of(update, self.weighting))
-            return {name: part for name, part in update.payload.items() if name != "votes"}
+            payload = dict(update.payload)
+            del payload["votes"]
+            return payload
 
         merged = mean(updates, self.weighting, read)
         if not merged:
             return replace(state, round=state.round + 1)
         shared = {name: _put(state, name, merged.get(name)) for name in state.shared}
-        strengths = [rank_norms(parts) for _, parts in sorted(by_module(merged).items())]
-        budget = self.budget(state.round, sum(len(alive) for alive in state.server.values()))
-        living = tally.select_ranks(torch.cat([torch.zeros(0), *strengths]), self.threshold, budget)
-        server, begin = dict(state.server), 0
-        for name, alive in sorted(state.server.items(), key=lambda item: item[0].partition(":")[0]):
-            end = begin + int(alive.sum())
-            server[name] = alive.masked_scatter(alive, living[begin:end])
-            begin = end
+        budget = self.budget(state.round, _total(state))
+        survives = tally.select_ranks(_norms(merged), self.threshold, budget)
+        server = _with_survivors(state, survives)
         return replace(state, round=state.round + 1, shared=shared, server=server)
+
+
+def _total(state: State) -> int:
+    """Return the number of ranks over all modules, alive or not."""
+    return sum(len(alive) for alive in state.server.values())
 
 
 def _count(state: State) -> int:
@@ -155,25 +176,51 @@ def _count(state: State) -> int:
     return sum(int(alive.sum()) for alive in state.server.values())
 
 
+def _norms(merged: Payload) -> Tensor:
+    """Return the norms of all live rank-one terms, modules in alphabetical order, as ballots are."""
+    norms = [torch.zeros(0)]  # where every module is dead
+    for _, factors in sorted(by_module(merged).items()):
+        norms.append(rank_norms(factors))
+    return torch.cat(norms)
+
+
+def _with_survivors(state: State, survives: Tensor) -> dict[str, Tensor]:
+    """Return the masks once of the live ranks, in the order of ballots, only ``survives`` are left."""
+    masks = dict(state.server)
+    begin = 0
+    for name in sorted(masks, key=_module):
+        alive = masks[name]
+        end = begin + int(alive.sum())
+        masks[name] = alive.masked_scatter(alive, survives[begin:end])
+        begin = end
+    return masks
+
+
+def _module(name: str) -> str:
+    return name.partition(":")[0]
+
+
 def _alive(state: State, name: str) -> Tensor | slice:
-    """Return the index of what lives along the rank axis of tensor ``name``: all of it, for the head."""
-    return (
-        state.server.get(f"{name.partition(':')[0]}:alive", slice(None))
-        if ":" in name
-        else slice(None)
-    )
+    """Return the index of what lives along the rank axis of a tensor: all of it, for the head."""
+    everything = slice(None)
+    if ":" not in name:
+        return everything
+    return state.server.get(f"{_module(name)}:alive", everything)
 
 
 def _take(state: State, name: str) -> Tensor:
-    """Return the live part of shared tensor ``name``; the rank is B's last axis and the first of all others."""
+    """Return what lives of a shared tensor; the rank is the last axis of B, the first of others."""
     alive, tensor = _alive(state, name), state.shared[name]
     return tensor[:, alive] if name.endswith(":B") else tensor[alive]
 
 
 def _put(state: State, name: str, live: Tensor | None) -> Tensor:
-    """Return shared tensor ``name`` with ``live`` in the place of its live part; unchanged where the module is dead."""
+    """Return a shared tensor with ``live`` in the place of what lives; as it is without any."""
     if live is None:
         return state.shared[name]
     alive, tensor = _alive(state, name), state.shared[name].clone()
-    tensor[(slice(None), alive) if name.endswith(":B") else (alive,)] = live
+    if name.endswith(":B"):
+        tensor[:, alive] = live
+    else:
+        tensor[alive] = live
     return tensor
