@@ -140,7 +140,7 @@ def field_docstrings(kind: type[Any]) -> dict[str, str]:
     """
     try:
         source = textwrap.dedent(inspect.getsource(kind))
-    except OSError:
+    except (OSError, TypeError):  # TypeError for what was never in a file
         return {}
     definition = ast.parse(source).body[0]
     assert isinstance(definition, ast.ClassDef)

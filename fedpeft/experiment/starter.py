@@ -102,6 +102,8 @@ def write_starter(path: Path, *, train: Path, test: Path | None, method: str) ->
     """
     if path.exists() or path.is_symlink():
         raise BadInput(f"{path}: exists, and is not overwritten; choose another name")
+    if not path.parent.is_dir():
+        raise BadInput(f"{path}: there is no folder {path.parent}")
     config.from_tree({"method": {"name": method}})
     columns = find_columns(train.expanduser())
     folder = path.parent.absolute()

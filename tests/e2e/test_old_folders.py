@@ -97,7 +97,8 @@ def test_a_field_that_had_another_name_or_is_gone_is_read(
     settings["stack"] = settings["engine"].pop("stack")
     as_of_old(run, settings)
     hardware = json.loads((run / HARDWARE).read_text())
-    (run / HARDWARE).write_text(json.dumps({**hardware, "parts": hardware.pop("tokens")}))
+    hardware["parts"] = hardware.pop("tokens")
+    (run / HARDWARE).write_text(json.dumps(hardware))
     says = ["training.rate is called training.lr", "stack is called engine.stack", "training.old"]
     assert_resumes(run, assembly, undisturbed, says)
 

@@ -387,7 +387,7 @@ def test_a_node_that_lacks_the_memory_says_so_in_an_answer_of_its_own_kind() -> 
     assert len(node.context.state) == 0
     refusal = handled(node, memory=5, config=b"x" * 16)
     assert refusal.has_error()
-    assert "is for configuration" in refusal.error.reason
+    assert "is for configuration" in str(refusal.error.reason)
 
 
 def test_a_node_that_has_lost_its_memory_is_lost_once_and_then_begins_anew() -> None:
