@@ -95,6 +95,7 @@ class Federation:
             majority=self.task.trivial(self.dataset, self.scored),
             metric=self.task.metric.name,
             higher_is_better=self.task.metric.higher_is_better,
+            metric_is_share=self.task.metric.share,
             model_digest=self.loaded.digest,
             partition_digest=self.partition.digest(),
             settings=json.loads(config.to_json()),

@@ -76,6 +76,7 @@ class RunRow:
 
     The digests are those of the texts, of the pre-trained weights and of who holds what.
     ``metric``: the primary one, by which runs are compared, and ``higher_is_better`` its direction.
+    ``metric_is_share``: whether it, as the others beside it but the loss, is a share of 1.
     ``majority``: what an answer that ignores the text reaches in it, such as always saying the
     commonest label; None where there is no such answer. ``reference``: a yardstick (all data in one
     place, no exchange) whose bytes are no real traffic.
@@ -100,6 +101,7 @@ class RunRow:
     versions: Mapping[str, str]
     metric: str = "accuracy"
     higher_is_better: bool = True
+    metric_is_share: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

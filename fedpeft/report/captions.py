@@ -1,89 +1,126 @@
-"""What a set of runs says about itself in words: the setting for titles, the small print for captions."""
+"""What a set of runs says about itself in words: the setting for titles, the captions' lines."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
+from fedpeft.report.metric import Metric
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import SHARE_OF_MEDIAN, Terms
 
+REASONS = 3
+"""How many reasons of lost replies are named."""
+
 
 def setting(runs: Sequence[Summary]) -> str:
-    """Return data and model (of a path its last part), federation and, if the settings have it, the partition's alpha.
+    """Return data, model, federation and, if the settings have it, the partition's alpha.
 
-    Of references, which have a federation of their own, only where there is nothing else.
+    Of a path its last part is named. References, which have a federation of their own, are asked
+    only where there is nothing else.
     """
-    rows = [run.run for run in runs if run.federated] or [run.run for run in runs]
-    parts = [
-        _listed(PurePath(row.data).name for row in rows),
-        _listed(PurePath(row.model).name for row in rows),
-        f"{_listed(row.clients for row in rows)} clients, {_listed(row.clients_per_round for row in rows)} a round",
-    ]
-    alphas = [alpha for row in rows for alpha in _alphas(row.settings)]
-    return " · ".join([*parts, f"partition alpha {_listed(alphas)}"] if alphas else parts)
+    federated = [run.run for run in runs if run.federated]
+    data: list[object] = []
+    models: list[object] = []
+    clients: list[object] = []
+    sampled: list[object] = []
+    alphas: list[object] = []
+    for row in federated or [run.run for run in runs]:
+        data.append(PurePath(row.data).name)
+        models.append(PurePath(row.model).name)
+        clients.append(row.clients)
+        sampled.append(row.clients_per_round)
+        alphas.extend(_alphas(row.settings))
+    federation = f"{_listed(clients)} clients, {_listed(sampled)} a round"
+    parts = [_listed(data), _listed(models), federation]
+    if alphas:
+        parts.append(f"partition alpha {_listed(alphas)}")
+    return " · ".join(parts)
 
 
 def provenance(runs: Sequence[Summary]) -> str:
-    """Return the digest of the data, how long the runs were, their seeds and what they were scored on: one line."""
-    seeds = _listed(sorted(run.run.seed for run in runs))
-    splits = _listed(run.split for run in runs if run.split is not None)
+    """Return the data's digest, the runs' lengths, their seeds and what they were scored on."""
+    digests: list[str] = []
+    rounds: list[int] = []
+    seeds: list[int] = []
+    splits: list[str] = []
+    for run in runs:
+        digests.append(run.run.data_digest[:12])
+        rounds.append(run.rounds)
+        seeds.append(run.run.seed)
+        if run.split is not None:
+            splits.append(run.split)
     parts = [
-        f"data digest {_listed(run.run.data_digest[:12] for run in runs)}",
-        f"{_listed(sorted(run.rounds for run in runs))} rounds",
-        f"seeds {seeds}",
+        f"data digest {_listed(digests)}",
+        f"{_listed(sorted(rounds))} rounds",
+        f"seeds {_listed(sorted(seeds))}",
     ]
-    return " · ".join([*parts, f"scored on {splits}"] if splits else parts)
+    if splits:
+        parts.append(f"scored on {_listed(splits)}")
+    return " · ".join(parts)
 
 
-def target(terms: Terms) -> str:
-    """Return which accuracy 'to target' means, and where it comes from."""
+def target(terms: Terms, metric: Metric) -> str:
+    """Return which score 'to target' means, and where it comes from."""
     if terms.target is None:
         return "no target: nothing was evaluated"
-    source = (
-        "as asked"
-        if terms.given
-        else f"{100 * SHARE_OF_MEDIAN:.0f} % of the median method's final accuracy"
-    )
-    return f"target: accuracy {100 * terms.target:.1f} % ({source})"
+    final = f"the median method's final {metric.label}"
+    if terms.given:
+        source = "as asked"
+    elif metric.easier_towards_zero(terms.target):
+        source = f"{100 * SHARE_OF_MEDIAN:.0f} % of {final}"
+    else:
+        source = f"{final} / {SHARE_OF_MEDIAN:g}"
+    bound = "" if metric.higher_is_better else "at most "
+    return f"target: {metric.label} {bound}{metric.with_unit(terms.target)} ({source})"
 
 
-def losses(runs: Sequence[Summary]) -> str:
-    """Return how many replies were lost for which of the commonest reasons; empty when none was."""
-    reasons = sum((Counter(run.lost) for run in runs), Counter[str]())
+def losses(runs: Iterable[Summary]) -> str:
+    """Return how many replies were lost for which of the commonest reasons; empty without any."""
+    reasons: Counter[str] = Counter()
+    for run in runs:
+        reasons.update(run.lost)
     if not reasons:
         return ""
-    named = reasons.most_common(3)
+    named = reasons.most_common(REASONS)
+    shares = [f"{count} x {reason}" for reason, count in named]
     rest = reasons.total() - sum(count for _, count in named)
-    shares = [f"{count} x {reason}" for reason, count in named] + (
-        [f"{rest} x other (runs.csv)"] if rest else []
-    )
+    if rest:
+        shares.append(f"{rest} x other (runs.csv)")
     return "lost replies: " + ", ".join(shares)
 
 
-def unfinished(runs: Sequence[Summary]) -> str:
+def unfinished(runs: Iterable[Summary]) -> str:
     """Return which runs did fewer rounds than they set out to; empty when all are complete."""
-    short = [
-        f"{run.run.name} ({run.rounds} of {run.run.rounds} rounds)"
-        for run in runs
-        if run.rounds < run.run.rounds
-    ]
+    short: list[str] = []
+    for run in runs:
+        planned = run.run.rounds
+        if run.rounds < planned:
+            short.append(f"{run.run.name} ({run.rounds} of {planned} rounds)")
     return "unfinished: " + ", ".join(short) if short else ""
 
 
-def stacks(runs: Sequence[Summary]) -> str:
-    """Return how measured figures of clients that trained side by side are to be read; empty when none did."""
-    most = max(run.side_by_side for run in runs)
-    if most == 1:
+def stacks(runs: Iterable[Summary]) -> str:
+    """Return how figures of clients that trained side by side are to be read; empty without any."""
+    largest = max(run.side_by_side for run in runs)
+    if largest == 1:
         return ""
-    return f"up to {most} clients trained side by side: seconds are shared out by steps, peak MB is that of all at once"
+    return (
+        f"up to {largest} clients trained side by side: "
+        "seconds are shared out by steps, peak MB is that of all at once"
+    )
 
 
 def _listed(values: Iterable[object]) -> str:
-    return ", ".join(dict.fromkeys(str(value) for value in values))
+    """Return each different value once, in their order.
+
+    >>> _listed([20, 30, 20])
+    '20, 30'
+    """
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def _alphas(settings: Mapping[str, object]) -> Iterator[object]:
-    """Yield ``alpha`` of every table named ``partition``, at any depth; an adapter's alpha is another thing."""
+    """Yield ``alpha`` of every table named ``partition``, at any depth; adapters have others."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             if name == "partition" and "alpha" in value:

@@ -1,57 +1,28 @@
 """Many runs side by side: grouped over seeds, on the same terms, every number computed once."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from statistics import fmean, stdev
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 from fedpeft.errors import BadInput
 from fedpeft.ledger import RunRow
+from fedpeft.report.columns import Numbers, numbers_of, over_seeds, sample_deviation
+from fedpeft.report.metric import Metric
 from fedpeft.report.summary import Summary
-from fedpeft.report.terms import FEDADAPTER_LINK, SLORA_LINK, Terms, agree
+from fedpeft.report.terms import FEDADAPTER_LINK, Terms, agree
 
-
-@dataclass(frozen=True)
-class Numbers:
-    """One line of the CSV files, in their order; None where there is no such number.
-
-    Accuracies and F1 are shares of 1. ``seconds_to_target`` is the measured training of every round's slowest client,
-    ``network_...`` and ``modelled_...`` are seconds at the comparison's bandwidth or at SLoRA's;
-    the training that is modelled is that of clients alone. ``equal_rounds_...`` is the evaluation
-    after the terms' round, ``equal_bytes_...`` the last one within the terms' budget.
-    """
-
-    accuracy: float | None
-    best_accuracy: float | None
-    macro_f1: float | None
-    over_majority: float | None
-    rounds: float | None
-    client_steps: float | None
-    trained_first: float | None
-    trained_last: float | None
-    down_bytes: float | None
-    up_bytes: float | None
-    seconds_per_client_round: float | None
-    peak_memory_bytes: float | None
-    lost: float | None
-    network_seconds: float | None
-    network_seconds_slora: float | None
-    rounds_to_target: float | None
-    bytes_to_target: float | None
-    seconds_to_target: float | None
-    modelled_seconds_to_target: float | None
-    modelled_seconds_to_target_slora: float | None
-    equal_rounds_accuracy: float | None
-    equal_rounds_bytes: float | None
-    equal_bytes_accuracy: float | None
-    equal_bytes_rounds: float | None
+BESIDE: Mapping[str, tuple[str, ...]] = {"accuracy": ("macro_f1",)}
+"""Other metrics, by the primary one, that have a column even where nothing was evaluated."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method: its runs (one per seed), the numbers of each, their mean and their sample standard deviation.
+    """One method: its runs (one per seed), the numbers of each, their mean, their deviation.
 
-    A mean exists only where every seed has the number: a mean over the seeds that reached a target would flatter.
+    ``spread``: the sample standard deviation. A mean exists only where every seed has the number:
+    a mean over the seeds that reached a target would flatter.
     """
 
     label: str
@@ -63,16 +34,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods on the same data and terms, the most accurate first. ``majority``: share of the commonest label."""
+    """Methods on the same data, terms and ``metric``, the best first.
+
+    ``others``: names of the other metrics. ``majority``: the score of an answer that ignores the
+    text, None where there is no such answer.
+    """
 
     lines: tuple[Line, ...]
     terms: Terms
-    majority: float
+    metric: Metric
+    others: tuple[str, ...]
+    majority: float | None
 
     @property
     def runs(self) -> tuple[Summary, ...]:
         """Every run, line by line."""
-        return tuple(run for line in self.lines for run in line.runs)
+        runs: list[Summary] = []
+        for line in self.lines:
+            runs.extend(line.runs)
+        return tuple(runs)
 
 
 def compare(
@@ -81,30 +61,33 @@ def compare(
     bandwidth: float = FEDADAPTER_LINK,
     budget: int | None = None,
 ) -> Comparison:
-    """Compare ``runs`` on an accuracy to reach, a link in bytes per second and a budget in bytes; see ``agree``.
+    """Compare ``runs`` on a score to reach, a link and a budget in bytes; see ``agree``.
 
-    Raises BadInput when there is no run, or when runs are of different data or scored on different splits.
+    ``bandwidth``: bytes per second. Raises BadInput when there is no run, or when runs are of
+    different data, have different metrics or are scored on different splits.
     """
     _check_comparable(runs)
     groups = _by_method(runs)
     terms = agree([group for _, group in groups], target, bandwidth, budget)
-    lines = [_line(label, group, terms) for label, group in groups]
-    lines.sort(
-        key=lambda line: -1.0 if line.mean.accuracy is None else line.mean.accuracy, reverse=True
-    )
-    return Comparison(tuple(lines), terms, runs[0].run.majority or 0.0)
+    metric = runs[0].metric
+    others = _other_metrics(runs) or BESIDE.get(metric.name, ())
+    lines = [_line(label, group, terms, others) for label, group in groups]
+
+    lines.sort(key=lambda line: _rank(line, metric))
+    return Comparison(tuple(lines), terms, metric, others, runs[0].run.majority)
+
+
+def _rank(line: Line, metric: Metric) -> float:
+    """Return a number that is smaller the better a line is; one without a score comes last."""
+    return math.inf if line.mean.score is None else metric.rank(line.mean.score)
 
 
 def _check_comparable(runs: Sequence[Summary]) -> None:
     if not runs:
         raise BadInput("report: no runs given; name at least one run's folder")
-    first = runs[0].run
+    first = runs[0]
     for run in runs:
-        if run.run.data_digest != first.data_digest:
-            raise BadInput(
-                f"report: {first.name} is on data {first.data_digest}, {run.run.name} on {run.run.data_digest}; "
-                "accuracies on different data do not compare, report them apart"
-            )
+        _check_pair(first, run)
     splits = sorted({run.split for run in runs if run.split is not None})
     if len(splits) > 1:
         raise BadInput(
@@ -112,84 +95,83 @@ def _check_comparable(runs: Sequence[Summary]) -> None:
         )
 
 
-def _by_method(runs: Sequence[Summary]) -> list[tuple[str, list[Summary]]]:
-    """Group runs by method; where those of one repeat a seed, by their other settings too, named after the run as well."""
-    methods: dict[str, list[Summary]] = {}
+def _check_pair(first: Summary, other: Summary) -> None:
+    one, two = first.run, other.run
+    if one.data_digest != two.data_digest:
+        raise BadInput(
+            f"report: {one.name} is on data {one.data_digest}, {two.name} on {two.data_digest}; "
+            "scores on different data do not compare, report them apart"
+        )
+    if first.metric != other.metric:
+        raise BadInput(
+            f"report: {one.name} is scored by {_described(first.metric)}, "
+            f"{two.name} by {_described(other.metric)}; "
+            "different metrics do not compare, report them apart"
+        )
+
+
+def _described(metric: Metric) -> str:
+    kind = "a share, " if metric.share else ""
+    return f"{metric.name} ({kind}{metric.direction})"
+
+
+def _other_metrics(runs: Iterable[Summary]) -> tuple[str, ...]:
+    """Return the names of all metrics beside the primary one, in the order of the ledgers."""
+    names: dict[str, None] = {}  # a set that keeps its order
     for run in runs:
-        methods.setdefault(run.run.method, []).append(run)
+        for point in run.curve:
+            names.update(dict.fromkeys(point.others))
+    return tuple(names)
+
+
+def _by_method(runs: Iterable[Summary]) -> list[tuple[str, list[Summary]]]:
+    """Group runs by method.
+
+    Where the runs of one method repeat a seed, they are grouped by their other settings as well,
+    and each group is named after its run, too.
+    """
+    by_method: dict[str, list[Summary]] = {}
+    for run in runs:
+        by_method.setdefault(run.run.method, []).append(run)
     groups: list[tuple[str, list[Summary]]] = []
-    for method, group in methods.items():
-        if len({run.run.seed for run in group}) == len(group):
-            groups.append((method, group))
+    for method, of_method in by_method.items():
+        if _seeds_differ(of_method):
+            groups.append((method, of_method))
             continue
-        alike: dict[str, list[Summary]] = {}
-        for run in group:
-            alike.setdefault(_apart_from_seed(run.run), []).append(run)
-        for some in alike.values():
-            for runs_of_one in (
-                [some]
-                if len({run.run.seed for run in some}) == len(some)
-                else [[run] for run in some]
-            ):
-                name = f"{method} ({runs_of_one[0].run.name})"
-                again = sum(label.startswith(name) for label, _ in groups)
-                groups.append((f"{name} {again + 1}" if again else name, runs_of_one))
+        for group in _by_settings(of_method):
+            name = f"{method} ({group[0].run.name})"
+            same_name = sum(label.startswith(name) for label, _ in groups)
+            label = f"{name} {same_name + 1}" if same_name else name
+            groups.append((label, group))
     return groups
+
+
+def _by_settings(runs: Iterable[Summary]) -> list[list[Summary]]:
+    """Group runs that differ in nothing but the seed; where those repeat one, each stands alone."""
+    by_settings: dict[str, list[Summary]] = {}
+    for run in runs:
+        by_settings.setdefault(_apart_from_seed(run.run), []).append(run)
+    groups: list[list[Summary]] = []
+    for alike in by_settings.values():
+        if _seeds_differ(alike):
+            groups.append(alike)
+        else:
+            groups.extend([run] for run in alike)
+    return groups
+
+
+def _seeds_differ(runs: Sequence[Summary]) -> bool:
+    return len({run.run.seed for run in runs}) == len(runs)
 
 
 def _apart_from_seed(run: RunRow) -> str:
     """Return what runs have in common that differ in nothing but the seed."""
-    settings = {name: value for name, value in run.settings.items() if name != "seed"}
+    settings = dict(run.settings)
+    settings.pop("seed", None)
     return json.dumps([run.name, settings], sort_keys=True, default=str)
 
 
-def _line(label: str, runs: Sequence[Summary], terms: Terms) -> Line:
-    each = tuple(_numbers(run, terms) for run in runs)
-    return Line(
-        label, tuple(runs), each, _combined(each, fmean), _combined(each, _sample_deviation)
-    )
-
-
-def _numbers(run: Summary, terms: Terms) -> Numbers:
-    final, reached = run.final, None if terms.target is None else run.reached(terms.target)
-    level, afford = run.after(terms.rounds), run.within(terms.budget)
-    return Numbers(
-        accuracy=final and final.accuracy,
-        best_accuracy=max((point.accuracy for point in run.curve), default=None),
-        macro_f1=final and final.macro_f1,
-        over_majority=final and final.accuracy - (run.run.majority or 0.0),
-        rounds=run.rounds,
-        client_steps=run.steps,
-        trained_first=run.trained_first,
-        trained_last=run.trained_last,
-        down_bytes=run.down,
-        up_bytes=run.up,
-        seconds_per_client_round=run.seconds,
-        peak_memory_bytes=run.peak_memory,
-        lost=sum(run.lost.values()),
-        network_seconds=run.cost.network(terms.bandwidth),
-        network_seconds_slora=run.cost.network(SLORA_LINK),
-        rounds_to_target=reached and reached.round,
-        bytes_to_target=reached and reached.cost.bytes,
-        seconds_to_target=reached and reached.cost.slowest_seconds,
-        modelled_seconds_to_target=reached and reached.cost.modelled(terms.bandwidth),
-        modelled_seconds_to_target_slora=reached and reached.cost.modelled(SLORA_LINK),
-        equal_rounds_accuracy=level and level.accuracy,
-        equal_rounds_bytes=level and level.cost.bytes,
-        equal_bytes_accuracy=afford and afford.accuracy,
-        equal_bytes_rounds=afford and afford.round,
-    )
-
-
-def _combined(each: Sequence[Numbers], rule: Callable[[Sequence[float]], float | None]) -> Numbers:
-    """Return ``rule`` of every number over the seeds; None where a seed lacks it."""
-
-    def column(name: str) -> float | None:
-        values = [getattr(numbers, name) for numbers in each]
-        return None if None in values else rule(values)
-
-    return Numbers(**{field.name: column(field.name) for field in fields(Numbers)})
-
-
-def _sample_deviation(values: Sequence[float]) -> float | None:
-    return stdev(values) if len(values) > 1 else None
+def _line(label: str, runs: Sequence[Summary], terms: Terms, others: Sequence[str]) -> Line:
+    each = tuple(numbers_of(run, terms, others) for run in runs)
+    mean = over_seeds(each, fmean)
+    return Line(label, tuple(runs), each, mean, over_seeds(each, sample_deviation))

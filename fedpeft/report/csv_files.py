@@ -1,21 +1,24 @@
-"""A comparison as CSV files, with every number there is: per method, per run, and along every run's curve."""
+"""A comparison as CSV files, with every number: per method, per run, and along every run's curve."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fedpeft.report.comparison import Comparison, Numbers
+from fedpeft.report.comparison import Comparison
+from fedpeft.report.summary import Point
 from fedpeft.report.terms import SLORA_LINK
 
-_NUMBERS = [field.name for field in fields(Numbers)]
+Cells = Sequence[object]
+"""One line of a file."""
 
 
 def save(compared: Comparison, out: Path) -> list[Path]:
-    """Write ``summary.csv``, ``runs.csv`` and ``curves.csv`` to the existing folder ``out`` and return their paths.
+    """Write ``summary.csv``, ``runs.csv`` and ``curves.csv`` to the existing folder ``out``.
 
-    ``runs.csv`` has the fields of ``Numbers`` for every run; ``summary.csv`` their mean over a method's seeds, under
-    ``<field>_spread`` their sample standard deviation. An empty cell is a number that does not exist.
+    Returns their paths. ``runs.csv`` has the fields of ``Numbers`` for every run, with the name of
+    the metric for ``score``; ``summary.csv`` has their mean over a method's seeds, under
+    ``<field>_spread`` their sample standard deviation. An empty cell is a number that does not
+    exist. Metrics are as they are in the ledgers, shares as shares of 1.
     """
     return [
         _write(out / "summary.csv", _summary(compared)),
@@ -24,47 +27,52 @@ def save(compared: Comparison, out: Path) -> list[Path]:
     ]
 
 
-def _write(path: Path, lines: Iterable[Sequence[object]]) -> Path:
+def _write(path: Path, lines: Iterable[Cells]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
     return path
 
 
-def _summary(compared: Comparison) -> Iterable[Sequence[object]]:
-    terms = compared.terms
+def _summary(compared: Comparison) -> Iterator[Cells]:
+    metric, terms = compared.metric.name, compared.terms
+    means = list(compared.lines[0].mean.columns(metric))
+    spreads = [f"{name}_spread" for name in means]
     given = ["target", "bandwidth", "equal_rounds", "equal_bytes", "majority"]
-    yield ["method", "seeds", *_NUMBERS, *(f"{name}_spread" for name in _NUMBERS), *given]
+    yield ["method", "seeds", *means, *spreads, *given]
     values = [terms.target, terms.bandwidth, terms.rounds, terms.budget, compared.majority]
     for line in compared.lines:
-        yield [line.label, len(line.runs), *astuple(line.mean), *astuple(line.spread), *values]
+        mean, spread = line.mean.columns(metric), line.spread.columns(metric)
+        yield [line.label, len(line.runs), *mean.values(), *spread.values(), *values]
 
 
-def _runs(compared: Comparison) -> Iterable[Sequence[object]]:
-    yield ["method", "run", "seed", *_NUMBERS, "lost_reasons"]
+def _runs(compared: Comparison) -> Iterator[Cells]:
+    metric = compared.metric.name
+    headings = compared.lines[0].mean.columns(metric)
+    yield ["method", "run", "seed", *headings, "lost_reasons"]
     for line in compared.lines:
         for run, numbers in zip(line.runs, line.each, strict=True):
             reasons = "; ".join(f"{reason}: {count}" for reason, count in run.lost.items())
-            yield [line.label, run.run.name, run.run.seed, *astuple(numbers), reasons]
+            cells = numbers.columns(metric).values()
+            yield [line.label, run.run.name, run.run.seed, *cells, reasons]
 
 
-def _curves(compared: Comparison) -> Iterable[Sequence[object]]:
+def _curves(compared: Comparison) -> Iterator[Cells]:
     spent = ["megabytes", "modelled_seconds", "modelled_seconds_slora"]
-    yield ["method", "run", "seed", "round", *spent, "accuracy", "macro_f1"]
+    metrics = [compared.metric.name, *compared.others]
+    yield ["method", "run", "seed", "round", *spent, *metrics]
     for line in compared.lines:
         for run in line.runs:
             for point in run.curve:
-                cost = point.cost
-                spending = [
-                    cost.bytes / 1e6,
-                    cost.modelled(compared.terms.bandwidth),
-                    cost.modelled(SLORA_LINK),
-                ]
-                yield [
-                    line.label,
-                    run.run.name,
-                    run.run.seed,
-                    point.round,
-                    *spending,
-                    point.accuracy,
-                    point.macro_f1,
-                ]
+                yield [line.label, run.run.name, run.run.seed, *_evaluation(point, compared)]
+
+
+def _evaluation(point: Point, compared: Comparison) -> Cells:
+    cost = point.cost
+    return [
+        point.round,
+        cost.bytes / 1e6,
+        cost.modelled(compared.terms.bandwidth),
+        cost.modelled(SLORA_LINK),
+        point.score,
+        *map(point.others.get, compared.others),
+    ]

@@ -1,35 +1,26 @@
-"""A comparison as PNG figures: accuracy over rounds, over traffic and over modelled time, a line per method."""
+"""A comparison as PNG figures: the score over rounds, traffic and modelled time, a line per method."""
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import compress
+from operator import add, sub
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import BadInput
-from fedpeft.report import captions as words
+from fedpeft.report import captions
+from fedpeft.report.columns import sample_deviation
 from fedpeft.report.comparison import Comparison, Line
+from fedpeft.report.metric import Metric
 from fedpeft.report.names import MOST, literal, plain
+from fedpeft.report.strokes import Stroke, strokes_for
 from fedpeft.report.summary import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-@dataclass(frozen=True)
-class Stroke:
-    """How a line looks."""
-
-    colour: str
-    style: str
-    marker: str
-
-
-# Okabe and Ito (2008), with Tol's wine for the yellow and the black; past seven methods the dashes change.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
-STYLES = ("-", "--", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREYS = ("#333333", "#999999", "#666666")
 
 LONGEST_TITLE = 120
 """Characters that fit above a figure."""
@@ -47,7 +38,10 @@ class View:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's mean over seeds at every round all of them were evaluated after; accuracies in per cent."""
+    """A method's mean over seeds, after every round after which all of them were evaluated.
+
+    ``mean``: of the score, a share in per cent; ``spread``: its sample standard deviation.
+    """
 
     x: tuple[float, ...]
     mean: tuple[float, ...]
@@ -65,40 +59,53 @@ def check() -> None:
 
 
 def save(compared: Comparison, out: Path) -> list[Path]:
-    """Write ``accuracy_over_{rounds,megabytes,time}.png`` to the existing folder ``out`` and return their paths.
+    """Write ``<metric>_over_{rounds,megabytes,time}.png`` to the existing folder ``out``.
 
-    Lines are means over seeds, bands a sample standard deviation either way, the dashes the majority class. A method
-    without any x above 0 on a logarithmic axis, such as a reference that moves no bytes, is a level line.
+    Returns their paths. Lines are means over seeds, bands a sample standard deviation either way,
+    the dashes the majority class, where there is one. A method without any x above 0 on a
+    logarithmic axis, such as a reference that moves no bytes, is a level line.
     """
     check()
-    return [_draw(compared, view, out / view.file) for view in _views(compared.terms.bandwidth)]
+    return [_draw(compared, view, out / view.file) for view in _views(compared)]
 
 
 def curve(line: Line, x: Callable[[Point], float]) -> Curve:
     """Return the method's curve over ``x``, which is averaged over seeds as well."""
-    by_round = [{point.round: point for point in run.curve} for run in line.runs]
-    common = sorted(set.intersection(*(set(points) for points in by_round)))
-    columns = [[points[number] for points in by_round] for number in common]
-    accuracies = [[100 * point.accuracy for point in column] for column in columns]
-    return Curve(
-        x=tuple(fmean(x(point) for point in column) for column in columns),
-        mean=tuple(fmean(column) for column in accuracies),
-        spread=tuple(stdev(column) if len(column) > 1 else 0.0 for column in accuracies),
-    )
+    metric = line.runs[0].metric
+    evaluated: dict[int, list[Point]] = {}
+    for run in line.runs:
+        latest = {point.round: point for point in run.curve}
+        for round_number, point in latest.items():
+            evaluated.setdefault(round_number, []).append(point)
+    xs: list[float] = []
+    means: list[float] = []
+    spreads: list[float] = []
+    for round_number in sorted(evaluated):
+        points = evaluated[round_number]
+        if len(points) < len(line.runs):
+            continue  # not every seed was evaluated then
+        scores = [metric.in_unit(point.score) for point in points]
+        xs.append(fmean(map(x, points)))
+        means.append(fmean(scores))
+        spreads.append(sample_deviation(scores) or 0.0)
+    return Curve(tuple(xs), tuple(means), tuple(spreads))
 
 
-def _views(bandwidth: float) -> Iterable[View]:
+def _views(compared: Comparison) -> Iterable[View]:
+    bandwidth = compared.terms.bandwidth
     link = f"{bandwidth / 1e6:.3g} MB/s"
+    # Whoever writes a task names its metric, and not every name can be a file's.
+    metric = re.sub(r"[^\w-]", "_", compared.metric.name)
     return (
-        View("accuracy_over_rounds.png", "rounds", lambda point: point.round, logarithmic=False),
+        View(f"{metric}_over_rounds.png", "rounds", lambda point: point.round, logarithmic=False),
         View(
-            "accuracy_over_megabytes.png",
+            f"{metric}_over_megabytes.png",
             "MB moved by all clients, down and up",
             _megabytes,
             logarithmic=True,
         ),
         View(
-            "accuracy_over_time.png",
+            f"{metric}_over_time.png",
             f"modelled minutes: per round the slowest transfer at {link} + the slowest training",
             lambda point: point.cost.modelled(bandwidth) / 60,
             logarithmic=True,
@@ -110,20 +117,6 @@ def _megabytes(point: Point) -> float:
     return point.cost.bytes / 1e6
 
 
-def _strokes(lines: Sequence[Line]) -> list[Stroke]:
-    """Return a stroke per line, the same in every figure: colours for methods, dotted greys for references."""
-    strokes, methods, references = [], 0, 0
-    for line in lines:
-        if any(run.federated for run in line.runs):
-            again, place = divmod(methods, len(PALETTE))
-            strokes.append(Stroke(PALETTE[place], STYLES[again % len(STYLES)], MARKERS[place]))
-            methods += 1
-        else:
-            strokes.append(Stroke(GREYS[references % len(GREYS)], ":", "."))
-            references += 1
-    return strokes
-
-
 def _draw(compared: Comparison, view: View, path: Path) -> Path:
     from matplotlib.figure import Figure  # noqa: PLC0415  (optional, and slow to import)
 
@@ -131,35 +124,31 @@ def _draw(compared: Comparison, view: View, path: Path) -> Path:
     axes = figure.add_subplot()
     if view.logarithmic:
         axes.set_xscale("log")
-    for line, stroke in zip(compared.lines, _strokes(compared.lines), strict=True):
-        _plot(axes, line, stroke, view)
-    majority = 100 * compared.majority
-    axes.axhline(
-        majority,
-        color="#777777",
-        linestyle="--",
-        linewidth=1,
-        label=f"majority class  {majority:.1f}",
-    )
+    for line, stroke in zip(compared.lines, strokes_for(compared.lines), strict=True):
+        _draw_line(axes, line, stroke, view, compared.metric)
+    if compared.majority is not None:
+        _draw_majority(axes, compared.majority, compared.metric)
     if view.logarithmic:
         _label_decades(axes)
-    _dress(axes, compared, view)
+    _label_axes(axes, compared, view)
+    _add_legend(axes, compared)
     figure.savefig(path)
     return path
 
 
-def _plot(axes: "Axes", line: Line, stroke: Stroke, view: View) -> None:
+def _draw_line(axes: "Axes", line: Line, stroke: Stroke, view: View, metric: Metric) -> None:
     drawn = curve(line, view.x)
-    if line.mean.accuracy is None or not drawn.x:
+    if line.mean.score is None or not drawn.x:
         return
-    label = f"{literal(line.label, MOST)}  {100 * line.mean.accuracy:.1f}"
-    shown = [at for at, x in enumerate(drawn.x) if x > 0 or not view.logarithmic]
-    if not shown:
+    label = f"{literal(line.label, MOST)}  {metric.written(line.mean.score)}"
+    # A logarithmic axis has no place for 0.
+    shown = [x > 0 or not view.logarithmic for x in drawn.x]
+    if not any(shown):
         axes.axhline(drawn.mean[-1], color=stroke.colour, linestyle=stroke.style, label=label)
         return
-    x, mean, spread = (
-        [column[at] for at in shown] for column in (drawn.x, drawn.mean, drawn.spread)
-    )
+    x = list(compress(drawn.x, shown))
+    mean = list(compress(drawn.mean, shown))
+    spread = list(compress(drawn.spread, shown))
     axes.plot(
         x,
         mean,
@@ -169,36 +158,55 @@ def _plot(axes: "Axes", line: Line, stroke: Stroke, view: View) -> None:
         markersize=3.5,
         label=label,
     )
-    low = [centre - width for centre, width in zip(mean, spread, strict=True)]
-    high = [centre + width for centre, width in zip(mean, spread, strict=True)]
+    low, high = list(map(sub, mean, spread)), list(map(add, mean, spread))
     axes.fill_between(x, low, high, color=stroke.colour, alpha=0.15, linewidth=0)
 
 
+def _draw_majority(axes: "Axes", majority: float, metric: Metric) -> None:
+    axes.axhline(
+        metric.in_unit(majority),
+        color="#777777",
+        linestyle="--",
+        linewidth=1,
+        label=f"{metric.trivial_answer}  {metric.written(majority)}",
+    )
+
+
 def _label_decades(axes: "Axes") -> None:
-    """Write plain numbers along a logarithmic x: at every power of ten, also at its 2 and 5 where there are few."""
+    """Write plain numbers along a logarithmic x.
+
+    They stand at every power of ten and, where these are few, at its 2 and 5 as well.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415
 
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    multiples = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=multiples))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _dress(axes: "Axes", compared: Comparison, view: View) -> None:
-    title = literal(words.setting(compared.runs), LONGEST_TITLE)
+def _label_axes(axes: "Axes", compared: Comparison, view: View) -> None:
+    metric = compared.metric
+    title = literal(captions.setting(compared.runs), LONGEST_TITLE)
     plain(axes.set_title(title, loc="left", fontsize=12, pad=12))
     axes.set_xlabel(view.label)
-    axes.set_ylabel("accuracy, %")
-    axes.set_ylim(bottom=0)
+    direction = "" if metric.higher_is_better else f" ({metric.direction})"
+    plain(axes.set_ylabel(_with_unit(metric) + direction))
+    if metric.share:
+        axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _add_legend(axes: "Axes", compared: Comparison) -> None:
     seeds = max(len(line.runs) for line in compared.lines)
-    heading = "final accuracy, %" + (
-        f"\n(mean of {seeds} seeds,\nband ± 1 s.d.)" if seeds > 1 else ""
-    )
+    heading = f"final {_with_unit(compared.metric)}"
+    if seeds > 1:
+        heading += f"\n(mean of {seeds} seeds,\nband ± 1 s.d.)"
     # By numbers at first: a legend leaves out what is called "_so", as matplotlib calls its own.
-    numbers = [f"{number}" for number in range(len(axes.lines))]
+    numbers = [f"{index}" for index in range(len(axes.lines))]
     legend = axes.legend(
         axes.lines,
         numbers,
@@ -208,6 +216,11 @@ def _dress(axes: "Axes", compared: Comparison, view: View) -> None:
         title=heading,
         alignment="left",
     )
+    plain(legend.get_title())
     for text, line in zip(legend.get_texts(), axes.lines, strict=True):
         text.set_text(str(line.get_label()))
         plain(text)
+
+
+def _with_unit(metric: Metric) -> str:
+    return f"{metric.label}, %" if metric.share else metric.label

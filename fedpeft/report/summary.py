@@ -1,4 +1,4 @@
-"""One run in numbers: its ledger folded once into a frozen value that comparisons read and nothing recomputes."""
+"""One run in numbers: its ledger folded once into a frozen value that comparisons read."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,60 +8,25 @@ from statistics import fmean
 from typing import final
 
 from fedpeft.errors import BadInput
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Row, RunRow, read
+from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Measured, Row, RunRow, read
+from fedpeft.report.cost import Cost, cost_of
+from fedpeft.report.metric import Metric, metric_of
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a run had spent by some moment.
-
-    ``bytes``: all traffic, down and up. ``slowest_bytes``: per round the most that any one client moved, down and up,
-    summed over rounds. ``slowest_seconds``: per round the longest measured training of a client, summed over rounds.
-    ``slowest_alone``: the same of clients that train alone, as on a machine of their own.
-    """
-
-    bytes: int = 0
-    slowest_bytes: int = 0
-    slowest_seconds: float = 0.0
-    slowest_alone: float = 0.0
-
-    def __add__(self, later: "Cost") -> "Cost":
-        return Cost(
-            bytes=self.bytes + later.bytes,
-            slowest_bytes=self.slowest_bytes + later.slowest_bytes,
-            slowest_seconds=self.slowest_seconds + later.slowest_seconds,
-            slowest_alone=self.slowest_alone + later.slowest_alone,
-        )
-
-    def network(self, bandwidth: float) -> float:
-        """Return the modelled seconds on the network at ``bandwidth`` bytes per second, the same down as up.
-
-        Every client has a link of its own, so the clients of a round transfer side by side and the slowest one counts.
-        SLoRA's printed minutes fit Gbit * 1024 / 5 + rounds * s_per_epoch (methods.md, section 1 [D]): all the traffic
-        of its tables through one link of 5 Mbit/s. Those tables count the traffic of one client, not of all [D]: down
-        and up in 250 rounds, 11.68 M weights of ALBERT are its 174 Gbit and 66.97 M of DistilBERT its 997. So where all
-        messages of a round have one size, as in SLoRA, its formula is this one at ``SLORA_LINK``. They differ where
-        sizes differ (SLoRA's knows no slowest client) and in its constant s_per_epoch, which ``modelled`` measures.
-        """
-        return self.slowest_bytes / bandwidth
-
-    def modelled(self, bandwidth: float) -> float:
-        """Return the modelled seconds so far: ``network`` plus each round's longest training alone.
-
-        A client's share of what several side by side took would make methods whose clients can
-        train so look faster than others, though every client has a machine of its own.
-        """
-        return self.network(bandwidth) + self.slowest_alone
+LOSS = "loss"
+"""The metric that every run has and no comparison is about."""
 
 
 @final
 @dataclass(frozen=True)
 class Point:
-    """One evaluation on a run's curve, after ``round`` rounds, and what had been spent by then."""
+    """One evaluation on a run's curve, after ``round`` rounds, and what had been spent by then.
+
+    ``score``: the run's metric. ``others``: its other metrics by name, without the loss.
+    """
 
     round: int
-    accuracy: float
-    macro_f1: float
+    score: float
+    others: Mapping[str, float]
     cost: Cost
 
 
@@ -69,11 +34,12 @@ class Point:
 class Summary:
     """One run in numbers. None stands for what the ledger does not tell (no evaluation, no reply).
 
-    ``curve``: the evaluations on ``split``, the split of the last evaluation. ``cost``: of the whole run; ``down`` and
-    ``up`` are its bytes. ``rounds``: rounds done. ``steps``: local steps of all clients. ``seconds``: mean per client
-    and round. ``peak_memory``: bytes, the largest of any reply; ``side_by_side``:
-    the largest cohort that shared one. ``trained_first``, ``trained_last``: parameters trained by the largest client of
-    the first and of the last round that got replies. ``lost``: how many replies for which reason.
+    ``curve``: the evaluations on ``split``, the split of the last evaluation. ``cost``: of the
+    whole run; ``down`` and ``up`` are its bytes. ``rounds``: rounds done. ``steps``: local steps of
+    all clients. ``seconds``: mean per client and round. ``peak_memory``: bytes, the largest of any
+    reply. ``side_by_side``: the most clients that trained in one stack. ``trained_first``,
+    ``trained_last``: parameters trained by the largest client of the first and of the last round
+    that got replies. ``lost``: how many replies for which reason.
     """
 
     run: RunRow
@@ -92,100 +58,147 @@ class Summary:
     lost: Mapping[str, int]
 
     @property
+    def metric(self) -> Metric:
+        """The metric that ``Point.score`` is one of."""
+        return metric_of(self.run)
+
+    @property
     def final(self) -> Point | None:
         """The last evaluation."""
         return self.curve[-1] if self.curve else None
 
     @property
+    def best(self) -> Point | None:
+        """The evaluation with the best score, of equal ones the first."""
+        return min(self.curve, key=lambda point: self.metric.rank(point.score), default=None)
+
+    @property
     def federated(self) -> bool:
-        """Whether anything was exchanged; a reference (all data in one place, no exchange) moves no bytes."""
+        """Whether anything was exchanged; a reference (all data in one place) moves no bytes."""
         return not self.run.reference
 
-    def reached(self, target: float) -> Point | None:
-        """Return the first evaluation with at least this accuracy."""
-        return next((point for point in self.curve if point.accuracy >= target), None)
+    def reached(self, target: float | None) -> Point | None:
+        """Return the first evaluation with a score as good as ``target``; without one, none."""
+        if target is None:
+            return None
+        for point in self.curve:
+            if self.metric.reaches(point.score, target):
+                return point
+        return None
 
     def after(self, rounds: int | None) -> Point | None:
         """Return the evaluation after exactly this many rounds."""
-        return next((point for point in reversed(self.curve) if point.round == rounds), None)
+        for point in reversed(self.curve):
+            if point.round == rounds:
+                return point
+        return None
 
     def within(self, budget: int | None) -> Point | None:
         """Return the last evaluation before the traffic exceeded ``budget`` bytes."""
-        fits = (
-            point
-            for point in reversed(self.curve)
-            if budget is not None and point.cost.bytes <= budget
-        )
-        return next(fits, None)
+        if budget is None:
+            return None
+        for point in reversed(self.curve):
+            if point.cost.bytes <= budget:
+                return point
+        return None
 
 
 def summarise(folder: Path) -> Summary:
-    """Return the summary of the run in ``folder``; a ledger that does not open with its run raises BadInput."""
-    rows = read(folder / FILE)
-    run = rows[0] if rows else None
-    if not isinstance(run, RunRow):
-        raise BadInput(
-            f"{folder / FILE}: does not open with the row of its run; was the run started here?"
-        )
-    if run.reference:
-        rows = [replace(row, down=0, up=0) if isinstance(row, ClientRow) else row for row in rows]
+    """Return the summary of the run in ``folder``.
+
+    Raises BadInput for a ledger that does not open with its run, or whose evaluations lack the
+    run's metric.
+    """
+    run, rows = _opened(folder / FILE)
     asked = [row for row in rows if isinstance(row, ClientRow)]
-    replies = [row for row in asked if row.lost is None]
     evaluations = [row for row in rows if isinstance(row, EvaluationRow)]
-    split = evaluations[-1].split if evaluations else None
-    trained = _trained(replies)
+    replies, lost = _replies(asked)
+    last = evaluations[-1] if evaluations else None
+    split = last.split if last else None
+    rounds_asked = len({row.round for row in asked})
+    trained = _trained(asked)
     return Summary(
         run=run,
         split=split,
-        curve=_curve(rows, split),
-        cost=_cost(asked),
+        curve=_curve(rows, split, run, folder / FILE),
+        cost=cost_of(asked),
         down=sum(row.down for row in asked),
         up=sum(row.up for row in asked),
-        rounds=max(len({row.round for row in asked}), evaluations[-1].round if evaluations else 0),
-        steps=sum(row.measured.steps for row in replies),
-        seconds=fmean(row.measured.seconds for row in replies) if replies else None,
-        peak_memory=max((row.measured.peak_memory for row in replies), default=None),
-        side_by_side=max((row.measured.shared_by for row in replies), default=1),
+        rounds=max(rounds_asked, last.round) if last else rounds_asked,
+        steps=sum(reply.steps for reply in replies),
+        seconds=fmean(reply.seconds for reply in replies) if replies else None,
+        peak_memory=max((reply.peak_memory for reply in replies), default=None),
+        side_by_side=max((reply.shared_by for reply in replies), default=1),
         trained_first=trained[0] if trained else None,
         trained_last=trained[-1] if trained else None,
-        lost=Counter(row.lost for row in asked if row.lost is not None),
+        lost=lost,
     )
 
 
-def _trained(replies: Sequence[ClientRow]) -> list[int]:
-    """Return the parameters that the largest client of every round trained, by round."""
-    most: dict[int, int] = {}
-    for row in replies:
-        most[row.round] = max(most.get(row.round, 0), row.measured.trained)
-    return [most[number] for number in sorted(most)]
+def _opened(path: Path) -> tuple[RunRow, list[Row]]:
+    """Return a ledger's first row and all its rows; those of a reference without their bytes."""
+    rows = read(path)
+    run = rows[0] if rows else None
+    if not isinstance(run, RunRow):
+        raise BadInput(f"{path}: does not open with the row of its run; was the run started here?")
+    if run.reference:
+        for index, row in enumerate(rows):
+            if isinstance(row, ClientRow):
+                rows[index] = replace(row, down=0, up=0)
+    return run, rows
 
 
-def _cost(asked: Sequence[ClientRow]) -> Cost:
-    by_round: dict[int, list[ClientRow]] = {}
+def _replies(asked: Sequence[ClientRow]) -> tuple[list[Measured], Counter[str]]:
+    """Return what the clients measured whose replies were used, and why others were lost."""
+    replies: list[Measured] = []
+    lost: Counter[str] = Counter()
     for row in asked:
-        by_round.setdefault(row.round, []).append(row)
-    total = Cost()
-    for rows in by_round.values():
-        total += Cost(
-            bytes=sum(row.down + row.up for row in rows),
-            slowest_bytes=max(row.down + row.up for row in rows),
-            slowest_seconds=max(row.measured.seconds for row in rows),
-            slowest_alone=max(row.measured.seconds_alone for row in rows),
-        )
-    return total
+        if row.lost is None:
+            replies.append(row.measured)
+        else:
+            lost[row.lost] += 1
+    return replies, lost
 
 
-def _curve(rows: Sequence[Row], split: str | None) -> tuple[Point, ...]:
-    """Return the evaluations on ``split``. Rows are written as things happen: what stands above one came before it."""
+def _trained(asked: Sequence[ClientRow]) -> list[int]:
+    """Return the parameters that the largest client of every round trained, by round.
+
+    Rounds without a reply are left out.
+    """
+    largest: dict[int, int] = {}
+    for row in asked:
+        if row.lost is None:
+            largest[row.round] = max(largest.get(row.round, 0), row.measured.trained)
+    return [largest[round_number] for round_number in sorted(largest)]
+
+
+def _curve(rows: Sequence[Row], split: str | None, run: RunRow, path: Path) -> tuple[Point, ...]:
+    """Return the evaluations on ``split``.
+
+    Rows are written as things happen: what stands above an evaluation came before it.
+    """
     spent = Cost()
     since: list[ClientRow] = []  # who was asked since the last evaluation; no round straddles one
-    points = []
+    points: list[Point] = []
     for row in rows:
         if isinstance(row, ClientRow):
             since.append(row)
         elif isinstance(row, EvaluationRow):
-            spent, since = spent + _cost(since), []
+            spent += cost_of(since)
+            since = []
             if row.split == split:
-                metrics = row.metrics
-                points.append(Point(row.round, metrics["accuracy"], metrics["macro_f1"], spent))
+                points.append(_point(row, run.metric, spent, path))
     return tuple(points)
+
+
+def _point(row: EvaluationRow, metric: str, spent: Cost, path: Path) -> Point:
+    others = dict(row.metrics)
+    others.pop(LOSS, None)
+    score = row.metrics.get(metric)
+    if score is None:
+        raise BadInput(
+            f"{path}: the evaluation after round {row.round} has no {metric}, by which the run is "
+            f"scored; it has {', '.join(row.metrics) or 'nothing'}"
+        )
+    others.pop(metric, None)
+    return Point(row.round, score, others, spent)

@@ -1,13 +1,15 @@
-"""A comparison as rich tables: what each method reached at which cost, and the same at equal rounds and equal bytes."""
+"""A comparison as rich tables: what each method reached at which cost, also on equal terms."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report import captions as words
+from fedpeft.report import captions
 from fedpeft.report.comparison import Comparison, Line
+from fedpeft.report.metric import Metric, significant, spelled
 from fedpeft.report.names import literal
 from fedpeft.report.terms import Terms
 
@@ -16,113 +18,173 @@ Column = tuple[str, Callable[[Line], str]]
 
 ABSENT = "-"
 
+COUNT_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+"""Sizes and names of the units for numbers of weights, the largest first."""
+
 
 def comparison(compared: Comparison) -> Table:
-    """Return the main table, made for 120 columns: a row per method, then the majority class, then the small print."""
-    table = _table("Final accuracy and its cost", _columns(compared.terms), compared.lines)
-    table.add_section()
-    table.add_row("majority class", f"{100 * compared.majority:.1f}")
-    table.caption = Text("\n".join(literal(line) for line in _small_print(compared) if line))
+    """Return the main table, made for 120 columns: methods, majority class, captions."""
+    metric = compared.metric
+    columns = [("method", _name), *_score_columns(compared), *_cost_columns(compared.terms)]
+    table = _table(f"Final {metric.label} and its cost", columns, compared.lines)
+    if compared.majority is not None:
+        table.add_section()
+        table.add_row(metric.trivial_answer, metric.written(compared.majority))
+    table.caption = Text("\n".join(map(literal, filter(None, _small_print(compared)))))
     return table
 
 
 def equal_terms(compared: Comparison) -> Table:
     """Return the equal-rounds view and the equal-bytes view side by side."""
-    terms = compared.terms
+    metric, terms = compared.metric, compared.terms
+    heading = f"{metric.label} %" if metric.share else metric.label
     rounds = ABSENT if terms.rounds is None else f"{terms.rounds}"
+    budget = _megabytes(terms.budget)
+
+    def after_rounds(line: Line) -> str:
+        return _score(metric, line.mean.equal_rounds_score, line.spread.equal_rounds_score)
+
+    def within_budget(line: Line) -> str:
+        return _score(metric, line.mean.equal_bytes_score, line.spread.equal_bytes_score)
+
     columns: list[Column] = [
-        ("method", lambda line: literal(line.label)),
-        (
-            f"accuracy %\nafter {rounds} rounds",
-            lambda line: _percent(
-                line.mean.equal_rounds_accuracy, line.spread.equal_rounds_accuracy
-            ),
-        ),
+        ("method", _name),
+        (f"{heading}\nafter {rounds} rounds", after_rounds),
         ("MB\nby then", lambda line: _megabytes(line.mean.equal_rounds_bytes)),
-        (
-            f"accuracy %\nwithin {_megabytes(terms.budget)} MB",
-            lambda line: _percent(line.mean.equal_bytes_accuracy, line.spread.equal_bytes_accuracy),
-        ),
+        (f"{heading}\nwithin {budget} MB", within_budget),
         ("rounds\nby then", lambda line: _rounds(line.mean.equal_bytes_rounds)),
     ]
     table = _table("At equal rounds and at equal bytes", columns, compared.lines)
-    table.caption = f"{ABSENT}: no evaluation after exactly that round, or none before the traffic passed the budget"
+    table.caption = (
+        f"{ABSENT}: no evaluation after exactly that round, "
+        "or none before the traffic passed the budget"
+    )
     return table
 
 
 def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Table:
+    """Return a table whose first column is on the left and may wrap, unlike the numbers."""
     table = Table(
         title=title, box=box.SIMPLE_HEAD, padding=0, title_justify="left", caption_justify="left"
     )
-    for place, (heading, _) in enumerate(columns):
-        table.add_column(
-            Text(heading),
-            justify="right" if place else "left",
-            vertical="bottom",
-            no_wrap=place > 0,
-        )
+    names, *numbers = [Text(heading) for heading, _ in columns]
+    table.add_column(names, justify="left", vertical="bottom", no_wrap=False)
+    for heading in numbers:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for line in lines:
         table.add_row(*(Text(cell(line)) for _, cell in columns))
     return table
 
 
-def _columns(terms: Terms) -> list[Column]:
+def _score_columns(compared: Comparison) -> list[Column]:
+    """Return what was reached: the metric, the first of the others, the gain where there is one."""
+    metric = compared.metric
+
+    def score(line: Line) -> str:
+        return _score(metric, line.mean.score, line.spread.score)
+
+    columns: list[Column] = [(_heading(metric.name, metric.share), score)]
+    if compared.others:
+        other = compared.others[0]
+        heading = _heading(other, metric.share)
+        columns.append((heading, lambda line: _score(metric, line.mean.others[other])))
+    if compared.majority is not None:
+        baseline = metric.trivial_answer.split()[0]
+        heading = f"over\n{baseline}" if metric.higher_is_better else f"below\n{baseline}"
+        columns.append((heading, lambda line: _gain(metric, line.mean.over_majority)))
+    return columns
+
+
+def _cost_columns(terms: Terms) -> list[Column]:
     link = f"{terms.bandwidth / 1e6:.3g} MB/s"
+
+    def modelled(line: Line) -> str:
+        return _minutes(line.mean.modelled_seconds_to_target)
+
+    def modelled_slora(line: Line) -> str:
+        return _minutes(line.mean.modelled_seconds_to_target_slora)
+
     return [
-        ("method", lambda line: literal(line.label)),
-        ("accuracy\n%", lambda line: _percent(line.mean.accuracy, line.spread.accuracy)),
-        ("macro\nF1 %", lambda line: _percent(line.mean.macro_f1)),
-        ("over\nmajority", lambda line: _gain(line.mean.over_majority)),
-        (
-            "trained\nweights",
-            lambda line: _trained(line.mean.trained_first, line.mean.trained_last),
-        ),
+        ("trained\nweights", _trained),
         ("MB\ndown", lambda line: _megabytes(line.mean.down_bytes)),
         ("MB\nup", lambda line: _megabytes(line.mean.up_bytes)),
         ("rounds\nto\ntarget", lambda line: _rounds(line.mean.rounds_to_target)),
         ("MB\nto\ntarget", lambda line: _megabytes(line.mean.bytes_to_target)),
-        (f"modelled\nmin at\n{link}", lambda line: _minutes(line.mean.modelled_seconds_to_target)),
-        (
-            "modelled\nmin at\n5 Mbit/s",
-            lambda line: _minutes(line.mean.modelled_seconds_to_target_slora),
-        ),
+        (f"modelled\nmin at\n{link}", modelled),
+        ("modelled\nmin at\n5 Mbit/s", modelled_slora),
         ("s per\nclient\nround", lambda line: _number(line.mean.seconds_per_client_round)),
         ("peak\nMB", lambda line: _megabytes(line.mean.peak_memory_bytes)),
-        ("lost", lambda line: f"{sum(sum(run.lost.values()) for run in line.runs)}"),
+        ("lost", _lost),
     ]
+
+
+def _heading(name: str, share: bool) -> str:
+    r"""Return the name of a metric, a word a line; the unit has a line only below a single word.
+
+    >>> _heading("accuracy", share=True), _heading("macro_f1", share=True)
+    ('accuracy\n%', 'macro\nF1 %')
+    """
+    words = spelled(name).split()
+    if share and len(words) > 1:
+        words[-1] += " %"
+    elif share:
+        words.append("%")
+    return "\n".join(words)
 
 
 def _small_print(compared: Comparison) -> list[str]:
+    """Return the lines below the main table, those that do not apply empty."""
     runs = compared.runs
-    slowest = "modelled min to target: per round the slowest client's bytes / bandwidth"
     return [
-        words.setting(runs),
-        words.provenance(runs),
-        words.target(compared.terms),
-        "± sample standard deviation over seeds; a number to target only where every seed reached it",
-        "counted: weights (first round → last), MB (10^6 bytes, all clients); measured: s per client round, peak MB",
-        f"{slowest} + its longest training alone",
-        words.stacks(runs),
-        words.losses(runs),
-        words.unfinished(runs),
+        captions.setting(runs),
+        captions.provenance(runs),
+        captions.target(compared.terms, compared.metric),
+        "± sample standard deviation over seeds; "
+        "a number to target only where every seed reached it",
+        "counted: weights (first round → last), MB (10^6 bytes, all clients); "
+        "measured: s per client round, peak MB",
+        "modelled min to target: per round the slowest client's bytes / bandwidth "
+        "+ its longest training alone",
+        captions.stacks(runs),
+        captions.losses(runs),
+        captions.unfinished(runs),
     ]
 
 
-def _percent(share: float | None, spread: float | None = None) -> str:
-    if share is None:
+def _name(line: Line) -> str:
+    return literal(line.label)
+
+
+def _lost(line: Line) -> str:
+    lost = 0
+    for run in line.runs:
+        lost += sum(run.lost.values())
+    return f"{lost}"
+
+
+def _trained(line: Line) -> str:
+    """Return the weights trained in the first round and, if they are others, in the last."""
+    first, last = line.mean.trained_first, line.mean.trained_last
+    return _count(first) if first == last else f"{_count(first)}→{_count(last)}"
+
+
+def _score(metric: Metric, score: float | None, spread: float | None = None) -> str:
+    if score is None:
         return ABSENT
-    return f"{100 * share:.1f}" if spread is None else f"{100 * share:.1f} ± {100 * spread:.1f}"
+    written = metric.written(score)
+    return written if spread is None else f"{written} ± {metric.written(spread)}"
 
 
-def _gain(share: float | None) -> str:
-    return ABSENT if share is None else f"{100 * share:+.1f}"
+def _gain(metric: Metric, gain: float | None) -> str:
+    """Return ``gain`` with its sign: above 0 is better, whichever way the metric goes."""
+    if gain is None:
+        return ABSENT
+    sign = "-" if math.copysign(1, gain) < 0 else "+"
+    return sign + metric.written(abs(gain))
 
 
 def _number(value: float | None) -> str:
-    """Return ``value`` with three significant digits or, from 100 on, as a whole number."""
-    if value is None:
-        return ABSENT
-    return f"{value:.0f}" if value == 0 or value >= 99.95 else f"{value:#.3g}"
+    return ABSENT if value is None else significant(value)
 
 
 def _rounds(value: float | None) -> str:
@@ -130,22 +192,17 @@ def _rounds(value: float | None) -> str:
 
 
 def _megabytes(size: float | None) -> str:
-    return _number(None if size is None else size / 1e6)
+    return ABSENT if size is None else significant(size / 1e6)
 
 
 def _minutes(seconds: float | None) -> str:
-    return _number(None if seconds is None else seconds / 60)
+    return ABSENT if seconds is None else significant(seconds / 60)
 
 
 def _count(weights: float | None) -> str:
     if weights is None:
         return ABSENT
-    unit, name = next(
-        ((unit, name) for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if weights >= unit),
-        (1, ""),
-    )
-    return f"{_number(weights / unit)}{name}"
-
-
-def _trained(first: float | None, last: float | None) -> str:
-    return _count(first) if first == last else f"{_count(first)}→{_count(last)}"
+    for size, name in COUNT_UNITS:
+        if weights >= size:
+            return f"{significant(weights / size)}{name}"
+    return significant(weights)

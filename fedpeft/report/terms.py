@@ -1,10 +1,13 @@
-"""What runs are compared on: an accuracy to reach, a link, a number of rounds, a budget in bytes."""
+"""What runs are compared on: a score to reach, a link, a number of rounds, a budget in bytes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median_low
+from itertools import chain
+from statistics import fmean
 
 from fedpeft.errors import BadInput
+from fedpeft.report.metric import ACCURACY, Metric
 from fedpeft.report.summary import Summary
 
 FEDADAPTER_LINK = 1e6
@@ -14,9 +17,10 @@ SLORA_LINK = 5 * 2**20 / 8
 """Bytes per second: SLoRA's 5 Mbit/s. Its Gbit * 1024 / 5 counts in powers of two."""
 
 SHARE_OF_MEDIAN = 0.9
-"""The target accuracy, when none is given, as a share of the median method's final accuracy.
+"""The target, when none is given, as a share of the median method's final score.
 
-A share of the best one would be full fine-tuning's alone to reach, and most cells of the table empty.
+Where less is better the score is divided by it. A share of the best score would be full
+fine-tuning's alone to reach, and most cells of the table empty.
 """
 
 
@@ -24,8 +28,9 @@ A share of the best one would be full fine-tuning's alone to reach, and most cel
 class Terms:
     """The terms of a comparison; None where the runs, lacking evaluations, leave one open.
 
-    ``target``: an accuracy; ``given``: whether the user chose it. ``bandwidth``: bytes per second. ``rounds``: of the
-    equal-rounds view. ``budget``: bytes of the equal-bytes view.
+    ``target``: a score in the runs' metric; ``given``: whether the user chose it. ``bandwidth``:
+    bytes per second. ``rounds``: of the equal-rounds view. ``budget``: bytes of the equal-bytes
+    view.
     """
 
     target: float | None
@@ -35,45 +40,91 @@ class Terms:
     budget: int | None
 
 
-def check(target: float | None, bandwidth: float) -> None:
-    """Raise BadInput for a target that is no share of 1, or a bandwidth that is not positive."""
-    if target is not None and not 0 < target <= 1:
-        raise BadInput(
-            f"target = {target:g}: an accuracy is above 0 and at most 1; did you mean {target / 100:g}?"
-        )
-    if bandwidth <= 0:
+def check(target: float | None, bandwidth: float, metric: Metric = ACCURACY) -> None:
+    """Raise BadInput for a target that ``metric`` cannot have, or a bandwidth not above 0.
+
+    >>> check(target=35.0, bandwidth=1e6, metric=Metric("perplexity", share=False))
+    >>> check(target=35.0, bandwidth=1e6)
+    Traceback (most recent call last):
+    fedpeft.errors.BadInput: target = 35: accuracy is above 0 and at most 1; did you mean 0.35?
+    """
+    if target is not None:
+        _check_target(target, metric)
+    if not bandwidth > 0:  # so put, it refuses NaN, too
         raise BadInput(
             f"bandwidth = {bandwidth:g}: give bytes per second, such as {FEDADAPTER_LINK:g}"
         )
 
 
+def _check_target(target: float, metric: Metric) -> None:
+    if metric.share and not 0 < target <= 1:
+        raise BadInput(
+            f"target = {target:g}: {metric.label} is above 0 and at most 1; "
+            f"did you mean {target / 100:g}?"
+        )
+    if not math.isfinite(target):
+        raise BadInput(f"target = {target:g}: give a finite {metric.label}, such as 10")
+
+
 def agree(
     methods: Sequence[Sequence[Summary]], target: float | None, bandwidth: float, budget: int | None
 ) -> Terms:
-    """Return the terms for ``methods``, each a sequence of its runs over seeds.
+    """Return the terms for ``methods``, each a sequence of its runs over seeds, at least one.
 
-    ``target`` defaults to ``SHARE_OF_MEDIAN`` of the median method's mean final accuracy (of two middle ones the
-    lower), ``budget`` to the total traffic of the cheapest method, of its seeds the most; ``rounds`` is the last round
-    after which every run was evaluated. References, which move no bytes, have no say in these, nor have runs without an
-    evaluation. BadInput as in ``check``.
+    ``target`` defaults to ``SHARE_OF_MEDIAN`` of the median method's mean final score (of two
+    middle ones the worse), ``budget`` to the total traffic of the cheapest method, of its seeds the
+    most; ``rounds`` is the last round after which every run was evaluated. References, which move
+    no bytes, have no say in these, nor have runs without an evaluation. BadInput as in ``check``.
     """
-    check(target, bandwidth)
-    evaluated = [[run for run in method if run.final] for method in methods]
-    voting = [method for method in evaluated if any(run.federated for run in method)] or list(
-        filter(None, evaluated)
-    )
+    metric = methods[0][0].metric
+    check(target, bandwidth, metric)
     given = target is not None
-    if not voting:
+    voters = _voters(methods)
+    if not voters:
         return Terms(target, given, bandwidth, None, budget)
-    runs = [run for method in voting for run in method]
-    median = median_low(fmean(run.curve[-1].accuracy for run in method) for method in voting)
-    common = set.intersection(*({point.round for point in run.curve} for run in runs))
-    return Terms(
-        target=SHARE_OF_MEDIAN * median if target is None else target,
-        given=given,
-        bandwidth=bandwidth,
-        rounds=max(common, default=None),
-        budget=min(max(run.cost.bytes for run in method) for method in voting)
-        if budget is None
-        else budget,
-    )
+    if target is None:
+        target = metric.relaxed(_median_score(voters, metric), SHARE_OF_MEDIAN)
+    if budget is None:
+        budget = min(_most_bytes(runs) for runs in voters)
+    rounds = _last_common_round(list(chain.from_iterable(voters)))
+    return Terms(target, given, bandwidth, rounds, budget)
+
+
+def _voters(methods: Sequence[Sequence[Summary]]) -> list[list[Summary]]:
+    """Return the evaluated runs of every method; those of references where there is nothing else."""
+    federated: list[list[Summary]] = []
+    references: list[list[Summary]] = []
+    for method in methods:
+        runs = [run for run in method if run.curve]
+        if any(run.federated for run in runs):
+            federated.append(runs)
+        elif runs:
+            references.append(runs)
+    return federated or references
+
+
+def _median_score(methods: Sequence[Sequence[Summary]], metric: Metric) -> float:
+    """Return the median over methods of the mean final score; of two middle ones the worse."""
+    finals = [_mean_final(runs) for runs in methods]
+    worst_first = sorted(finals, key=metric.rank, reverse=True)
+    return worst_first[(len(finals) - 1) // 2]
+
+
+def _mean_final(runs: Sequence[Summary]) -> float:
+    return fmean(run.curve[-1].score for run in runs)
+
+
+def _most_bytes(runs: Sequence[Summary]) -> int:
+    return max(run.cost.bytes for run in runs)
+
+
+def _last_common_round(runs: Sequence[Summary]) -> int | None:
+    """Return the last round after which every run was evaluated, None where there is none."""
+    common = _evaluated_rounds(runs[0])
+    for run in runs[1:]:
+        common &= _evaluated_rounds(run)
+    return max(common, default=None)
+
+
+def _evaluated_rounds(run: Summary) -> set[int]:
+    return {point.round for point in run.curve}

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fedpeft.errors import BadInput
-from fedpeft.report import csv_files as sheets
-from fedpeft.report import figures, tables
-from fedpeft.report.comparison import compare
+from fedpeft.report import csv_files, figures, tables
+from fedpeft.report.comparison import Comparison, compare
 from fedpeft.report.summary import summarise
 from fedpeft.report.terms import FEDADAPTER_LINK
 
@@ -24,23 +23,35 @@ def write(
 ) -> Group:
     """Report on the run folders ``runs`` into the folder ``out`` and return what to print.
 
-    ``target``: an accuracy (share of 1) to reach; ``bandwidth``: bytes per second; ``budget``: bytes of the equal-bytes
-    view; their defaults are those of ``fedpeft.report.terms.agree``. ``plots`` asks for the figures, which need
-    matplotlib. Raises BadInput before anything is written when a ledger is missing or damaged, when the runs do not
-    compare, or when matplotlib is asked for and missing.
+    ``target``: a score to reach in the runs' metric, such as an accuracy as a share of 1;
+    ``bandwidth``: bytes per second; ``budget``: bytes of the equal-bytes view; their defaults are
+    those of ``fedpeft.report.terms.agree``. ``plots`` asks for the figures, which need matplotlib.
+    Raises BadInput before anything is written when a ledger is missing or damaged, when the runs do
+    not compare, or when matplotlib is asked for and missing.
     """
     if plots:
         figures.check()
     summaries = [summarise(folder) for folder in dict.fromkeys(runs)]
     compared = compare(summaries, target, bandwidth, budget)
+    files = ", ".join(path.name for path in _save(compared, out, plots))
+    shown: list[RenderableType] = [tables.comparison(compared)]
+    if len(compared.lines) > 1:
+        shown += [Text(), tables.equal_terms(compared)]
+    return Group(*shown, Text(f"{out}: {files}"))
+
+
+def _save(compared: Comparison, out: Path, plots: bool) -> list[Path]:
+    """Write the CSV files and, if asked for, the figures; what the folder refuses is BadInput."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        written = sheets.save(compared, out) + (figures.save(compared, out) if plots else [])
+        written = csv_files.save(compared, out)
+        if plots:
+            written += figures.save(compared, out)
     except FileExistsError as error:
         raise BadInput(f"{out}: is a file; the report needs a folder") from error
     except OSError as error:
-        room = "make room, or choose another folder: fedpeft report --to"
-        raise BadInput(f"{out}: the report cannot be written ({error.strerror}); {room}") from error
-    names = ", ".join(path.name for path in written)
-    more = Group(Text(), tables.equal_terms(compared)) if len(compared.lines) > 1 else Group()
-    return Group(tables.comparison(compared), more, Text(f"{out}: {names}"))
+        advice = "make room, or choose another folder: fedpeft report --to"
+        raise BadInput(
+            f"{out}: the report cannot be written ({error.strerror}); {advice}"
+        ) from error
+    return written

@@ -40,10 +40,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure by which models are compared: its name, and which way is better."""
+    """A figure by which models are compared: its name, and which way is better.
+
+    ``share``: whether it is a share of 1, which reports write in per cent, as they then do the
+    other metrics that the task gives beside it, all but ``loss``.
+    """
 
     name: str
     higher_is_better: bool = True
+    share: bool = True
 
     def better(self, one: float, other: float) -> bool:
         """Return whether ``one`` is better than ``other``.

@@ -278,6 +278,18 @@ def test_a_row_of_an_older_ledger_is_read_and_its_client_counts_as_alone(tmp_pat
     assert read(path) == [ClientRow(round=3, client=7, down=10, up=20, measured=figures)]
 
 
+def test_an_older_ledger_was_of_a_classification(tmp_path: Path) -> None:
+    """Runs were scored by accuracy, in columns of their own, before metrics had names."""
+    path = tmp_path / FILE
+    run, scored = to_json(RUN), to_json(SCORED)
+    for name in ("metric", "higher_is_better", "metric_is_share"):
+        del run[name]
+    metrics = scored.pop("metrics")
+    assert isinstance(metrics, dict)
+    path.write_text(json.dumps(run) + "\n" + json.dumps({**scored, **metrics}) + "\n")
+    assert read(path) == [RUN, SCORED]
+
+
 def test_what_a_client_measured_lies_flat_in_the_file_and_no_loss_is_null() -> None:
     figures = {part.name: getattr(FIGURES, part.name) for part in fields(Measured)}
     flat = to_json(TRAINED)

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from rich.console import Console, RenderableType
 from fedpeft.errors import BadInput
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Measured, Row, RunRow
 from fedpeft.report import figures, tables, write
-from fedpeft.report.comparison import Numbers, compare
-from fedpeft.report.summary import Cost, Summary, summarise
+from fedpeft.report.comparison import compare
+from fedpeft.report.cost import Cost
+from fedpeft.report.summary import Summary, summarise
 from fedpeft.report.terms import SLORA_LINK
 
 MB = 1_000_000
@@ -99,6 +100,21 @@ def cells(renderable: RenderableType, method: str) -> list[str]:
     return next(line.split() for line in printed(renderable) if line.startswith(f" {method}"))
 
 
+def sheet(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+HEADINGS = """
+accuracy best_accuracy macro_f1 over_majority rounds client_steps trained_first trained_last
+down_bytes up_bytes seconds_per_client_round peak_memory_bytes lost network_seconds
+network_seconds_slora rounds_to_target bytes_to_target seconds_to_target
+modelled_seconds_to_target modelled_seconds_to_target_slora equal_rounds_accuracy
+equal_rounds_bytes equal_bytes_accuracy equal_bytes_rounds
+"""
+"""The numbers in the CSV files of a classification, in their order."""
+
+
 # The run that the first tests work out. Two clients a round; the second round loses one.
 ROUNDS: list[Row] = [
     opening("lora"),
@@ -135,7 +151,7 @@ def test_one_run_in_numbers(tmp_path: Path) -> None:
     assert summary.lost == {"timeout": 1}
     assert summary.split == "test"
     assert summary.final == summary.curve[-1]
-    assert [(point.round, point.accuracy) for point in summary.curve] == [
+    assert [(point.round, point.score) for point in summary.curve] == [
         (0, 0.1),
         (1, 0.5),
         (2, 0.4),
@@ -201,7 +217,7 @@ def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
         [summarise(run(tmp_path, ROUNDS))], target=0.45, bandwidth=2e6, budget=7 * MB
     )
     numbers = compared.lines[0].mean
-    assert (numbers.accuracy, numbers.best_accuracy, numbers.macro_f1) == (0.4, 0.5, 0.2)
+    assert (numbers.score, numbers.best_score, numbers.others) == (0.4, 0.5, {"macro_f1": 0.2})
     assert numbers.over_majority == pytest.approx(0.15)
     assert (numbers.rounds_to_target, numbers.bytes_to_target, numbers.seconds_to_target) == (
         1,
@@ -211,8 +227,8 @@ def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
     assert numbers.modelled_seconds_to_target == 6.5
     assert numbers.modelled_seconds_to_target_slora == pytest.approx(4 * MB / 655360 + 4.5)
     assert (numbers.network_seconds, numbers.lost) == (4, 1)
-    assert (numbers.equal_rounds_accuracy, numbers.equal_rounds_bytes) == (0.4, 13 * MB)
-    assert (numbers.equal_bytes_accuracy, numbers.equal_bytes_rounds) == (0.5, 1)
+    assert (numbers.equal_rounds_score, numbers.equal_rounds_bytes) == (0.4, 13 * MB)
+    assert (numbers.equal_bytes_score, numbers.equal_bytes_rounds) == (0.5, 1)
 
 
 def test_seeds_are_averaged_and_their_spread_is_the_sample_standard_deviation(
@@ -224,12 +240,12 @@ def test_seeds_are_averaged_and_their_spread_is_the_sample_standard_deviation(
         for seed, accuracies in enumerate([[0.3, 0.4], [0.4, 0.6]])
     ]
     line = compare(seeds, target=0.5).lines[0]
-    assert line.mean.accuracy == pytest.approx(0.5)
-    assert line.spread.accuracy == pytest.approx(math.sqrt(0.02))
+    assert line.mean.score == pytest.approx(0.5)
+    assert line.spread.score == pytest.approx(math.sqrt(0.02))
     assert [numbers.rounds_to_target for numbers in line.each] == [None, 2]
     assert line.mean.rounds_to_target is None
     assert compare(seeds, target=0.4).lines[0].mean.rounds_to_target == 1.5
-    assert compare(seeds[:1]).lines[0].spread.accuracy is None
+    assert compare(seeds[:1]).lines[0].spread.score is None
 
 
 def test_the_default_terms(tmp_path: Path) -> None:
@@ -253,15 +269,15 @@ def test_the_default_terms(tmp_path: Path) -> None:
     assert (terms.rounds, terms.budget) == (1, 5 * MB)
     assert [line.label for line in compared.lines] == ["centralised", "b", "d", "a", "c", "e"]
     by_label = {line.label: line for line in compared.lines}
-    assert [by_label[label].mean.equal_bytes_accuracy for label in "bdace"] == [
+    assert [by_label[label].mean.equal_bytes_score for label in "bdace"] == [
         None,
         0.6,
         0.1,
         None,
         None,
     ]
-    assert by_label["centralised"].mean.equal_bytes_accuracy == 0.99
-    assert [by_label[label].mean.equal_rounds_accuracy for label in "bdace"] == [
+    assert by_label["centralised"].mean.equal_bytes_score == 0.99
+    assert [by_label[label].mean.equal_rounds_score for label in "bdace"] == [
         0.5,
         0.6,
         0.1,
@@ -310,7 +326,7 @@ def test_the_budget_is_one_that_the_cheapest_method_keeps_with_every_seed(tmp_pa
     cheap = [replace(one, run=replace(one.run, seed=seed)) for seed, one in enumerate(cheap)]
     compared = compare([*cheap, simple(tmp_path / "full", "full", [0.5], 9)])
     assert compared.terms.budget == 4 * MB
-    assert {line.label: line.mean.equal_bytes_accuracy for line in compared.lines} == {
+    assert {line.label: line.mean.equal_bytes_score for line in compared.lines} == {
         "lora": 0.3,
         "full": None,
     }
@@ -447,14 +463,16 @@ def test_the_csv_files_have_every_number(tmp_path: Path) -> None:
     for seed, accuracy in enumerate((0.4, 0.6)):
         folders.append(run(tmp_path, [opening("lora", seed), asked(0, 3), scored(1, accuracy)]))
     write(folders, tmp_path / "out", plots=False)
-    names = {field.name for field in fields(Numbers)}
 
     def table(name: str) -> list[dict[str, str]]:
-        with (tmp_path / "out" / name).open(newline="") as file:
-            return list(csv.DictReader(file))
+        return sheet(tmp_path / "out" / name)
 
     (line,) = table("summary.csv")
-    assert line.keys() >= names | {f"{name}_spread" for name in names}
+    names = HEADINGS.split()
+    spreads = [f"{name}_spread" for name in names]
+    given = ["target", "bandwidth", "equal_rounds", "equal_bytes", "majority"]
+    assert list(line) == ["method", "seeds", *names, *spreads, *given]
+    assert list(table("runs.csv")[0]) == ["method", "run", "seed", *names, "lost_reasons"]
     assert (line["method"], line["seeds"], line["down_bytes"]) == ("lora", "2", "3000000.0")
     assert float(line["accuracy_spread"]) == pytest.approx(math.sqrt(0.02))
     assert [(row["run"], row["seed"], row["accuracy"]) for row in table("runs.csv")] == [
@@ -558,3 +576,176 @@ def test_a_client_that_diverged_has_no_loss_and_its_time_counts(tmp_path: Path) 
     assert summary.curve[-1].cost.slowest_alone == 4.5 + 6.0
     assert (summary.steps, summary.lost) == (14, {"diverged: ...": 1})
     assert "lost replies: 1 x diverged: ..." in printed(tables.comparison(compare([summary])))
+
+
+def language_model(
+    root: Path,
+    method: str,
+    perplexities: Sequence[float],
+    megabytes: int = 1,
+    majority: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Return the folder of a run that is scored by perplexity, evaluated after every round."""
+    first = replace(
+        opening(method, seed, len(perplexities)),
+        majority=majority,
+        metric="perplexity",
+        higher_is_better=False,
+        metric_is_share=False,
+    )
+    rows: list[Row] = [first]
+    for index, perplexity in enumerate(perplexities):
+        metrics = {"loss": 1.0, "perplexity": perplexity, "bits_per_word": perplexity / 4}
+        rows += [
+            asked(index, megabytes),
+            EvaluationRow(round=index + 1, split="test", examples=9, metrics=metrics),
+        ]
+    return run(root, rows)
+
+
+def language_models(root: Path, majority: float | None = None) -> list[Path]:
+    """Return four runs, the best last; their final perplexities are 48, 18, 10 and 9."""
+    return [
+        language_model(root, "ffa_lora", [60, 48], 3, majority),
+        language_model(root, "full", [18.5, 18], 9, majority),
+        language_model(root, "bitfit", [50, 10], 1, majority),
+        language_model(root, "lora", [25, 8, 9], 2, majority),
+    ]
+
+
+def test_runs_scored_by_perplexity_compare_with_the_lowest_first(tmp_path: Path) -> None:
+    """Finals 9, 10, 18, 48; of the middle ones, 10 and 18, the worse; 18 / 0.9 = 20 to reach.
+
+    lora is at 8 after 2 rounds and 4 MB, bitfit at 10 after 2 and 2 MB, full at 18.5 after 1 and
+    9 MB, ffa_lora never. All are evaluated after round 2; the least traffic is bitfit's, 2 MB, by
+    which lora has done a round.
+    """
+    compared = compare([summarise(folder) for folder in language_models(tmp_path, 40.0)])
+    terms = compared.terms
+    assert (terms.target, terms.rounds, terms.budget) == (20, 2, 2 * MB)
+    assert [line.label for line in compared.lines] == ["lora", "bitfit", "full", "ffa_lora"]
+    means = [line.mean for line in compared.lines]
+    assert [mean.score for mean in means] == [9, 10, 18, 48]
+    assert [mean.best_score for mean in means] == [8, 10, 18, 48]
+    assert [mean.over_majority for mean in means] == [31, 30, 22, -8]
+    assert [mean.others for mean in means[:2]] == [{"bits_per_word": 2.25}, {"bits_per_word": 2.5}]
+    assert [mean.rounds_to_target for mean in means] == [2, 2, 1, None]
+    assert [mean.bytes_to_target for mean in means] == [4 * MB, 2 * MB, 9 * MB, None]
+    assert [mean.equal_rounds_score for mean in means] == [8, 10, 18, 48]
+    assert [mean.equal_bytes_score for mean in means] == [25, 10, None, None]
+
+
+def test_a_target_is_reached_from_above_where_less_is_better(tmp_path: Path) -> None:
+    summary = summarise(language_model(tmp_path, "lora", [25, 8, 9]))
+    first, second, _ = summary.curve
+    assert [summary.reached(target) for target in (25, 24.9, 8, 7.9)] == [
+        first,
+        second,
+        second,
+        None,
+    ]
+
+
+def test_what_is_printed_of_perplexities(tmp_path: Path) -> None:
+    """No per cent; a gain is above 0 where a perplexity is below that of the trivial answer."""
+    report = write(language_models(tmp_path, 40.0), tmp_path / "out", plots=False)
+    text = printed(report)
+    assert "Final perplexity and its cost" in text
+    assert "target: perplexity at most 20.0 (the median method's final perplexity / 0.9)" in text
+    assert "%" not in "".join(text)
+    assert cells(report, "method")[:4] == ["method", "perplexity", "word", "trivial"]
+    assert cells(report, "lora")[1:4] == ["9.00", "2.25", "+31.0"]
+    assert cells(report, "ffa_lora")[1:4] == ["48.0", "12.0", "-8.00"]
+    assert cells(report, "trivial") == ["trivial", "answer", "40.0"]
+    equal = cells(tables.equal_terms(compare([summarise(tmp_path / "lora-0")])), "lora")
+    assert equal == ["lora", "9.00", "6.00", "9.00", "3"]
+
+
+def test_where_no_answer_is_trivial_there_is_no_row_and_no_line_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    folders = language_models(tmp_path)[2:]
+    report = write(folders, tmp_path / "out")
+    assert not any("trivial" in line or "majority" in line for line in printed(report))
+    assert cells(report, "lora")[1:4] == ["9.00", "2.25", "10.0"]  # the trained weights follow
+    for figure in drawn:
+        axes = figure.axes[0]
+        assert [line.get_label() for line in axes.get_lines()] == ["lora  9.00", "bitfit  10.0"]
+        assert [heights(line) for line in axes.get_lines()] == [[25, 8, 9], [50, 10]]
+        assert axes.get_ylabel() == "perplexity (lower is better)"
+        legend = axes.get_legend()
+        assert legend is not None
+        assert legend.get_title().get_text() == "final perplexity"
+    (line, _) = sheet(tmp_path / "out" / "summary.csv")
+    assert (line["majority"], line["over_majority"]) == ("", "")
+
+
+def test_the_files_of_perplexities_are_named_after_them(tmp_path: Path) -> None:
+    write(language_models(tmp_path), tmp_path / "out")
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == [f"perplexity_over_{name}.png" for name in ("megabytes", "rounds", "time")]
+    names = HEADINGS.replace("macro_f1", "bits_per_word").replace("accuracy", "perplexity").split()
+    runs = sheet(tmp_path / "out" / "runs.csv")
+    assert list(runs[0]) == ["method", "run", "seed", *names, "lost_reasons"]
+    assert [row["best_perplexity"] for row in runs] == ["8", "10", "18", "48"]
+    point = sheet(tmp_path / "out" / "curves.csv")[0]
+    assert list(point)[-2:] == ["perplexity", "bits_per_word"]
+    assert (point["perplexity"], point["bits_per_word"]) == ("25", "6.25")
+
+
+def test_a_share_of_which_less_is_better_is_in_per_cent(tmp_path: Path) -> None:
+    """An error rate of 0.18 is 18 %; the default target is 0.18 / 0.9 = 20 %."""
+    first = replace(opening("lora", rounds=1), metric="error_rate", higher_is_better=False)
+    row = EvaluationRow(round=1, split="test", examples=9, metrics={"error_rate": 0.18})
+    report = write([run(tmp_path, [first, asked(0, 1), row])], tmp_path / "out")
+    assert cells(report, "lora")[1:3] == ["18.0", "+7.0"]
+    source = "the median method's final error rate / 0.9"
+    assert f"target: error rate at most 20.0 % ({source})" in printed(report)
+
+
+def test_a_perplexity_beyond_all_numbers_is_the_worst_and_is_drawn(tmp_path: Path) -> None:
+    """Also where only one seed diverged: then the mean is infinite and has no deviation."""
+    folders = [
+        language_model(tmp_path, "lora", [30, math.inf]),
+        language_model(tmp_path, "lora", [30, 20], seed=1),
+        language_model(tmp_path, "full", [30, math.nan]),
+        language_model(tmp_path, "bitfit", [30, 25]),
+    ]
+    report = write(folders, tmp_path / "out")
+    compared = compare([summarise(folder) for folder in folders])
+    assert compared.lines[0].label == "bitfit"
+    assert [run.best and run.best.score for run in compared.runs] == [25, 30, 20, 30]
+    assert cells(report, "lora")[1] == "inf"
+    assert cells(report, "full")[1] == "nan"
+
+
+def test_different_metrics_are_refused_in_one_line(tmp_path: Path) -> None:
+    folders = [language_model(tmp_path, "lora", [9]), run(tmp_path, [opening("full")])]
+    message = (
+        r"lora-0 is scored by perplexity \(lower is better\), "
+        r"full-0 by accuracy \(a share, higher is better\); different metrics do not compare"
+    )
+    with pytest.raises(BadInput, match=message) as raised:
+        write(folders, tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_without_the_runs_metric_is_refused(tmp_path: Path) -> None:
+    first = replace(opening("lora"), metric="f1")
+    message = "after round 1 has no f1, by which the run is scored; it has accuracy, macro_f1, loss"
+    with pytest.raises(BadInput, match=message):
+        summarise(run(tmp_path, [first, scored(1, 0.5)]))
+
+
+def test_a_target_has_to_be_one_of_the_runs_metric(tmp_path: Path) -> None:
+    folder = language_model(tmp_path, "lora", [70, 50])
+    compared = compare([summarise(folder)], target=60)
+    assert compared.lines[0].mean.rounds_to_target == 2
+    with pytest.raises(BadInput, match=r"target = nan: give a finite perplexity"):
+        compare([summarise(folder)], target=math.nan)
+    with pytest.raises(BadInput, match="bandwidth = nan: "):
+        compare([summarise(folder)], bandwidth=math.nan)

@@ -1,0 +1,74 @@
+"""What a run had spent by some moment, in bytes and in modelled seconds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedpeft.ledger import ClientRow
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run had spent by some moment.
+
+    ``bytes``: all traffic, down and up. ``slowest_bytes``: per round the most that any one client
+    moved, down and up, summed over rounds. ``slowest_seconds``: per round the longest measured
+    training of a client, summed over rounds. ``slowest_alone``: the same of clients that train
+    alone, as on a machine of their own.
+
+    >>> first, second = Cost(bytes=6, slowest_bytes=4), Cost(bytes=7, slowest_bytes=5)
+    >>> (first + second).slowest_bytes
+    9
+    """
+
+    bytes: int = 0
+    slowest_bytes: int = 0
+    slowest_seconds: float = 0.0
+    slowest_alone: float = 0.0
+
+    def __add__(self, later: "Cost") -> "Cost":
+        return Cost(
+            bytes=self.bytes + later.bytes,
+            slowest_bytes=self.slowest_bytes + later.slowest_bytes,
+            slowest_seconds=self.slowest_seconds + later.slowest_seconds,
+            slowest_alone=self.slowest_alone + later.slowest_alone,
+        )
+
+    def network(self, bandwidth: float) -> float:
+        """Return the modelled seconds on the network, ``bandwidth`` bytes per second down and up.
+
+        Every client has a link of its own, so the clients of a round transfer side by side and the
+        slowest one counts. SLoRA's printed minutes fit Gbit * 1024 / 5 + rounds * s_per_epoch
+        (methods.md, section 1 [D]): all the traffic of its tables through one link of 5 Mbit/s.
+        Those tables count the traffic of one client, not of all [D]: down and up in 250 rounds,
+        11.68 M weights of ALBERT are its 174 Gbit and 66.97 M of DistilBERT its 997. So where all
+        messages of a round have one size, as in SLoRA, its formula is this one at ``SLORA_LINK``.
+        They differ where sizes differ (SLoRA's knows no slowest client) and in its constant
+        s_per_epoch, which ``modelled`` measures.
+        """
+        return self.slowest_bytes / bandwidth
+
+    def modelled(self, bandwidth: float) -> float:
+        """Return the modelled seconds so far: ``network`` plus each round's longest training alone.
+
+        A client's share of what several side by side took would make methods whose clients can
+        train so look faster than others, though every client has a machine of its own.
+        """
+        return self.network(bandwidth) + self.slowest_alone
+
+
+def cost_of(asked: Sequence[ClientRow]) -> Cost:
+    """Return what the rounds of these rows cost, all clients' bytes and the slowest ones' times."""
+    by_round: dict[int, Cost] = {}
+    for row in asked:
+        moved = row.down + row.up
+        before = by_round.get(row.round, Cost())
+        by_round[row.round] = Cost(
+            bytes=before.bytes + moved,
+            slowest_bytes=max(before.slowest_bytes, moved),
+            slowest_seconds=max(before.slowest_seconds, row.measured.seconds),
+            slowest_alone=max(before.slowest_alone, row.measured.seconds_alone),
+        )
+    total = Cost()
+    for cost in by_round.values():
+        total += cost
+    return total
