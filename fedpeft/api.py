@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.experiment.build import build
-from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.config import OnWarning, from_tree
 from fedpeft.experiment.recorder import OnProgress, Progress
 from fedpeft.experiment.run import resume, run_from_start
 from fedpeft.experiment.run_folder import beginning
@@ -20,16 +20,20 @@ def train(
     *,
     overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
+    on_warning: OnWarning = lambda _: None,
 ) -> Trained:
     """Train what ``settings`` describe, in ``folder``, and return what it has learnt.
 
     ``settings`` are nested as in a TOML file, such as ``{"method": {"name": "lora", "rank": 4}}``.
-    ``on_progress`` is called after every round with a ``Progress``. Raises BadInput for settings
-    that do not work, before anything is written, for a folder that exists, unless ``overwrite``,
-    and for one that another process writes.
+    ``on_progress`` is called after every round with a ``Progress``; ``on_warning`` is told a line of
+    whatever the user should know. Raises BadInput for settings that do not work, before anything is
+    written, for a folder that exists, unless ``overwrite``, and for one that another process writes.
     """
-    config = from_tree(settings)
+    config = from_tree(settings, on_warning)
     folder = Path(folder)
     with beginning(folder, overwrite=overwrite):
-        run_from_start(build(config), folder, on_progress)
+        federation = build(config)
+        for note in federation.notes:
+            on_warning(note)
+        run_from_start(federation, folder, on_progress)
     return open_run(folder)

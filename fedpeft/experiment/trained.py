@@ -72,7 +72,7 @@ def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: N
     on, and for a method that keeps parts of the model with its clients.
     """
     folder = Path(folder)
-    config, hardware, labels = read_settings(folder)
+    config, hardware, labels = read_settings(folder, on_warning)
     latest = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning, mend=False)
     if latest is None:
         raise BadInput(

@@ -290,7 +290,7 @@ class Plus(nn.Module):
         self.own = [own]
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.own[0]
+        return weight + self.own[0].t()  # to each output its own, or a norm would take it out
 
 
 Mount = Callable[[nn.Module, nn.Parameter], AbstractContextManager[object]]
@@ -304,15 +304,17 @@ def lifted(model: nn.Module) -> Any:
 @contextmanager
 def with_attribute(target: Any, name: str, value: object) -> Iterator[None]:
     """Let an object have another attribute for a while."""
-    had, before = name in vars(target), getattr(target, name)
+    before = getattr(target, name)
+    is_object = not isinstance(target, type)
+    of_class = is_object and name not in vars(target) and name in dir(type(target))
     setattr(target, name, value)
     try:
         yield
     finally:
-        if had or isinstance(target, type):
-            setattr(target, name, before)
-        else:
+        if of_class:
             delattr(target, name)
+        else:
+            setattr(target, name, before)  # a submodule, too, which lies in no attribute
 
 
 @contextmanager
@@ -403,7 +405,7 @@ STRANGE: Mapping[str, Mount] = {
     "a parametrization": parametrized,
     "another buffer": lambda model, own: replaced_in(lifted(model)._buffers, "gain", 1 + own),
     "another parameter": lambda model, own: replaced_in(
-        lifted(model)._parameters, "lift", own * 1.0
+        lifted(model)._parameters, "lift", own + 0.0
     ),
     "an attribute": lambda model, own: with_attribute(
         model.get_submodule("bert.encoder.layer.0.attention.self"), "scaling", 0.3 + own.sum()
