@@ -52,7 +52,7 @@ def test_what_changes_no_work_of_a_client_is_not_agreed_on(
         {"name": "another"},
         {"federation": {"clients_per_round": 1, "rounds": 60}},
         {"evaluation": {"every": 1}},
-        {"engine": {"cohort": 1}},
+        {"engine": {"stack": 1}},
         {"machine": {"cache": 0}},
         {"method": {"scale": 1.0}},
     ]
