@@ -349,7 +349,6 @@ HOSTILE: Mapping[str, RecordDict] = {
     "a request of settings": request(request=ConfigRecord()),
     "a request of floats": request(request=ArrayRecord({"blob": array(dtype="float32")})),
     "a damaged request": request(),
-    "of no tensor": asked({}),
     "of one factor": asked({f"{LAYER}:A": torch.ones(3, 32)}),
     "of factors of other sizes": asked(factors((3, 32), (5, 2))),
     "of empty factors": asked(factors((0, 4096), (4096, 0))),
@@ -367,6 +366,17 @@ def test_whatever_a_server_sends_is_at_most_refused_and_leaves_no_trace(name: st
     assert len(here.nodes[100 + VICTIM].context.state) == 0
     state, _ = play(engine(here))
     assert_same_state(state, alone())
+
+
+def test_a_request_of_no_tensor_trains_nothing() -> None:
+    """As a client whose whole adapter is pruned: it is scored, and nothing comes back."""
+    here = grid()
+    [sent] = here.push_messages([Message(asked({}), 100 + VICTIM, MessageType.TRAIN)])
+    [answer] = here.pull_messages([sent])
+    response = Response.decode(blob(answer.content, "answer"))
+    assert response.payload == {}
+    assert response.measured.trained == 0
+    assert len(here.nodes[100 + VICTIM].context.state) == 0
 
 
 def handled(node: Node, memory: int, config: bytes = CONFIG) -> Message:
