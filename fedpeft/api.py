@@ -25,9 +25,10 @@ def train(
     """Train what ``settings`` describe, in ``folder``, and return what it has learnt.
 
     ``settings`` are nested as in a TOML file, such as ``{"method": {"name": "lora", "rank": 4}}``.
-    ``on_progress`` is called after every round with a ``Progress``; ``on_warning`` is told a line of
-    whatever the user should know. Raises BadInput for settings that do not work, before anything is
-    written, for a folder that exists, unless ``overwrite``, and for one that another process writes.
+    ``on_progress`` is called after every round with a ``Progress``; ``on_warning`` is told a line
+    of whatever the user should know. Raises BadInput for settings that do not work, before anything
+    is written, for a folder that exists, unless ``overwrite``, and for one that another process
+    writes.
     """
     config = from_tree(settings, on_warning)
     folder = Path(folder)

@@ -134,8 +134,9 @@ class Base:
 class State:
     """The server's side of a federation as a value: saved, resumed, compared, printed as it is.
 
-    ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``: what the method keeps
-    for itself. ``memories``: client -> version of the memory it is known to hold (see ``memory``).
+    ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``:
+    what the method keeps for itself. ``memories``: client -> version of the memory it is known to
+    hold (see ``memory``).
 
     >>> State(0, shared={}).server
     {}
@@ -174,8 +175,8 @@ class State:
 class Method(Protocol):
     """A federated fine-tuning method: a frozen dataclass whose fields are its configuration.
 
-    ``init``, ``send``, ``expects`` and ``receive`` are pure and run on the server; ``mount`` runs on the client and
-    undoes itself.
+    ``init``, ``send``, ``expects`` and ``receive`` are pure and run on the server; ``mount`` runs
+    on the client and undoes itself.
     """
 
     paper: ClassVar[str]
@@ -193,8 +194,8 @@ class Method(Protocol):
     ) -> AbstractContextManager[LocalTask]:
         """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``.
 
-        Both are for reading: they may be views of a message that other clients get, too. What is mounted may be called
-        by several threads at once.
+        Both are for reading: they may be views of a message that other clients get, too. What is
+        mounted may be called by several threads at once.
         """
         ...
 

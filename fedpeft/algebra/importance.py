@@ -58,8 +58,8 @@ class Importance:
         """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8.
 
         A rank that scores 0 is not known to matter and gets no vote, unless all ranks may live. A
-        client of which no rank scores, as after a first step from e = 0, has no opinion: it abstains,
-        which a ballot with every bit set says (see ``Tally``).
+        client of which no rank scores, as after a first step from e = 0, has no opinion: it
+        abstains, which a ballot with every bit set says (see ``Tally``).
         """
         if not self._tensors:
             return torch.zeros(self._clients, 0, dtype=torch.uint8)
@@ -132,8 +132,8 @@ class Tally:
 def select_ranks(votes: Tensor, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
     """Return which of n ranks live on: those voted for by at least ``threshold``, at most ``budget`` of them.
 
-    ``votes``: weighted share of clients for each rank, (n,). If too many remain, the most votes win; ties go to the larger
-    ``rank_norms``, (n,), then to the earlier rank.
+    ``votes``: weighted share of clients for each rank, (n,). If too many remain, the most votes
+    win; ties go to the larger ``rank_norms``, (n,), then to the earlier rank.
     """
     order = torch.argsort(rank_norms, descending=True, stable=True)
     order = order[torch.argsort(votes[order], descending=True, stable=True)][:budget]

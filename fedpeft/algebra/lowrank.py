@@ -46,7 +46,8 @@ class LowRank:
 def deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     """Return the differences that factors stand for, by module.
 
-    ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, stacked over K; other names are passed over.
+    ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, stacked over K; other names are passed
+    over.
 
     >>> factors = {"query:A": torch.ones(1, 1, 3), "query:B": torch.ones(1, 2, 1), "bias": torch.ones(1, 2)}
     >>> list(deltas(factors, scale=1.0))

@@ -1,14 +1,15 @@
 """Label shares from a symmetric Dirichlet law, given that no client comes away with too little.
 
-Textbook: redraw until every client has enough. With many clients, few labels and a small alpha that never ends (100
-clients of 100 examples on average, 2 labels, alpha 0.1: not one draw in 10^15 gives everybody an example). So most of
-the rejecting is done client by client, under the same law.
+Textbook: redraw until every client has enough. With many clients, few labels and a small alpha that
+never ends (100 clients of 100 examples on average, 2 labels, alpha 0.1: not one draw in 10^15 gives
+everybody an example). So most of the rejecting is done client by client, under the same law.
 
-Label l has n_l examples. Its shares are p_l = g_l / S_l: independent Gamma(alpha) numbers g_lk, one per client k, over
-their sum S_l, of which p_l is independent. To draw p given that every client gets enough, sum_l n_l p_lk >= m for each
-k, one may therefore draw it given also that every S_l >= s, for any s. These two conditions imply a third, that
-sum_l n_l g_lk / s >= m for each k, which concerns one client at a time. So: draw each client's g_lk until the third
-holds, and start again unless then the other two do.
+Label l has n_l examples. Its shares are p_l = g_l / S_l: independent Gamma(alpha) numbers g_lk, one
+per client k, over their sum S_l, of which p_l is independent. To draw p given that every client
+gets enough, sum_l n_l p_lk >= m for each k, one may therefore draw it given also that every S_l >=
+s, for any s. These two conditions imply a third, that sum_l n_l g_lk / s >= m for each k, which
+concerns one client at a time. So: draw each client's g_lk until the third holds, and start again
+unless then the other two do.
 """
 
 import numpy as np
@@ -25,8 +26,9 @@ def shares(
 ) -> NDArray[np.float64]:
     """Return each client's share of each label, (labels, clients); rows sum to 1.
 
-    The rows are independent draws from Dir(alpha, ..., alpha), given that each client gets at least ``min_examples`` of
-    the ``sizes`` (labels,) examples, before and after rounding. Raises BadInput after 10,000 attempts.
+    The rows are independent draws from Dir(alpha, ..., alpha), given that each client gets at least
+    ``min_examples`` of the ``sizes`` (labels,) examples, before and after rounding. Raises BadInput
+    after 10,000 attempts.
     """
     rng = np.random.default_rng(derive(seed, "dirichlet"))
     # A sum that all labels reach together in about half of the draws. Any other level gives the same law, only slower;

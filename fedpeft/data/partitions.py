@@ -61,9 +61,9 @@ def dirichlet(
 ) -> Partition:
     """Deal each label's rows, of train and of test, by shares drawn from Dir(alpha) over clients.
 
-    The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing until
-    every client has ``min_examples`` train rows (see ``dirichlet.py``). Source: Yurochkin et al.
-    2019, section 4. Hsu et al. 2019 draw the labels of each client instead.
+    The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing
+    until every client has ``min_examples`` train rows (see ``dirichlet.py``). Source: Yurochkin et
+    al. 2019, section 4. Hsu et al. 2019 draw the labels of each client instead.
 
     Raises BadInput for a number out of range, or so extreme that no draw gives every client
     ``min_examples``.

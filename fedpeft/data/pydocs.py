@@ -23,10 +23,11 @@ SHORTEST = 30
 def pydocs(seed: int = 0) -> Dataset:
     """Return the docstrings of the running Python's standard library, about 70 : 10 : 20 by label.
 
-    A row's text is a cleaned docstring of a module, class or function, its label the chapter of the Library Reference
-    that documents the module (``chapters.toml``), its key the top-level module. No text occurs twice. The splits depend
-    on ``seed`` and the set of texts alone; the texts differ a little between versions of Python, and ``digest`` tells.
-    Raises BadInput where the standard library is installed without its source files.
+    A row's text is a cleaned docstring of a module, class or function, its label the chapter of the
+    Library Reference that documents the module (``chapters.toml``), its key the top-level module.
+    No text occurs twice. The splits depend on ``seed`` and the set of texts alone; the texts differ
+    a little between versions of Python, and ``digest`` tells. Raises BadInput where the standard
+    library is installed without its source files.
     """
     rows = _collect(Path(sysconfig.get_path("stdlib")))
     mixed = rows.take(
@@ -40,7 +41,8 @@ def pydocs(seed: int = 0) -> Dataset:
 def _collect(library: Path) -> Rows:
     """Return every different docstring once, under the first module (in alphabetical order) that has it.
 
-    The code is parsed, never run; what was found is kept in the user's cache for as long as the sources stay as they are.
+    The code is parsed, never run; what was found is kept in the user's cache for as long as the
+    sources stay as they are.
     """
     sources = [
         (str(source), chapter, module)

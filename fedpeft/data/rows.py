@@ -72,8 +72,8 @@ class Dataset:
 def stratified(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Split ``rows`` by label into (kept, taken), each in the order of ``rows``.
 
-    Of a label's n rows, round(``fraction`` * n) are taken, but at least one and never the last. Which ones depends on
-    ``seed`` and on the label's set of texts, not on their order.
+    Of a label's n rows, round(``fraction`` * n) are taken, but at least one and never the last.
+    Which ones depends on ``seed`` and on the label's set of texts, not on their order.
     """
     quota = {
         label: min(max(1, round(fraction * size)), size - 1)

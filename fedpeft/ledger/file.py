@@ -21,8 +21,9 @@ _TAG = "$float"
 class Ledger:
     """A ledger open for writing. Rows are buffered; only ``sync`` makes them durable.
 
-    Opening creates the file or goes on at its end. A crash may have left half a row there, so a resumed run calls
-    ``cut`` with the length its checkpoint recorded before it appends. I/O errors (a full disk) are raised as OSError.
+    Opening creates the file or goes on at its end. A crash may have left half a row there, so a
+    resumed run calls ``cut`` with the length its checkpoint recorded before it appends. I/O errors
+    (a full disk) are raised as OSError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,8 +33,8 @@ class Ledger:
     def append(self, row: Row) -> None:
         """Add ``row`` as one compact JSON line.
 
-        Floats are written by ``repr`` and so come back to the bit; NaN and infinities, which JSON lacks, are written as
-        ``{"$float": "nan"}``. A value that JSON cannot hold raises TypeError.
+        Floats are written by ``repr`` and so come back to the bit; NaN and infinities, which JSON
+        lacks, are written as ``{"$float": "nan"}``. A value that JSON cannot hold raises TypeError.
         """
         line = json.dumps(_legal(to_json(row)), separators=(",", ":"), allow_nan=False)
         self._file.write(line.encode() + b"\n")
@@ -76,8 +77,9 @@ class Ledger:
 def stream(path: Path) -> Iterator[Row]:
     """Yield the rows of the ledger at ``path`` in the order they were written.
 
-    A last line without its newline is what a crash leaves: it is no row yet and is ignored. Raises BadInput when the
-    file cannot be read, and with file and line number when any other line is not a row.
+    A last line without its newline is what a crash leaves: it is no row yet and is ignored. Raises
+    BadInput when the file cannot be read, and with file and line number when any other line is not
+    a row.
     """
     try:
         with path.open("rb") as lines:

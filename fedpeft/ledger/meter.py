@@ -26,10 +26,11 @@ class Measurement:
 def measured(device: torch.device = _CPU) -> Iterator[Measurement]:
     """Measure the block of a ``with``; the result is filled in when the block ends, also by an exception.
 
-    On a CUDA ``device`` the memory is the most that torch had allocated there during the block, and the clock waits for
-    the device. Elsewhere it is the largest resident size of this whole process, base model included: during the block
-    on Linux, where the high-water mark can be reset (proc(5), ``clear_refs``); since the process began where it cannot.
-    Blocks must not be nested: the inner one resets the outer one's mark.
+    On a CUDA ``device`` the memory is the most that torch had allocated there during the block, and
+    the clock waits for the device. Elsewhere it is the largest resident size of this whole process,
+    base model included: during the block on Linux, where the high-water mark can be reset (proc(5),
+    ``clear_refs``); since the process began where it cannot. Blocks must not be nested: the inner
+    one resets the outer one's mark.
     """
     result = Measurement()
     on_cuda = device.type == "cuda"

@@ -50,10 +50,11 @@ def specs(payload: Payload) -> dict[str, Tensor]:
 def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[None]:
     """Mount ``tensors``, each (K, ...), on ``model``: branches on dense layers, and parameters for plain names.
 
-    A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the layer's
-    matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the client
-    axis is the same for all clients, and one product serves the whole batch. A name that the model
-    lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises WireError.
+    A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the
+    layer's matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the
+    client axis is the same for all clients, and one product serves the whole batch. A name that the
+    model lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises
+    WireError.
 
     >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
     >>> x = torch.ones(1, 3)

@@ -20,8 +20,8 @@ _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, Copy]]] = Weak
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let copies in ``dtype`` stand in for the frozen parameters of ``model`` for the length of a ``with``.
 
-    They are made at the first call and kept for as long as the model is, but for those of parameters
-    that have changed since; what is mounted stays as it is.
+    They are made at the first call and kept for as long as the model is, but for those of
+    parameters that have changed since; what is mounted stays as it is.
     """
     copies = _COPIES.setdefault(model, {}).setdefault(dtype, {})
     frozen = {
@@ -43,8 +43,8 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters in float32, tied ones under every name.
 
-    A module in which a tensor is mounted stays as it is, as its kernel may want one format for all; autocast sees to the
-    dense ones.
+    A module in which a tensor is mounted stays as it is, as its kernel may want one format for all;
+    autocast sees to the dense ones.
     """
     for prefix, module in model.named_modules():
         own = {

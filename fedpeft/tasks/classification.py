@@ -71,7 +71,8 @@ class Classification:
     ) -> Batch:
         """Return a batch padded to its longest text: input_ids, attention_mask (n, L) and labels (n,).
 
-        L is the next multiple of ``pad_to_multiple_of``, but no more than ``max_length``, unless a text is longer.
+        L is the next multiple of ``pad_to_multiple_of``, but no more than ``max_length``, unless a
+        text is longer.
         """
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(list(examples.ids), batch_first=True, padding_value=padding)

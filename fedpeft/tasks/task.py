@@ -23,8 +23,8 @@ Counts = Mapping[str, Tensor]
 class Encoded:
     """Examples as numbers.
 
-    ``ids``: the token ids of each, (length,) int64. ``labels``: what is to be said about each, int64 of the task's own
-    shape; of a classification one number, ().
+    ``ids``: the token ids of each, (length,) int64. ``labels``: what is to be said about each,
+    int64 of the task's own shape; of a classification one number, ().
     """
 
     ids: Sequence[Tensor]
@@ -79,8 +79,9 @@ class ModelForm:
 class Task(Protocol):
     """What is learnt. A frozen dataclass; nothing outside ``tasks/`` knows which one it is.
 
-    Rows become ``Encoded`` examples once; batches of them go through the model; training asks for a loss of every
-    example; evaluation asks for predictions, counts how good they are, and turns counts into metrics.
+    Rows become ``Encoded`` examples once; batches of them go through the model; training asks for a
+    loss of every example; evaluation asks for predictions, counts how good they are, and turns
+    counts into metrics.
     """
 
     @property

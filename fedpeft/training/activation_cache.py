@@ -91,7 +91,8 @@ class ActivationCache:
     ) -> Sequence[Tensor] | None:
         """Return the hidden states of each of the client's ``texts``, (length, width).
 
-        They are computed where they are not cached yet. None where they cannot be, or are not to be.
+        They are computed where they are not cached yet. None where they cannot be, or are not to
+        be.
         """
         if self._unmounted is None or client not in self._clients:
             return None

@@ -59,8 +59,8 @@ class Training:
 class Share:
     """What one client trains on in one round.
 
-    ``steps``: the rows of ``examples`` in each of its optimizer steps. ``states``: the cached hidden
-    states of every example, (length, width), or None where they are not cached.
+    ``steps``: the rows of ``examples`` in each of its optimizer steps. ``states``: the cached
+    hidden states of every example, (length, width), or None where they are not cached.
     """
 
     examples: Encoded

@@ -59,8 +59,9 @@ class WithMomentum:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Merge as the method inside does, then step along the velocity.
 
-        A tensor that the method has newly made or given another shape, as at a bridge between stages, is taken as it is
-        and begins at rest. A silent round changes nothing, the velocity included.
+        A tensor that the method has newly made or given another shape, as at a bridge between
+        stages, is taken as it is and begins at rest. A silent round changes nothing, the velocity
+        included.
         """
         velocities = state.slice_of(self.owner)
         counted = Counted(updates)

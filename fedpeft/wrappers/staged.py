@@ -26,9 +26,9 @@ from fedpeft.types import (
 class Staged:
     """Play ``first`` for ``until`` rounds and ``second`` from then on; both sides tell the stage from the round.
 
-    ``bridge``: last state of the first stage -> first state of the second, on the server, when round ``until`` begins.
-    ``rates``: what each stage multiplies the learning rates by. A client's memory belongs to the stage that wrote it: it
-    is tagged, and not shown to the other one.
+    ``bridge``: last state of the first stage -> first state of the second, on the server, when
+    round ``until`` begins. ``rates``: what each stage multiplies the learning rates by. A client's
+    memory belongs to the stage that wrote it: it is tagged, and not shown to the other one.
     """
 
     paper: ClassVar[str] = "SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
