@@ -1,12 +1,15 @@
-"""What can go wrong at the door; here, and not in ``types``, so that the command line can say it without loading torch."""
+"""What can go wrong at the door; apart from ``types``, so that saying it does not load torch."""
 
 
 class BadInput(Exception):
-    """Something the user gave is wrong: one line that names the file or field, the value and the nearest valid choice."""
+    """Something the user gave is wrong.
+
+    One line that names the file or field, the value and the nearest valid choice.
+    """
 
 
 class WireError(Exception):
-    """A message that cannot be used: damaged, of another configuration, of another round, or not what was asked for."""
+    """A message that cannot be used: damaged, stale, of another configuration, or not as asked."""
 
 
 class NotStackable(WireError):

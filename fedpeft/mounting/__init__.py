@@ -1,4 +1,4 @@
-"""Which layers are adapted, and how adapters are mounted on a shared frozen model for the length of a ``with``."""
+"""Which layers are adapted, and how adapters are mounted on a shared frozen model for a while."""
 
 from fedpeft.mounting.deltas import mounted_deltas
 from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select

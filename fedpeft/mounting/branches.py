@@ -1,4 +1,4 @@
-"""What stands in for a module while adapters are mounted: branches, and parameters with a client axis."""
+"""What stands in for a module while adapters are mounted: branches, and parameters of K clients."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def branches(parts: Mapping[str, Tensor], scale: float) -> list[Hook]:
 
 
 def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> set[int]:
-    """Raise WireError unless ``parts`` fit dense layer ``name``, whose matrix is ``shape``, (out, in).
+    """Raise WireError unless ``parts`` fit dense layer ``name`` of ``shape``, (out, in).
 
     A branch of low rank is A (K, r, in), B (K, out, r) and maybe e (K, r); a dense one is ``dense``
     (K, out, in). A branch without the client axis is the same for all clients. Returns for how many
@@ -61,7 +61,7 @@ def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> s
 
 
 def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
-    """Return a forward hook that adds scale * B diag(e) A x to a dense layer's output; ``e`` may be missing.
+    """Return a forward hook that adds scale * B diag(e) A x to an output; ``e`` may be missing.
 
     ``parts``: A (K, r, in), B (K, out, r), e (K, r), or all of them without the client axis, the
     same for all clients. Whose the rows of x, (rows, ..., in), are, ``row_owners`` says.
@@ -69,7 +69,7 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # Transposed before rows are gathered: what comes back to be added up per client is contiguous.
+        # Transposed before rows are gathered: what comes back to be added up is contiguous.
         down, up = _entries(A.mT, 2), _entries(B.mT, 2)
         inner = torch.bmm(group_by_client(args[0], len(down)), down)
         if e is not None:
@@ -81,7 +81,7 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
 
 
 def dense(difference: Tensor, scale: float) -> Hook:
-    """Return a forward hook that adds scale * D x to a dense layer's output; the base is not written to.
+    """Return a forward hook that adds scale * D x to a dense layer's output, without a new weight.
 
     ``difference``: D, (K, out, in), or (out, in), the same for all clients, which takes one product
     for the whole batch. Whose the rows of x, (rows, ..., in), are, ``row_owners`` says.
@@ -100,7 +100,7 @@ def dense(difference: Tensor, scale: float) -> Hook:
 
 
 def _entries(stack: Tensor, axes: int) -> Tensor:
-    """Return what the batch needs of a (K, ...) stack; ``axes`` alone are of no client, a stack of one."""
+    """Return what the batch needs of a (K, ...) stack; of ``axes`` alone, it is everyone's."""
     return stack.unsqueeze(0) if stack.ndim == axes else select_clients(stack)
 
 
@@ -139,7 +139,7 @@ def stackable(module: nn.Module) -> bool:
 
 
 def stacked(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a forward for ``module`` in which the parameters in ``own``, each (K, ...), are the clients' own.
+    """Return a forward for ``module`` in which the parameters in ``own``, (K, ...), are the clients'.
 
     Whose the rows of its input, (rows, ..., in), are, ``row_owners`` says.
     """

@@ -43,7 +43,7 @@ class Total:
         return total
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return the factors side by side, (K, out, r) and (K, r, in), of the sum of the ranks; None where one has none."""
+        """Return all (B, A) side by side, (K, out, r) and (K, r, in); None where one has none."""
         lefts: list[Tensor] = []
         rights: list[Tensor] = []
         for delta in self.deltas:

@@ -11,7 +11,7 @@ from fedpeft.errors import BadInput, WireError
 from fedpeft.types import Base
 
 WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
-"""Words that stand for a pattern: every dense layer inside an attention block; every dense layer."""
+"""Words that stand for a pattern: the dense layers of attention blocks; every dense layer."""
 
 Targets = str | tuple[str, ...]
 """Which dense layers are adapted, one of:
@@ -88,7 +88,8 @@ def select(base: Base, targets: Targets) -> dict[str, Tensor]:
     Layers of the head are trained in full and so never chosen. A pattern that is malformed or
     matches nothing, or an ending that no layer has, raises BadInput.
 
-    >>> base = describe(nn.ModuleDict({"query": nn.Linear(3, 2), "value": nn.Linear(3, 2)}), head=[])
+    >>> model = nn.ModuleDict({"query": nn.Linear(3, 2), "value": nn.Linear(3, 2)})
+    >>> base = describe(model, head=[])
     >>> list(select(base, "query|value")), list(select(base, ("value",)))
     (['query', 'value'], ['value'])
     """

@@ -1,4 +1,4 @@
-"""Mount tensors on a model for the length of a ``with``; names and shapes decide what goes where."""
+"""Mount tensors on a model for the length of a ``with``; names and shapes decide where."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -48,7 +48,7 @@ def specs(payload: Payload) -> dict[str, Tensor]:
 
 @contextmanager
 def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[None]:
-    """Mount ``tensors``, each (K, ...), on ``model``: branches on dense layers, and parameters for plain names.
+    """Mount ``tensors``, each (K, ...), on ``model``: branches, and parameters for plain names.
 
     A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the
     layer's matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the

@@ -1,4 +1,4 @@
-"""The frozen parameters of a model in the number format in which it computes, cast once and not at every use."""
+"""The frozen parameters of a model in the number format in which it computes, cast once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, Copy]]] = Weak
 
 @contextmanager
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let copies in ``dtype`` stand in for the frozen parameters of ``model`` for the length of a ``with``.
+    """Let copies in ``dtype`` stand in for the frozen parameters of ``model`` in the ``with``.
 
     They are made at the first call and kept for as long as the model is, but for those of
     parameters that have changed since; what is mounted stays as it is.

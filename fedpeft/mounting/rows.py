@@ -1,4 +1,4 @@
-"""Whose rows a batch holds: the clients of the stack that take part in the forward pass under way."""
+"""Whose rows a batch holds: the clients of the stack that take part in a forward pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,8 @@ from torch import Tensor
 from fedpeft.errors import NotStackable
 
 RowOwners = slice | Tensor
-"""The clients of a batch: a slice of the stack, in order and with equally many rows each; or every row's client, (rows,)."""
+"""The clients of a batch: a slice of the stack, with equally many rows each, in order; or every row's
+client, (rows,)."""
 
 _OWNERS: ContextVar[RowOwners] = ContextVar("owners", default=slice(None))
 _ROWS: ContextVar[int | None] = ContextVar("rows", default=None)
@@ -18,7 +19,7 @@ _ROWS: ContextVar[int | None] = ContextVar("rows", default=None)
 
 @contextmanager
 def row_owners(owners: RowOwners, rows: int | None = None) -> Iterator[None]:
-    """OnWarning, for the length of a ``with``, whose the rows of a batch are; ``rows``: how many it has, where it is known."""
+    """Say, for the length of a ``with``, whose the rows of a batch are; ``rows``: how many, if known."""
     tokens = _OWNERS.set(owners), _ROWS.set(rows)
     try:
         yield
@@ -28,13 +29,13 @@ def row_owners(owners: RowOwners, rows: int | None = None) -> Iterator[None]:
 
 
 def select_clients(stack: Tensor) -> Tensor:
-    """Return the part of a (K, ...) stack that the batch needs: one for every client, or where these mix one for every row."""
+    """Return what the batch needs of a (K, ...) stack: an entry a client, or where they mix, a row."""
     owners = _OWNERS.get()
     return stack[owners] if isinstance(owners, slice) else stack.index_select(0, owners)
 
 
 def group_by_client(x: Tensor, parts: int) -> Tensor:
-    """Return x, (parts * b, ..., in), as (parts, b * ..., in), to go with ``parts`` entries of a stack from ``present``.
+    """Return x, (parts * b, ..., in), as (parts, b * ..., in), to go with ``parts`` entries of a stack.
 
     A layer that several clients feed with other rows than the batch's raises NotStackable.
     """
@@ -45,7 +46,7 @@ def group_by_client(x: Tensor, parts: int) -> Tensor:
 
 
 def by_client(x: Tensor, clients: int) -> list[tuple[int, Tensor]]:
-    """Return x, (rows, ..., in), cut into runs of rows of one client, in order: (its number, its rows).
+    """Return x, (rows, ..., in), cut into runs of one client's rows, in order: (its number, rows).
 
     ``clients``: K. A layer that several clients feed with other rows than the batch's raises
     NotStackable.
@@ -63,5 +64,6 @@ def by_client(x: Tensor, clients: int) -> list[tuple[int, Tensor]]:
 
 def _strange(x: Tensor) -> NotStackable:
     return NotStackable(
-        f"a layer sees {x.shape[0]} rows, which are not those of the stack's batch; use a stack of 1"
+        f"a layer sees {x.shape[0]} rows, which are not those of the stack's batch; "
+        "use a stack of 1"
     )

@@ -55,7 +55,7 @@ def trace(model: nn.Module) -> Trace:
 
 
 def entry(held: object) -> Entry:
-    """Return ``held`` with what may change of it: a tensor's version, memory and need of a gradient."""
+    """Return ``held`` with what may change of it: a tensor's version, memory, ``requires_grad``."""
     if not isinstance(held, Tensor):
         return held, None
     version = None if held.is_inference() else held._version  # inference tensors count no versions
@@ -78,7 +78,7 @@ def changes(before: Trace, now: Trace) -> set[Place]:
 
 @contextmanager
 def claimed(places: Collection[Place]) -> Iterator[None]:
-    """OnWarning, for the length of a ``with``, that ``places`` are changed by what this package mounts."""
+    """Say, for the length of a ``with``, that this package has changed ``places``."""
     _CLAIMED.update(places)
     try:
         yield
@@ -97,7 +97,7 @@ def touched(model: nn.Module, before: Trace) -> set[nn.Module] | None:
     changed = changes(before, trace(model))
     if not changed <= _CLAIMED.keys():
         return None
-    # Our only pre-hook sits on the whole model and does no more than renew what stands for parameters.
+    # Our only pre-hook, on the whole model, does no more than renew what stands for parameters.
     return {module for module, kind, _ in changed if kind != "_forward_pre_hooks"}
 
 

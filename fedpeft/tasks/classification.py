@@ -23,7 +23,7 @@ class Label(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Classification:
-    """Classify texts of at most ``max_length`` tokens into ``labels``; ``tokenizer`` is one of transformers."""
+    """Classify texts of at most ``max_length`` tokens into ``labels``."""
 
     labels: tuple[str, ...]
     max_length: int
@@ -69,7 +69,7 @@ class Classification:
     def collate(
         self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1
     ) -> Batch:
-        """Return a batch padded to its longest text: input_ids, attention_mask (n, L) and labels (n,).
+        """Return a batch padded to its longest text: input_ids, attention_mask (n, L), labels (n,).
 
         L is the next multiple of ``pad_to_multiple_of``, but no more than ``max_length``, unless a
         text is longer.
@@ -106,7 +106,7 @@ class Classification:
         return {"logits": self.logits(model, batch)}
 
     def score(self, predictions: Sequence[Prediction], examples: Encoded) -> Counts:
-        """Count texts by label: ``labels``, (3, C) int64, has those told right, those said, those there."""
+        """Count texts by label: ``labels``, (3, C) int64, has those right, those said, those there."""
         if not predictions:
             return self.no_counts()
         logits = torch.stack([prediction["logits"] for prediction in predictions])

@@ -16,7 +16,7 @@ Prediction = Mapping[str, Tensor]
 """What a model says about one example: named tensors of the task's own."""
 
 Counts = Mapping[str, Tensor]
-"""What scoring counts: named sums. Those of two groups of examples add up to those of both together."""
+"""What scoring counts: named sums. Those of two groups of examples add up to those of both."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Task(Protocol):
         ...
 
     def unanswered(self, texts: Sequence[str]) -> Rows:
-        """Return rows of which only the question is known, as a user gives them to a trained model."""
+        """Return rows of which only the question is known, as a user gives them to predict."""
         ...
 
     def encode(self, rows: Rows) -> Encoded:
@@ -130,7 +130,7 @@ class Task(Protocol):
         ...
 
     def no_counts(self) -> Counts:
-        """Return the counts of no example: what adding begins with, and the shapes of a client's valid answer."""
+        """Return the counts of no example, which have the shapes of any client's."""
         ...
 
     def metrics(self, counts: Counts) -> Mapping[str, float]:
@@ -142,7 +142,7 @@ class Task(Protocol):
         ...
 
     def trivial(self, dataset: Dataset, scored: Encoded) -> float | None:
-        """Return the primary metric of an answer that ignores the text, None where there is no such answer."""
+        """Return the primary metric of an answer that ignores the text; None where there is none."""
         ...
 
     def answers(self, predictions: Sequence[Prediction]) -> Sequence[tuple[Any, ...]]:

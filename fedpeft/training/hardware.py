@@ -107,15 +107,18 @@ class Hardware:
 
     @property
     def buckets(self) -> Buckets:
-        """Return how examples are grouped; what a pass costs by itself is a rough guess, and a GPU never splits a step."""
+        """Return how examples are grouped.
+
+        What a pass costs by itself is a rough guess, and a GPU never splits a step.
+        """
         return Buckets(self.tokens, self.tokens // 12, self.pad_to_multiple_of)
 
     def shared_by(self, processes: int) -> "Hardware":
-        """Return the choice for one of several processes that run at once, with its share of the threads."""
+        """Return the choice for one of several processes at once, with its share of the threads."""
         return replace(self, threads=max(1, self.threads // processes))
 
     def computing(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Return the context in which ``model`` computes many batches: what is frozen of it is cast once."""
+        """Return the context in which ``model`` computes many batches, its frozen part cast once."""
         return nullcontext() if self.precision == "fp32" else cast_once(model, torch.bfloat16)
 
     def describe(self) -> dict[str, object]:
