@@ -12,7 +12,6 @@ from fedpeft.tasks.task import (
     ModelForm,
     Prediction,
     Task,
-    added,
     examples_in,
 )
 
@@ -44,7 +43,6 @@ __all__ = [
     "ModelForm",
     "Prediction",
     "Task",
-    "added",
     "examples_in",
     "make_task",
 ]

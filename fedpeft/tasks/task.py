@@ -50,14 +50,6 @@ class Metric:
     higher_is_better: bool = True
     share: bool = True
 
-    def better(self, one: float, other: float) -> bool:
-        """Return whether ``one`` is better than ``other``.
-
-        >>> Metric("accuracy").better(0.9, 0.8), Metric("perplexity", False).better(9.0, 8.0)
-        (True, False)
-        """
-        return one > other if self.higher_is_better else one < other
-
 
 @dataclass(frozen=True)
 class ModelForm:
@@ -153,8 +145,3 @@ class Task(Protocol):
 def examples_in(counts: Counts) -> int:
     """Return how many examples were counted; every task counts them under ``examples``."""
     return int(counts["examples"])
-
-
-def added(one: Counts, other: Counts) -> Counts:
-    """Return the counts of two groups of examples together."""
-    return {name: total + other[name] for name, total in one.items()}
