@@ -6,9 +6,12 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
 PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo compare test lint setup clean
+# One process of tests for each core, each with whole files, whose fixtures cost the most.
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo compare test test-all lint setup clean
 help:
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (about 90 seconds on 2 cores)
 	$(BIN)/fedpeft compare --overwrite
@@ -20,7 +23,10 @@ test: $(BIN)/.test ## lint, check types, run the tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST)
+
+test-all: test ## and the tests that take long
+	$(PYTEST) -m slow
 
 lint: $(BIN)/.test ## put the code into form
 	$(BIN)/ruff check --fix
