@@ -17,6 +17,7 @@ def positions(
     >>> len(positions((4, 5), density=0.1, seed=0, module="query"))
     2
     """
+    # Every party draws the same mask from the seed, so positions never travel.
     size = shape[0] * shape[1]
     count = max(1, round(density * size))
     order = torch.randperm(size, generator=generator(seed, "mask", module))
@@ -32,5 +33,6 @@ def scatter(values: Tensor, where: Tensor, shape: torch.Size | tuple[int, ...]) 
     tensor([[0., 0., 0.],
             [0., 7., 0.]])
     """
+    # The out-of-place scatter passes the gradient on to ``values``.
     flat = values.new_zeros(shape[0] * shape[1])
     return flat.scatter(0, where, values).view(shape[0], shape[1])
