@@ -54,7 +54,7 @@ class Importance:
         for name, tensor in self._tensors.items():
             if tensor.grad is None:
                 continue
-            # Clients that have done all their steps are not ``active``: their rows stay as they are.
+            # Clients that have done all their steps are not ``active``: their rows stay.
             now = (tensor[active] * tensor.grad[active]).abs()
             # Views of the active rows, so the in-place updates below reach the stored means.
             smooth, spread = self._smooth[name][active], self._spread[name][active]
@@ -161,10 +161,11 @@ class Tally:
 
 
 def select_ranks(votes: Tensor, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
-    """Return which of n ranks live on: those with a share of at least ``threshold``, ``budget`` at most.
+    """Return which of n ranks live on: those of enough votes, and at most ``budget`` of them.
 
-    ``votes``: weighted share of clients for each rank, (n,). If too many remain, the most votes
-    win; ties go to the larger ``rank_norms``, (n,), then to the earlier rank.
+    ``votes``: weighted share of clients for each rank, (n,); at least ``threshold`` is enough. If
+    more than ``budget`` ranks remain, the most votes win. Ties go to the larger ``rank_norms``,
+    (n,), then to the earlier rank.
     """
     # Two stable sorts, the second criterion first: by votes, ties by norm, then by position.
     order = torch.argsort(rank_norms, descending=True, stable=True)

@@ -50,8 +50,8 @@ def deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, stacked over K; other names are passed
     over.
 
-    >>> factors = {"query:A": torch.ones(1, 1, 3), "query:B": torch.ones(1, 2, 1), "bias": torch.ones(1, 2)}
-    >>> list(deltas(factors, scale=1.0))
+    >>> A, B = torch.ones(1, 1, 3), torch.ones(1, 2, 1)
+    >>> list(deltas({"query:A": A, "query:B": B, "bias": torch.ones(1, 2)}, scale=1.0))
     ['query']
     """
     by_name: dict[str, Delta] = {}

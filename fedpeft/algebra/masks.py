@@ -25,9 +25,9 @@ def positions(
 
 
 def scatter(values: Tensor, where: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Return the (out, in) matrix with ``values``, (n,), at flat positions ``where`` and 0 elsewhere.
+    """Return the (out, in) matrix of ``values``, (n,), at flat positions ``where``, else 0.
 
-    It is differentiable by ``values``.
+    It is differentiable with respect to ``values``.
 
     >>> scatter(torch.tensor([7.0]), torch.tensor([4]), (2, 3))
     tensor([[0., 0., 0.],

@@ -7,7 +7,7 @@ gives everybody an example). So most of the rejection is done client by client, 
 - Label l has n_l examples. Its shares are p_l = g_l / S_l. Here g_lk are independent Gamma(alpha)
   numbers, one per client k, and S_l is their sum. It is known that p_l is independent of S_l.
 - Condition 1, the one that is wanted: every client gets enough, sum_l n_l p_lk >= m for each k.
-- Condition 2: every S_l >= s, for a fixed level s. As p_l is independent of S_l, to add this
+- Condition 2: every S_l >= s, for a fixed level s. As p_l is independent of S_l, adding this
   condition does not change the law of p.
 - Condition 3: sum_l n_l g_lk / s >= m for each k. It follows from 1 and 2, and it concerns one
   client at a time.
@@ -50,8 +50,9 @@ def shares(
         if min((sizes @ share).min(), counts(share, sizes).sum(axis=0).min()) >= min_examples:
             return share
     raise BadInput(
-        f"partition.alpha = {alpha}: {ATTEMPTS} draws of shares for partition.clients = {clients} left some client "
-        f"with less than partition.min_examples = {min_examples} of {sizes.sum()}; raise alpha or lower the other two"
+        f"partition.alpha = {alpha}: {ATTEMPTS} draws of shares for partition.clients = {clients} "
+        f"left some client with less than partition.min_examples = {min_examples} "
+        f"of {sizes.sum()}; raise alpha or lower the other two"
     )
 
 

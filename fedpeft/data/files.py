@@ -61,7 +61,8 @@ def from_files(
     rows = replace(train_file, numbers=tuple(range(len(train_file))))
     if len(set(rows.labels)) == 1:
         raise BadInput(
-            f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; a classifier needs two or more"
+            f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; "
+            "a classifier needs two or more"
         )
     if test is None:
         rows, test_rows = _held_out(rows, "test", test_fraction, seed)
@@ -107,7 +108,8 @@ def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows,
     kept, taken = stratified(rows, fraction, derive(seed, split))
     if not taken:
         raise BadInput(
-            f"data.{split}: every label has a single row in train, none to spare; name a file for {split}"
+            f"data.{split}: every label has a single row in train, none to spare; "
+            f"name a file for {split}"
         )
     return kept, taken
 
@@ -120,7 +122,7 @@ def _columns(text: str, label: str, key: str | None, delimiter: str | None) -> _
 
 
 def _read(pattern: Path, columns: _Columns, train: Rows | None = None) -> Rows:
-    """Read the files of ``pattern``; with ``train``, labels and keys are written as they are there."""
+    """Read the files of ``pattern``, with labels and keys written as in ``train``, if given."""
     # 1. Collect the values of every column, record by record.
     values: dict[str, list[str]] = {"text": [], "label": [], "key": []}
     # Where each label and each key occurs first, for errors that show only when all is read.
@@ -202,7 +204,7 @@ def _are_whole_numbers(names: Collection[str]) -> bool:
     any_number = False
     for name in set(names):
         if _says_nan(name):
-            continue  # programs write a column of numbers with a gap in it like this
+            continue  # it marks a gap in a column of numbers, and is refused later
         if integer(name) is None:
             return False
         any_number = True

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 # At most 100 digits: Python refuses to convert a text of more than 4,300.
 _INTEGER = re.compile(r"\s*(-?(?:0|[1-9][0-9]{0,99}))(?:\.0+)?\s*")
-"""``3`` and ``3.0``; not ``+3`` and ``03``: these are names, such as codes, more likely than numbers."""
+"""``3`` and ``3.0``; not ``+3`` and ``03``, which are rather codes than numbers."""
 
 
 def integer(name: str) -> str | None:

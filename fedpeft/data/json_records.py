@@ -10,7 +10,7 @@ from fedpeft.errors import BadInput
 Record = Mapping[str, object]
 
 Located = tuple[str, Record]
-"""The place of a record and the record. A place is ``path:line`` or ``path: record 3``, from 1 on."""
+"""A record's place, then the record; places are ``path:line`` or ``path: record 3``, from 1 on."""
 
 SHAPES = "read are: an object a line, an array of objects, an object with one list of objects in it"
 
@@ -27,7 +27,7 @@ def json_records(path: Path, lines: Iterator[str], columns: Collection[str]) -> 
     line_number, line = next(numbered, (1, ""))
     if not line:
         return
-    # An array, or a value over several lines. (An array in one line is "[...]" as well.)
+    # An array, or a value over several lines.
     if line.lstrip().startswith("[") or _breaks_off(line):
         yield from _one_value(path, line_number, line, "".join(lines), columns)
         return

@@ -61,7 +61,8 @@ class Ledger:
         size = os.fstat(self._file.fileno()).st_size
         if size < length:
             raise BadInput(
-                f"{self._path}: has {size} bytes, but the checkpoint was written when it had {length}"
+                f"{self._path}: has {size} bytes, "
+                f"but the checkpoint was written when it had {length}"
             )
         self._file.truncate(length)
         # Writes go to the end anyway, but ``sync`` reads the length off the position.

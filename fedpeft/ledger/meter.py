@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a block of code, cheap enough to be taken once per client and round."""
+"""Seconds and peak memory of a block of code, cheap enough for every client in every round."""
 
 import sys
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedpeft.data.rows import Dataset, Rows
 
 Batch = Mapping[str, Tensor]
-"""Padded input of one forward pass, on the model's device: ``input_ids``, ``attention_mask``, ..."""
+"""Padded input of a forward pass, on the model's device: ``input_ids``, ``attention_mask``, ..."""
 
 Prediction = Mapping[str, Tensor]
 """What a model says about one example: named tensors of the task's own."""
@@ -134,7 +134,7 @@ class Task(Protocol):
         ...
 
     def trivial(self, dataset: Dataset, scored: Encoded) -> float | None:
-        """Return the primary metric of an answer that ignores the text; None where there is none."""
+        """Return the primary metric of an answer that ignores the text, None if there is none."""
         ...
 
     def answers(self, predictions: Sequence[Prediction]) -> Sequence[tuple[Any, ...]]:

@@ -38,7 +38,7 @@ FORMATS: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 HEADER: Final = 1 << 24
-"""Bytes of a header at most, 16 MiB: 256 for each of ``TENSORS``, which a usual entry half fills."""
+"""Bytes of a header at most: 256 for each of ``TENSORS``, about twice what an entry takes."""
 TENSORS: Final = 1 << 16
 """Tensors in a file at most; LoRA on a mixture of 128 experts in 48 layers has 36,864."""
 NAME: Final = 512

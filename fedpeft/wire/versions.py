@@ -1,7 +1,7 @@
 """Versions of what a client remembers: a server names the one that it assumes, by round.
 
-A client may keep a memory from round to round. What the server sends may depend on it, so the server
-must know which memory the client holds. So every memory has a version, a whole number: the round in
+A client may keep a memory from round to round. What the server sends may depend on it, so it must
+know which memory the client holds. So every memory has a version, a whole number: the round in
 which it was written.
 
 A memory has two parts, though: the method's and, under names that begin with ``@``, the training

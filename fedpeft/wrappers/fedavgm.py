@@ -77,7 +77,7 @@ class WithMomentum:
             before = state.shared.get(name)
             if before is None or before.shape != mean.shape or not mean.is_floating_point():
                 continue
-            # Hsu et al.: v <- beta * v + delta, w <- w - rate * v; here with delta = mean - w.
+            # Hsu et al. subtract a velocity of w - mean; this adds one of mean - w.
             velocity = mean - before
             if name in velocities:
                 velocity = velocity + self.momentum * velocities[name]

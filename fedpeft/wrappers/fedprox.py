@@ -15,7 +15,7 @@ from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, Sta
 @final
 @dataclass(frozen=True)
 class FedProx:
-    """Add mu / 2 * |w - w_0|^2 to every client's loss, where w_0 is what it began the round with."""
+    """Add mu / 2 * |w - w_0|^2 to every client's loss; w_0 is what it began the round with."""
 
     paper: ClassVar[str] = "FedProx: Li et al. 2020, arXiv 1812.06127"
     mu: Annotated[float, Ge(0)] = 0.01
@@ -48,7 +48,7 @@ class Proximal:
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Mount as the method inside does, and add the term's gradient after every backward pass."""
+        """Mount as the method inside does; add the term's gradient after every backward pass."""
         with self.inner.mount(model, down, memory, context) as task:
             # w_0, (K, ...) each; copies, since training changes the parameters in place.
             begin = {name: tensor.detach().clone() for name, tensor in task.trainable.items()}

@@ -6,7 +6,7 @@ from fedpeft.types import Method
 
 
 class Wrapper(Protocol):
-    """The settings of a wrapper: a frozen dataclass whose fields are those of a ``[[wrap]]`` table."""
+    """The settings of a wrapper: a frozen dataclass with the fields of a ``[[wrap]]`` table."""
 
     paper: ClassVar[str]
 
