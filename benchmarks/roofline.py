@@ -80,7 +80,7 @@ def flops(whole: Federation, count: int, number: int) -> tuple[float, float]:
         if not HEAD.search(name)
     }
     lengths = [
-        [len(whole.worker.client_data[client].train.ids[row]) for row in rows]
+        [whole.worker.client_data[client].train.lengths[row] for row in rows]
         for client in range(count)
         for rows in batches(whole, client, number)
     ]

@@ -92,8 +92,8 @@ class Setting:
             for client, rows in enumerate(whole.partition.train)
         ]
         test = {
-            "ids": [ids.tolist() for ids in whole.scored.ids],
-            "labels": [int(label) for label in whole.scored.labels],
+            "ids": [example.ids.tolist() for example in whole.scored],
+            "labels": [int(example.labels) for example in whole.scored],
         }
         content = {
             "labels": list(labels),

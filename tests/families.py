@@ -24,10 +24,9 @@ from transformers import (
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.models import spare_last_block
 from fedpeft.seeds import generator
-from fedpeft.tasks import Encoded
 from fedpeft.training.loop import Training
 from fedpeft.types import Method
-from tests.tiny import CONFIG, CPU, SEED, TASK, shaken
+from tests.tiny import CONFIG, CPU, SEED, TASK, encoded, shaken
 
 BERT: dict[str, Any] = {
     "vocab_size": 60,
@@ -161,7 +160,7 @@ def played(
         draw = generator(3, "played", client)
         lengths = torch.randint(3, 11, (size,), generator=draw).tolist()
         ids = [torch.randint(1, 60, (length,), generator=draw) for length in lengths]
-        own = Encoded(ids, torch.randint(0, 3, (size,), generator=draw).unbind())
+        own = encoded(ids, torch.randint(0, 3, (size,), generator=draw).tolist())
         held[client] = ClientData(own, own)
     model = family(name)
     spare_last_block(model)

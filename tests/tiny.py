@@ -21,7 +21,7 @@ from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 from fedpeft.mounting import describe
 from fedpeft.seeds import generator
-from fedpeft.tasks import Classification, Encoded
+from fedpeft.tasks import Classification, Encoded, Example
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training
 from fedpeft.types import Base, Client, Engine, Lost, Method, Payload, Reply, State
@@ -130,7 +130,13 @@ class Padding:
     pad_token_id: int = 0
 
 
-TASK = Classification(("a", "b", "c"), 16, Padding())
+TASK = Classification(("a", "b", "c"), 16, tokenizer=Padding())
+
+
+def encoded(ids: Sequence[Tensor], labels: Sequence[int]) -> Encoded:
+    """Return texts, as token ids, with one label each."""
+    rows = enumerate(zip(ids, labels, strict=True))
+    return Encoded([Example(text, torch.tensor(label), row) for row, (text, label) in rows])
 
 
 def examples(count: int, seed: int = SEED) -> Encoded:
@@ -138,7 +144,7 @@ def examples(count: int, seed: int = SEED) -> Encoded:
     draw = generator(seed, "examples", count)
     lengths = torch.randint(3, 11, (count,), generator=draw).tolist()
     ids = [torch.randint(1, 100, (length,), generator=draw) for length in lengths]
-    return Encoded(ids, torch.randint(0, 3, (count,), generator=draw).unbind())
+    return encoded(ids, torch.randint(0, 3, (count,), generator=draw).tolist())
 
 
 def logits(model: nn.Module, rows: Encoded | None = None) -> Tensor:

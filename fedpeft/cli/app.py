@@ -304,7 +304,7 @@ def partition(
     from fedpeft.experiment.config import from_tree
 
     chosen = from_tree(_settings(config, settings))
-    dataset = read_data(chosen.data)
+    dataset = read_data(chosen)
     divided = divide(chosen, dataset)
     holdings.picture(dataset, divided, png)
     _wide().print(holdings.table(dataset, divided), Text(f"\n{png}"))
@@ -331,15 +331,23 @@ def export(
 
 @app.command()
 def predict(
-    run: Folder, texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)]
+    run: Folder,
+    texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)],
+    context: Annotated[
+        str | None, typer.Option(help="The second text of each pair.", show_default=False)
+    ] = None,
 ) -> None:
-    """Label texts with what a run has learnt."""
+    """Answer texts with what a run has learnt: their labels, or the names in them."""
     from fedpeft.experiment.trained import open_run
     from fedpeft.report.names import literal
 
-    table = Table("label", "probability", "text", box=None)
-    for text, (label, probability) in zip(texts, open_run(run, _say).predict(texts), strict=True):
-        table.add_row(Text(literal(label)), f"{probability:.3f}", Text(text))
+    answers: Sequence[Any] = open_run(run, _say).predict(texts, context)  # named tuples
+    table = Table(*answers[0]._fields, "text", box=None)
+    for text, answer in zip(texts, answers, strict=True):
+        cells: list[Text | str] = []
+        for value in answer:
+            cells.append(f"{value:.3f}" if isinstance(value, float) else Text(literal(str(value))))
+        table.add_row(*cells, Text(text))
     out.print(table)
 
 

@@ -1,6 +1,6 @@
 """Where texts come from (``pydocs``, ``files``) and which client holds which (``partitions``)."""
 
-from fedpeft.data.files import from_files, read
+from fedpeft.data.files import KEY, LABEL, Columns, from_files, read
 from fedpeft.data.partitions import (
     Partition,
     by_key,
@@ -12,11 +12,17 @@ from fedpeft.data.partitions import (
 )
 from fedpeft.data.pydocs import pydocs
 from fedpeft.data.rows import Dataset, Rows
+from fedpeft.data.schema import Column, Schema
 
 __all__ = [
+    "KEY",
+    "LABEL",
+    "Column",
+    "Columns",
     "Dataset",
     "Partition",
     "Rows",
+    "Schema",
     "by_key",
     "dirichlet",
     "from_file",

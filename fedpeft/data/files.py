@@ -2,30 +2,38 @@
 
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 from fedpeft.data.integers import integer
 from fedpeft.data.json_records import Record
 from fedpeft.data.paths import matching, nearest
 from fedpeft.data.records import ending, records
 from fedpeft.data.rows import Dataset, Rows, stratified
+from fedpeft.data.schema import Schema, text
 from fedpeft.data.separated import delimiter as delimiter_of
 from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
 
-# JSON may write half of a surrogate pair as an escape; no encoding, UTF-8 included, can hold it.
-_SURROGATE = re.compile("[\ud800-\udfff]")
+LABEL: Final = "label"
+KEY: Final = "key"
+"""Roles of columns beside those of a schema."""
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """Which columns are read, role -> name, and their delimiter (None: the usual one)."""
+class Columns:
+    """Which columns of a file are read, and as what.
 
+    ``names``: role -> name in the file, for every column of ``schema`` that is read, and also for
+    ``label`` and ``key`` where a column holds these. ``delimiter``: what separates the columns of a
+    file of that kind; None for a comma in ``.csv`` and a tab in ``.tsv``.
+    """
+
+    schema: Schema
     names: Mapping[str, str]
-    delimiter: str | None
+    delimiter: str | None = None
 
 
 def from_files(
@@ -33,18 +41,15 @@ def from_files(
     train: Path,
     validation: Path | None,
     test: Path | None,
-    text: str,
-    label: str,
-    key: str | None = None,
-    delimiter: str | None = None,
+    columns: Columns,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> Dataset:
     """Return a data set from one file, or one pattern of files, per split.
 
-    ``text``, ``label``, ``key`` and ``delimiter`` as in ``read``. If the labels of train are whole
-    numbers, those of the other splits are read as whole numbers, too; likewise keys.
+    If the labels of train are whole numbers, those of the other splits are read as whole numbers,
+    too; likewise keys.
 
     Where ``test`` is None, ``test_fraction`` of each label's train rows is taken for it (see
     ``stratified``). Then ``validation`` is taken likewise, from the rows that are left. A fraction
@@ -52,53 +57,20 @@ def from_files(
     named by train's folder and file.
 
     Raises BadInput as ``read`` does, and for a label of validation or test that train lacks, for a
-    fraction not between 0 and 1, when train has only one label, and when no label has a row to
-    spare.
+    fraction not between 0 and 1, and when no label has a row to spare.
     """
-    columns = _columns(text, label, key, delimiter)
-    train_file = _read(train, columns)
+    train_file = read(train, columns)
     # Numbered before any row is held out, since a partition file counts the rows of the file.
     rows = replace(train_file, numbers=tuple(range(len(train_file))))
-    if len(set(rows.labels)) == 1:
-        raise BadInput(
-            f"{train}: every row has label {rows.labels[0]!r} in column {label!r}; "
-            "a classifier needs two or more"
-        )
     if test is None:
         rows, test_rows = _held_out(rows, "test", test_fraction, seed)
     else:
-        test_rows = _read(test, columns, train_file)
+        test_rows = read(test, columns, train_file)
     if validation is None:
         rows, validation_rows = _held_out(rows, "validation", validation_fraction, seed)
     else:
-        validation_rows = _read(validation, columns, train_file)
+        validation_rows = read(validation, columns, train_file)
     return Dataset("/".join(train.parts[-2:]), rows, validation_rows, test_rows)
-
-
-def read(
-    path: Path,
-    *,
-    text: str,
-    label: str,
-    key: str | None = None,
-    delimiter: str | None = None,
-) -> Rows:
-    """Return the rows of a file, or of all files that a pattern such as ``data/*.jsonl`` matches.
-
-    Two formats are read, each also with ``.gz``, in UTF-8: JSON (``.jsonl``, ``.ndjson``,
-    ``.json``: an object a line, an array of objects, or an object with one list of objects), and
-    columns separated by ``delimiter`` (by default a comma in ``.csv``, a tab in ``.tsv``).
-
-    ``text``, ``label`` and ``key`` name columns; other columns are ignored. Labels and keys may be
-    numbers; they become strings as JSON writes them (``1.5``, ``true``). Where all labels are whole
-    numbers, each is written without a point, whether the file says ``1``, ``1.0`` or ``"1"``;
-    likewise keys. Texts are taken unchanged and may be empty. Blank lines are skipped.
-
-    Raises BadInput, with file and line, for a missing file, an unknown ending, no rows, damaged
-    gzip, bytes that are not UTF-8, a broken line, a missing column, a text that is not a string,
-    and a label or key that is empty or not a number (NaN).
-    """
-    return _read(path, _columns(text, label, key, delimiter))
 
 
 def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -114,39 +86,81 @@ def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows,
     return kept, taken
 
 
-def _columns(text: str, label: str, key: str | None, delimiter: str | None) -> _Columns:
-    names = {"text": text, "label": label}
-    if key is not None:
-        names["key"] = key
-    return _Columns(names, delimiter_of(delimiter))
+def read(pattern: Path, columns: Columns, train: Rows | None = None) -> Rows:
+    """Return the rows of a file, or of all files that a pattern such as ``data/*.jsonl`` matches.
 
+    Two formats are read, each also with ``.gz``, in UTF-8: JSON (``.jsonl``, ``.ndjson``,
+    ``.json``: an object a line, an array of objects, or an object with one list of objects), and
+    separated columns (``.csv``, ``.tsv``). Columns without a role are ignored, and so are blank
+    lines.
 
-def _read(pattern: Path, columns: _Columns, train: Rows | None = None) -> Rows:
-    """Read the files of ``pattern``, with labels and keys written as in ``train``, if given."""
+    Labels and keys may be numbers; they become strings as JSON writes them (``1.5``, ``true``).
+    Where all labels are whole numbers, each is written without a point, whether the file says
+    ``1``, ``1.0`` or ``"1"``; likewise keys. With ``train``, they are written as there.
+
+    Raises BadInput, with file and line, for a missing file, an unknown ending, no rows, damaged
+    gzip, bytes that are not UTF-8, a broken line, a missing column, a value that the schema refuses,
+    a label or key that is empty or not a number (NaN), and a label that ``train`` lacks.
+    """
+    schema, names = columns.schema, columns.names
+    delimiter = delimiter_of(columns.delimiter)
+    roles = [column.role for column in schema.columns if column.role in names]
     # 1. Collect the values of every column, record by record.
-    values: dict[str, list[str]] = {"text": [], "label": [], "key": []}
+    values: dict[str, list[Any]] = {role: [] for role in roles}
+    labels: list[str] = []
+    keys: list[str] = []
     # Where each label and each key occurs first, for errors that show only when all is read.
-    places: dict[str, dict[str, str]] = {"label": {}, "key": {}}
+    first_labels: dict[str, str] = {}
+    first_keys: dict[str, str] = {}
     for path in _of_one_kind(pattern):
-        for where, record in records(path, columns.names.values(), columns.delimiter):
-            for role, column in columns.names.items():
-                value = _field(record, role, column, where)
-                values[role].append(value)
-                if role != "text":
-                    places[role].setdefault(value, where)
-    if not values["text"]:
+        for where, record in records(path, names.values(), delimiter):
+            parsed = _parsed(record, columns, where)
+            for role in roles:
+                values[role].append(parsed[role])
+            if (label := _label(record, columns, parsed, where)) is not None:
+                labels.append(label)
+                first_labels.setdefault(label, where)
+            if KEY in names:
+                keys.append(_name(record, KEY, names[KEY], where))
+                first_keys.setdefault(keys[-1], where)
+    if not values[roles[0]]:
         raise BadInput(f"{pattern}: holds no rows")
     # 2. Unify how whole numbers are written. Train decides whether they are, for all splits.
-    deciding = places if train is None else {"label": train.labels, "key": train.keys}
-    labels = _written("label", places["label"], deciding["label"])
-    keys = _written("key", places["key"], deciding["key"])
-    if train is not None:
-        _check_known(places["label"], labels, train.labels)
+    written_labels = _written(LABEL, first_labels, first_labels if train is None else train.labels)
+    written_keys = _written(KEY, first_keys, first_keys if train is None else train.keys)
+    if train is not None and LABEL in names:
+        _check_known(first_labels, written_labels, train.labels)
     return Rows(
-        texts=tuple(values["text"]),
-        labels=tuple(labels[name] for name in values["label"]),
-        keys=tuple(keys[name] for name in values["key"]),
+        columns={role: tuple(column) for role, column in values.items()},
+        labels=tuple(written_labels[name] for name in labels),
+        keys=tuple(written_keys[name] for name in keys),
     )
+
+
+def _parsed(record: Record, columns: Columns, where: str) -> dict[str, Any]:
+    """Return the values of ``record`` by role, as the schema wants them."""
+    parsed: dict[str, Any] = {}
+    for column in columns.schema.columns:
+        if column.role not in columns.names:
+            continue
+        name = columns.names[column.role]
+        value = _value(record, column.role, name, where)
+        try:
+            parsed[column.role] = column.parse(value)
+        except ValueError as error:
+            raise BadInput(f"{where}: the {column.role} in column {name!r} {error}") from error
+    if why := columns.schema.check(parsed):
+        raise BadInput(f"{where}: {why}")
+    return parsed
+
+
+def _label(record: Record, columns: Columns, parsed: Mapping[str, Any], where: str) -> str | None:
+    """Return the label of ``record``: a column's, or what the schema makes of its values."""
+    if LABEL in columns.names:
+        return _name(record, LABEL, columns.names[LABEL], where)
+    if columns.schema.label is not None:
+        return columns.schema.label(parsed)
+    return None
 
 
 def _of_one_kind(pattern: Path) -> list[Path]:
@@ -159,26 +173,31 @@ def _of_one_kind(pattern: Path) -> list[Path]:
     return files
 
 
-def _field(record: Record, role: str, column: str, where: str) -> str:
-    """Return the value of ``record`` in ``column`` as a string, checked for its ``role``."""
-    what = f"the {role} in column {column!r}"
+def _value(record: Record, role: str, column: str, where: str) -> Any:
+    """Return the value of ``record`` in ``column``; BadInput where there is no such column."""
     if column not in record:
         names = ", ".join(map(repr, record)) + nearest(column, record)
         missing = f"{where} has no column {column!r}; its columns are {names}"
         raise BadInput(f'data.{role} = "{column}": {missing}')
-    value = record[column]
+    return record[column]
+
+
+def _name(record: Record, role: str, column: str, where: str) -> str:
+    """Return the label or the key of ``record``, whichever ``role`` says, as a string."""
+    what = f"{where}: the {role} in column {column!r}"
+    value = _value(record, role, column, where)
     # A bool is an int, so this also turns true into "true".
-    if role != "text" and isinstance(value, int | float):
+    if isinstance(value, int | float):
         if isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"{where}: {what} is {json.dumps(value)}")
+            raise BadInput(f"{what} is {json.dumps(value)}")
         value = json.dumps(value)
-    if not isinstance(value, str):
-        raise BadInput(f"{where}: {what} must be a string, not {json.dumps(value):.40}")
-    if role != "text" and not value.strip():
-        raise BadInput(f"{where}: {what} is empty")
-    if _SURROGATE.search(value):
-        raise BadInput(f"{where}: {what} holds half a surrogate pair, which no encoding can write")
-    return value
+    try:
+        name = text(value)
+    except ValueError as error:
+        raise BadInput(f"{what} {error}") from error
+    if not name.strip():
+        raise BadInput(f"{what} is empty")
+    return name
 
 
 def _written(role: str, places: Mapping[str, str], deciding: Collection[str]) -> dict[str, str]:

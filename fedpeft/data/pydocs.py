@@ -59,7 +59,7 @@ def _collect(library: Path) -> Rows:
     with suppress(OSError, ValueError, TypeError):
         texts, labels, keys = json.loads(cached.read_bytes())
         if 0 < len(texts) == len(labels) == len(keys):
-            return Rows(tuple(texts), tuple(labels), tuple(keys))
+            return Rows.of_texts(texts, labels, keys)
     # 2. Parse the sources, the slow part.
     chapter_and_module: dict[str, tuple[str, str]] = {}
     for path, chapter, module in sources:
@@ -77,7 +77,7 @@ def _collect(library: Path) -> Rows:
     except OSError:
         with suppress(OSError):
             temporary.unlink()
-    return Rows(tuple(chapter_and_module), labels, keys)
+    return Rows.of_texts(tuple(chapter_and_module), labels, keys)
 
 
 def _cache() -> Path:

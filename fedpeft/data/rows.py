@@ -1,10 +1,11 @@
-"""Labelled texts as values: the rows of a split, and a data set of three splits."""
+"""Examples as users have them: the rows of a split, and a data set of three splits."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 from fedpeft.data.integers import ordered
 from fedpeft.seeds import derive
@@ -12,27 +13,57 @@ from fedpeft.seeds import derive
 
 @dataclass(frozen=True)
 class Rows:
-    """Labelled texts, one label each.
+    """The examples of a split, column by column.
 
+    ``columns``: role -> the value of each row, such as ``text`` of a classification; see
+    ``schema.py``. There is one column at least. ``labels``: the label of each row, by which
+    partitions divide; empty where there is none. In a classification it is the answer, too.
     ``keys``: the name of each row's natural client; empty where there is none. ``numbers``: each
     row's position in the file of train, counted from 0; empty where that is not known. Numbers do
     not count in comparisons: rows that differ in nothing else are equal.
     """
 
-    texts: tuple[str, ...]
-    labels: tuple[str, ...]
+    columns: Mapping[str, tuple[Any, ...]]
+    labels: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     numbers: tuple[int, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(next(iter(self.columns.values())))
+
+    @classmethod
+    def of_texts(
+        cls,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        keys: Sequence[str] = (),
+        numbers: Sequence[int] = (),
+    ) -> "Rows":
+        """Return rows of one text each.
+
+        >>> Rows.of_texts(["good", "bad"], ["positive", "negative"]).columns
+        {'text': ('good', 'bad')}
+        """
+        return cls({"text": tuple(texts)}, tuple(labels), tuple(keys), tuple(numbers))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The column ``text``."""
+        return self.columns["text"]
+
+    def name_of(self, row: int) -> str:
+        """Return what tells a row from others: its text, or all its columns as JSON."""
+        values = [column[row] for column in self.columns.values()]
+        return values[0] if self.columns.keys() == {"text"} else json.dumps(values)
 
     def take(self, indices: Iterable[int]) -> "Rows":
         """Return the rows at ``indices``, in that order."""
         chosen = tuple(indices)
         return Rows(
-            texts=tuple(self.texts[row] for row in chosen),
-            labels=tuple(self.labels[row] for row in chosen),
+            columns={
+                role: tuple(column[row] for row in chosen) for role, column in self.columns.items()
+            },
+            labels=tuple(self.labels[row] for row in chosen) if self.labels else (),
             keys=tuple(self.keys[row] for row in chosen) if self.keys else (),
             numbers=tuple(self.numbers[row] for row in chosen) if self.numbers else (),
         )
@@ -60,9 +91,9 @@ class Dataset:
 
         Equal digests mean equal data; the name does not matter.
         """
-        splits: list[list[Sequence[str]]] = []
+        splits: list[list[Sequence[Any]]] = []
         for split in (self.train, self.validation, self.test):
-            splits.append([split.texts, split.labels, split.keys])
+            splits.append([*split.columns.values(), split.labels, split.keys])
         return sha256(json.dumps(splits).encode()).hexdigest()[:16]
 
     def majority(self, labels: Sequence[str]) -> float:
@@ -80,15 +111,16 @@ def stratified(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
     Of a label's n rows, round(``fraction`` * n) are taken, but at least one, and one is always
     left. Which ones are taken depends on ``seed`` and on the label's set of texts, not on their
-    order.
+    order. Rows without labels are split as if they had one in common.
     """
+    labels = rows.labels or ("",) * len(rows)
     quota: dict[str, int] = {}
-    for label, size in Counter(rows.labels).items():
+    for label, size in Counter(labels).items():
         quota[label] = min(max(1, round(fraction * size)), size - 1)
     taken = set[int]()
     # Each text draws its own place in the queue, so the order of the file does not matter.
-    for row in sorted(range(len(rows)), key=lambda row: derive(seed, rows.texts[row])):
-        label = rows.labels[row]
+    for row in sorted(range(len(rows)), key=lambda row: derive(seed, rows.name_of(row))):
+        label = labels[row]
         if quota[label] > 0:
             quota[label] -= 1
             taken.add(row)

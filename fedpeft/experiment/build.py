@@ -20,7 +20,7 @@ from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, kernels, load
 from fedpeft.seeds import generator
-from fedpeft.tasks import Encoded, Task, make_task
+from fedpeft.tasks import TASKS, Encoded, Task, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
 from fedpeft.training.hardware import Hardware, resolve, use
 from fedpeft.types import Client, Method, State
@@ -56,9 +56,10 @@ class Federation:
         """
         choice = self.config.evaluation
         is_test = choice.split == "test"
-        whole = self.test if is_test else self.task.encode(self.dataset.validation)
-        order = torch.randperm(len(whole), generator=generator(0, "evaluation", choice.split))
-        return whole.take(sorted(order[: choice.limit].tolist()))
+        rows = self.dataset.test if is_test else self.dataset.validation
+        whole = self.test if is_test else self.task.encode(rows)
+        order = torch.randperm(len(rows), generator=generator(0, "evaluation", choice.split))
+        return whole.of_rows(sorted(order[: choice.limit].tolist()))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -120,7 +121,8 @@ def build(
     dataset = _dataset(config, reuse)
     partition = divide(config, dataset)
     _check_partition(config, partition)
-    task = make_task(config.task.kind, dataset.labels, config.model.max_length)
+    names = TASKS[config.task.kind].names(dataset)
+    task = make_task(config.task, names, config.model.max_length)
     chosen = hardware or _hardware(config, task, reuse)
     use(chosen)
     model = _model(config, dataset, task, chosen, reuse)
@@ -135,7 +137,7 @@ def build(
         hardware=chosen,
         head=model.loaded.base.head,
         seed=config.seed,
-        config=agreement(config, method, dataset.labels, model.loaded.digest),
+        config=agreement(config, method, names, model.loaded.digest),
         cache=_kept(config, client_data, model.loaded, chosen),
     )
     federation = Federation(
@@ -168,9 +170,9 @@ class _Model:
 
 def _dataset(config: Config, reuse: Federation | None) -> data.Dataset:
     """Read the data, or take them over."""
-    if reuse is not None and reuse.config.data == config.data:
+    if reuse is not None and (reuse.config.data, reuse.config.task) == (config.data, config.task):
         return reuse.dataset
-    return read_data(config.data)
+    return read_data(config)
 
 
 def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
@@ -212,8 +214,8 @@ def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientDa
     """Return what each client holds, by its number."""
     found: dict[int, ClientData] = {}
     for number, train_rows in enumerate(partition.train):
-        train = model.train.take(train_rows.tolist())
-        test = model.test.take(partition.test[number].tolist())
+        train = model.train.of_rows(train_rows.tolist())
+        test = model.test.of_rows(partition.test[number].tolist())
         found[number] = ClientData(train, test)
     return found
 
@@ -292,18 +294,31 @@ def _kept(
     return ActivationCache(fitting(texts, width * bytes_per_number, limit))
 
 
-def read_data(choice: DataSection) -> data.Dataset:
-    """Return the texts that the settings name."""
+def read_data(config: Config) -> data.Dataset:
+    """Return the data that the settings name, as their task reads it."""
+    choice = config.data
     if choice.train is None:
+        if config.task.kind != "classification":
+            raise BadInput(
+                f"task.kind = {config.task.kind!r}: data.source = 'pydocs' holds texts with one "
+                "label each; name files of yours in data.train"
+            )
         return data.pydocs()
+    schema = TASKS[config.task.kind].schema
+    names: dict[str, str] = {}
+    for column in schema.columns:
+        name = getattr(choice, column.role)
+        if name is not None:
+            names[column.role] = name
+    if choice.label is not None or schema.label is None:
+        names[data.LABEL] = choice.label or data.LABEL
+    if choice.key is not None:
+        names[data.KEY] = choice.key
     return data.from_files(
         train=choice.train,
         validation=choice.validation,
         test=choice.test,
-        text=choice.text,
-        label=choice.label,
-        key=choice.key,
-        delimiter=choice.delimiter,
+        columns=data.Columns(schema, names, choice.delimiter),
         validation_fraction=choice.validation_fraction,
         test_fraction=choice.test_fraction,
     )

@@ -220,5 +220,5 @@ def _clients(config: Config) -> int:
     """Return how many clients there are; where the data or a file names them, by counting them."""
     partition = config.partition
     if partition.kind == "file" or (partition.kind == "by_key" and partition.clients is None):
-        return len(divide(config, read_data(config.data)).train)
+        return len(divide(config, read_data(config)).train)
     return partition.clients or CLIENTS

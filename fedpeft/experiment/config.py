@@ -20,11 +20,11 @@ from fedpeft.experiment.sections import (
     EvaluationSection,
     FederationSection,
     PartitionSection,
-    TaskSection,
 )
 from fedpeft.experiment.wrapping import wrapped
 from fedpeft.methods import constructors
 from fedpeft.models import ModelSection
+from fedpeft.tasks import TaskSection
 from fedpeft.training.hardware import Machine
 from fedpeft.training.loop import Training
 from fedpeft.types import Method

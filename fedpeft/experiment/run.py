@@ -52,7 +52,7 @@ def run_from_start(federation: Federation, folder: Path, on_progress: OnProgress
     first_state = federation.first_state()
     files = {
         HARDWARE: federation.hardware.describe(),
-        LABELS: federation.dataset.labels,
+        LABELS: list(federation.task.labels),
         CONFIG: json.loads(federation.config.to_json()),
     }
     with ExitStack() as undo:
@@ -144,7 +144,7 @@ def _check_same(folder: Path, federation: Federation, labels: tuple[str, ...]) -
     row = run_row(folder)
     if row is not None:
         _check_digests(folder, federation, row)
-    for number, (then, today) in enumerate(zip_longest(labels, federation.dataset.labels)):
+    for number, (then, today) in enumerate(zip_longest(labels, federation.task.labels)):
         if then != today:
             raise BadInput(
                 f"{folder / LABELS}: output {number} of the model stands for {then!r} in this run, "

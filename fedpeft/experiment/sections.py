@@ -1,4 +1,4 @@
-"""The sections of a configuration besides method, model, training and machine, field by field."""
+"""The sections of a configuration besides method, task, model, training and machine, field by field."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,14 +7,6 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from fedpeft.mounting import Targets
-
-
-@dataclass(frozen=True)
-class TaskSection:
-    """What is learnt."""
-
-    kind: Literal["classification"] = "classification"
-    """The kind of task: `classification` gives every text one label."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +27,17 @@ class DataSection:
     test: Path | None = None
     """The file of the test texts; left out, a part of train is held out."""
     text: str = "text"
-    """The column that holds the text."""
-    label: str = "label"
-    """The column that holds the label."""
+    """The column that holds the text, of a classification."""
+    text2: str | None = None
+    """The column that holds the second text of a pair, of a classification of pairs."""
+    label: str | None = None
+    """The column that holds the label: the answer of a classification, there `label` where left
+    out; otherwise what partitions by label divide by. Left out, `tagging` takes the type of most
+    names in a sentence."""
+    words: str = "tokens"
+    """The column that holds the list of words, of `tagging`."""
+    tags: str = "tags"
+    """The column that holds the list of the words' tags, of `tagging`: BIO, BIOES, IOB1 or types."""
     key: str | None = None
     """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None

@@ -13,7 +13,7 @@ from fedpeft.errors import NotStackable
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import measured
 from fedpeft.methods.lora import LoRA
-from fedpeft.tasks import Encoded
+from fedpeft.tasks import Encoded, Example
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.types import Base, Client
 from fedpeft.wire.messages import Kind, Request, Response
@@ -93,12 +93,11 @@ def apart(worker: Worker, base: Base) -> bool:
     own. A model that cannot be tried so is not known to do, whatever the reason.
     """
     trial, request = _trial(worker, base)
-    probe = _probe(worker)
-    if probe is None:
+    text = _probe(worker)
+    if text is None:
         return False
-    text, label = probe
     rows = 3 if len(text) != 2 * 3 else 4  # of each of two clients
-    batch = Encoded([text] * rows, [label] * rows)
+    batch = Encoded([text] * rows)
     client = next(iter(worker.client_data))
     trial = replace(
         trial,
@@ -115,19 +114,19 @@ def apart(worker: Worker, base: Base) -> bool:
     return True
 
 
-def _probe(worker: Worker) -> tuple[Tensor, Tensor] | None:
-    """Return a short text that has some tokens, and its label; None where there is no text.
+def _probe(worker: Worker) -> Example | None:
+    """Return a short text that has some tokens; None where there is no text.
 
     Where no text has enough tokens the longest is taken. A whole text: T5 and BART refuse one whose
     end was cut off.
     """
-    pairs: list[tuple[Tensor, Tensor]] = []
+    texts: list[Example] = []
     for data in worker.client_data.values():
-        pairs += zip(data.train.ids, data.train.labels, strict=True)
-    long_enough = [pair for pair in pairs if len(pair[0]) >= TOKENS]
+        texts += data.train
+    long_enough = [text for text in texts if len(text) >= TOKENS]
     if long_enough:
-        return min(long_enough, key=lambda pair: len(pair[0]))
-    return max(pairs, key=lambda pair: len(pair[0]), default=None)
+        return min(long_enough, key=len)
+    return max(texts, key=len, default=None)
 
 
 def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:

@@ -115,7 +115,7 @@ def write_starter(path: Path, *, train: Path, test: Path | None, method: str) ->
         data["delimiter"] = columns.delimiter
     if columns.key is not None and (test is None or _has(test, columns.key, columns.delimiter)):
         data["key"] = columns.key
-    dataset = read_data(config.from_tree(config.beside({"data": dict(data)}, folder)).data)
+    dataset = read_data(config.from_tree(config.beside({"data": dict(data)}, folder)))
     text = _toml(path, data, dataset, method)
     checked = config.from_tree(config.beside(tomllib.loads(text), folder))
     divide(checked, dataset)

@@ -38,17 +38,20 @@ class Trained:
         ) as local:
             yield local
 
-    def predict(self, texts: Sequence[str]) -> Sequence[tuple[Any, ...]]:
+    def predict(
+        self, texts: Sequence[str], context: str | None = None
+    ) -> Sequence[tuple[Any, ...]]:
         """Return what the model says about every text, as named tuples of the task's own.
 
-        Of a classification these are (label, probability). A lone string raises TypeError.
+        Of a classification these are (label, probability), of tagging the sentence with its names.
+        ``context``: the second text of every pair. A lone string raises TypeError.
         """
         if isinstance(texts, str):
             raise TypeError(f"predict takes a list of texts, not the text {texts!r}")
-        examples = self.task.encode(self.task.unanswered(texts))
+        examples = self.task.encode(self.task.unanswered(texts, context))
         with self.mounted():
             outputs = predictions(self.loaded.model, self.task, examples, self.hardware)
-        return self.task.answers(outputs)
+        return self.task.answers(outputs, examples)
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
         """Write the adapters as a folder for peft.
@@ -79,7 +82,7 @@ def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: N
             f"{folder}: has no checkpoint yet; go on with it first: fedpeft resume {folder}"
         )
     use(hardware)
-    task = make_task(config.task.kind, labels, config.model.max_length)
+    task = make_task(config.task, labels, config.model.max_length)
     loaded = load(config.model, task, hardware, config.seed)
     row = run_row(folder)
     if row is not None and row.model_digest != loaded.digest:

@@ -155,7 +155,7 @@ class Worker:
         if trained.step_alone is not None:
             seconds_alone = steps * trained.step_alone
         figures = Measured(
-            examples=len(share.examples),
+            examples=share.examples.num_rows,
             steps=steps,
             trained=trained.num_trained,
             loss=float(trained.losses[row]),

@@ -53,7 +53,8 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     source = find(choice, task.form.auto_class)
     config = source.configuration()
     known = [name for _, name in sorted(config.id2label.items())]
-    _set_labels(config, labels)
+    if labels:
+        _set_labels(config, labels)
     _set_dropout(config, choice.dropout)
     draw = derive(seed, "head")
     model, report = source.weights(config, hardware.attention, draw)

@@ -1,36 +1,37 @@
 """What is learnt: rows -> examples -> batches -> losses and predictions -> counts -> metrics."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
+from fedpeft.tasks import classification, tagging
+from fedpeft.tasks.choice import TaskSection
 from fedpeft.tasks.classification import Classification
+from fedpeft.tasks.tagging import Tagging
 from fedpeft.tasks.task import (
     Batch,
     Counts,
     Encoded,
+    Example,
     Metric,
     ModelForm,
     Prediction,
     Task,
+    TaskKind,
     examples_in,
 )
 
-
-class MakesTask(Protocol):
-    """Makes a task from the names of its labels and the length of the longest text, in tokens."""
-
-    def __call__(self, labels: tuple[str, ...], max_length: int) -> Task:
-        """Return the task, without a tokenizer yet."""
-        ...
-
-
-TASKS: Mapping[str, MakesTask] = {"classification": Classification}
+TASKS: Mapping[str, TaskKind] = {
+    "classification": classification.KIND,
+    "tagging": tagging.KIND,
+}
 """Every task that ``task.kind`` can name."""
 
 
-def make_task(kind: str, labels: Sequence[str], max_length: int) -> Task:
-    """Return the task called ``kind``; its tokenizer comes with its model."""
-    return TASKS[kind](tuple(labels), max_length)
+def make_task(choice: TaskSection, names: Sequence[str], max_length: int) -> Task:
+    """Return the task that the settings choose; its tokenizer comes with its model.
+
+    ``names``: of its possible answers, in order. ``max_length``: of a text, in tokens.
+    """
+    return TASKS[choice.kind].make(choice, tuple(names), max_length)
 
 
 __all__ = [
@@ -39,10 +40,14 @@ __all__ = [
     "Classification",
     "Counts",
     "Encoded",
+    "Example",
     "Metric",
     "ModelForm",
     "Prediction",
+    "Tagging",
     "Task",
+    "TaskKind",
+    "TaskSection",
     "examples_in",
     "make_task",
 ]

@@ -1,16 +1,32 @@
-"""Text classification: one label a text, cross-entropy, accuracy and macro-F1."""
+"""Classification of a text, or of a pair of texts: one label each, cross-entropy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self, final
+from typing import Any, Final, NamedTuple, Self, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft.data.rows import Dataset, Rows
-from fedpeft.tasks.task import Batch, Counts, Encoded, Metric, ModelForm, Prediction
+from fedpeft.data.schema import Column, Schema, text
+from fedpeft.errors import BadInput
+from fedpeft.tasks.choice import TaskSection
+from fedpeft.tasks.padding import inputs, width_of
+from fedpeft.tasks.task import (
+    Batch,
+    Counts,
+    Encoded,
+    Example,
+    Metric,
+    ModelForm,
+    Prediction,
+    TaskKind,
+    primary,
+)
+
+METRICS: Final = (Metric("accuracy"), Metric("macro_f1"), Metric("matthews"))
+"""Shares of 1, the last from -1 to 1."""
 
 
 class Label(NamedTuple):
@@ -23,16 +39,12 @@ class Label(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Classification:
-    """Classify texts of at most ``max_length`` tokens into ``labels``."""
+    """Classify texts, or pairs of texts, of at most ``max_length`` tokens into ``labels``."""
 
     labels: tuple[str, ...]
     max_length: int
+    metric: Metric = METRICS[0]
     tokenizer: Any = None
-
-    @property
-    def metric(self) -> Metric:
-        """Accuracy."""
-        return Metric("accuracy")
 
     @property
     def form(self) -> ModelForm:
@@ -49,23 +61,34 @@ class Classification:
         """Return the task with the tokenizer that was loaded with its model."""
         return replace(self, tokenizer=tokenizer)
 
-    def unanswered(self, texts: Sequence[str]) -> Rows:
-        """Return rows of ``texts`` with a placeholder for the label."""
-        # ``encode`` needs some label; predicting ignores it.
-        return Rows(tuple(texts), (self.labels[0],) * len(texts))
+    def unanswered(self, texts: Sequence[str], context: str | None = None) -> Rows:
+        """Return rows of ``texts``, each paired with ``context`` if there is one.
+
+        Their labels say nothing.
+        """
+        columns = {"text": tuple(texts)}
+        if context is not None:
+            columns["text2"] = (context,) * len(texts)
+        return Rows(columns, (self.labels[0],) * len(texts))
 
     def encode(self, rows: Rows) -> Encoded:
         """Return texts and labels as numbers, tokenised once."""
-        if not rows.texts:
-            return Encoded([], [])
+        if not len(rows):
+            return Encoded([])
         class_of = {label: index for index, label in enumerate(self.labels)}
-        labels = torch.tensor([class_of[label] for label in rows.labels])  # (n,) int64
-        tokens = self.tokenizer(list(rows.texts), truncation=True, max_length=self.max_length)
-        ids: list[Tensor] = []
-        for text in tokens["input_ids"]:
+        columns = [list(column) for column in rows.columns.values()]  # text, and text2 of pairs
+        tokens = self.tokenizer(*columns, truncation=True, max_length=self.max_length)
+        examples: list[Example] = []
+        for row, label in enumerate(rows.labels):
             # An empty text may have no token at all, but a model needs one position to read.
-            ids.append(torch.tensor(text or [self.tokenizer.pad_token_id], dtype=torch.int64))
-        return Encoded(ids, labels.unbind())
+            ids = tokens["input_ids"][row] or [self.tokenizer.pad_token_id]
+            segments = None
+            if len(columns) == 2 and "token_type_ids" in tokens:
+                segments = torch.tensor(tokens["token_type_ids"][row])
+            examples.append(
+                Example(torch.tensor(ids), torch.tensor(class_of[label]), row, segments)
+            )
+        return Encoded(examples)
 
     def collate(
         self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1
@@ -75,27 +98,15 @@ class Classification:
         L is the longest length, rounded up to a multiple of ``pad_to_multiple_of``, but not beyond
         ``max_length``. A text longer than that keeps its length.
         """
-        padding = self.tokenizer.pad_token_id
-        ids = pad_sequence(list(examples.ids), batch_first=True, padding_value=padding)
-        longest = ids.shape[1]
-        rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of  # -(-a // b) rounds up
-        width = min(rounded, max(longest, self.max_length))
-        ids = functional.pad(ids, (0, width - longest), value=padding)
-        # From the lengths, since the padding token may also occur inside a text.
-        lengths = torch.tensor([len(text) for text in examples.ids])
-        mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": torch.stack(list(examples.labels)),
-        }
+        width = width_of(max(examples.lengths), pad_to_multiple_of, self.max_length)
+        batch = inputs(examples, width, self.tokenizer.pad_token_id)
+        batch["labels"] = torch.stack([example.labels for example in examples])
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's (n, C) logits in float32."""
-        out: Tensor = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        read = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        out: Tensor = model(**read).logits
         return out.float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -116,7 +127,7 @@ class Classification:
         if not predictions:
             return self.no_counts()
         logits = torch.stack([prediction["logits"] for prediction in predictions])  # (n, C)
-        truth = torch.stack(list(examples.labels))  # (n,)
+        truth = torch.stack([example.labels for example in examples])  # (n,)
         predicted = logits.argmax(dim=1)
         counts: list[Tensor] = []
         # ``minlength``, so that labels which do not occur count 0 and all rows have length C.
@@ -139,7 +150,7 @@ class Classification:
         }
 
     def metrics(self, counts: Counts) -> Mapping[str, float]:
-        """Return ``accuracy``, ``macro_f1`` and the mean ``loss``.
+        """Return ``accuracy``, ``macro_f1``, ``matthews`` and the mean ``loss``.
 
         Macro-F1 is the mean, over the labels that occur, of F1 = 2 correct / (predicted + true).
         """
@@ -151,6 +162,7 @@ class Classification:
         return {
             "accuracy": float(counts["labels"][0].sum()) / examples,
             "macro_f1": float(f1[occurs].mean()) if bool(occurs.any()) else 0.0,
+            "matthews": _matthews(correct, predicted, true),
             "loss": float(counts["loss"]) / examples,
         }
 
@@ -167,14 +179,50 @@ class Classification:
             return ""
         return f"counts = {labels.tolist()}: are no scores of {examples} examples"
 
-    def trivial(self, dataset: Dataset, scored: Encoded) -> float:
+    def trivial(self, dataset: Dataset, scored: Encoded) -> float | None:
         """Return the accuracy of always predicting the commonest label of train."""
-        return dataset.majority([self.labels[int(label)] for label in scored.labels])
+        if self.metric.name != "accuracy":
+            return None
+        return dataset.majority([self.labels[int(example.labels)] for example in scored])
 
-    def answers(self, predictions: Sequence[Prediction]) -> list[Label]:
+    def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Label]:
         """Return the likeliest label of every text and its probability."""
         likeliest: list[Label] = []
         for prediction in predictions:
             best = prediction["logits"].softmax(dim=0).max(dim=0)
             likeliest.append(Label(self.labels[int(best.indices)], float(best.values)))
         return likeliest
+
+
+def _matthews(correct: Tensor, predicted: Tensor, true: Tensor) -> float:
+    """Return the correlation of Matthews from counts of each of C classes, (C,) float64.
+
+    In Gorodkin's form for any number of classes (2004, equation 8): with c correct among s texts,
+    (c s - sum p_k t_k) / sqrt((s^2 - sum p_k^2) (s^2 - sum t_k^2)). It is 0 where everything is
+    predicted, or is, of one class.
+    """
+    total = true.sum()
+    covariance = correct.sum() * total - (predicted * true).sum()
+    spread = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
+    return float(covariance / spread.sqrt()) if spread > 0 else 0.0
+
+
+def _names(dataset: Dataset) -> tuple[str, ...]:
+    """Return the labels of train; BadInput where there is one only."""
+    if len(dataset.labels) == 1:
+        raise BadInput(
+            f"{dataset.name}: every row has label {dataset.labels[0]!r}; "
+            "a classifier needs two or more"
+        )
+    return dataset.labels
+
+
+def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Classification:
+    return Classification(names, max_length, primary(choice, METRICS))
+
+
+KIND: Final = TaskKind(
+    schema=Schema((Column("text", text), Column("text2", text))),
+    names=_names,
+    make=_make,
+)

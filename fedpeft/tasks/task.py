@@ -1,13 +1,17 @@
 """The seam of tasks: how texts become numbers, and how good a model's answers are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from functools import cached_property
+from typing import Any, Literal, Protocol, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from fedpeft.data.rows import Dataset, Rows
+from fedpeft.data.schema import Schema
+from fedpeft.errors import BadInput
+from fedpeft.tasks.choice import TaskSection
 
 Batch = Mapping[str, Tensor]
 """Padded input of a forward pass, on the model's device: ``input_ids``, ``attention_mask``, ..."""
@@ -20,22 +24,78 @@ Counts = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Examples as numbers.
+class Example:
+    """A passage of text as numbers: one row of a batch.
 
-    ``ids``: the token ids of each, (length,) int64. ``labels``: the right answer to each, int64 of
-    the task's own shape; in classification a single number, ().
+    ``ids``: its token ids, (length,) int64. ``labels``: the right answer, int64 of the task's own
+    shape; in a classification a single number, (). ``row``: the row of the split that it comes
+    from; a task may cut a long row into several examples. ``segments``: for each token which of two
+    texts it belongs to, (length,); None where the model makes no difference. ``weight``: how much
+    its loss counts in the mean of a step; as in transformers the number of its labels where each
+    token may have one. ``source``: what the task needs to judge an answer besides numbers.
     """
 
-    ids: Sequence[Tensor]
-    labels: Sequence[Tensor]
+    ids: Tensor
+    labels: Tensor
+    row: int = 0
+    segments: Tensor | None = None
+    weight: int = 1
+    source: Any = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: Sequence[int]) -> "Encoded":
-        """Return the examples at ``rows``, in that order."""
-        return Encoded([self.ids[row] for row in rows], [self.labels[row] for row in rows])
+
+@dataclass(frozen=True)
+class Encoded(Sequence[Example]):
+    """The examples of a split, of a client or of a batch.
+
+    >>> first, second = (Example(torch.tensor([1]), torch.tensor(0), row) for row in (0, 1))
+    >>> [example.row for example in Encoded([first, second]).of_rows([1])]
+    [1]
+    """
+
+    examples: Sequence[Example]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Encoded": ...
+    def __getitem__(self, index: int | slice) -> "Example | Encoded":
+        if isinstance(index, slice):
+            return Encoded(self.examples[index])
+        return self.examples[index]
+
+    def take(self, indices: Iterable[int]) -> "Encoded":
+        """Return the examples at ``indices``, in that order."""
+        return Encoded([self.examples[index] for index in indices])
+
+    def of_rows(self, rows: Iterable[int]) -> "Encoded":
+        """Return the examples that come from ``rows`` of the split, in that order."""
+        chosen: list[Example] = []
+        for row in rows:
+            chosen += self._by_row.get(row, [])
+        return Encoded(chosen)
+
+    @property
+    def num_rows(self) -> int:
+        """From how many rows of the split they come."""
+        return len(self._by_row)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each."""
+        return [len(example) for example in self.examples]
+
+    @cached_property
+    def _by_row(self) -> dict[int, list[Example]]:
+        by_row: dict[int, list[Example]] = {}
+        for example in self.examples:
+            by_row.setdefault(example.row, []).append(example)
+        return by_row
 
 
 @dataclass(frozen=True)
@@ -56,9 +116,11 @@ class ModelForm:
     """The kind of model that a task runs on.
 
     ``auto_class``: name of the class of transformers that loads it. ``labels``: the names of its
-    possible answers, in order. ``outputs``: how many numbers it returns at a position that the head
-    reads. ``peft_type``: what peft calls the task. ``reads``: which positions the head reads, where
-    the model family lets one choose: one that summarises the text, or every one.
+    possible answers, in order; empty where answers have no names. ``outputs``: how many numbers it
+    returns at a position that the head reads. ``peft_type``: what peft calls the task. ``reads``:
+    which positions the head reads, where the model family lets one choose: one that summarises the
+    text, or every one. ``head_is_trained``: whether the output module belongs to the task, which
+    trains it; otherwise it belongs to the frozen base, as that of a language model does.
     """
 
     auto_class: str
@@ -66,6 +128,7 @@ class ModelForm:
     outputs: int
     peft_type: str
     reads: Literal["summary", "every"]
+    head_is_trained: bool = True
 
 
 class Task(Protocol):
@@ -95,8 +158,12 @@ class Task(Protocol):
         """Return the task with the tokenizer that was loaded with its model."""
         ...
 
-    def unanswered(self, texts: Sequence[str]) -> Rows:
-        """Return rows of texts without known answers, as a user gives them for prediction."""
+    def unanswered(self, texts: Sequence[str], context: str | None = None) -> Rows:
+        """Return rows of texts without known answers, as a user gives them for prediction.
+
+        ``context``: the second text of a pair, or the passage that answers are in. BadInput where
+        the task needs one and there is none, or the other way round.
+        """
         ...
 
     def encode(self, rows: Rows) -> Encoded:
@@ -110,7 +177,7 @@ class Task(Protocol):
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of every example, (n,), for training."""
+        """Return the mean loss of every example, (n,), for training."""
         ...
 
     def predict(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -137,9 +204,44 @@ class Task(Protocol):
         """Return the primary metric of an answer that ignores the text, None if there is none."""
         ...
 
-    def answers(self, predictions: Sequence[Prediction]) -> Sequence[tuple[Any, ...]]:
-        """Return each prediction for people to read, as a named tuple."""
+    def answers(
+        self, predictions: Sequence[Prediction], examples: Encoded
+    ) -> Sequence[tuple[Any, ...]]:
+        """Return what is predicted of each row, for people to read, as a named tuple."""
         ...
+
+
+class MakeTask(Protocol):
+    """What makes a task."""
+
+    def __call__(self, choice: TaskSection, names: tuple[str, ...], max_length: int) -> Task:
+        """Return the task without a tokenizer yet; BadInput where it cannot be as ``choice`` says.
+
+        ``names``: of its possible answers, in order. ``max_length``: of a text, in tokens.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What can be known of a kind of task before there is a model.
+
+    ``schema``: the columns that it reads. ``names``: a data set -> the names of the possible
+    answers, in the order of the model's outputs; BadInput where they make no task.
+    """
+
+    schema: Schema
+    names: Callable[[Dataset], tuple[str, ...]]
+    make: MakeTask
+
+
+def primary(choice: TaskSection, metrics: Sequence[Metric]) -> Metric:
+    """Return which of ``metrics`` the settings choose, by default the first."""
+    for metric in metrics:
+        if choice.metric in (None, metric.name):
+            return metric
+    names = ", ".join(metric.name for metric in metrics)
+    raise BadInput(f"task.metric = {choice.metric!r}: a {choice.kind} task has {names}")
 
 
 def examples_in(counts: Counts) -> int:

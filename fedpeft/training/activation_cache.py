@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.mounting import Trace, changes, overridden, touched, trace
-from fedpeft.tasks import Encoded
+from fedpeft.tasks import Encoded, Example
 
 Forward = Callable[[Encoded], object]
 """Runs the model over some texts."""
@@ -79,7 +79,7 @@ class ActivationCache:
         if self._unmounted is not None and not changes(self._unmounted, trace(model)):
             return
         self._states.clear()
-        length = len(text.ids[0])
+        length = len(text[0])
         rows = 2 if length != 2 else 3  # another number than the length, to tell these axes apart
         with _recorded(model) as calls, torch.no_grad():
             forward(text.take([0] * rows))
@@ -170,14 +170,16 @@ def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> l
 
     They are taken in order; one that does not fit is passed over.
 
-    >>> short, long = (Encoded([torch.zeros(size)], []) for size in (10, 90))
+    >>> def one_text(length):
+    ...     return Encoded([Example(torch.zeros(length), labels=torch.tensor(0))])
+    >>> short, long = one_text(10), one_text(90)
     >>> fitting({0: short, 1: long, 2: short}, bytes_per_token=4, limit=100)
     [0, 2]
     """
     left = limit
     clients: list[int] = []
     for client, client_texts in sorted(texts.items()):
-        size = bytes_per_token * sum(len(ids) for ids in client_texts.ids)
+        size = bytes_per_token * sum(client_texts.lengths)
         if size <= left:
             clients.append(client)
             left -= size
@@ -195,12 +197,12 @@ def _hidden_states(
 
     What is above is not computed. ``rows``: texts in a batch.
     """
-    by_length = sorted(range(len(texts)), key=lambda row: len(texts.ids[row]))
+    by_length = sorted(range(len(texts)), key=texts.lengths.__getitem__)
     states_of: dict[int, Tensor] = {}
 
     def record(hidden: Tensor) -> Tensor:
         for row, padded in zip(batch, hidden, strict=True):
-            length = len(texts.ids[row])
+            length = texts.lengths[row]
             states_of[row] = padded[:length].clone()
         raise _Stop
 

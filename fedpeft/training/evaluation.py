@@ -31,9 +31,8 @@ def predictions(
 
     Batches are formed by length, and as many are computed at once as there are threads.
     """
-    lengths = [len(ids) for ids in examples.ids]
     buckets = replace(hardware.buckets, max_tokens=min(hardware.tokens, EVALUATED))
-    batches = buckets.cheapest(lengths)
+    batches = buckets.cheapest(examples.lengths)
     num_parallel = min(hardware.threads, len(batches))
 
     def forward(rows: Sequence[int]) -> Mapping[str, Tensor]:

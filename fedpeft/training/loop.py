@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedpeft.mounting import row_owners
 from fedpeft.seeds import derive, generator
-from fedpeft.tasks import Encoded, Task
+from fedpeft.tasks import Encoded, Example, Task
 from fedpeft.training.activation_cache import ActivationCache, entering
 from fedpeft.training.bucketing import Buckets
 from fedpeft.training.hardware import Hardware
@@ -194,35 +194,38 @@ def micro_batches(
     rows: list[Row] = []
     for client, (share, indices) in enumerate(batches):
         rows += [Row(share, client, example) for example in indices]
-    lengths = [len(row.share.examples.ids[row.example]) for row in rows]
-    weights = [1.0 / len(indices) for _, indices in batches]
+    lengths = [row.share.examples.lengths[row.example] for row in rows]
+    totals: list[int] = []
+    for share, indices in batches:
+        totals.append(sum(share.examples[index].weight for index in indices))
     cached = all(share.states is not None for share, _ in batches)
     for bucket in buckets.dealt(lengths, threads):
         # A stable sort: the rows of a client stay in the order of the bucket.
         by_client = sorted([rows[place] for place in bucket], key=attrgetter("client"))
-        yield _micro_batch(by_client, weights, cached)
+        yield _micro_batch(by_client, totals, cached)
 
 
-def _micro_batch(rows: Sequence[Row], weights: Sequence[float], cached: bool) -> MicroBatch:
+def _micro_batch(rows: Sequence[Row], totals: Sequence[int], cached: bool) -> MicroBatch:
     """Return ``rows``, sorted by client, as a micro-batch.
 
-    ``weights``: of a row of each client. ``cached``: whether every share has hidden states.
+    ``totals``: the weights of each client's rows in this step together. ``cached``: whether every share has hidden states.
     """
-    ids: list[Tensor] = []
-    labels: list[Tensor] = []
+    examples: list[Example] = []
+    weights: list[float] = []
     states: list[Tensor] = []
-    for share, _, example in rows:
-        ids.append(share.examples.ids[example])
-        labels.append(share.examples.labels[example])
+    for share, client, example in rows:
+        examples.append(share.examples[example])
+        # Of a client without any weight in this step, such as words, nothing is learnt.
+        weights.append(share.examples[example].weight / max(1, totals[client]))
         if share.states is not None:
             states.append(share.states[example])
     clients = torch.tensor([row.client for row in rows])
     return MicroBatch(
-        examples=Encoded(ids, labels),
+        examples=Encoded(examples),
         states=states if cached else None,
         clients=clients,
         owners=_owners(clients),
-        weights=torch.tensor([weights[row.client] for row in rows]),
+        weights=torch.tensor(weights),
     )
 
 
@@ -276,7 +279,7 @@ def _num_parallel(shares: Sequence[Share], hardware: Hardware, buckets: Buckets)
     """Return how many micro-batches are computed at once: all, as far as there are threads."""
     lengths: list[int] = []
     for share in shares:
-        lengths += [len(share.examples.ids[row]) for row in share.steps[0]]
+        lengths += [share.examples.lengths[row] for row in share.steps[0]]
     return min(hardware.threads, len(buckets.cheapest(lengths)))
 
 

@@ -220,7 +220,7 @@ def test_compare_resume_takes_more_seeds_and_refuses_other_settings_before_anyth
 def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> None:
     whole = build(ground.chosen({"evaluation": {"limit": 10}}))
     commonest = whole.task.labels.index("birds")
-    right = [int(label) == commonest for label in whole.scored.labels]
+    right = [int(example.labels) == commonest for example in whole.scored]
     assert whole.run_row().majority == pytest.approx(sum(right) / len(right))
     assert len(whole.scored) == 10
 

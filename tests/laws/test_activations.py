@@ -623,7 +623,7 @@ def test_blocks_that_are_used_many_times_form_no_chain() -> None:
 
 def test_clients_are_kept_in_order_as_far_as_the_memory_goes() -> None:
     texts = {client: examples(size, client) for client, size in SIZES.items()}
-    size = {client: 8 * sum(len(text) for text in own.ids) for client, own in texts.items()}
+    size = {client: 8 * sum(own.lengths) for client, own in texts.items()}
     assert fitting(texts, 8, sum(size.values())) == [0, 1, 2]
     assert fitting(texts, 8, size[0] + size[2]) == [0, 2]
     assert fitting(texts, 8, 0) == []

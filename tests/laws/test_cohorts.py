@@ -28,7 +28,7 @@ from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Base, Client, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import FAMILIES, played
-from tests.tiny import CONFIG, CPU, SEED, TASK, close, shaken
+from tests.tiny import CONFIG, CPU, SEED, TASK, close, encoded, shaken
 
 SIZES = {0: 6, 1: 11, 2: 9}
 """With batches of 4: 2, 3 and 3 steps, the last of which have 2, 3 and 1 rows."""
@@ -175,7 +175,7 @@ def ended(count: int, seed: int, longest: int = 10) -> Encoded:
     ids = [
         torch.cat([torch.randint(2, 60, (length - 1,), generator=draw), end]) for length in lengths
     ]
-    return Encoded(ids, torch.randint(0, 3, (count,), generator=draw).unbind())
+    return encoded(ids, torch.randint(0, 3, (count,), generator=draw).tolist())
 
 
 def encoder_decoder(name: str, method: Method, blocks: int = 2) -> Worker:
@@ -238,12 +238,12 @@ def test_a_model_that_cannot_be_probed_trains_one_client_at_a_time() -> None:
     method: Method = METHODS["lora"](**SETTINGS["lora"])
     playing = encoder_decoder("t5", method)
     base = describe(playing.model, HEADS)
-    endless = Encoded([torch.tensor([5, 6, 7])], [torch.tensor(0)])
+    endless = encoded([torch.tensor([5, 6, 7])], [0])
     broken = replace(playing, client_data={0: ClientData(endless, endless)})
     assert not apart(broken, base)
     with pytest.raises(ValueError, match="eos"):
         answers(broken, [0], requests(method, base)[0])
-    nothing = Encoded([], [])
+    nothing = Encoded([])
     assert not apart(replace(playing, client_data={0: ClientData(nothing, nothing)}), base)
 
 
@@ -257,7 +257,7 @@ def test_a_text_is_as_long_as_no_batch_has_rows() -> None:
     base = describe(turned.model, [])
     for length in (2, 3, 4, 5, 6, 7, 8, 12):
         text = torch.arange(1, length + 1)
-        own = Encoded([text] * 9, [torch.tensor(0)] * 9)
+        own = encoded([text] * 9, [0] * 9)
         for size in (1, 2, 3, 4, 16):
             training = replace(SGD, batch_size=size)
             held = {0: ClientData(own, own)}

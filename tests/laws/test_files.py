@@ -15,11 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.data import Dataset, Rows, from_files, read
+from fedpeft import data
+from fedpeft.data import Columns, Dataset, Rows, from_files
 from fedpeft.data.integers import integer, ordered
 from fedpeft.data.rows import stratified
 from fedpeft.errors import BadInput
+from fedpeft.tasks import TASKS
 
+SCHEMA = TASKS["classification"].schema
 ENDINGS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz"]
 COLUMNS = ["other", "y", "x", "who"]
 
@@ -27,8 +30,16 @@ a_text = st.text(st.characters(codec="utf-8"))
 a_name = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 a_name = a_name.filter(lambda name: integer(name) is None)  # numbers may be written anew
 some_rows = st.lists(st.tuples(a_text, a_name, a_name), min_size=1, max_size=8).map(
-    lambda rows: Rows(*(tuple(column) for column in zip(*rows, strict=True)))
+    lambda rows: Rows.of_texts(*zip(*rows, strict=True))
 )
+
+
+def read(
+    path: Path, *, text: str, label: str, key: str | None = None, delimiter: str | None = None
+) -> Rows:
+    """Read texts with one label each."""
+    names = {"text": text, "label": label} | ({} if key is None else {"key": key})
+    return data.read(path, Columns(SCHEMA, names, delimiter))
 
 
 def written(path: Path, rows: Rows) -> Path:
@@ -57,7 +68,7 @@ def spoken(rows: Rows) -> list[dict[str, str]]:
 
 def balanced(labels: Sequence[str], each: int) -> Rows:
     names = [label for label in labels for _ in range(each)]
-    return Rows(
+    return Rows.of_texts(
         tuple(f"text {n}" for n in range(len(names))),
         tuple(names),
         tuple("abc"[n % 3] for n in range(len(names))),
@@ -77,9 +88,7 @@ def load(
         train=folder / train,
         validation=folder / validation if validation else None,
         test=folder / test if test else None,
-        text="x",
-        label="y",
-        key="who",
+        columns=Columns(SCHEMA, {"text": "x", "label": "y", "key": "who"}),
         validation_fraction=fraction,
         test_fraction=0.2,
         seed=3,
@@ -101,7 +110,7 @@ def test_numbers_become_the_strings_that_json_writes(tmp_path: Path) -> None:
     path.write_text(
         '{"x": "a", "y": 1, "who": 7}\n\n{"x": "", "y": 1.5, "who": 8}\n{"x": "c", "y": true, "who": "9"}'
     )
-    assert read(path, text="x", label="y", key="who") == Rows(
+    assert read(path, text="x", label="y", key="who") == Rows.of_texts(
         ("a", "", "c"), ("1", "1.5", "true"), ("7", "8", "9")
     )
 
@@ -115,7 +124,7 @@ def test_a_label_may_be_a_very_long_number(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_bytes("\ufeffx,y\r\n\ufeffa,b\r\n".encode())
-    assert read(path, text="x", label="y") == Rows(("\ufeffa",), ("b",))
+    assert read(path, text="x", label="y") == Rows.of_texts(("\ufeffa",), ("b",))
 
 
 SHAPES: dict[str, Callable[[list[dict[str, str]]], str]] = {
@@ -142,20 +151,20 @@ def test_an_object_alone_in_its_file_is_a_row_where_it_has_the_columns(tmp_path:
     path = tmp_path / "test.json"
     for content in ('{"x": "a", "y": "b", "seen": [{}]}', '{\n "x": "a",\n "y": "b"\n}'):
         path.write_text(content)
-        assert read(path, text="x", label="y") == Rows(("a",), ("b",))
+        assert read(path, text="x", label="y") == Rows.of_texts(("a",), ("b",))
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|", "~", ","])
 def test_any_character_may_separate_columns(mark: str, tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text(f'y{mark}x\nb{mark}"one{mark} two"\n')
-    rows = Rows((f"one{mark} two",), ("b",))
+    rows = Rows.of_texts((f"one{mark} two",), ("b",))
     names = {"\t": ("\t", "tab", "\\t")}.get(mark, (mark,))
     for name in names:
         assert read(path, text="x", label="y", delimiter=name) == rows
     for above in (f"sep={mark}\n", f'"SEP={mark}"\r\n'):
         path.write_text(f"{above}y{mark}x\nb{mark}two\n")
-        assert read(path, text="x", label="y") == Rows(("two",), ("b",))
+        assert read(path, text="x", label="y") == Rows.of_texts(("two",), ("b",))
 
 
 @pytest.mark.parametrize("mark", ["", "ab", '"', "\n"])
@@ -176,11 +185,11 @@ def test_blank_columns_and_lines_around_a_table_do_no_harm(tmp_path: Path) -> No
         "x,y,\na,b,a remark\nc,d,\n",
     ):
         path.write_text(content)
-        assert read(path, text="x", label="y") == Rows(("a", "c"), ("b", "d")), content
+        assert read(path, text="x", label="y") == Rows.of_texts(("a", "c"), ("b", "d")), content
 
 
 def test_a_text_may_be_long(tmp_path: Path) -> None:
-    rows = Rows(("w" * 140_000, "short"), ("a", "b"), ("c", "d"))
+    rows = Rows.of_texts(("w" * 140_000, "short"), ("a", "b"), ("c", "d"))
     assert read(written(tmp_path / "train.csv", rows), text="x", label="y", key="who") == rows
 
 
@@ -428,7 +437,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5), fraction=st.floats(0.01, 0.99))
 def test_stratified_takes_its_share_of_every_label(sizes: list[int], fraction: float) -> None:
     labels = tuple(str(label) for label, size in enumerate(sizes) for _ in range(size))
-    rows = Rows(tuple(f"text {n}" for n in range(len(labels))), labels, labels)
+    rows = Rows.of_texts(tuple(f"text {n}" for n in range(len(labels))), labels, labels)
     kept, taken = stratified(rows, fraction, 0)
     assert together(kept, taken) == together(rows)
     for label, size in enumerate(sizes):
@@ -594,7 +603,7 @@ def test_digest_tells_data_apart_and_ignores_the_name() -> None:
 
 
 def test_majority_is_what_always_saying_trains_commonest_label_scores() -> None:
-    train, test = balanced(["b", "c"], 3), Rows(("", "", "", ""), ("b", "b", "c", "b"))
+    train, test = balanced(["b", "c"], 3), Rows.of_texts(("", "", "", ""), ("b", "b", "c", "b"))
     assert Dataset("", train, train, test).majority(test.labels) == 0.75  # of equals, the first
     more = train.take([0, 3, 4, 5])
     assert Dataset("", more, more, test).majority(test.labels) == 0.25

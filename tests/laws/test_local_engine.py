@@ -306,7 +306,8 @@ def test_an_error_that_is_no_refusal_names_client_and_round_and_keeps_its_traceb
     """Of client 1 the labels are beyond those of the model."""
     playing = worker(small("lora"), bert())
     whole = examples(7)
-    broken = ClientData(Encoded(whole.ids, [label + 9 for label in whole.labels]), whole)
+    beyond = [replace(example, labels=example.labels + 9) for example in whole]
+    broken = ClientData(Encoded(beyond), whole)
     playing = replace(playing, client_data={**playing.client_data, 1: broken})
     blob = request()
     for stack, named in ((1, "client 1"), (3, "client 0, 1, 2")):

@@ -37,7 +37,7 @@ def printed(renderable: RenderableType) -> str:
 def dataset(names: list[str]) -> Dataset:
     """Return a data set that is called, labelled and keyed by ``names``; each has two rows."""
     texts = tuple(f"text {row}" for row in range(2 * len(names)))
-    rows = Rows(texts, (*names, *names), (*names, *names))
+    rows = Rows.of_texts(texts, (*names, *names), (*names, *names))
     return Dataset(f"data/{names[0]}", rows, rows, rows)
 
 

@@ -38,15 +38,15 @@ DEALS: dict[str, Deal] = {
 
 
 def row_owners(labels: list[int], keys: list[int] | None = None) -> Rows:
-    return Rows(
-        texts=tuple(f"text {n}" for n in range(len(labels))),
-        labels=tuple(f"label {label}" for label in labels),
-        keys=tuple(f"key {key}" for key in keys or []),
+    return Rows.of_texts(
+        texts=[f"text {n}" for n in range(len(labels))],
+        labels=[f"label {label}" for label in labels],
+        keys=[f"key {key}" for key in keys or []],
     )
 
 
 def dataset(train: Rows, test: Rows) -> Dataset:
-    return Dataset("made", train, Rows((), ()), test)
+    return Dataset("made", train, Rows.of_texts((), ()), test)
 
 
 def cycle(examples: int, labels: int) -> Rows:
@@ -205,7 +205,7 @@ def test_a_hundred_clients_all_have_enough(
 
 def test_shards_give_a_client_few_labels() -> None:
     data = dataset(
-        cycle(400, 10), Rows((), ())
+        cycle(400, 10), Rows.of_texts((), ())
     )  # 40 rows a label, 40 shards of 10: every shard has one label
     table = label_counts(data.train, shards(data, 20, 0, shards_per_client=2))
     assert (table.sum(axis=1) == 20).all()
@@ -312,7 +312,7 @@ def test_a_file_of_clients_that_cannot_be_read_is_refused(
 
 
 def test_labels_that_are_numbers_are_counted_in_their_order() -> None:
-    data = dataset(Rows(("", "", ""), ("10", "9", "9")), Rows((), ()))
+    data = dataset(Rows.of_texts(("", "", ""), ("10", "9", "9")), Rows.of_texts((), ()))
     assert data.labels == ("9", "10")
     assert label_counts(data.train, iid(data, 1, 0)).tolist() == [[2, 1]]
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fedpeft.mounting import mounted, replaced
 from fedpeft.seeds import derive
-from fedpeft.tasks import Encoded
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.bucketing import Buckets
 from fedpeft.training.loop import Share, Training, fit, micro_batches, own_randomness, plan
@@ -31,6 +30,7 @@ from tests.tiny import (
     assert_same,
     base_of,
     bert,
+    encoded,
     examples,
     small,
     worker,
@@ -284,19 +284,17 @@ def test_parts_deal_out_every_row_once_by_length_with_a_clients_rows_together(
         )
     )
     dealt = [
-        (k, ids.tolist(), int(label))
+        (k, example.ids.tolist(), int(example.labels))
         for part in found
-        for k, ids, label in zip(
-            part.clients.tolist(), part.examples.ids, part.examples.labels, strict=True
-        )
+        for k, example in zip(part.clients.tolist(), part.examples, strict=True)
     ]
     due = [
-        (k, own[k].ids[row].tolist(), int(own[k].labels[row]))
+        (k, own[k][row].ids.tolist(), int(own[k][row].labels))
         for k, batch in enumerate(batches)
         for row in batch
     ]
     assert sorted(dealt) == sorted(due)
-    lengths = [[len(ids) for ids in part.examples.ids] for part in found]
+    lengths = [part.examples.lengths for part in found]
     assert all(
         len(part) * buckets.padded(max(part)) <= buckets.max_tokens or len(part) == 1
         for part in lengths
@@ -323,9 +321,7 @@ def test_a_batch_is_padded_to_a_grain_and_no_further_than_texts_may_be_long(
     pad_to_multiple_of: int, length: int
 ) -> None:
     ids = [torch.arange(1, 4), torch.arange(1, 6)]
-    batch = TASK.collate(
-        Encoded(ids, torch.tensor([0, 1]).unbind()), CPU.torch_device, pad_to_multiple_of
-    )
+    batch = TASK.collate(encoded(ids, [0, 1]), CPU.torch_device, pad_to_multiple_of)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, length)
     for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], ids, strict=True):
         assert row.tolist() == own.tolist() + [TASK.tokenizer.pad_token_id] * (length - len(own))

@@ -131,17 +131,15 @@ def local_training(
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (case.training.warmup + 1)))
     call: Any = model.train()
     for batch in rows:
-        longest = max(len(examples.ids[row]) for row in batch)
+        longest = max(examples.lengths[row] for row in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros(len(batch), longest, dtype=torch.int64)
         for place, row in enumerate(batch):
-            ids[place, : len(examples.ids[row])], mask[place, : len(examples.ids[row])] = (
-                examples.ids[row],
-                1,
-            )
+            ids[place, : examples.lengths[row]] = examples[row].ids
+            mask[place, : examples.lengths[row]] = 1
         loss = functional.cross_entropy(
             call(input_ids=ids, attention_mask=mask).logits,
-            torch.stack([examples.labels[row] for row in batch]),
+            torch.stack([examples[row].labels for row in batch]),
         )
         optimizer.zero_grad()
         torch.autograd.backward(loss)

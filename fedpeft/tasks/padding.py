@@ -1,0 +1,50 @@
+"""Examples of different lengths as one batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from fedpeft.tasks.task import Example
+
+IGNORED = -100
+"""The label of a token that has none, as everywhere in transformers."""
+
+
+def width_of(longest: int, pad_to_multiple_of: int, max_length: int) -> int:
+    """Return to how many tokens a batch is padded whose longest example has ``longest``.
+
+    Up to a multiple, but not beyond ``max_length``. An example longer than that keeps its length.
+
+    >>> width_of(5, 4, 16), width_of(15, 4, 15), width_of(20, 8, 16)
+    (8, 15, 20)
+    """
+    rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of  # -(-a // b) rounds up
+    return min(rounded, max(longest, max_length))
+
+
+def padded(tensors: Sequence[Tensor], width: int, value: int) -> Tensor:
+    """Return n tensors of up to ``width`` numbers as one, (n, width), filled up with ``value``."""
+    together = pad_sequence(list(tensors), batch_first=True, padding_value=value)
+    return functional.pad(together, (0, width - together.shape[1]), value=value)
+
+
+def inputs(examples: Sequence[Example], width: int, padding: int) -> dict[str, Tensor]:
+    """Return what every model reads, (n, width) each: input_ids, attention_mask.
+
+    And ``token_type_ids`` where the examples have segments. ``padding``: the id of the padding
+    token.
+    """
+    # From the lengths, since the padding token may also occur inside a text.
+    lengths = torch.tensor([len(example) for example in examples])
+    mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
+    batch = {
+        "input_ids": padded([example.ids for example in examples], width, padding),
+        "attention_mask": mask,
+    }
+    segments = [example.segments for example in examples if example.segments is not None]
+    if segments:
+        batch["token_type_ids"] = padded(segments, width, 0)
+    return batch
