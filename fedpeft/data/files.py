@@ -149,7 +149,8 @@ def _parsed(record: Record, columns: Columns, where: str) -> dict[str, Any]:
             parsed[column.role] = column.parse(value)
         except ValueError as error:
             raise BadInput(f"{where}: the {column.role} in column {name!r} {error}") from error
-    if why := columns.schema.check(parsed):
+    check = columns.schema.check
+    if check is not None and (why := check(parsed)):
         raise BadInput(f"{where}: {why}")
     return parsed
 

@@ -35,12 +35,12 @@ class Schema:
 
     ``label``: how a record gets the label that partitions divide by, where no column is named for
     it: from its parsed values. None where a column has to hold it. ``check``: says what is wrong
-    between the values of a record, or returns an empty string.
+    between the values of a record, or returns an empty string; None where nothing can be wrong.
     """
 
     columns: tuple[Column, ...]
     label: Callable[[Values], str] | None = None
-    check: Callable[[Values], str] = lambda values: ""
+    check: Callable[[Values], str] | None = None
 
 
 def text(value: Any) -> str:

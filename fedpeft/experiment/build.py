@@ -14,7 +14,7 @@ import torch
 from fedpeft import data, engines
 from fedpeft.errors import BadInput
 from fedpeft.experiment.config import Config
-from fedpeft.experiment.sections import CLIENTS, DataSection
+from fedpeft.experiment.sections import CLIENTS
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow

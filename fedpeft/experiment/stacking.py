@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from fedpeft.errors import NotStackable
 from fedpeft.federation.client import ClientData, Worker

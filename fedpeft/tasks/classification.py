@@ -187,6 +187,7 @@ class Classification:
 
     def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Label]:
         """Return the likeliest label of every text and its probability."""
+        del examples
         likeliest: list[Label] = []
         for prediction in predictions:
             best = prediction["logits"].softmax(dim=0).max(dim=0)

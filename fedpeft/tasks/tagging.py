@@ -336,7 +336,7 @@ def _read_tags(value: Any) -> tuple[str, ...]:
     """Return the tags of a sentence as they are written; ValueError for what is no tag."""
     tags = words(value)
     for tag in tags:
-        prefix, type_name = _parted(tag)
+        _, type_name = _parted(tag)
         if tag != OUTSIDE and not type_name.strip():
             raise ValueError(f"holds {tag!r}, which is no tag; tags are O, B-PER, I-PER or PER")
     return tags

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.mounting import Trace, changes, overridden, touched, trace
-from fedpeft.tasks import Encoded, Example
+from fedpeft.tasks import Encoded
 
 Forward = Callable[[Encoded], object]
 """Runs the model over some texts."""
@@ -170,6 +170,7 @@ def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> l
 
     They are taken in order; one that does not fit is passed over.
 
+    >>> from fedpeft.tasks import Example
     >>> def one_text(length):
     ...     return Encoded([Example(torch.zeros(length), labels=torch.tensor(0))])
     >>> short, long = one_text(10), one_text(90)
