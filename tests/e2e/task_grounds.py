@@ -1,0 +1,100 @@
+"""A small, easy data set for every task, with the settings that read it; every task has a row in ``TASK_GROUNDS``."""
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .builders import NOISE, OWN_WORDS, examples
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskGround:
+    """What a task is tried on.
+
+    ``rows``: of the data, easy to learn. ``settings``: what of the configuration differs from that
+    of ``Ground``. ``metric``: its primary metric. ``texts`` and ``context``: what is predicted.
+    ``auto_class``: of transformers, which loads what is exported. ``answer``: a column of what is
+    predicted.
+    """
+
+    rows: Callable[[], Sequence[Row]]
+    settings: Mapping[str, Mapping[str, Any]]
+    metric: str
+    auto_class: str
+    texts: Sequence[str]
+    answer: str
+    context: str | None = None
+
+    def tree(self, folder: Path) -> dict[str, Any]:
+        """Write the data to ``folder``, and return the settings that name them."""
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows()))
+        data = {"source": "files", "train": str(path), **self.settings.get("data", {})}
+        return {**self.settings, "data": data}
+
+
+def pairs() -> list[Row]:
+    """Return pairs of texts that speak of the same thing, or do not."""
+    draw = random.Random(1)
+    words = list(OWN_WORDS.values())
+    rows: list[Row] = []
+    for number in range(160):
+        first, other = draw.sample(words, 2)
+        second = first if number % 2 else other
+        rows.append(
+            {
+                "premise": " ".join(draw.choices(first, k=3)),
+                "hypothesis": " ".join(draw.choices(second, k=3)),
+                "same": "yes" if number % 2 else "no",
+            }
+        )
+    return rows
+
+
+def sentences() -> list[Row]:
+    """Return sentences in which the words of two labels are names, of one or two words."""
+    draw = random.Random(2)
+    rows: list[Row] = []
+    for _ in range(160):
+        words: list[str] = []
+        tags: list[str] = []
+        for type_name in draw.sample(["birds", "fish"], draw.randrange(1, 3)):
+            length = draw.randrange(1, 3)
+            words += [*draw.sample(NOISE, 2), *draw.choices(OWN_WORDS[type_name], k=length)]
+            tags += ["O", "O", f"B-{type_name}", *[f"I-{type_name}"] * (length - 1)]
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+TASK_GROUNDS: Mapping[str, TaskGround] = {
+    "classification": TaskGround(
+        rows=examples,
+        settings={"data": {"key": "site"}},
+        metric="accuracy",
+        auto_class="AutoModelForSequenceClassification",
+        texts=["birds0 birds1 word3", "fish0"],
+        answer="label",
+    ),
+    "pairs": TaskGround(
+        rows=pairs,
+        settings={"data": {"text": "premise", "text2": "hypothesis", "label": "same"}},
+        metric="accuracy",
+        auto_class="AutoModelForSequenceClassification",
+        texts=["birds0 birds1", "fish0"],
+        answer="label",
+        context="fish1 fish0",
+    ),
+    "tagging": TaskGround(
+        rows=sentences,
+        settings={"task": {"kind": "tagging"}},
+        metric="f1",
+        auto_class="AutoModelForTokenClassification",
+        texts=["word3 word4 birds0 birds1", "fish0"],
+        answer="sentence",
+    ),
+}
