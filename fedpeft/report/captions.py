@@ -16,14 +16,15 @@ def setting(runs: Sequence[Summary]) -> str:
     """Return data, model, federation and, if the settings have it, the partition's alpha.
 
     Paths are shortened to their last part. References are left out where there are federated runs:
-    their own federation (one client with all data) says nothing about the others.
+    they hold all data in one place, which says nothing about the others.
     """
+    described = _federated(runs) or runs
     data: list[object] = []
     models: list[object] = []
     clients: list[object] = []
     sampled: list[object] = []
     alphas: list[object] = []
-    for run in _federated(runs) or runs:
+    for run in described:
         row = run.run
         data.append(PurePath(row.data).name)
         models.append(PurePath(row.model).name)

@@ -139,7 +139,7 @@ def _on_equal_terms(numbers: Numbers, run: Summary, terms: Terms) -> Numbers:
 
 def over_seeds(each: Sequence[Numbers], rule: Rule) -> Numbers:
     """Return ``rule`` of every number over the seeds; None where a seed lacks it."""
-    # By field, as a number that is added to `Numbers` then needs no line here.
+    # Field by field, so that a number that is added to `Numbers` needs no line here.
     combined: dict[str, Any] = {}
     for part in fields(Numbers):
         if part.name != "others":
@@ -156,7 +156,7 @@ def sample_deviation(values: Sequence[float]) -> float | None:
     >>> sample_deviation([1.0, 3.0, 5.0]), sample_deviation([1.0])
     (2.0, None)
     """
-    # A diverged run's NaN is a result; `stdev` would raise at it.
+    # The NaN or infinity of a run that diverged has no deviation.
     finite = all(map(math.isfinite, values))
     return stdev(values) if finite and len(values) > 1 else None
 

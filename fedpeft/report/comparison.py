@@ -74,7 +74,7 @@ def compare(
     others = _other_metrics(runs) or BESIDE.get(metric.name, ())
     lines = [_line(label, group, terms, others) for label, group in groups]
 
-    # A stable sort: equal lines stay in the order in which the runs were named.
+    # A stable sort: lines with equal scores keep the order of the runs.
     lines.sort(key=lambda line: _rank(line, metric))
     return Comparison(tuple(lines), terms, metric, others, runs[0].run.majority)
 
@@ -178,7 +178,7 @@ def _apart_from_seed(run: RunRow) -> str:
     """Return a text that is the same for runs that differ in nothing but the seed."""
     settings = dict(run.settings)
     settings.pop("seed", None)
-    # Sorted, as tables may come in any order; `str` for what JSON lacks, such as dates.
+    # Sorted, as the order of settings means nothing; `str` for values that JSON lacks.
     return json.dumps([run.name, settings], sort_keys=True, default=str)
 
 
