@@ -16,7 +16,7 @@ def setting(runs: Sequence[Summary]) -> str:
     """Return data, model, federation and, if the settings have it, the partition's alpha.
 
     Paths are shortened to their last part. References are left out where there are federated runs:
-    they hold all data in one place, which says nothing about the others.
+    they may have another federation, such as one client with all data.
     """
     described = _federated(runs) or runs
     data: list[object] = []

@@ -70,13 +70,13 @@ def save(compared: Comparison, out: Path) -> list[Path]:
 def curve(line: Line, x: Callable[[Point], float]) -> Curve:
     """Return the method's curve over ``x``, which is averaged over seeds as well."""
     metric = line.runs[0].metric
-    # 1. Group the evaluations of all seeds by round. A resumed run may repeat one: the last counts.
+    # 1. Group the evaluations of all seeds by round; of several after one round the last counts.
     evaluated: dict[int, list[Point]] = {}
     for run in line.runs:
         latest = {point.round: point for point in run.curve}
         for round_number, point in latest.items():
             evaluated.setdefault(round_number, []).append(point)
-    # 2. Average over seeds, x as well: adaptive methods move other bytes with another seed.
+    # 2. Average over seeds, x as well: bytes and seconds differ from seed to seed.
     xs: list[float] = []
     means: list[float] = []
     spreads: list[float] = []
@@ -122,7 +122,7 @@ def _draw(compared: Comparison, view: View, path: Path) -> Path:
 
     figure = Figure(figsize=(9, 5), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    # 1. Lines and bands. The scale comes first: the limits of x follow from both.
+    # 1. Lines and bands. The scale comes first: matplotlib's margins depend on it.
     if view.logarithmic:
         axes.set_xscale("log")
     for line, stroke in zip(compared.lines, strokes_for(compared.lines), strict=True):
@@ -197,11 +197,11 @@ def _label_decades(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415
 
     low, high = axes.get_xlim()
-    # Below two decades the powers of ten alone may be a single label, or none.
+    # Within two decades there are few powers of ten, at worst none.
     multiples = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=multiples))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())  # by default minor ticks get 2 x 10^1
+    axes.xaxis.set_minor_formatter(NullFormatter())  # else short axes get labels such as 2 x 10^1
 
 
 def _label_axes(axes: "Axes", compared: Comparison, view: View) -> None:

@@ -125,7 +125,6 @@ def summarise(folder: Path) -> Summary:
         cost=cost_of(asked),
         down=down,
         up=up,
-        # References ask no clients: only their evaluations tell how many rounds they did.
         rounds=max(rounds_asked, last.round) if last else rounds_asked,
         steps=sum(reply.steps for reply in replies),
         seconds=fmean(reply.seconds for reply in replies) if replies else None,

@@ -71,7 +71,7 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
     table = Table(
         title=title, box=box.SIMPLE_HEAD, padding=0, title_justify="left", caption_justify="left"
     )
-    # As `Text` throughout: names are the user's, and rich would read "[b]" in one as markup.
+    # Headings and cells are `Text`: rich would read "[b]" in a user's name as markup.
     names, *numbers = [Text(heading) for heading, _ in columns]
     table.add_column(names, justify="left", vertical="bottom", no_wrap=False)
     for heading in numbers:
@@ -187,7 +187,7 @@ def _gain(metric: Metric, gain: float | None) -> str:
     """Return ``gain`` with its sign: above 0 is better, whichever way the metric goes."""
     if gain is None:
         return ABSENT
-    sign = "-" if math.copysign(1, gain) < 0 else "+"  # -0.0 keeps its sign, as a format has it
+    sign = "-" if math.copysign(1, gain) < 0 else "+"  # of -0.0, too
     return sign + metric.written(abs(gain))
 
 

@@ -109,7 +109,7 @@ def _median_score(methods: Sequence[Sequence[Summary]], metric: Metric) -> float
     """Return the median over methods of the mean final score; of two middle ones the worse."""
     finals = [_mean_final(runs) for runs in methods]
     worst_first = sorted(finals, key=metric.rank, reverse=True)
-    # The lower median: a score that some method has, and that half of them reach.
+    # The worse of two middle ones: a score that some method has, and that most of them reach.
     return worst_first[(len(finals) - 1) // 2]
 
 
