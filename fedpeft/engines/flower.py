@@ -82,11 +82,11 @@ class FlowerEngine:
     ) -> Iterator[Reply | Lost]:
         """Send every client its request, ``window`` at a time, and yield the answers as they come.
 
-        A client is lost, with the reason, if it has no node, if Flower refuses its request, or if no
-        readable answer comes within ``patience``; later and second answers are ignored. Nodes that
-        have joined since the last exchange are asked which client they are, and take part from the
-        next exchange on. RuntimeError where the grid is gone; the grid's own error where it is out
-        of reach.
+        A client is lost, with the reason, if it has no node, if Flower refuses its request, or if
+        no readable answer comes within ``patience``; later and second answers are ignored. Nodes
+        that have joined since the last exchange are asked which client they are, and take part from
+        the next exchange on. RuntimeError where the grid is gone; the grid's own error where it is
+        out of reach.
         """
         self.nodes.look()
         # Message id -> who is asked. Refilled one by one: a slow client holds up one slot only.
@@ -124,7 +124,7 @@ class FlowerEngine:
         return Message(content, node, MessageType.TRAIN, ttl=self.patience)
 
     def _look(self, under_way: dict[str, Pending]) -> Iterator[Reply | Lost]:
-        """Wait a moment; yield the outcomes so far, and remove their requests from ``under_way``."""
+        """Wait a moment; yield the outcomes so far, and take their requests off ``under_way``."""
         # The event doubles as the clock: the wait ends early when the simulation does.
         if self.ended.wait(self.poll):
             raise RuntimeError("the Flower simulation ended while clients were at work")

@@ -92,11 +92,10 @@ def pull(grid: Grid, sent: str) -> RecordDict | None:
 
 def _first_answer(messages: Iterable[Message], sent: str) -> Message | None:
     """Return the first message that answers ``sent``; a second one is a duplicate."""
-    answer: Message | None = None
     for message in messages:
-        if message.metadata.reply_to_message_id == sent and answer is None:
-            answer = message
-    return answer
+        if message.metadata.reply_to_message_id == sent:
+            return message
+    return None
 
 
 def _line(reason: object) -> str:
@@ -104,7 +103,7 @@ def _line(reason: object) -> str:
     text = str(reason)
     if isinstance(reason, Exception):
         text = f"{type(reason).__name__}: {reason}"
-    one_line = " ".join(text[:REASON].split())  # every run of white space becomes one blank
+    one_line = " ".join(text[:REASON].split())
     return "".join(character if character.isprintable() else "?" for character in one_line)
 
 
@@ -142,14 +141,14 @@ class Nodes:
             try:
                 content = pull(self._grid, question)
                 if content is None:
-                    continue  # not answered yet
+                    continue
                 self._assign(node, _partition(content))
             except WireError:
                 pass
             del self._asked[question]
 
     def _assign(self, node: int, client: int) -> None:
-        """Make ``node`` the node of ``client``, if there is such a client and no other node for it."""
+        """Make ``node`` the node of ``client``, if that client exists and has no other node."""
         # A node that has left holds its partition no more: whoever follows may have it.
         taken = self._node_of.get(client) in self._present
         if client in self._clients and not taken:

@@ -127,7 +127,7 @@ class Worker:
         )
 
     def _train_stack(self, stack: "_Stack") -> "_Trained":
-        """Mount the stack and train it; return what goes up, what is remembered, and the figures."""
+        """Mount and train the stack; return what goes up, what is remembered, and the figures."""
         context = stack.context
         # The cache learns the order of the blocks from one text, before anything is mounted.
         self.cache.trace(self.model, self._forward, stack.shares[0].examples.take([0]))
@@ -370,7 +370,7 @@ def _reordered(items: Sequence[Item], order: Sequence[int]) -> list[Item]:
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Return K tensors with a client axis; one alone is not copied."""
     if len(tensors) == 1:
-        return tensors[0].unsqueeze(0)  # a view
+        return tensors[0].unsqueeze(0)
     return torch.stack(list(tensors))
 
 

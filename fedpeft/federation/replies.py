@@ -40,7 +40,7 @@ def in_order(
                 continue
             unanswered.remove(client)
             if client != waiting[0].id:
-                early.put(outcome)  # an earlier client is still at work
+                early.put(outcome)
                 continue
             waiting.popleft()
             yield outcome

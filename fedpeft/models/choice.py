@@ -30,7 +30,7 @@ class ModelSection:
 
 
 def locate(name: str) -> str:
-    """Return what transformers loads for ``name``: a folder, a package's or the user's, or a hub id.
+    """Return what transformers loads for ``name``: a folder (packaged or local) or a hub id.
 
     >>> locate("google/electra-small-discriminator")
     'google/electra-small-discriminator'

@@ -281,4 +281,4 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
         remedy = "make room, or choose another place"
         raise BadInput(f"{folder}: cannot be written ({why}); {remedy}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # not there any more after the rename
+        shutil.rmtree(temporary, ignore_errors=True)

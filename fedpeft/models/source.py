@@ -138,10 +138,10 @@ class Source:
 
 def find(choice: ModelSection, auto_class: str) -> Source:
     """Return where the files of the chosen model are; a name of none raises BadInput."""
-    place = locate(choice.name)
-    folder = Path(place)
+    location = locate(choice.name)
+    folder = Path(location)
     if not folder.is_dir():  # an id on the hub
-        return Source(choice.name, fetched(place), choice.trust_remote_code, auto_class)
+        return Source(choice.name, fetched(location), choice.trust_remote_code, auto_class)
     # Looked for first: an adapter's folder lacks config.json, too, and this message says more.
     if (folder / ADAPTER).exists():
         why = f"holds an adapter of {_base_of(folder)}, no model"
@@ -150,7 +150,7 @@ def find(choice: ModelSection, auto_class: str) -> Source:
     if not (folder / "config.json").exists():
         why = "holds no model, as it has no config.json"
         raise BadInput(f"model.name = {choice.name!r}: {why}; give another folder or a hub id")
-    return Source(choice.name, place, choice.trust_remote_code, auto_class)
+    return Source(choice.name, location, choice.trust_remote_code, auto_class)
 
 
 def _base_of(folder: Path) -> str:

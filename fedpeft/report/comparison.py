@@ -67,7 +67,6 @@ def compare(
     different data, have different metrics or are scored on different splits.
     """
     _check_comparable(runs)
-    # The terms are agreed on over all methods before any number of one of them is computed.
     groups = _by_method(runs)
     terms = agree([group for _, group in groups], target, bandwidth, budget)
     metric = runs[0].metric

@@ -1,4 +1,4 @@
-"""A comparison as CSV files, with every number: per method, per run, and along every run's curve."""
+"""A comparison as CSV files with every number: per method, per run, along every run's curve."""
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ def _evaluation(point: Point, compared: Comparison) -> Cells:
     cost = point.cost
     return [
         point.round,
-        cost.bytes / 1e6,  # MB of 10^6 bytes, as in the tables
+        cost.bytes / 1e6,
         cost.modelled(compared.terms.bandwidth),
         cost.modelled(SLORA_LINK),
         point.score,

@@ -1,4 +1,4 @@
-"""A comparison as PNG figures: the score over rounds, traffic and modelled time, a line per method."""
+"""A comparison as PNG figures: a line per method over rounds, traffic and modelled time."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -162,7 +162,6 @@ def _draw_line(axes: "Axes", line: Line, stroke: Stroke, view: View, metric: Met
     for mean, spread in zip(shown.mean, shown.spread, strict=True):
         low.append(mean - spread)
         high.append(mean + spread)
-    # Faint, as the bands of many methods lie over each other.
     axes.fill_between(shown.x, low, high, color=stroke.colour, alpha=0.15, linewidth=0)
 
 
@@ -219,7 +218,6 @@ def _label_axes(axes: "Axes", compared: Comparison, view: View) -> None:
 
 
 def _add_legend(axes: "Axes", compared: Comparison) -> None:
-    # Methods may have fewer seeds each; the heading names the most.
     seeds = max(len(line.runs) for line in compared.lines)
     heading = f"final {_with_unit(compared.metric)}"
     if seeds > 1:

@@ -52,7 +52,6 @@ class Metric:
 
     def reaches(self, score: float, target: float) -> bool:
         """Return whether ``score`` is as good as ``target`` or better; NaN reaches nothing."""
-        # Any comparison with NaN is False.
         return score >= target if self.higher_is_better else score <= target
 
     def gain(self, score: float, baseline: float) -> float:

@@ -97,7 +97,7 @@ def _score_columns(compared: Comparison) -> list[Column]:
         heading = _heading(other, metric.share)
         columns.append((heading, lambda line: _score(metric, line.mean.others[other])))
     if compared.majority is not None:
-        baseline = metric.trivial_answer.split()[0]  # one word, as the column is narrow
+        baseline = metric.trivial_answer.split()[0]
         heading = f"over\n{baseline}" if metric.higher_is_better else f"below\n{baseline}"
         columns.append((heading, lambda line: _gain(metric, line.mean.over_majority)))
     return columns

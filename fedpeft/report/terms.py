@@ -93,7 +93,7 @@ def agree(
 
 
 def _voters(methods: Sequence[Sequence[Summary]]) -> list[list[Summary]]:
-    """Return the evaluated runs of every method; those of references where there is nothing else."""
+    """Return the evaluated runs of every method; of references where there is nothing else."""
     federated: list[list[Summary]] = []
     references: list[list[Summary]] = []
     for method in methods:

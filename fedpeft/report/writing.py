@@ -31,7 +31,6 @@ def write(
     """
     if plots:
         figures.check()
-    # A folder that is named twice counts once.
     summaries = [summarise(folder) for folder in dict.fromkeys(runs)]
     # All that can be refused is refused before the first file is written.
     compared = compare(summaries, target, bandwidth, budget)
