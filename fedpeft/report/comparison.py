@@ -8,8 +8,8 @@ from statistics import fmean
 
 from fedpeft.errors import BadInput
 from fedpeft.ledger import RunRow
-from fedpeft.report.columns import Numbers, numbers_of, over_seeds, sample_deviation
 from fedpeft.report.metric import Metric
+from fedpeft.report.numbers import Numbers, numbers_of, over_seeds, sample_deviation
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import FEDADAPTER_LINK, Terms, agree
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from fedpeft.errors import BadInput
 from fedpeft.report import captions
-from fedpeft.report.columns import sample_deviation
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.metric import Metric
 from fedpeft.report.names import MOST, literal, plain
+from fedpeft.report.numbers import sample_deviation
 from fedpeft.report.strokes import Stroke, strokes_for
 from fedpeft.report.summary import Point
 
