@@ -12,7 +12,7 @@ Payload = Mapping[str, Tensor]
 
 A plain name (``classifier.weight``) is a parameter of the model; ``<module>:<factor>`` is a factor
 of an adapter branch on that module, such as ``encoder.layer.0.attention.self.query:A``. Names that
-begin with ``@`` are those of the loop and the wire. Scalars are 0-d int64 or float64.
+begin with ``@`` belong to the training loop and the wire. Scalars are 0-d int64 or float64.
 """
 
 NO_MEMORY = -1
@@ -23,9 +23,9 @@ NO_MEMORY = -1
 class Client:
     """A member of the federation as the server knows it.
 
-    ``capacity`` is the share of a full adapter that it can train, ``examples`` its number of
-    training examples (0: unknown), ``memory`` the round in which it last stored a memory that the
-    server agrees with (``NO_MEMORY``: none).
+    ``capacity``: the share of a full adapter that it can train. ``examples``: its number of
+    training examples (0: unknown). ``memory``: the version of the memory that the server believes
+    it to hold (``NO_MEMORY``: none).
 
     >>> Client(3).memory == NO_MEMORY
     True
@@ -52,7 +52,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Context:
-    """What ``mount`` may know beside the messages: whom it mounts, the round, and the run's seed.
+    """What ``mount`` knows beside the messages: its clients' ids, the round and the run's seed.
 
     >>> len(Context(clients=[4, 7], round=0, seed=0).clients)  # K
     2
@@ -64,14 +64,17 @@ class Context:
 
 
 class Delta(Protocol):
-    """What an adapter adds to one dense layer's matrix, stacked over the K clients that are mounted."""
+    """What an adapter adds to one dense layer's matrix, for the K clients that are mounted."""
 
     def dense(self) -> Tensor:
         """Return the difference to the pre-trained matrix, (K, out, in)."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return (B, A) with B @ A = the difference, (K, out, r) and (K, r, in); None without."""
+        """Return (B, A), (K, out, r) and (K, r, in), with B @ A = the difference.
+
+        None where the difference has no low-rank form.
+        """
         ...
 
 
@@ -80,16 +83,16 @@ def _nothing(_: slice) -> None: ...
 
 @dataclass(frozen=True)
 class LocalTask:
-    """What a stack of K clients trains in one round and what it says afterwards.
+    """What a stack of K clients trains in one round, and what it replies afterwards.
 
     ``trainable``: every tensor has the client axis first, (K, ...).
-    ``reply``: gives (what goes up, what stays with the client), stacked over K.
+    ``reply``: returns (payload that goes up, memory that stays with the client), stacked over K.
     ``deltas``: what the mounted branches add, by module; read by merge and export.
-    ``after_backward``: called after every backward pass with the clients that are still training;
-    gradients are in ``.grad``.
+    ``after_backward``: called after every backward pass with the slice of the clients that are
+    still training; gradients are in ``.grad``.
     ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
-    ``personal``: names of what of ``trainable`` stays with the client; with any of it there is no
-    global model, and scores are those of the clients' own.
+    ``personal``: names of the tensors in ``trainable`` that never leave the client. Where there
+    are any, there is no global model, and scores are those of each client's own model.
 
     >>> import torch
     >>> bias = nn.Parameter(torch.zeros(2, 3))  # of two clients
@@ -112,8 +115,8 @@ class Base:
     """The pre-trained model as a method's server half sees it: tensors and names, no code.
 
     ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer,
-    (out, in), by module name, whatever way round the model stores it. ``head``: names of the
-    parameters of the task's output module, and of what else the checkpoint lacks.
+    (out, in), by module name, also where the model stores the transpose. ``head``: names of the
+    parameters of the task's output module, and of all others that the checkpoint lacks.
 
     >>> import torch
     >>> base = Base({"w": torch.ones(2), "head.bias": torch.ones(3)}, {}, frozenset({"head.bias"}))
@@ -132,11 +135,11 @@ class Base:
 
 @dataclass(frozen=True)
 class State:
-    """The server's side of a federation as a value: saved, resumed, compared, printed as it is.
+    """The server's side of a federation as a value: it can be saved, resumed and compared.
 
     ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``:
-    what the method keeps for itself. ``memories``: client -> version of the memory it is known to
-    hold (see ``memory``).
+    what the method keeps for itself. ``memories``: client -> version of the memory that it is known
+    to hold (see ``wire/versions.py``).
 
     >>> State(0, shared={}).server
     {}
@@ -157,19 +160,28 @@ class State:
         (['mask', '0.fedavgm/w'], ['w'])
         """
         prefix = f"{owner}/"
-        own = {name: tensor for name, tensor in self.server.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+        entries: dict[str, Tensor] = {}
+        for name, tensor in self.server.items():
+            if name.startswith(prefix):
+                entries[name.removeprefix(prefix)] = tensor
+        return entries
 
     def without(self, owner: str) -> "State":
         """Return the state as a method inside the wrapper ``owner`` knows it."""
         prefix = f"{owner}/"
-        rest = {name: tensor for name, tensor in self.server.items() if not name.startswith(prefix)}
-        return replace(self, server=rest)
+        server: dict[str, Tensor] = {}
+        for name, tensor in self.server.items():
+            if not name.startswith(prefix):
+                server[name] = tensor
+        return replace(self, server=server)
 
     def with_slice(self, owner: str, entries: Payload) -> "State":
         """Return the state with ``entries`` as all that ``owner`` keeps in ``server``."""
-        own = {f"{owner}/{name}": tensor for name, tensor in entries.items()}
-        return replace(self, server={**self.without(owner).server, **own})
+        # Entries of the slice that ``entries`` does not name again are dropped.
+        server = dict(self.without(owner).server)
+        for name, tensor in entries.items():
+            server[f"{owner}/{name}"] = tensor
+        return replace(self, server=server)
 
 
 class Method(Protocol):
@@ -192,22 +204,26 @@ class Method(Protocol):
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> AbstractContextManager[LocalTask]:
-        """Mount ``down`` and ``memory``, both stacked over K, on ``model`` for the length of a ``with``.
+        """Mount ``down`` and ``memory``, both stacked over K, on ``model`` while a ``with`` lasts.
 
-        Both are for reading: they may be views of a message that other clients get, too. What is
-        mounted may be called by several threads at once.
+        Both are read-only: they may be views of a message that other clients get, too. Several
+        threads may call the mounted model at once.
         """
         ...
 
     def expects(self, state: State, down: Payload) -> Payload:
-        """Return, as meta tensors, the names, shapes and dtypes of a valid reply to ``down``, which ``state`` sent."""
+        """Return the names, shapes and dtypes of a valid reply, as meta tensors.
+
+        The reply is one to ``down``, which ``send`` returned for ``state``.
+        """
         ...
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Return the next state.
 
-        ``updates`` is streamed in client order and can be read once; its payloads are for reading.
-        What is left unread is asked for, checked and recorded all the same, once this has returned.
+        ``updates`` is a stream in client order. It can be read once, and its payloads are
+        read-only. Updates that this leaves unread are still collected, checked and recorded after
+        it has returned.
         """
         ...
 
@@ -222,7 +238,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Lost:
-    """A client that was asked and did not answer; ``blob`` is what came back of it, if anything."""
+    """A client that was asked and did not answer; ``blob`` holds what bytes came back, if any."""
 
     client: Client
     reason: str
@@ -235,5 +251,9 @@ class Engine(Protocol):
     def exchange(
         self, clients: Sequence[Client], request: Callable[[Client], bytes]
     ) -> Iterator[Reply | Lost]:
-        """Send every client its request (built when it is needed) and yield each one's answer, in any order."""
+        """Send every client its request and yield each one's answer, in any order.
+
+        ``request`` is called when the client's turn comes, so that not all messages are in memory
+        at once.
+        """
         ...

@@ -1,1 +1,1 @@
-"""What methods compute with: weighted means, low-rank factors, seeded masks, importance of ranks."""
+"""What methods compute with: weighted means, low-rank factors, seeded masks, rank importance."""

@@ -14,7 +14,9 @@ Weighting = Literal["examples", "uniform"]
 
 
 class Mean:
-    """A streaming weighted mean, linear in what is added; sums are float64, cast once, at the end.
+    """A streaming weighted mean: payloads are added one by one and then let go.
+
+    Sums are kept in float64 and cast once, at the end.
 
     >>> total = Mean()
     >>> total.add({"w": torch.tensor([0.0, 4.0])}, weight=1.0)
@@ -32,6 +34,7 @@ class Mean:
         """Add ``payload``; all payloads of one mean have the same names and shapes."""
         for name, tensor in payload.items():
             if name not in self._sums:
+                # In float64 the rounding of many additions stays below that of the last cast.
                 self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
                 self._dtypes[name] = tensor.dtype
             self._sums[name].add_(tensor, alpha=weight)
@@ -70,12 +73,13 @@ def mean(
 
 
 def averaged(state: State, updates: Iterable[Update], weighting: Weighting) -> State:
-    """Return the next state: what came back is its mean over the replies, the rest is kept.
+    """Return the next state: tensors that came back are averaged, all others are kept.
 
     >>> state = State(0, {"w": torch.tensor(1.0), "b": torch.tensor(2.0)})
     >>> after = averaged(state, [], "examples")  # a silent round
     >>> after.round, after.shared == state.shared
     (1, True)
     """
+    # A silent round has no mean to offer, so every tensor is kept.
     merged = mean(updates, weighting)
     return replace(state, round=state.round + 1, shared={**state.shared, **merged})

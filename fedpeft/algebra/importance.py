@@ -1,4 +1,7 @@
-"""How much each rank of a B diag(e) A adapter matters to a client: AdaLoRA's smoothed sensitivity (Zhang et al. 2023)."""
+"""How much each rank of a B diag(e) A adapter matters to a client.
+
+Source: AdaLoRA's smoothed sensitivity (Zhang et al. 2023).
+"""
 
 from collections.abc import Mapping
 from typing import Literal, final
@@ -11,13 +14,19 @@ from fedpeft.algebra.lowrank import by_module
 from fedpeft.types import Payload
 
 Score = Literal["sensitivity", "gradient", "magnitude"]
-"""``sensitivity``: smoothed |p * grad| times its smoothed uncertainty; ``gradient``: the first alone; ``magnitude``: |p|."""
+"""How a single entry p of a factor is scored.
+
+``sensitivity``: smoothed |p * grad| times its smoothed uncertainty. ``gradient``: smoothed
+|p * grad| alone. ``magnitude``: |p|.
+"""
 
 
 class Importance:
-    """Scores of the triplets in ``trained`` (``<module>:A`` (K, r, in), ``:B`` (K, out, r), ``:e`` (K, r)), kept per client.
+    """Scores of the rank-one terms (triplets) of every module, kept per client.
 
-    ``clients``: K, of which no tensor tells where all modules are dead and there is no head.
+    ``trained``: ``<module>:A`` (K, r, in), ``:B`` (K, out, r) and ``:e`` (K, r); names without a
+    colon, those of the head, are passed over. ``clients``: K. It is told because it cannot be read
+    off a tensor once every module has lost all of its ranks.
     """
 
     def __init__(
@@ -28,11 +37,16 @@ class Importance:
         beta1: float,
         beta2: float,
     ) -> None:
-        self._tensors = {name: tensor for name, tensor in trained.items() if ":" in name}
         self._clients = clients
         self._score, self._beta1, self._beta2 = score, beta1, beta2
-        self._smooth = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
-        self._spread = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
+        self._tensors: dict[str, Tensor] = {}
+        self._smooth: dict[str, Tensor] = {}  # running mean of |p * grad|
+        self._spread: dict[str, Tensor] = {}  # running mean of its distance from that mean
+        for name, tensor in trained.items():
+            if ":" in name:
+                self._tensors[name] = tensor
+                self._smooth[name] = torch.zeros_like(tensor)
+                self._spread[name] = torch.zeros_like(tensor)
 
     @torch.no_grad()
     def update(self, active: slice) -> None:
@@ -40,32 +54,42 @@ class Importance:
         for name, tensor in self._tensors.items():
             if tensor.grad is None:
                 continue
+            # Clients that have done all their steps are not ``active``: their rows stay.
             now = (tensor[active] * tensor.grad[active]).abs()
+            # Views of the active rows, so the in-place updates below reach the stored means.
             smooth, spread = self._smooth[name][active], self._spread[name][active]
+            # lerp_(now, 1 - beta) is beta * mean + (1 - beta) * now.
             smooth.lerp_(now, 1 - self._beta1)
             spread.lerp_((now - smooth).abs(), 1 - self._beta2)
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """Return S_i = I(e_i) + mean_j I(b_ji) + mean_j I(a_ij) of every rank, (K, n), modules in alphabetical order."""
-        parts = {name: self._of(name) for name in self._tensors}
-        groups = by_module(parts)
-        return torch.cat(
-            [g["e"] + g["B"].mean(1) + g["A"].mean(2) for _, g in sorted(groups.items())], dim=1
-        )
+        """Return S_i = I(e_i) + mean_j I(b_ji) + mean_j I(a_ij) of every rank, (K, n).
+
+        n counts the ranks of all modules, in alphabetical order of the modules.
+        """
+        groups = by_module({name: self._entry_scores(name) for name in self._tensors})
+        scores_by_module: list[Tensor] = []
+        # Ballots follow this order, and the server counts them in the same one.
+        for _, scores in sorted(groups.items()):
+            # e (K, r), B (K, out, r) over out, A (K, r, in) over in.
+            scores_by_module.append(scores["e"] + scores["B"].mean(1) + scores["A"].mean(2))
+        return torch.cat(scores_by_module, dim=1)
 
     def votes(self, budget: int) -> Tensor:
-        """Return each client's mask of its ``budget`` highest ranks over all modules, 8 to a byte, (K, ceil(n / 8)) uint8.
+        """Return each client's ballot: its ``budget`` highest ranks over all modules.
 
-        A rank that scores 0 is not known to matter and gets no vote, unless all ranks may live. A
-        client of which no rank scores, as after a first step from e = 0, has no opinion: it
-        abstains, which a ballot with every bit set says (see ``Tally``).
+        A ballot is a mask of the n ranks, 8 to a byte, so the result is (K, ceil(n / 8)) uint8.
+
+        A rank whose score is 0 is not known to matter and gets no vote, unless the budget covers
+        all ranks. A client all of whose scores are 0, as after a first step from e = 0, has no
+        opinion. It abstains by a ballot with every bit set (see ``Tally``).
         """
         if not self._tensors:
             return torch.zeros(self._clients, 0, dtype=torch.uint8)
-        scores = self.scores()
+        scores = self.scores()  # (K, n)
         ranks = scores.shape[1]
-        best = scores.topk(min(budget, ranks), dim=1).indices
+        best = scores.topk(min(budget, ranks), dim=1).indices  # (K, budget)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, value=True)
         if budget < ranks:
             chosen &= scores > 0
@@ -73,7 +97,8 @@ class Importance:
             chosen |= abstains
         return pack(chosen)
 
-    def _of(self, name: str) -> Tensor:
+    def _entry_scores(self, name: str) -> Tensor:
+        """Return the score of every entry of one factor, in the factor's shape."""
         match self._score:
             case "sensitivity":
                 return self._smooth[name] * self._spread[name]
@@ -83,26 +108,30 @@ class Importance:
                 return self._tensors[name].abs()
 
 
+# The value of each place in a byte, highest first: numpy.packbits' order.
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
 def pack(mask: Tensor) -> Tensor:
     """Return a (..., n) mask as (..., ceil(n / 8)) bytes, first rank in the highest bit."""
+    # Padded with zeros to whole bytes; ``unpack`` cuts them off again.
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
-    return (padded.view(*mask.shape[:-1], -1, 8) * _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
+    octets = padded.view(*mask.shape[:-1], -1, 8)  # (..., ceil(n / 8), 8)
+    return (octets * _BITS.to(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:
     """Return the (count,) mask that ``pack`` turned into ``packed``."""
-    return ((packed.unsqueeze(-1) & _BITS) != 0).flatten()[:count]
+    bits = (packed.unsqueeze(-1) & _BITS) != 0  # (ceil(n / 8), 8)
+    return bits.flatten()[:count]
 
 
 @final
 class Tally:
     """The ballots of one round over ``ranks`` ranks, counted one by one.
 
-    A ballot with every bit set abstains and does not count: it tells no rank from another. So a
-    vote's share is one of those clients that have an opinion.
+    A ballot with every bit set is an abstention and is not counted, since it prefers no rank to
+    another. So shares are shares of the clients that have an opinion.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -113,28 +142,32 @@ class Tally:
         """Count one client's packed ``ballot`` with its ``weight``."""
         choice = unpack(ballot, self._ranks)
         if not choice.all():
+            # The mean of 0s and 1s is the weighted share of clients that want the rank.
             self._votes.add({"share": choice.to(torch.float64)}, weight)
 
     def select_ranks(self, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
         """Return which ranks live on, (ranks,), by the function ``select_ranks`` below.
 
-        Where all abstained the strongest ``budget`` ranks do, and where none has any rank_norms, as
-        nothing was learnt yet, all do: nothing tells them apart.
+        Where every client abstained, the ``budget`` ranks with the largest ``rank_norms`` live on.
+        Where these norms are all 0, too, nothing has been learnt yet, and all ranks live on.
         """
         votes = self._votes.result()
         if votes:
             return select_ranks(votes["share"], rank_norms, threshold, budget)
         if rank_norms.any():
+            # Equal votes for all ranks leave the choice to the norms.
             return select_ranks(torch.ones_like(rank_norms), rank_norms, threshold, budget)
         return torch.ones_like(rank_norms, dtype=torch.bool)
 
 
 def select_ranks(votes: Tensor, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
-    """Return which of n ranks live on: those voted for by at least ``threshold``, at most ``budget`` of them.
+    """Return which of n ranks live on: those of enough votes, and at most ``budget`` of them.
 
-    ``votes``: weighted share of clients for each rank, (n,). If too many remain, the most votes
-    win; ties go to the larger ``rank_norms``, (n,), then to the earlier rank.
+    ``votes``: weighted share of clients for each rank, (n,); at least ``threshold`` is enough. If
+    more than ``budget`` ranks remain, the most votes win. Ties go to the larger ``rank_norms``,
+    (n,), then to the earlier rank.
     """
+    # Two stable sorts, the second criterion first: by votes, ties by norm, then by position.
     order = torch.argsort(rank_norms, descending=True, stable=True)
     order = order[torch.argsort(votes[order], descending=True, stable=True)][:budget]
     alive = torch.zeros_like(votes, dtype=torch.bool)
@@ -144,6 +177,7 @@ def select_ranks(votes: Tensor, rank_norms: Tensor, threshold: float, budget: in
 
 def rank_norms(parts: Payload) -> Tensor:
     """Return the norm of every rank-one term e_i b_i a_i of one module, (r,)."""
+    # |e b a^T|_F = |e| |b| |a|; A is (r, in), B is (out, r), e is (r,).
     rows: Tensor = torch.linalg.vector_norm(parts["A"], dim=1)
     columns: Tensor = torch.linalg.vector_norm(parts["B"], dim=0)
     return parts["e"].abs() * rows * columns

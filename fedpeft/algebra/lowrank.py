@@ -34,6 +34,7 @@ class LowRank:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (B, A), (K, out, r) and (K, r, in), with the scale and e inside B."""
+        # e becomes (K, 1, r), so that it scales the columns of B (K, out, r).
         weight = self.scale if self.e is None else self.scale * self.e.unsqueeze(-2)
         return (self.B * weight).detach(), self.A.detach()
 
@@ -49,15 +50,15 @@ def deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, stacked over K; other names are passed
     over.
 
-    >>> factors = {"query:A": torch.ones(1, 1, 3), "query:B": torch.ones(1, 2, 1), "bias": torch.ones(1, 2)}
-    >>> list(deltas(factors, scale=1.0))
+    >>> A, B = torch.ones(1, 1, 3), torch.ones(1, 2, 1)
+    >>> list(deltas({"query:A": A, "query:B": B, "bias": torch.ones(1, 2)}, scale=1.0))
     ['query']
     """
-    found: dict[str, Delta] = {}
+    by_name: dict[str, Delta] = {}
     for module, factors in by_module(tensors).items():
         if "A" in factors:
-            found[module] = LowRank(factors["A"], factors["B"], scale, factors.get("e"))
-    return found
+            by_name[module] = LowRank(factors["A"], factors["B"], scale, factors.get("e"))
+    return by_name
 
 
 def by_module(tensors: Payload) -> dict[str, dict[str, Tensor]]:
@@ -77,12 +78,12 @@ def by_module(tensors: Payload) -> dict[str, dict[str, Tensor]]:
 def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
     """Return (B, A), the best approximation B A of rank ``rank`` of a matrix (Eckart-Young).
 
-    The matrix is (out, in); ``split`` says where its singular values go. Of a direction whose
-    singular value is 0, ``sqrt`` would leave both factors at 0, where neither has a gradient. There
-    all of it goes to B, and A keeps its row of norm 1, so it can be trained.
+    The matrix is (out, in); ``split`` says where its singular values go. Where a singular value is
+    0, ``sqrt`` would set both factors to 0, and then neither has a gradient. So in such a direction
+    B takes the whole singular value and A keeps its row of norm 1: the direction can be trained.
 
-    Computed in float64 and cast back. Factors are defined up to sign and may differ between thread
-    counts and machines in their last digits, so they are computed once and sent.
+    Computed in float64 and cast back. The factors are unique only up to sign, and their last digits
+    depend on the thread count and the machine. So they are computed once, on the server, and sent.
 
     >>> matrix = torch.diag(torch.tensor([4.0, 1.0]))
     >>> B, A = principal(matrix, rank=1, split="sqrt")
@@ -90,18 +91,19 @@ def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
     tensor([[4., 0.],
             [0., 0.]])
     """
+    # matrix = left @ diag(values) @ right, the values in descending order.
     left, values, right = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
     values = values[:rank]
     power = {"sqrt": 0.5, "left": 1.0, "right": 0.0}[split]
     to_B, to_A = values**power, values ** (1.0 - power)
     if split == "sqrt":
-        # Zero but for the rounding of float32 weights, as torch.linalg.matrix_rank tells it.
+        # Zero up to the rounding of float32 weights: the tolerance of torch.linalg.matrix_rank.
         rounding = values[0] * max(matrix.shape) * torch.finfo(torch.float32).eps
         nothing = values <= rounding
         to_B = torch.where(nothing, values, to_B)
         to_A = torch.where(nothing, 1.0, to_A)
-    B = left[:, :rank] * to_B
-    A = to_A[:, None] * right[:rank]
+    B = left[:, :rank] * to_B  # (out, rank)
+    A = to_A[:, None] * right[:rank]  # (rank, in)
     return B.to(matrix.dtype).contiguous(), A.to(matrix.dtype).contiguous()
 
 
@@ -113,9 +115,10 @@ def orthogonality(tensors: Payload) -> Tensor:
     total = torch.zeros(())
     for factors in by_module(tensors).values():
         A, B = factors["A"], factors["B"]
+        # Both (K, r, r), and the identity where the r directions are orthonormal.
         for gram in (A @ A.mT, B.mT @ B):
             identity = torch.eye(gram.shape[-1]).to(gram)
-            distances = (gram - identity).norm(dim=(-2, -1))
+            distances = (gram - identity).norm(dim=(-2, -1))  # Frobenius, (K,)
             total = total + distances.sum().to(total)
     return total
 
@@ -123,12 +126,14 @@ def orthogonality(tensors: Payload) -> Tensor:
 def uniform(rank: int, width: int, seed: int, module: str) -> Tensor:
     """Return LoRA's random A, (rank, width), for one module.
 
-    Kaiming uniform with a = sqrt(5), as in Hu et al.'s and peft's code: from -1 / sqrt(width) up.
+    Kaiming uniform with a = sqrt(5), as in the code of Hu et al. and of peft: uniform between
+    -1 / sqrt(width) and 1 / sqrt(width).
 
     >>> A = uniform(rank=2, width=16, seed=0, module="query")
     >>> A.shape, bool((A.abs() <= 0.25).all())
     (torch.Size([2, 16]), True)
     """
+    # Kaiming's bound is sqrt(6 / ((1 + a^2) * width)), and 6 / (1 + 5) = 1.
     bound = 1.0 / math.sqrt(width)
     draw = torch.rand(rank, width, generator=generator(seed, "lora", module))
     return draw * (2 * bound) - bound
@@ -142,6 +147,7 @@ def check_ranks(layers: Mapping[str, Tensor], rank: int, field: str = "method.ra
     fedpeft.errors.BadInput: method.rank = 8: layer 'query' is 4 x 3; choose a rank from 1 to 3
     """
     for module, matrix in layers.items():
+        # B A with more ranks than the matrix has rows or columns would add nothing but cost.
         if not 1 <= rank <= min(matrix.shape):
             raise BadInput(
                 f"{field} = {rank}: layer {module!r} is {matrix.shape[0]} x {matrix.shape[1]}; "

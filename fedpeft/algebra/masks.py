@@ -17,6 +17,7 @@ def positions(
     >>> len(positions((4, 5), density=0.1, seed=0, module="query"))
     2
     """
+    # Every party draws the same mask from the seed, so positions never travel.
     size = shape[0] * shape[1]
     count = max(1, round(density * size))
     order = torch.randperm(size, generator=generator(seed, "mask", module))
@@ -24,13 +25,14 @@ def positions(
 
 
 def scatter(values: Tensor, where: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Return the (out, in) matrix with ``values``, (n,), at flat positions ``where`` and 0 elsewhere.
+    """Return the (out, in) matrix of ``values``, (n,), at flat positions ``where``, else 0.
 
-    It is differentiable by ``values``.
+    It is differentiable with respect to ``values``.
 
     >>> scatter(torch.tensor([7.0]), torch.tensor([4]), (2, 3))
     tensor([[0., 0., 0.],
             [0., 7., 0.]])
     """
+    # The out-of-place scatter passes the gradient on to ``values``.
     flat = values.new_zeros(shape[0] * shape[1])
     return flat.scatter(0, where, values).view(shape[0], shape[1])

@@ -1,4 +1,4 @@
-"""Where texts come from (``pydocs``, ``files``) and who holds which of them (``partitions``)."""
+"""Where texts come from (``pydocs``, ``files``) and which client holds which (``partitions``)."""
 
 from fedpeft.data.files import from_files, read
 from fedpeft.data.partitions import (

@@ -10,7 +10,7 @@ from fedpeft.errors import BadInput
 Record = Mapping[str, object]
 
 Located = tuple[str, Record]
-"""A record and where it stands, as ``path:line`` or ``path: record 3``, both counted from 1."""
+"""A record's place, then the record; places are ``path:line`` or ``path: record 3``, from 1 on."""
 
 SHAPES = "read are: an object a line, an array of objects, an object with one list of objects in it"
 
@@ -18,81 +18,100 @@ SHAPES = "read are: an object a line, an array of objects, an object with one li
 def json_records(path: Path, lines: Iterator[str], columns: Collection[str]) -> Iterator[Located]:
     """Yield the objects of a JSON file, whichever of the three shapes it has.
 
-    An object a line is read line by line, blank ones passed over; the other shapes are read as a
-    whole. An object alone in its file is a record where it has the ``columns``. Raises BadInput for
-    what is no JSON, for other shapes, and for an object that gives a name twice.
+    An object a line is read line by line, and blank lines are skipped; the other two shapes are
+    read at once. If a file holds a single object, that is a record if it has the ``columns``.
+    Raises BadInput for what is not JSON, for other shapes, and for an object with the same name
+    twice.
     """
-    filled: Iterator[tuple[int, str]]
-    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    number, line = next(filled, (1, ""))
+    numbered = _not_blank(lines)
+    line_number, line = next(numbered, (1, ""))
     if not line:
         return
+    # An array, or a value over several lines.
     if line.lstrip().startswith("[") or _breaks_off(line):
-        yield from _whole(path, number, line, "".join(lines), columns)
+        yield from _one_value(path, line_number, line, "".join(lines), columns)
         return
-    record = _object(path, number, line)
-    if not _plain(record, columns):
-        # No record, it seems; if nothing follows, its rows may be in a list inside it.
-        second = next(filled, None)
+    # An object a line.
+    record = _object(path, line_number, line)
+    if not _has_plain(record, columns):
+        # It seems to be no record. If no other line follows, its rows may be in a list inside it.
+        second = next(numbered, None)
         if second is None:
-            yield from _alone(path, f"{path}:{number}", record, columns)
+            yield from _single_object(path, f"{path}:{line_number}", record, columns)
             return
-        filled = chain([second], filled)
-    yield f"{path}:{number}", record
-    for number, line in filled:
-        yield f"{path}:{number}", _object(path, number, line)
+        numbered = chain([second], numbered)
+    yield f"{path}:{line_number}", record
+    for line_number, line in numbered:
+        yield f"{path}:{line_number}", _object(path, line_number, line)
+
+
+def _not_blank(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+    """Yield every line that is not blank with its number, counted from 1."""
+    for line_number, line in enumerate(lines, 1):
+        if line.strip():
+            yield line_number, line
 
 
 def _breaks_off(line: str) -> bool:
-    """Return whether ``line`` is the beginning of a JSON value that goes on below."""
+    """Return whether ``line`` begins a JSON value that goes on in the next lines."""
     text = line.strip()
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
+        # The parser wanted more where the line ends; elsewhere the line itself is wrong.
         return error.pos >= len(text)
     except (ValueError, RecursionError):
         return False
     return False
 
 
-def _whole(
+def _one_value(
     path: Path,
-    number: int,
+    line_number: int,
     first: str,
-    rest: str,
+    below: str,
     columns: Collection[str],
 ) -> Iterator[Located]:
-    """Yield the records of the one value that begins with ``first``, the file's line ``number``."""
+    """Yield the records of a file that is one value.
+
+    ``first``: the line where it begins, ``line_number``. ``below``: the text after that line.
+    """
     try:
-        value = _parsed(path, number, first + rest)
+        value = _parsed(path, line_number, first + below)
     except BadInput:
-        if first.lstrip().startswith("{") and _starts_with_object(rest):
-            # An object a line, the first of them cut off: that line is at fault, not a later one.
-            _object(path, number, first)
+        if first.lstrip().startswith("{") and _starts_with_object(below):
+            # An object a line, the first of them cut off. The error is in that line, so name it.
+            _object(path, line_number, first)
         raise
     if isinstance(value, dict):
-        yield from _alone(path, f"{path}:{number}", value, columns)
+        yield from _single_object(path, f"{path}:{line_number}", value, columns)
     elif isinstance(value, list):
         yield from _elements(path, value)
 
 
 def _starts_with_object(text: str) -> bool:
-    """Return whether the first line of ``text``, blank ones apart, is a whole JSON object."""
+    """Return whether the first line of ``text`` that is not blank is a complete JSON object."""
     try:
         return isinstance(json.loads(text.lstrip().partition("\n")[0]), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _alone(path: Path, where: str, value: Record, columns: Collection[str]) -> Iterator[Located]:
+def _single_object(
+    path: Path, where: str, value: Record, columns: Collection[str]
+) -> Iterator[Located]:
     """Yield the records of a file that is one object: itself, or those in its list of objects."""
-    if _plain(value, columns) or _plain(value, value):
+    # Without any list or object in it, it can only be a record, perhaps one that lacks a column.
+    if _has_plain(value, columns) or _has_plain(value, value):
         yield where, value
         return
-    lists = {name: held for name, held in value.items() if _is_list_of_objects(held)}
+    lists: dict[str, object] = {}
+    for name, content in value.items():
+        if _is_list_of_objects(content):
+            lists[name] = content
     if len(lists) != 1:
-        found = ", ".join(map(repr, lists)) or "none"
-        raise BadInput(f"{where}: one object, and its lists of objects are: {found}; {SHAPES}")
+        listed = ", ".join(map(repr, lists)) or "none"
+        raise BadInput(f"{where}: one object, and its lists of objects are: {listed}; {SHAPES}")
     yield from _elements(path, *lists.values())
 
 
@@ -101,51 +120,56 @@ def _is_list_of_objects(value: object) -> bool:
     return isinstance(value, list) and (not value or isinstance(value[0], dict))
 
 
-def _plain(record: Record, columns: Collection[str]) -> bool:
+def _has_plain(record: Record, columns: Collection[str]) -> bool:
     """Return whether ``record`` has all ``columns``, and neither list nor object in them."""
-    nested = {name for name, value in record.items() if isinstance(value, list | dict)}
-    return set(columns) <= record.keys() - nested
+    for column in columns:
+        if column not in record or isinstance(record[column], list | dict):
+            return False
+    return True
 
 
 def _elements(path: Path, array: object) -> Iterator[Located]:
     """Yield the objects of an array."""
     assert isinstance(array, list)
-    for number, record in enumerate(array, 1):
-        where = f"{path}: record {number}"
+    for record_number, record in enumerate(array, 1):
+        where = f"{path}: record {record_number}"
         if not isinstance(record, dict):
             shown = json.dumps(record)
             raise BadInput(f"{where}: must be a JSON object, not {shown:.40}; {SHAPES}")
         yield where, record
 
 
-def _object(path: Path, number: int, line: str) -> Record:
-    """Return the object that is line ``number``."""
-    record = _parsed(path, number, line)
+def _object(path: Path, line_number: int, line: str) -> Record:
+    """Return the object that ``line`` holds."""
+    record = _parsed(path, line_number, line)
     if not isinstance(record, dict):
         shown = repr(line.strip())
-        raise BadInput(f"{path}:{number}: each line must hold one JSON object, not {shown:.40}")
+        raise BadInput(
+            f"{path}:{line_number}: each line must hold one JSON object, not {shown:.40}"
+        )
     return record
 
 
-def _parsed(path: Path, number: int, text: str) -> object:
-    """Return the JSON value ``text``, which begins at line ``number``."""
+def _parsed(path: Path, line_number: int, text: str) -> object:
+    """Return the JSON value ``text``, which begins at line ``line_number``."""
     text = text.strip()
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        place = f"{path}:{number + error.lineno - 1}"
+        place = f"{path}:{line_number + error.lineno - 1}"
+        # "Extra data": a value, then another. That may be a shape which is not read.
         shapes = f"; {SHAPES}" if error.msg == "Extra data" else ""
         raise BadInput(f"{place}: not JSON: {error.msg}{shapes}") from error
     except (ValueError, RecursionError) as error:
-        # These do not say where; of a text of one line that is known.
-        place = f"{path}" if "\n" in text else f"{path}:{number}"
+        # These errors do not say where; it is known only for a text of one line.
+        place = f"{path}" if "\n" in text else f"{path}:{line_number}"
         raise BadInput(f"{place}: not JSON: {error}") from error
 
 
 def _unique(pairs: Sequence[tuple[str, object]]) -> Record:
-    """Return an object as a dict; raise ValueError for a name that is given twice.
+    """Return an object as a dict; raise ValueError for a name that occurs twice.
 
-    JSON leaves open what that means, and Python would keep the last value without a word.
+    JSON leaves open what that means, and Python would silently keep the last value.
     """
     record = dict(pairs)
     if len(record) < len(pairs):

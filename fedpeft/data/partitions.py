@@ -1,4 +1,4 @@
-"""Who holds what: the ways of dividing a data set among clients."""
+"""Partitions: the ways of dividing a data set among clients."""
 
 import json
 from collections import Counter
@@ -24,10 +24,11 @@ _REMEDY = "to keep them, name files of their own in data.validation and data.tes
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """The rows of each client: ``train[k]`` and ``test[k]`` are ascending row numbers, ``names[k]`` is what to call it.
+    """The rows of each client.
 
-    ``test`` is for scores per client and may be empty for some. ``notes``: what the user should be
-    told about it, a line each.
+    ``train[k]`` and ``test[k]``: ascending row numbers of client k; ``names[k]``: its name.
+    ``test`` is for scores per client and may be empty for some. ``notes``: what the user should
+    know about the partition, a line each.
     """
 
     train: tuple[Indices, ...]
@@ -36,12 +37,16 @@ class Partition:
     notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """Return 16 hex digits of the SHA-256 of who holds what: equal digests mean equal partitions, under any names."""
-        whole = sha256()
+        """Return 16 hex digits of the SHA-256 of who holds what.
+
+        Equal digests mean equal partitions; the clients' names do not matter.
+        """
+        hashed = sha256()
         for rows in (*self.train, *self.test):
-            whole.update(len(rows).to_bytes(8, "little"))
-            whole.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
-        return whole.hexdigest()[:16]
+            # The length first: rows must not count as those of the next client.
+            hashed.update(len(rows).to_bytes(8, "little"))
+            hashed.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
+        return hashed.hexdigest()[:16]
 
 
 def iid(dataset: Dataset, clients: int, seed: int) -> Partition:
@@ -61,9 +66,9 @@ def dirichlet(
 ) -> Partition:
     """Deal each label's rows, of train and of test, by shares drawn from Dir(alpha) over clients.
 
-    The smaller ``alpha``, the fewer clients hold most of a label. The law is that of redrawing
-    until every client has ``min_examples`` train rows (see ``dirichlet.py``). Source: Yurochkin et
-    al. 2019, section 4. Hsu et al. 2019 draw the labels of each client instead.
+    The smaller ``alpha``, the fewer clients hold most of a label. The law is the same as of
+    redrawing until every client has ``min_examples`` train rows (see ``dirichlet.py``). Source:
+    Yurochkin et al. 2019, section 4. Hsu et al. 2019 draw the labels of each client instead.
 
     Raises BadInput for a number out of range, or so extreme that no draw gives every client
     ``min_examples``.
@@ -73,6 +78,7 @@ def dirichlet(
         raise BadInput(f"partition.alpha = {alpha}: must be a number from 0.001 up, as 0.1 or 1.0")
     train = _codes(dataset.train, dataset.labels)
     test = _codes(dataset.test, dataset.labels)
+    # One draw, (labels, clients), for both splits: a client's test rows have its own mix of labels.
     share = shares(np.bincount(train), clients, alpha, min_examples, seed)
     rng = np.random.default_rng(derive(seed, "dirichlet", "rows"))
     return _partition(_deal(train, share, rng), _deal(test, share, rng))
@@ -81,8 +87,8 @@ def dirichlet(
 def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int = 2) -> Partition:
     """Sort train by label, cut it into equal shards and deal each client a few of them at random.
 
-    So a client sees few labels. Test rows are dealt by each client's share of the label's train
-    rows. Source: McMahan et al. 2017, section 3 (the "pathological non-IID partition").
+    So a client sees few labels. Of each label, a client's share of the test rows is its share of
+    the train rows. Source: McMahan et al. 2017, section 3 (the "pathological non-IID partition").
 
     Raises BadInput for a number out of range and for more shards than train has examples.
     """
@@ -91,13 +97,13 @@ def shards(dataset: Dataset, clients: int, seed: int, *, shards_per_client: int 
     shuffled = rng.permutation(len(dataset.train))
     codes = _codes(dataset.train, dataset.labels)[shuffled]
     by_label = shuffled[np.argsort(codes, kind="stable")]  # shuffled within each label
-    cut = np.array_split(by_label, clients * shards_per_client)
-    dealt = rng.permutation(len(cut)).reshape(clients, shards_per_client)
+    shard_rows = np.array_split(by_label, clients * shards_per_client)
+    dealt = rng.permutation(len(shard_rows)).reshape(clients, shards_per_client)
     train: list[Indices] = []
-    for hand in dealt:
-        train.append(np.concatenate([cut[shard] for shard in hand]))
+    for shards_of_client in dealt:
+        train.append(np.concatenate([shard_rows[shard] for shard in shards_of_client]))
     held = label_counts(dataset.train, _partition(train, []))  # (clients, labels)
-    share = (held / held.sum(axis=0)).T
+    share = (held / held.sum(axis=0)).T  # (labels, clients), rows sum to 1
     test = _deal(_codes(dataset.test, dataset.labels), share, rng)
     return _partition(train, test)
 
@@ -121,6 +127,7 @@ def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
             f"partition.clients = {clients}: train has {len(rows)} keys; "
             f"choose 1 to {len(rows)} clients"
         )
+    # Not Counter.most_common: among equals it depends on the order of the rows.
     largest_first = sorted(rows, key=lambda name: (-rows[name], name))
     names = sorted(largest_first[:clients])
     return _partition(_holding(dataset.train, names), _holding(dataset.test, names), names)
@@ -129,15 +136,16 @@ def by_key(dataset: Dataset, clients: int | None = None) -> Partition:
 def from_file(dataset: Dataset, path: Path) -> Partition:
     """Read a JSON object of client name -> row numbers; rows left out are not used.
 
-    The numbers count the rows of train's file as it stands, from 0. A row that is held out of it
-    for validation or test leaves its client, and a client without any row left is left out; notes
-    say so. Clients are in the order of the file and hold no test rows.
+    The numbers count the rows of train's original file, from 0. A row that is held out of it for
+    validation or test is taken from its client, and a client that has no row left is left out;
+    notes say so. Clients are in the order of the file and hold no test rows.
 
     Raises BadInput for a missing file, other JSON, no client, a client without rows or named twice,
-    a row that train does not have, one that is given twice, and where nobody has a row left.
+    a row that train does not have or that occurs twice, and where no client has a row left.
     """
     try:
         with readable(path):
+            # Objects as tuples of (name, value): a dict would hide a client that is named twice.
             clients = json.loads(existing(path).read_bytes(), object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON: {error}") from error
@@ -146,22 +154,30 @@ def from_file(dataset: Dataset, path: Path) -> Partition:
             f"{path}: must hold a JSON object of client names and row numbers, "
             'as {"anna": [0, 1]}'
         )
-    numbers = dataset.train.numbers or range(len(dataset.train))
-    row_at = {number: row for row, number in enumerate(numbers)}
+    # Numbers in train's file -> rows of what is left of it once rows are held out.
+    file_numbers = dataset.train.numbers or range(len(dataset.train))
+    row_of = {file_number: row for row, file_number in enumerate(file_numbers)}
     held_out = len(dataset.validation.numbers) + len(dataset.test.numbers)
-    holder: dict[int, str] = {}
-    held: dict[str, Indices] = {}
-    for name, given in clients:
-        if name in held:
+    file_length = len(file_numbers) + held_out
+    holder: dict[int, str] = {}  # number in the file -> client
+    client_rows: dict[str, list[int]] = {}
+    for name, value in clients:
+        if name in client_rows:
             raise BadInput(f"{path}: client {name!r} is named twice")
-        own = _own(path, name, given, len(numbers) + held_out, holder)
-        held[name] = np.array([row_at[n] for n in own if n in row_at], dtype=np.int64)
-    left = {name: rows for name, rows in held.items() if len(rows)}
-    if not left:
+        client_rows[name] = []
+        for file_number in _checked_numbers(path, name, value, file_length, holder):
+            if file_number in row_of:
+                client_rows[name].append(row_of[file_number])
+    # Leave out the clients whose rows were all held out.
+    emptied = [name for name, rows in client_rows.items() if not rows]
+    for name in emptied:
+        del client_rows[name]
+    if not client_rows:
         raise BadInput(f"{path}: all of its rows are held out of train; {_REMEDY}")
-    lost = sum(number not in row_at for number in holder)
-    notes = _notes(path, lost, len(holder), [name for name in held if name not in left])
-    return replace(_partition(list(left.values()), [], list(left)), notes=notes)
+    train = [np.array(rows, dtype=np.int64) for rows in client_rows.values()]
+    lost = len(holder.keys() - row_of.keys())
+    notes = _notes(path, lost, len(holder), emptied)
+    return replace(_partition(train, [], list(client_rows)), notes=notes)
 
 
 def label_counts(rows: Rows, partition: Partition) -> Indices:
@@ -171,11 +187,18 @@ def label_counts(rows: Rows, partition: Partition) -> Indices:
     """
     labels = ordered(rows.labels)
     codes = _codes(rows, labels)
-    return np.stack([np.bincount(codes[held], minlength=len(labels)) for held in partition.train])
+    counts_by_client: list[Indices] = []
+    for client_rows in partition.train:
+        counts_by_client.append(np.bincount(codes[client_rows], minlength=len(labels)))
+    return np.stack(counts_by_client)
 
 
 def _check(dataset: Dataset, clients: int, field: str = "clients", each: int = 1) -> None:
-    """Refuse numbers below 1, and more clients, times ``each`` of ``field``, than examples."""
+    """Raise BadInput for numbers below 1 and for more clients than train has rows for.
+
+    ``field``: the setting that says how many rows, or shards, every client needs; ``each``: its
+    value.
+    """
     examples = len(dataset.train)
     if clients < 1 or each < 1:
         name, value = ("clients", clients) if clients < 1 else (field, each)
@@ -188,17 +211,17 @@ def _check(dataset: Dataset, clients: int, field: str = "clients", each: int = 1
     if clients * each > examples:
         most = examples // clients
         raise BadInput(
-            f"partition.{field} = {each}: train has only {examples} examples for {clients} clients; "
-            f"at most {most} each"
+            f"partition.{field} = {each}: train has only {examples} examples "
+            f"for {clients} clients; at most {most} each"
         )
 
 
 def _partition(
     train: Sequence[Indices], test: Sequence[Indices], names: Sequence[str] = ()
 ) -> Partition:
-    """Return the partition with sorted rows.
+    """Return the partition with the rows of every client sorted.
 
-    Without ``test`` nobody has test rows; without ``names`` the clients are numbered.
+    Without ``test``, no client has test rows; without ``names``, the clients are numbered.
     """
     if not test:
         test = [np.empty(0, dtype=np.int64)] * len(train)
@@ -208,43 +231,50 @@ def _partition(
 
 
 def _codes(rows: Rows, labels: Sequence[str]) -> Indices:
-    """Return where each row's label stands among ``labels``, (rows,)."""
+    """Return the position of each row's label in ``labels``, (rows,)."""
     code_of = {label: code for code, label in enumerate(labels)}
     return np.array([code_of[label] for label in rows.labels], dtype=np.int64)
 
 
 def _deal(codes: Indices, share: NDArray[np.float64], rng: np.random.Generator) -> list[Indices]:
-    """Deal the shuffled rows of each label by ``share`` (labels, clients).
+    """Shuffle the rows of each label, deal them by ``share`` and return the rows of each client.
 
-    ``codes`` (rows,) are their labels. Returns the rows of each client.
+    ``codes``: the label of every row, (rows,). ``share``: (labels, clients).
     """
     clients = share.shape[1]
     pieces: list[list[Indices]] = [[] for _ in range(clients)]
     sizes = np.bincount(codes, minlength=len(share))
     for label, counts_of_label in enumerate(counts(share, sizes)):
         rows = rng.permutation(np.flatnonzero(codes == label))
+        # ``np.split`` wants the inner borders; the last piece goes to the end.
         cuts = np.cumsum(counts_of_label)[:-1]
         for client, piece in enumerate(np.split(rows, cuts)):
             pieces[client].append(piece)
-    return [np.concatenate(own) for own in pieces]
+    return [np.concatenate(client_pieces) for client_pieces in pieces]
 
 
 def _holding(split: Rows, names: Iterable[str]) -> list[Indices]:
-    """Return the rows of ``split`` under each name."""
+    """Return, for each name, the rows of ``split`` that have it as their key."""
     rows: dict[str, list[int]] = {name: [] for name in names}
     for row, key in enumerate(split.keys):
         if key in rows:
             rows[key].append(row)
-    return [np.array(own, dtype=np.int64) for own in rows.values()]
+    return [np.array(client_rows, dtype=np.int64) for client_rows in rows.values()]
 
 
-def _own(path: Path, name: str, rows: object, examples: int, holder: dict[int, str]) -> list[int]:
-    """Return a client's rows as checked integers and enter them in ``holder`` (row -> client)."""
+def _checked_numbers(
+    path: Path, name: str, rows: object, examples: int, holder: dict[int, str]
+) -> list[int]:
+    """Return a client's row numbers, checked, and enter them in ``holder`` (row -> client).
+
+    ``rows``: the client's value in the file, which may be anything.
+    """
     if not isinstance(rows, list) or not rows:
         raise BadInput(
             f"{path}: client {name!r} must hold a list of at least one row number, not {rows!r:.40}"
         )
     for row in rows:
+        # Not isinstance, by which JSON's true would be row 1.
         if type(row) is not int or not 0 <= row < examples:
             raise BadInput(
                 f"{path}: client {name!r} holds row {row!r}, but train has rows 0 to {examples - 1}"
@@ -256,7 +286,10 @@ def _own(path: Path, name: str, rows: object, examples: int, holder: dict[int, s
 
 
 def _notes(path: Path, lost: int, named: int, emptied: Sequence[str]) -> tuple[str, ...]:
-    """Return what is to be said of a file of clients, ``lost`` of whose ``named`` rows are gone."""
+    """Return the notes on a file of clients.
+
+    ``lost``: how many of its ``named`` rows are held out. ``emptied``: clients without a row left.
+    """
     if not lost:
         return ()
     what = f"{lost} of its {named} rows are held out of train and leave their clients"

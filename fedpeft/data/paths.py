@@ -1,4 +1,4 @@
-"""Which files a path or a pattern names, and what is said where there is none."""
+"""The files that a path or a pattern names, and helpful errors where there are none."""
 
 import zlib
 from collections.abc import Collection, Iterator
@@ -13,27 +13,30 @@ from fedpeft.errors import BadInput
 def matching(pattern: Path) -> list[Path]:
     """Return the file ``pattern``, or those that it matches by ``*``, ``?``, ``[...]`` or ``**``.
 
-    They are sorted. What exists is taken as it is, so brackets in a folder's name do no harm.
-    Raises BadInput where there is no file.
+    They are sorted. Files and folders that exist are taken literally, so brackets in their names do
+    no harm. Raises BadInput where there is no file.
     """
     with readable(pattern):
         if pattern.exists():
             return [existing(pattern)]
+        # Only what lies below the deepest folder that exists can be a pattern.
         root = pattern.parent
         while not root.is_dir() and root != root.parent:
             root = root.parent
-        rest = str(pattern.relative_to(root))
-        if not any(wildcard in rest for wildcard in "*?["):
+        relative = str(pattern.relative_to(root))
+        if set("*?[").isdisjoint(relative):
             return [existing(pattern)]
-        found = [root / name for name in glob(rest, root_dir=root, recursive=True)]
-    files = sorted(path for path in found if path.is_file())
+        files: list[Path] = []
+        for name in glob(relative, root_dir=root, recursive=True):
+            if (root / name).is_file():
+                files.append(root / name)
     if not files:
         raise BadInput(f"{pattern}: no file matches this pattern")
-    return files
+    return sorted(files)
 
 
 def existing(path: Path) -> Path:
-    """Return ``path`` if it is a file; else raise BadInput, naming the nearest in its folder."""
+    """Return ``path`` if it is a file; else raise BadInput that offers the most similar name."""
     with readable(path):
         if path.is_file():
             return path
@@ -46,15 +49,17 @@ def existing(path: Path) -> Path:
 
 
 def nearest(name: str, choices: Collection[str]) -> str:
-    """Return the end of an error message that offers the choice most like ``name``, if any is."""
+    """Return the end of an error message: the choice most similar to ``name``, empty without."""
+    # Sorted, so that among equally similar choices the answer is always the same.
     close = get_close_matches(name, sorted(choices), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raise BadInput, naming ``path``, for what the system or gzip finds wrong in the ``with``."""
+    """Turn errors of the system and of gzip in the ``with`` into BadInput that names ``path``."""
     try:
         yield
+    # BadGzipFile is an OSError; a gzip that is cut off raises EOFError.
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from error

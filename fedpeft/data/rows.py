@@ -14,9 +14,9 @@ from fedpeft.seeds import derive
 class Rows:
     """Labelled texts, one label each.
 
-    ``keys`` names each row's natural client and is empty where there is none. ``numbers``: where
-    each row stood in the file of train, counted from 0; empty where that is not known. They are no
-    part of what the rows are: rows with other numbers are equal.
+    ``keys``: the name of each row's natural client; empty where there is none. ``numbers``: each
+    row's position in the file of train, counted from 0; empty where that is not known. Numbers do
+    not count in comparisons: rows that differ in nothing else are equal.
     """
 
     texts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a federation trains on (``train``), chooses by (``validation``) and is judged by (``test``)."""
+    """The rows to train on, to select models by (``validation``) and to judge them by (``test``)."""
 
     name: str
     train: Rows
@@ -49,39 +49,48 @@ class Dataset:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label names of train: class ``i`` of a classifier is ``labels[i]``.
+        """The names of train's labels; class ``i`` of a classifier is ``labels[i]``.
 
-        Sorted; by value where all are whole numbers.
+        They are sorted, by value where all are whole numbers.
         """
         return ordered(self.train.labels)
 
     def digest(self) -> str:
-        """Return 16 hex digits of the SHA-256 of all rows in order: equal digests mean equal data, under any name."""
-        splits = [
-            [split.texts, split.labels, split.keys]
-            for split in (self.train, self.validation, self.test)
-        ]
+        """Return 16 hex digits of the SHA-256 of all rows in order.
+
+        Equal digests mean equal data; the name does not matter.
+        """
+        splits: list[list[Sequence[str]]] = []
+        for split in (self.train, self.validation, self.test):
+            splits.append([split.texts, split.labels, split.keys])
         return sha256(json.dumps(splits).encode()).hexdigest()[:16]
 
     def majority(self, labels: Sequence[str]) -> float:
-        """Return the accuracy on one or more texts with ``labels`` of always saying train's commonest (first of equals)."""
+        """Return the accuracy, on texts with ``labels``, of always predicting train's commonest.
+
+        ``labels``: at least one. Among equally common labels, the first counts.
+        """
         counts = Counter(self.train.labels)
-        return labels.count(max(self.labels, key=counts.__getitem__)) / len(labels)
+        commonest = max(self.labels, key=counts.__getitem__)
+        return labels.count(commonest) / len(labels)
 
 
 def stratified(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Split ``rows`` by label into (kept, taken), each in the order of ``rows``.
 
-    Of a label's n rows, round(``fraction`` * n) are taken, but at least one and never the last.
-    Which ones depends on ``seed`` and on the label's set of texts, not on their order.
+    Of a label's n rows, round(``fraction`` * n) are taken, but at least one, and one is always
+    left. Which ones are taken depends on ``seed`` and on the label's set of texts, not on their
+    order.
     """
-    quota = {
-        label: min(max(1, round(fraction * size)), size - 1)
-        for label, size in Counter(rows.labels).items()
-    }
+    quota: dict[str, int] = {}
+    for label, size in Counter(rows.labels).items():
+        quota[label] = min(max(1, round(fraction * size)), size - 1)
     taken = set[int]()
+    # Each text draws its own place in the queue, so the order of the file does not matter.
     for row in sorted(range(len(rows)), key=lambda row: derive(seed, rows.texts[row])):
-        if quota[rows.labels[row]] > 0:
-            quota[rows.labels[row]] -= 1
+        label = rows.labels[row]
+        if quota[label] > 0:
+            quota[label] -= 1
             taken.add(row)
-    return rows.take(row for row in range(len(rows)) if row not in taken), rows.take(sorted(taken))
+    kept = sorted(set(range(len(rows))) - taken)
+    return rows.take(kept), rows.take(sorted(taken))

@@ -12,29 +12,32 @@ from fedpeft.data.paths import nearest
 from fedpeft.errors import BadInput
 
 MARKS = (";", "\t", "|", ",")
-"""What people's columns are separated by."""
+"""The characters that files use as delimiters, for guesses in error messages."""
 
 NAMED = {"tab": "\t", "\\t": "\t"}
 """Delimiters by another name."""
 
 LARGEST = 2**31 - 1
-"""Characters that a field may have; the csv module's own limit is 131,072."""
+"""Characters that a field may have. The csv module's own limit, 131,072, is too low for texts.
+
+This is the largest that fits a C long on every system.
+"""
 
 LOOKED_AT = 1000
-"""Records among which the first line's fields are looked for, to tell whether it is a header."""
+"""Records below the first line that are read to tell whether that line is a header."""
 
 LENGTHY = 60
-"""Characters that no column's name has."""
+"""A field of more characters is taken for data, not for a column's name."""
 
 _EXCEL = re.compile(r'"?sep=([^\w"\r\n])"?\s*', re.IGNORECASE)
-"""The line above the header by which Excel is told the delimiter."""
+"""A line above the header that tells Excel the delimiter."""
 
 _HINTS = {
     "unexpected end": "; the quote that opens here is never closed",
     "new-line": "; lines end with a carriage return alone: save it with those of Unix or Windows",
     "expected after": "; a text with quotes in it must stand in quotes, its own ones doubled",
 }
-"""What the csv module says, and what it means."""
+"""Part of an error message of the csv module -> what it means."""
 
 
 def delimiter(given: str | None) -> str | None:
@@ -54,51 +57,67 @@ def separated(
     mark: str | None,
     usual: str,
 ) -> Iterator[Located]:
-    """Yield the records below the header; blank lines, and blank fields beyond it, are passed over.
+    """Yield the records below the header. Blank lines and blank fields beyond it are skipped.
 
-    The delimiter is ``mark``; where that is None, the one of Excel's line ``sep=;``, and without
-    such a line ``usual``. Raises BadInput for a line that is no CSV or has too few or too many
-    fields, for a name that two columns have, and for a header that lacks ``columns`` where one can
-    tell why.
+    The delimiter is ``mark``. If that is None, it is the one of Excel's line ``sep=;``, and without
+    such a line ``usual``. Raises BadInput for a line that is not CSV or has too few or too many
+    fields, for two columns of the same name, and for a header that lacks ``columns`` if the reason
+    can be told.
     """
+    # 1. The delimiter, which Excel's line above the header may give.
     first = next(lines, "")
     excel = _EXCEL.fullmatch(first)
     mark = mark or (excel[1] if excel else usual)
     csv.field_size_limit(LARGEST)
     reader = csv.reader(lines if excel else chain([first], lines), strict=True, delimiter=mark)
     rows = _rows(path, reader, above=1 if excel else 0)
+    # 2. The header.
     where, header = next(rows, ("", []))
     names = [name for name in header if name.strip()]
     if len(set(names)) < len(names):
         shown = ", ".join(map(repr, header))
         raise BadInput(f"{where}: two columns have the same name among {shown}")
     if not set(columns) <= set(header):
+        # Read some records ahead to explain it, then put them back.
         below = list(islice(rows, LOOKED_AT))
         _explain(where, header, [fields for _, fields in below], columns, mark)
         rows = chain(below, rows)
+    # 3. The records.
     yield from _named(header, rows)
 
 
 def _rows(path: Path, reader: Any, above: int) -> Iterator[tuple[str, list[str]]]:
-    """Yield the fields of every record, with the line that it ends at.
+    """Yield the fields of every record with the line where it ends.
 
     ``above``: how many lines of the file ``reader`` has not seen.
     """
-    ended = 0
+    last_line = 0  # of the last complete record
     try:
         for fields in reader:
-            ended = reader.line_num
+            last_line = reader.line_num
             if fields:
-                yield f"{path}:{ended + above}", fields
+                yield f"{path}:{last_line + above}", fields
     except csv.Error as error:
-        said = str(error)
-        number = ended + 1 if said.startswith("unexpected end") else reader.line_num
-        hint = next((hint for part, hint in _HINTS.items() if part in said), "")
-        raise BadInput(f"{path}:{number + above}: not CSV: {said}{hint}") from error
+        message = str(error)
+        line_number = reader.line_num
+        if message.startswith("unexpected end"):
+            # The reader noticed only at the end of the file; the quote opens where the record does.
+            line_number = last_line + 1
+        place = f"{path}:{line_number + above}"
+        raise BadInput(f"{place}: not CSV: {message}{_hint(message)}") from error
+
+
+def _hint(message: str) -> str:
+    """Return what an error message of the csv module means, empty where that is not known."""
+    for part, hint in _HINTS.items():
+        if part in message:
+            return hint
+    return ""
 
 
 def _named(header: list[str], rows: Iterator[tuple[str, list[str]]]) -> Iterator[Located]:
     """Yield rows as records. Columns at the end that have no name may be missing from a row."""
+    # Spreadsheets write empty columns beyond the table, in some rows and not in others.
     least = len(_trimmed(header, 0))
     for where, row in rows:
         fields = _trimmed(row, len(header))
@@ -108,7 +127,7 @@ def _named(header: list[str], rows: Iterator[tuple[str, list[str]]]) -> Iterator
 
 
 def _trimmed(fields: list[str], least: int) -> list[str]:
-    """Return ``fields`` without the blank ones at their end, but ``least`` at least."""
+    """Return ``fields`` without the blank ones at the end, but at least ``least`` of them."""
     end = len(fields)
     while end > least and not fields[end - 1].strip():
         end -= 1
@@ -122,12 +141,13 @@ def _explain(
     columns: Collection[str],
     mark: str,
 ) -> None:
-    """Raise BadInput where one can tell why ``header`` lacks some of ``columns``.
+    """Raise BadInput if one can tell why ``header`` lacks some of ``columns``.
 
-    The reason may be another delimiter, or that there is no header. A column's name that is merely
-    misspelt is left to whoever looks for the column.
+    The reason may be another delimiter, or that there is no header. A misspelt name is not reported
+    here: the caller's search for the column will do that.
     """
     shown = ", ".join(f"{field!r:.60}" for field in header)
+    # 1. Another delimiter, the most frequent one in the header.
     line = mark.join(header)
     others = [other for other in MARKS if other != mark and other in line]
     likely = max(others, key=line.count, default="")
@@ -135,7 +155,9 @@ def _explain(
         name = "tab" if likely == "\t" else likely
         remedy = f'if it is {name} that stands between them, set data.delimiter = "{name}"'
         raise BadInput(f"{where}: the columns are {shown}; {remedy}")
-    misspelt = any(nearest(column, header) for column in columns if column not in header)
+    # 2. No header, unless a name in it is like one of those that are missing.
+    missing = set(columns) - set(header)
+    misspelt = any(nearest(column, header) for column in missing)
     if not misspelt and _is_data(header, below):
         raise BadInput(
             f"{where}: the first line is data, not a header: {shown}; "
@@ -146,11 +168,15 @@ def _explain(
 def _is_data(header: Sequence[str], below: Sequence[Sequence[str]]) -> bool:
     """Return whether ``header`` is a record like those ``below``.
 
-    It is where a field is too long for a name, or comes again further down in its column.
+    It is one if a field is too long for a name, or occurs again further down in its column.
     """
-    if list(header) == [str(number) for number in range(len(header))]:
-        return False  # so pandas calls columns without names; 0 and 1 may well come again as labels
-    if any(len(field) > LENGTHY for field in header):
+    # Pandas names columns without names 0, 1, ...; as labels, 0 and 1 may well occur again.
+    if list(header) == [str(index) for index in range(len(header))]:
+        return False
+    if max(map(len, header), default=0) > LENGTHY:
         return True
-    columns = zip(header, zip(*below, strict=False), strict=False)
-    return any(field.strip() and field in column for field, column in columns)
+    # Columns, not rows; only those that the shortest record below has, too.
+    for field, column in zip(header, zip(*below, strict=False), strict=False):
+        if field.strip() and field in column:
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""What a run writes down about itself: its rows, the file that holds them, and the meter that fills them in."""
+"""What a run records about itself: the ledger's rows, its file, and the meter that measures."""
 
 from fedpeft.ledger.file import FILE, Ledger, read, stream
 from fedpeft.ledger.meter import Measurement, measured

@@ -1,4 +1,7 @@
-"""The ledger's file: one JSON line per row, appended as a run goes, cut back when it resumes, read by reports."""
+"""The ledger's file: one JSON line per row.
+
+A run appends to it, cuts it back to a checkpoint when it resumes, and reports read it.
+"""
 
 import json
 import math
@@ -14,6 +17,7 @@ from fedpeft.ledger.rows import Row, from_json, to_json
 FILE = "ledger.jsonl"
 """The ledger's name inside a run's folder."""
 
+# A key that no row uses, so an object with it alone can only be a float.
 _TAG = "$float"
 
 
@@ -21,9 +25,9 @@ _TAG = "$float"
 class Ledger:
     """A ledger open for writing. Rows are buffered; only ``sync`` makes them durable.
 
-    Opening creates the file or goes on at its end. A crash may have left half a row there, so a
-    resumed run calls ``cut`` with the length its checkpoint recorded before it appends. I/O errors
-    (a full disk) are raised as OSError.
+    Opening creates the file or continues at its end. A crash may have left half a row there, so a
+    resumed run first calls ``cut`` with the length that its checkpoint recorded. I/O errors, such
+    as a full disk, are raised as OSError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +44,11 @@ class Ledger:
         self._file.write(line.encode() + b"\n")
 
     def sync(self) -> int:
-        """Make every row so far durable and return the file's length in bytes, for a checkpoint's manifest."""
+        """Make every row so far durable and return the file's length in bytes.
+
+        A checkpoint's manifest records that length.
+        """
+        # Python's buffer to the system, then the system's to the disk.
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -53,9 +61,11 @@ class Ledger:
         size = os.fstat(self._file.fileno()).st_size
         if size < length:
             raise BadInput(
-                f"{self._path}: has {size} bytes, but the checkpoint was written when it had {length}"
+                f"{self._path}: has {size} bytes, "
+                f"but the checkpoint was written when it had {length}"
             )
         self._file.truncate(length)
+        # Writes go to the end anyway, but ``sync`` reads the length off the position.
         self._file.seek(length)
 
     def close(self) -> None:
@@ -77,17 +87,15 @@ class Ledger:
 def stream(path: Path) -> Iterator[Row]:
     """Yield the rows of the ledger at ``path`` in the order they were written.
 
-    A last line without its newline is what a crash leaves: it is no row yet and is ignored. Raises
-    BadInput when the file cannot be read, and with file and line number when any other line is not
-    a row.
+    A last line without its newline is what a crash leaves: it is not a row yet and is ignored.
+    Raises BadInput when the file cannot be read, and with file and line number when any other line
+    is not a row.
     """
     try:
         with path.open("rb") as lines:
-            yield from (
-                _row(path, number, line)
-                for number, line in enumerate(lines, 1)
-                if line.endswith(b"\n")
-            )
+            for line_number, line in enumerate(lines, 1):
+                if line.endswith(b"\n"):
+                    yield _row(path, line_number, line)
     except OSError as error:
         raise BadInput(f"{path}: no ledger to read here ({error.strerror})") from error
 
@@ -97,15 +105,15 @@ def read(path: Path) -> list[Row]:
     return list(stream(path))
 
 
-def _row(path: Path, number: int, line: bytes) -> Row:
+def _row(path: Path, line_number: int, line: bytes) -> Row:
     try:
         return from_json(json.loads(line, object_hook=_untagged))
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}, line {number}: not a row of a ledger ({error!r})") from error
+        raise BadInput(f"{path}, line {line_number}: not a row of a ledger ({error!r})") from error
 
 
 def _legal(value: object) -> object:
-    """Return ``value`` with every float that JSON lacks as a tagged text, at any depth."""
+    """Return ``value`` with every NaN and infinity as a tagged text, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return {_TAG: repr(float(value))}
     if isinstance(value, Mapping):
@@ -116,4 +124,5 @@ def _legal(value: object) -> object:
 
 
 def _untagged(fields: dict[str, object]) -> object:
+    """Return the float that ``fields`` stands for if it is a tagged one, else ``fields``."""
     return float(str(fields[_TAG])) if fields.keys() == {_TAG} else fields

@@ -1,4 +1,4 @@
-"""What a run writes down: one row for the run, one per (round, client), one per evaluation."""
+"""What a run records: one row for the run, one per (round, client), one per evaluation."""
 
 import dataclasses
 import math
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, final
 
 _LEAST, _MOST = "least", "most"
-"""Under these a field of ``Measured`` says which values are believed."""
+"""The keys of a field's metadata in ``Measured``: the range of values that can be true."""
 
 
 def _figure(default: Any, most: float, least: int = 0) -> Any:
-    """Return a field of ``Measured`` that is believed from ``least`` to ``most``."""
+    """Return a field of ``Measured`` whose values can be true from ``least`` to ``most``."""
     return field(default=default, metadata={_LEAST: least, _MOST: most})
 
 
@@ -20,15 +20,16 @@ def _figure(default: Any, most: float, least: int = 0) -> Any:
 class Measured:
     """What a client measured in one round; it travels whole from the client to the ledger.
 
-    ``examples``: what it trained or was scored on. ``steps`` of the optimizer. ``trained``: number
-    of parameters. ``loss``: mean over the steps, None where there is none. ``seconds``: wall time,
-    of clients side by side each one's share by its steps. ``seconds_alone``: what the same steps
-    take a client that trains alone. ``peak_memory``: bytes, of clients side by side that of all at
-    once. ``shared_by``: how many trained side by side.
+    ``examples``: how many it trained or was scored on. ``steps``: of the optimizer. ``trained``:
+    number of parameters. ``loss``: mean over the steps, None where there is none. ``seconds``: wall
+    time; clients that train side by side share it in proportion to their steps.
+    ``seconds_alone``: what the same steps take a client that trains alone. ``peak_memory``: bytes;
+    of clients side by side, that of all together. ``shared_by``: how many trained side by side.
 
-    A client may say anything: ``faults`` tells what of it cannot be true.
+    A client may claim anything: ``faults`` tells which figures cannot be true.
     """
 
+    # The bounds are far beyond any real client; they keep nonsense out of sums and reports.
     examples: int = _figure(0, most=10**12, least=1)
     steps: int = _figure(0, most=10**12)
     trained: int = _figure(0, most=10**15)
@@ -39,34 +40,38 @@ class Measured:
     shared_by: int = _figure(1, most=10**6, least=1)
 
     def faults(self, held: int = 0) -> dict[str, str]:
-        """Return the figures that cannot be true, each with why; none where all are sound.
+        """Return the figures that cannot be true, each with the reason; empty where all can.
 
-        ``held``: how many examples the client is known to hold, 0 where nobody knows.
+        ``held``: how many examples the client is known to hold (0: unknown).
 
         >>> Measured(examples=7, loss=0.5).faults(held=5)
         {'examples': 'examples = 7: the client holds 5'}
         """
-        found: dict[str, str] = {}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            least, most = part.metadata[_LEAST], part.metadata[_MOST]
+        reasons: dict[str, str] = {}
+        for figure in fields(self):
+            value = getattr(self, figure.name)
+            least, most = figure.metadata[_LEAST], figure.metadata[_MOST]
             if value is None or not least <= value <= most:  # NaN is in no range
-                found[part.name] = f"{part.name} = {value}: must be from {least} to {most:g}"
+                reasons[figure.name] = f"{figure.name} = {value}: must be from {least} to {most:g}"
+        # A loss that is missing was NaN (see ``Response.decode``): training diverged.
         if self.loss is None or self.loss == math.inf:
-            found["loss"] = f"diverged: its loss is {self.loss or 'not a number'}"
+            reasons["loss"] = f"diverged: its loss is {self.loss or 'not a number'}"
         if held and self.examples > held:
-            found["examples"] = f"examples = {self.examples}: the client holds {held}"
-        return found
+            reasons["examples"] = f"examples = {self.examples}: the client holds {held}"
+        return reasons
 
     def sound(self, held: int = 0) -> "Measured":
-        """Return the figures without those in ``faults``, as if these had not been measured."""
-        blank: dict[str, Any] = {name: getattr(Measured(), name) for name in self.faults(held)}
-        return dataclasses.replace(self, **blank)
+        """Return the figures with those in ``faults`` set back to their defaults."""
+        unmeasured = Measured()
+        defaults: dict[str, Any] = {}
+        for name in self.faults(held):
+            defaults[name] = getattr(unmeasured, name)
+        return dataclasses.replace(self, **defaults)
 
 
-COUNTS = tuple(part.name for part in fields(Measured) if part.type is int)
+COUNTS = tuple(figure.name for figure in fields(Measured) if figure.type is int)
 """The fields of ``Measured`` that are whole numbers, in their order."""
-REALS = tuple(part.name for part in fields(Measured) if part.type is not int)
+REALS = tuple(figure.name for figure in fields(Measured) if figure.type is not int)
 """The fields of ``Measured`` that are real numbers, in their order."""
 
 
@@ -74,12 +79,13 @@ REALS = tuple(part.name for part in fields(Measured) if part.type is not int)
 class RunRow:
     """The first row of a ledger: what was run on what.
 
-    The digests are those of the texts, of the pre-trained weights and of who holds what.
-    ``metric``: the primary one, by which runs are compared, and ``higher_is_better`` its direction.
-    ``metric_is_share``: whether it, as the others beside it but the loss, is a share of 1.
-    ``majority``: what an answer that ignores the text reaches in it, such as always saying the
-    commonest label; None where there is no such answer. ``reference``: a yardstick (all data in one
-    place, no exchange) whose bytes are no real traffic.
+    ``data_digest``, ``model_digest`` and ``partition_digest`` are those of the texts, of the
+    pre-trained weights and of who holds what. ``metric``: the primary one, by which runs are
+    compared; ``higher_is_better``: its direction. ``metric_is_share``: whether it and all other
+    metrics but the loss are shares of 1. ``majority``: the primary metric of an answer that ignores
+    the text, such as always the commonest label; None where there is no such answer.
+    ``reference``: whether the run is a yardstick (all data in one place, no exchange), whose bytes
+    are no real traffic.
     """
 
     kind: ClassVar[str] = "run"
@@ -106,10 +112,11 @@ class RunRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round. ``down`` and ``up`` are bytes; ``measured`` is what the client says.
+    """One client in one round.
 
-    ``lost``: why its reply was not used; what it measured is then kept as far as it could be read
-    and can be true. In the ledger's file the fields of ``measured`` stand beside the others.
+    ``down`` and ``up``: bytes. ``measured``: what the client says. ``lost``: why its reply was not
+    used; ``measured`` then keeps those figures that could be read and can be true. In the ledger's
+    file, the fields of ``measured`` stand beside the others.
     """
 
     kind: ClassVar[str] = "client"
@@ -125,8 +132,9 @@ class ClientRow:
 class EvaluationRow:
     """One evaluation after ``round`` rounds.
 
-    ``metrics``: by name, the primary one and others, and ``loss``. The two client fields are filled
-    with the primary metric where per-client scores were asked for.
+    ``metrics``: by name, the primary one, others, and ``loss``. ``client_mean`` and
+    ``client_worst_tenth`` are of the primary metric, and None unless per-client scores were asked
+    for.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -146,32 +154,40 @@ MEASURED = frozenset({"seconds", "seconds_alone", "peak_memory"})
 
 
 def to_json(row: Row) -> dict[str, object]:
-    """Return the row as plain JSON values, its kind first; what a client measured is laid flat."""
+    """Return the row as plain JSON values, its kind first, without nesting for ``measured``."""
     content = dataclasses.asdict(row)
     measured = content.pop("measured", {})
     return {"kind": row.kind, **content, **measured}
 
 
 def from_json(content: Mapping[str, Any]) -> Row:
-    """Return the row that ``to_json`` gave; KeyError or TypeError where it is none."""
-    rest = dict(content)
-    return _READERS[rest.pop("kind")](rest)
+    """Return the row that ``to_json`` turned into ``content``; KeyError or TypeError for others."""
+    row_fields = dict(content)
+    read = _READERS[row_fields.pop("kind")]
+    return read(row_fields)
 
 
 def _client_row(content: Mapping[str, Any]) -> ClientRow:
-    names = {part.name for part in fields(Measured)}
-    measured = {name: value for name, value in content.items() if name in names}
-    rest = {name: value for name, value in content.items() if name not in names}
+    """Return the row of one client; the measured fields, which lie flat, are put together again."""
+    row_fields = dict(content)
+    measured: dict[str, Any] = {}
+    for figure in fields(Measured):
+        if figure.name in row_fields:
+            measured[figure.name] = row_fields.pop(figure.name)
     if "seconds_alone" not in measured and "seconds" in measured:
         measured["seconds_alone"] = measured["seconds"]  # a ledger from before there was the figure
-    return ClientRow(measured=Measured(**measured), **rest)
+    return ClientRow(measured=Measured(**measured), **row_fields)
 
 
 def _evaluation_row(content: Mapping[str, Any]) -> EvaluationRow:
-    rest = dict(content)
-    if "metrics" not in rest:  # a ledger from before metrics had names
-        rest["metrics"] = {name: rest.pop(name) for name in ("accuracy", "macro_f1", "loss")}
-    return EvaluationRow(**rest)
+    """Return the row of one evaluation."""
+    row_fields = dict(content)
+    if "metrics" not in row_fields:  # a ledger from before metrics had names
+        metrics: dict[str, float] = {}
+        for name in ("accuracy", "macro_f1", "loss"):
+            metrics[name] = row_fields.pop(name)
+        row_fields["metrics"] = metrics
+    return EvaluationRow(**row_fields)
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Row]] = {

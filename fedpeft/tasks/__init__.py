@@ -1,4 +1,4 @@
-"""What is learnt: rows -> examples -> batch -> losses and predictions -> counts -> metrics."""
+"""What is learnt: rows -> examples -> batches -> losses and predictions -> counts -> metrics."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ from fedpeft.tasks.task import (
 
 
 class MakesTask(Protocol):
-    """What makes a task from the names of its labels and the longest text, in tokens."""
+    """Makes a task from the names of its labels and the length of the longest text, in tokens."""
 
     def __call__(self, labels: tuple[str, ...], max_length: int) -> Task:
         """Return the task, without a tokenizer yet."""

@@ -50,19 +50,20 @@ class Classification:
         return replace(self, tokenizer=tokenizer)
 
     def unanswered(self, texts: Sequence[str]) -> Rows:
-        """Return rows whose labels say nothing."""
+        """Return rows of ``texts`` with a placeholder for the label."""
+        # ``encode`` needs some label; predicting ignores it.
         return Rows(tuple(texts), (self.labels[0],) * len(texts))
 
     def encode(self, rows: Rows) -> Encoded:
         """Return texts and labels as numbers, tokenised once."""
-        number = {label: index for index, label in enumerate(self.labels)}
-        labels = torch.tensor([number[label] for label in rows.labels]).long()
         if not rows.texts:
             return Encoded([], [])
+        class_of = {label: index for index, label in enumerate(self.labels)}
+        labels = torch.tensor([class_of[label] for label in rows.labels])  # (n,) int64
         tokens = self.tokenizer(list(rows.texts), truncation=True, max_length=self.max_length)
         ids: list[Tensor] = []
         for text in tokens["input_ids"]:
-            # A text may have no tokens at all; a model needs one.
+            # An empty text may have no token at all, but a model needs one position to read.
             ids.append(torch.tensor(text or [self.tokenizer.pad_token_id], dtype=torch.int64))
         return Encoded(ids, labels.unbind())
 
@@ -71,15 +72,16 @@ class Classification:
     ) -> Batch:
         """Return a batch padded to its longest text: input_ids, attention_mask (n, L), labels (n,).
 
-        L is the next multiple of ``pad_to_multiple_of``, but no more than ``max_length``, unless a
-        text is longer.
+        L is the longest length, rounded up to a multiple of ``pad_to_multiple_of``, but not beyond
+        ``max_length``. A text longer than that keeps its length.
         """
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(list(examples.ids), batch_first=True, padding_value=padding)
         longest = ids.shape[1]
-        rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+        rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of  # -(-a // b) rounds up
         width = min(rounded, max(longest, self.max_length))
         ids = functional.pad(ids, (0, width - longest), value=padding)
+        # From the lengths, since the padding token may also occur inside a text.
         lengths = torch.tensor([len(text) for text in examples.ids])
         mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
         batch = {
@@ -106,21 +108,25 @@ class Classification:
         return {"logits": self.logits(model, batch)}
 
     def score(self, predictions: Sequence[Prediction], examples: Encoded) -> Counts:
-        """Count texts by label: ``labels``, (3, C) int64, has those right, those said, those there."""
+        """Count texts by label.
+
+        ``labels``, (3, C) int64, counts for every label the texts predicted correctly, the texts
+        predicted to have it, and the texts that have it. ``loss`` is a sum.
+        """
         if not predictions:
             return self.no_counts()
-        logits = torch.stack([prediction["logits"] for prediction in predictions])
-        there = torch.stack(list(examples.labels))
-        said = logits.argmax(dim=1)
-        size = len(self.labels)
-        right = torch.bincount(there[said == there], minlength=size)
-        counts = torch.stack(
-            [right, torch.bincount(said, minlength=size), torch.bincount(there, minlength=size)]
-        )
-        loss = functional.cross_entropy(logits, there, reduction="sum")
+        logits = torch.stack([prediction["logits"] for prediction in predictions])  # (n, C)
+        truth = torch.stack(list(examples.labels))  # (n,)
+        predicted = logits.argmax(dim=1)
+        counts: list[Tensor] = []
+        # ``minlength``, so that labels which do not occur count 0 and all rows have length C.
+        for classes in (truth[predicted == truth], predicted, truth):
+            counts.append(torch.bincount(classes, minlength=len(self.labels)))
+        # Sums, not means: the counts of two groups of examples must add up.
+        loss = functional.cross_entropy(logits, truth, reduction="sum")
         return {
             "examples": torch.tensor(len(predictions)),
-            "labels": counts,
+            "labels": torch.stack(counts),
             "loss": loss.to(torch.float64),
         }
 
@@ -135,12 +141,13 @@ class Classification:
     def metrics(self, counts: Counts) -> Mapping[str, float]:
         """Return ``accuracy``, ``macro_f1`` and the mean ``loss``.
 
-        Macro-F1 is the mean, over the labels that occur, of F1 = 2 right / (said + there).
+        Macro-F1 is the mean, over the labels that occur, of F1 = 2 correct / (predicted + true).
         """
-        examples = max(1, int(counts["examples"]))
-        right, said, there = counts["labels"].to(torch.float64)
-        f1 = 2 * right / (said + there).clamp(min=1)
-        occurs = there > 0
+        examples = max(1, int(counts["examples"]))  # of no example, all metrics are 0
+        correct, predicted, true = counts["labels"].to(torch.float64)  # (C,) each
+        # A label neither predicted nor true has 0 / 0; it does not occur, so its F1 is not used.
+        f1 = 2 * correct / (predicted + true).clamp(min=1)
+        occurs = true > 0
         return {
             "accuracy": float(counts["labels"][0].sum()) / examples,
             "macro_f1": float(f1[occurs].mean()) if bool(occurs.any()) else 0.0,
@@ -148,22 +155,26 @@ class Classification:
         }
 
     def fault(self, counts: Counts) -> str:
-        """Return why counts cannot be true: more right than said or there, or other totals."""
+        """Return why counts cannot be true, empty where they can.
+
+        Of a label, no more can be correct than were predicted or are true; the totals of both are
+        the number of examples.
+        """
         examples, labels = int(counts["examples"]), counts["labels"]
-        right, said, there = labels
-        sound = bool((labels >= 0).all()) and bool((right <= said.minimum(there)).all())
-        if sound and int(said.sum()) == int(there.sum()) == examples:
+        correct, predicted, true = labels
+        sound = bool((labels >= 0).all()) and bool((correct <= predicted.minimum(true)).all())
+        if sound and int(predicted.sum()) == int(true.sum()) == examples:
             return ""
         return f"counts = {labels.tolist()}: are no scores of {examples} examples"
 
     def trivial(self, dataset: Dataset, scored: Encoded) -> float:
-        """Return the accuracy of always saying the label that is commonest in train."""
+        """Return the accuracy of always predicting the commonest label of train."""
         return dataset.majority([self.labels[int(label)] for label in scored.labels])
 
     def answers(self, predictions: Sequence[Prediction]) -> list[Label]:
         """Return the likeliest label of every text and its probability."""
-        found: list[Label] = []
+        likeliest: list[Label] = []
         for prediction in predictions:
             best = prediction["logits"].softmax(dim=0).max(dim=0)
-            found.append(Label(self.labels[int(best.indices)], float(best.values)))
-        return found
+            likeliest.append(Label(self.labels[int(best.indices)], float(best.values)))
+        return likeliest

@@ -1,4 +1,4 @@
-"""What a task is to everything else: texts in, numbers out, and how good an answer was."""
+"""The seam of tasks: how texts become numbers, and how good a model's answers are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from fedpeft.data.rows import Dataset, Rows
 
 Batch = Mapping[str, Tensor]
-"""What one pass of the model takes, padded, on its device: ``input_ids``, ``attention_mask``, ..."""
+"""Padded input of a forward pass, on the model's device: ``input_ids``, ``attention_mask``, ..."""
 
 Prediction = Mapping[str, Tensor]
 """What a model says about one example: named tensors of the task's own."""
 
 Counts = Mapping[str, Tensor]
-"""What scoring counts: named sums. Those of two groups of examples add up to those of both."""
+"""What scoring counts: named sums. The sums of two groups of examples add up to those of both."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Examples as numbers.
 
-    ``ids``: the token ids of each, (length,) int64. ``labels``: what is to be said about each,
-    int64 of the task's own shape; of a classification one number, ().
+    ``ids``: the token ids of each, (length,) int64. ``labels``: the right answer to each, int64 of
+    the task's own shape; in classification a single number, ().
     """
 
     ids: Sequence[Tensor]
@@ -40,10 +40,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure by which models are compared: its name, and which way is better.
+    """A figure by which models are compared: its name, and which direction is better.
 
-    ``share``: whether it is a share of 1, which reports write in per cent, as they then do the
-    other metrics that the task gives beside it, all but ``loss``.
+    ``share``: whether it and the task's other metrics, all but ``loss``, are shares of 1. Reports
+    then write them in per cent.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Metric:
 class ModelForm:
     """The kind of model that a task runs on.
 
-    ``auto_class``: name of the class of transformers that loads it. ``labels``: the names of what
-    it can say, in order; ``outputs``: how many numbers it gives where it says something.
-    ``peft_type``: what peft calls the task. ``reads``: the positions that the head reads, where the
-    family lets it choose: one that sums a text up, or every one.
+    ``auto_class``: name of the class of transformers that loads it. ``labels``: the names of its
+    possible answers, in order. ``outputs``: how many numbers it returns at a position that the head
+    reads. ``peft_type``: what peft calls the task. ``reads``: which positions the head reads, where
+    the model family lets one choose: one that summarises the text, or every one.
     """
 
     auto_class: str
@@ -78,12 +78,12 @@ class Task(Protocol):
 
     @property
     def labels(self) -> Sequence[str]:
-        """The names of what can be said, in the order of the model's outputs."""
+        """The names of the possible answers, in the order of the model's outputs."""
         ...
 
     @property
     def metric(self) -> Metric:
-        """The primary metric: by it runs are compared, targets set and sweeps decided."""
+        """The primary metric: it compares runs, sets targets and decides sweeps."""
         ...
 
     @property
@@ -96,7 +96,7 @@ class Task(Protocol):
         ...
 
     def unanswered(self, texts: Sequence[str]) -> Rows:
-        """Return rows of which only the question is known, as a user gives them to predict."""
+        """Return rows of texts without known answers, as a user gives them for prediction."""
         ...
 
     def encode(self, rows: Rows) -> Encoded:
@@ -106,7 +106,7 @@ class Task(Protocol):
     def collate(
         self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1
     ) -> Batch:
-        """Return a batch padded to its longest text, or beyond it to a multiple of a number."""
+        """Return a batch padded to its longest text, rounded up to ``pad_to_multiple_of``."""
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -114,7 +114,7 @@ class Task(Protocol):
         ...
 
     def predict(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Return what the model says: named tensors with the n examples along the first axis."""
+        """Return the model's predictions: named tensors with the n examples on the first axis."""
         ...
 
     def score(self, predictions: Sequence[Prediction], examples: Encoded) -> Counts:
@@ -122,11 +122,11 @@ class Task(Protocol):
         ...
 
     def no_counts(self) -> Counts:
-        """Return the counts of no example, which have the shapes of any client's."""
+        """Return the counts of no example; their shapes are those of any client's counts."""
         ...
 
     def metrics(self, counts: Counts) -> Mapping[str, float]:
-        """Return the metrics of what was counted: the primary one, then others, and ``loss``."""
+        """Return the metrics that follow from ``counts``: the primary one, others, and ``loss``."""
         ...
 
     def fault(self, counts: Counts) -> str:
@@ -134,7 +134,7 @@ class Task(Protocol):
         ...
 
     def trivial(self, dataset: Dataset, scored: Encoded) -> float | None:
-        """Return the primary metric of an answer that ignores the text; None where there is none."""
+        """Return the primary metric of an answer that ignores the text, None if there is none."""
         ...
 
     def answers(self, predictions: Sequence[Prediction]) -> Sequence[tuple[Any, ...]]:

@@ -1,6 +1,6 @@
 """Messages as bytes: a 16-byte digest of the content, then a safetensors file without metadata.
 
-So messages with equal names, shapes and dtypes have equal lengths.
+Messages with equal names, shapes and dtypes therefore have equal lengths.
 """
 
 import math
@@ -26,6 +26,7 @@ Form = tuple[tuple[str, str, tuple[int, ...], bytes], ...]
 """(name, dtype, shape, value of a whole number) of every tensor in a message."""
 
 
+# Stands for a field that is missing: no field has this shape, so it fails the check of the form.
 _NOTHING = torch.zeros(0, 0)
 
 
@@ -54,6 +55,7 @@ def encode(payload: Payload) -> bytes:
     True
     """
     body = codec.buffers(payload)
+    # Piece by piece, so that the tensors are copied only once, by the join.
     hashed = xxh3_128()
     for piece in body:
         hashed.update(piece)
@@ -75,11 +77,11 @@ def decode(blob: bytes) -> dict[str, Tensor]:
 
 
 def form(blob: bytes) -> Form:
-    """Return what the messages of clients that train side by side have in common.
+    """Return what must be equal in the messages of clients that train side by side.
 
-    These are names, dtypes, shapes and whole numbers, that is the 0-d int64 tensors of the payload,
-    such as a seed. An empty ``blob`` has the empty form. A message without a header raises
-    WireError.
+    That is the names, dtypes and shapes, and the values of the whole numbers: 0-d int64 tensors of
+    the payload, such as a seed. An empty ``blob`` has the empty form. A message without a header
+    raises WireError.
 
     >>> form(encode({"w": torch.ones(2, 3), "b": torch.ones(2)}))
     (('b', 'F32', (2,), b''), ('w', 'F32', (2, 3), b''))
@@ -87,8 +89,10 @@ def form(blob: bytes) -> Form:
     if not blob:
         return ()
     body = memoryview(blob)[DIGEST:]
+    # The digest is not checked here: ``decode`` does that, once.
     tensors: list[tuple[str, str, tuple[int, ...], bytes]] = []
     for name, place in sorted(codec.places(body).items()):
+        # Clients side by side share one value of a whole number, so it is part of the form.
         value = b""
         if _is_whole_number(name, place):
             value = bytes(body[place.start : place.stop])
@@ -97,7 +101,7 @@ def form(blob: bytes) -> Form:
 
 
 def _is_whole_number(name: str, place: codec.Place) -> bool:
-    """Return whether a tensor is a whole number of the payload, none of the loop or the wire."""
+    """Return whether a tensor is a whole number of the method's payload (no name with ``@``)."""
     return (place.format, place.shape) == ("I64", ()) and not name.startswith("@")
 
 
@@ -135,8 +139,9 @@ class Request:
 
     @staticmethod
     def decode(blob: bytes, config: bytes) -> "Request":
-        """Read a request; what is none, or is for another configuration, raises WireError."""
+        """Read a request; WireError for other bytes and for another configuration."""
         fields = decode(blob)
+        # Each field is taken out; what is left in the end is the method's payload.
         kind = _whole_number(fields, "@kind")
         round_number = _whole_number(fields, "@round")
         memory = _whole_number(fields, "@memory")
@@ -154,14 +159,17 @@ class Request:
 
 
 def _whole_number(fields: dict[str, Tensor], name: str) -> int:
-    """Take a whole number out of the fields of a request; WireError where it is none."""
+    """Take a whole number out of the fields of a request; WireError for anything else."""
     return int(_field(fields, name, (), torch.int64))
 
 
 def _field(
     fields: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """Take a tensor out of the fields of a request; WireError where it is missing or other."""
+    """Take a tensor out of the fields of a request.
+
+    WireError where it is missing or has another shape or dtype.
+    """
     tensor = fields.pop(name, _NOTHING)
     if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
         raise WireError(f"not a request: field {name} is missing or of another form")
@@ -177,12 +185,12 @@ class Status(IntEnum):
 
 
 _ABOUT = ("round", "memory", "status")
-"""The fields of a response that travel beside its payload and what was measured, in their order."""
+"""The fields of a response that travel beside its payload and its measurements, in this order."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a client says back: the payload and, for the ledger, what it ``measured``.
+    """What a client replies: the payload and, for the ledger, what it ``measured``.
 
     ``memory``: the version of the memory that the client holds now.
 
@@ -201,24 +209,26 @@ class Response:
     def encode(self) -> bytes:
         """Return the response as bytes; their number depends on the payload's form alone."""
         about = [int(getattr(self, name)) for name in _ABOUT]
+        # Whole numbers and real ones in two tensors: a float64 cannot hold every int64.
         counts = [getattr(self.measured, name) for name in COUNTS]
-        reals = [getattr(self.measured, name) for name in REALS]
+        reals = [_or_nan(getattr(self.measured, name)) for name in REALS]
         return encode(
             {
                 **self.payload,
                 "@about": torch.tensor(about, dtype=torch.int64),
                 "@counts": torch.tensor(counts, dtype=torch.int64),
-                "@measures": torch.tensor([_or_nan(real) for real in reals], dtype=torch.float64),
+                "@measures": torch.tensor(reals, dtype=torch.float64),
             }
         )
 
     @staticmethod
     def decode(blob: bytes) -> "Response":
-        """Read a response; a message that is none raises WireError. What it says is not checked."""
+        """Read a response; other bytes raise WireError. ``check`` tells whether it can be used."""
         fields = decode(blob)
         about = _by_name(fields, "@about", _ABOUT, torch.int64)
         counts = _by_name(fields, "@counts", COUNTS, torch.int64)
         reals = _by_name(fields, "@measures", REALS, torch.float64)
+        # The loss is the one figure that may be missing; it then travels as NaN.
         loss = None if math.isnan(reals["loss"]) else reals["loss"]
         try:
             status = Status(about["status"])
@@ -229,7 +239,7 @@ class Response:
 
 
 def _or_nan(real: float | None) -> float:
-    """Return what travels for a number that may be missing."""
+    """Return ``real`` as it travels: NaN where there is none."""
     return math.nan if real is None else real
 
 
@@ -250,10 +260,10 @@ def _by_name(
 
 
 def forgotten(request: bytes, config: bytes) -> bytes:
-    """Return the reply of a client that holds no memory of the version which ``request`` assumes.
+    """Return the reply of a client that lacks the memory which ``request`` assumes.
 
-    The server then assumes none in its next request to that client. ``config`` is the client's own;
-    a request that cannot be read, or is for another one, raises WireError.
+    In its next request to that client, the server then assumes no memory. ``config`` is the
+    client's own digest. A request that cannot be read, or has another digest, raises WireError.
     """
     round_number = Request.decode(request, config).round
     return Response(round_number, {}, status=Status.FORGOTTEN).encode()
@@ -269,9 +279,13 @@ def check(
 ) -> None:
     """Raise WireError unless ``response`` can be used, Forgotten if its client lacked the memory.
 
-    It is of this round; what it measured can be true, with no more ``examples`` than the client is
-    known to hold (0: unknown); its memory is of the version that the request assumed, ``memory``,
-    or of this round; it has the expected names, shapes and dtypes only, and is finite.
+    A response can be used if all of this holds:
+
+    - It is for this round.
+    - Its measurements can be true, with no more ``examples`` than the client is known to hold
+      (0: unknown).
+    - Its memory has the version that the request assumed, ``memory``, or was written this round.
+    - Its payload has exactly the expected names, shapes and dtypes, and every value is finite.
     """
     if response.round != round_number:
         raise WireError(
@@ -281,6 +295,7 @@ def check(
         raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
     if faults := response.measured.faults(examples):
         raise WireError("; ".join(faults.values()))
+    # Unchanged, written anew, or written anew with the method's part carried along.
     if response.memory not in {memory, round_number, carried(round_number, memory)}:
         others = f"the request assumed that of {memory}, this is round {round_number}"
         raise WireError(f"the reply claims a memory of round {response.memory}; {others}")
@@ -294,11 +309,11 @@ def _check_payload(payload: Payload, expected: Payload) -> None:
     for name in payload.keys() - expected.keys():
         raise WireError(f"unexpected tensor {name!r}")
     for name, tensor in payload.items():
-        like = expected[name]
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        spec = expected[name]
+        if (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
             raise WireError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)} of {tensor.dtype}, "
-                f"expected {tuple(like.shape)} of {like.dtype}"
+                f"expected {tuple(spec.shape)} of {spec.dtype}"
             )
         if not _is_finite(tensor):
             raise WireError(f"tensor {name!r} is not finite")
@@ -308,6 +323,7 @@ def _is_finite(tensor: Tensor) -> bool:
     """Return whether no value is infinite or not a number."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    # Either would be the least or the greatest value: one pass, and no copy as for isfinite.
+    # An infinity is the least or the greatest value, and a NaN makes both NaN. So one pass is
+    # enough, without the mask of the tensor's size that isfinite would allocate.
     extremes = torch.stack(torch.aminmax(tensor))
     return bool(torch.isfinite(extremes).all())

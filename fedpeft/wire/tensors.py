@@ -1,14 +1,14 @@
 """Named tensors as a safetensors file in memory, written and read without a copy more than needed.
 
 The format is safetensors' own (https://huggingface.co/docs/safetensors): the length of a JSON
-header in 8 bytes, the header with dtype, shape and place of every tensor, the tensors. Its library
-copies every tensor twice on the way; 90 MB of parameters in every message of full fine-tuning make
-that the larger part of a round.
+header in 8 bytes, the header with the dtype, shape and place of every tensor, then the tensors. The
+format's own library copies every tensor twice. In full fine-tuning, where every message has 90 MB
+of parameters, these copies would take the larger part of a round.
 
-Whoever sends a file may mean harm, so its header is not given to a JSON parser, which would build
-whatever it is told to. It is read by one pattern that knows only what the library and ``buffers``
-write: compact JSON without metadata, one tensor after another. So nothing nests, no number is long,
-and memory and time are those of the tensors that are there.
+A sender may be malicious, so the header is not given to a JSON parser, which would build whatever
+the text says. One regular expression reads it instead. It knows only what the library and
+``buffers`` write: compact JSON without metadata, one tensor after another. So nothing can nest, no
+number is long, and the memory and time needed are bounded by the tensors in the file.
 """
 
 import json
@@ -38,7 +38,7 @@ FORMATS: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 HEADER: Final = 1 << 24
-"""Bytes of a header at most."""
+"""Bytes of a header at most: 256 for each of ``TENSORS``, about twice what an entry takes."""
 TENSORS: Final = 1 << 16
 """Tensors in a file at most; LoRA on a mixture of 128 experts in 48 layers has 36,864."""
 NAME: Final = 512
@@ -48,13 +48,16 @@ DIMENSIONS: Final = 8
 EMPTY: Final = 1 << 16
 """What the other dimensions of an empty tensor multiply to at most.
 
-No bytes stand behind them, but what is made to fit them takes memory: a factor of their rank.
+They take no bytes in the file. But what is later made to fit them takes memory, such as the other
+factor of a branch.
 """
 
 _NAMES: Final = {dtype: name for name, dtype in FORMATS.items()}
+# Bytes of the header's length; safetensors also pads the header to a multiple of them.
 _LENGTH: Final = 8
+# At most 15 digits: enough for any size, and far from the 64 bits where sizes would overflow.
 _NUMBER: Final = r"(?:0|[1-9][0-9]{0,14})"
-# The + takes all there is and never gives any back: no text makes the search longer than itself.
+# The possessive + never backtracks, so the search takes linear time on any text.
 _TEXT: Final = rf"""[^"\\\x00-\x1f]{{0,{NAME}}}+"""
 _TENSOR: Final = re.compile(
     rf"""
@@ -71,7 +74,7 @@ _TENSOR: Final = re.compile(
 """One tensor of a header, and the comma before the next one."""
 
 with warnings.catch_warnings():
-    # Torch warns, once in a process, that the memory is for reading only.
+    # Torch warns, once in a process, that the memory is read-only. This call uses the warning up.
     warnings.simplefilter("ignore")
     torch.frombuffer(b" ", dtype=torch.uint8)
 
@@ -90,29 +93,34 @@ def buffers(payload: Payload) -> list[memoryview]:
     """Return the pieces of the file that holds ``payload``, in order: its header, then the tensors.
 
     Equal names, shapes and dtypes give equal headers. The pieces may be views of the tensors' own
-    memory. WireError for a dtype that the format lacks, and for what is beyond the bounds above,
+    memory. WireError for a dtype that the format lacks and for a payload beyond the bounds above,
     which no receiver would read.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in payload.items()}
-    for name, tensor in tensors.items():
-        _check_sendable(name, tensor)
+    # 1. Bring every tensor into plain memory; refuse what no receiver would read.
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in payload.items():
+        tensors[name] = tensor.detach().cpu().contiguous()
+        _check_sendable(name, tensors[name])
     if len(tensors) > TENSORS:
         raise WireError(f"{len(tensors)} tensors cannot be sent at once; at most {TENSORS}")
-    # The widest numbers first, so that every tensor begins at a multiple of their width.
+    # 2. Lay them out: widest dtypes first, so that every tensor begins at a multiple of its width.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     entries: dict[str, object] = {}
     data: list[memoryview] = []
     end = 0
     for name in order:
         tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
+        begin = end
+        end = begin + tensor.nbytes
         entries[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
         if tensor.numel() > 0:
+            # Viewed as bytes, since numpy has no bfloat16.
             data.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    # 3. Write the header, padded with spaces so that the tensors after it are aligned, too.
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH)
     if len(header) > HEADER:
@@ -127,6 +135,7 @@ def _check_sendable(name: str, tensor: Tensor) -> None:
             f"tensor {name!r} is {tensor.dtype}, which cannot be sent; "
             f"choose from: {', '.join(FORMATS)}"
         )
+    # Counted as the receiver does: with JSON's escapes, without the quotes.
     if len(json.dumps(name)) - len('""') > NAME:
         start = f"{name[:40]!r}..."
         raise WireError(f"tensor {start} cannot be sent: its name has over {NAME} characters")
@@ -140,10 +149,12 @@ def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
     A file of another format, or with bytes that belong to no tensor, raises WireError.
     """
     try:
+        # Byte at which the header ends and the tensors begin.
         data = _LENGTH + int.from_bytes(file[:_LENGTH], "little")
         if not _LENGTH <= data <= min(len(file), _LENGTH + HEADER):
             raise ValueError(f"{len(file)} bytes are no header")
         by_name = _entries(bytes(file[_LENGTH:data]), data)
+        # Sorted by the end, too: an empty tensor stands before another at the same byte.
         in_file = sorted(by_name.values(), key=lambda place: (place.start, place.stop))
         _check_cover(in_file, data, len(file))
     except ValueError as error:
@@ -152,16 +163,18 @@ def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
 
 
 def _entries(header: bytes, data: int) -> dict[str, Place]:
-    """Return the places in ``header`` by name; the tensors begin at byte ``data`` of the file."""
+    """Return the entries of ``header`` by name; the tensors begin at byte ``data`` of the file."""
     header = header.rstrip(b" ")
     if header[:1] + header[-1:] != b"{}":
         raise ValueError("its header is no JSON object")
     by_name: dict[str, Place] = {}
     position, end = len(b"{"), len(header) - len(b"}")
     while position < end:
+        # Every match begins where the last one ended, so no byte is skipped.
         entry = _TENSOR.match(header, position, end)
         if entry is None:
             raise ValueError(f"no tensor is described at byte {position} of its header")
+        # A string alone is safe to give to the parser: it cannot nest.
         name = str(json.loads(b'"' + entry["name"] + b'"'))
         if len(entry["name"]) > NAME:
             raise ValueError(f"a tensor's name is longer than {NAME} characters")
@@ -175,9 +188,11 @@ def _entries(header: bytes, data: int) -> dict[str, Place]:
 
 
 def _place(entry: re.Match[bytes], data: int) -> Place:
-    """Return the place that an entry of the header describes; ValueError where it cannot be one."""
+    """Return the place that an entry of the header describes; ValueError where it is impossible."""
     name = entry["format"].decode()
-    shape = tuple(int(size) for size in entry["shape"].split(b",") if size)
+    # A scalar has the shape [], without any size between the brackets.
+    sizes = entry["shape"].split(b",") if entry["shape"] else []
+    shape = tuple(int(size) for size in sizes)
     start, stop = int(entry["start"]), int(entry["stop"])
     if name not in FORMATS:
         raise ValueError(f"{name!r} is no dtype; choose from: {', '.join(FORMATS)}")
@@ -189,17 +204,20 @@ def _place(entry: re.Match[bytes], data: int) -> Place:
 
 
 def _fault(shape: Sequence[int]) -> str:
-    """Return why a tensor of ``shape`` is refused, nothing if it is not."""
+    """Return why a tensor of ``shape`` is refused; empty where it is not."""
     if len(shape) > DIMENSIONS:
         return f"it has {len(shape)} dimensions, more than {DIMENSIONS}"
+    if 0 not in shape:
+        return ""
     others = math.prod(size for size in shape if size != 0)
-    if 0 in shape and others > EMPTY:
+    if others > EMPTY:
         return f"it is empty, and its other sizes, {tuple(shape)}, multiply to more than {EMPTY}"
     return ""
 
 
 def _check_cover(in_file: Sequence[Place], data: int, end: int) -> None:
     """Raise ValueError unless the places follow each other from ``data`` to ``end``."""
+    # Neither gaps, where bytes could hide, nor overlaps, by which a short file could claim much.
     for place in in_file:
         if place.start != data:
             raise ValueError(f"a tensor begins at byte {place.start}, not at {data}")
@@ -211,17 +229,19 @@ def _check_cover(in_file: Sequence[Place], data: int, end: int) -> None:
 def tensors(file: bytes, offset: int) -> dict[str, Tensor]:
     """Return the tensors of the file that begins at ``offset`` in ``file``, in order of names.
 
-    They are views of its memory and for reading: nobody may write to what was received. WireError
-    as in ``places``, and for a truth value that is neither 0 nor 1.
+    They are read-only views of its memory: nobody may write to a received message. WireError as in
+    ``places``, and for a truth value that is neither 0 nor 1.
     """
     views: dict[str, Tensor] = {}
     for name, place in sorted(places(memoryview(file)[offset:]).items()):
         dtype = FORMATS[place.format]
         if place.start == place.stop:
+            # ``frombuffer`` refuses a count of 0.
             views[name] = torch.empty(place.shape, dtype=dtype)
             continue
         count, start = math.prod(place.shape), offset + place.start
         flat = torch.frombuffer(file, dtype=dtype, count=count, offset=start)
+        # Torch takes it for granted that the byte of a truth value is 0 or 1.
         if dtype == torch.bool and flat.view(torch.uint8).max() > 1:
             raise WireError(f"tensor {name!r} holds a truth value that is neither 0 nor 1")
         views[name] = flat.view(place.shape)

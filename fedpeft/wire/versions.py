@@ -1,13 +1,14 @@
 """Versions of what a client remembers: a server names the one that it assumes, by round.
 
-A client may keep a memory from round to round, and the server must know which one, as what it sends
-depends on it. So every memory has a version, a whole number: the round in which it was written.
+A client may keep a memory from round to round. What the server sends may depend on it, so it must
+know which memory the client holds. So every memory has a version, a whole number: the round in
+which it was written.
 
-A memory has two parts, though: what the method keeps and, under names that begin with ``@``, what
-the local loop keeps (see ``Training.keep_optimizer``). Where only the loop has something new, the
-method's part is carried along as it was, and the two parts are of different rounds. Then the
-version holds both: the round of the memory in its lower 32 bits, that of the method's part above
-them. Methods are only ever told of their own part, so it makes no difference to them whether a loop
+A memory has two parts, though: the method's and, under names that begin with ``@``, the training
+loop's (see ``Training.keep_optimizer``). Where only the loop has something new, the method's part
+is carried along unchanged, and the two parts are of different rounds. Then the version holds both:
+the round of the memory in its lower 32 bits, and above them the round of the method's part. Methods
+only ever see the version of their own part, so it makes no difference to them whether the loop
 keeps anything.
 """
 
@@ -19,13 +20,13 @@ from torch import Tensor
 from fedpeft.types import NO_MEMORY, Client, Payload
 
 RESERVED: Final = "@"
-"""How the names begin that the local loop uses in a memory."""
+"""The first character of the names that the training loop uses in a memory."""
 _SHIFT: Final = 32
-"""Where the round of an older method's part begins in a version, in bits."""
+"""Lower bits of a version, which hold a round; those above hold the round of the method's part."""
 
 
 def carried(round_number: int, before: int) -> int:
-    """Return the version of a memory of a round with the method's part of version ``before``.
+    """Return the version of a memory of this round that carries the method's part of ``before``.
 
     >>> version = carried(7, before=3)
     >>> written(version), written_by_method(version)
@@ -39,7 +40,7 @@ def carried(round_number: int, before: int) -> int:
 
 def written(version: int) -> int:
     """Return the round in which a memory of ``version`` was written, ``NO_MEMORY`` for none."""
-    if version < 1 << _SHIFT:
+    if version < 1 << _SHIFT:  # no older part, or NO_MEMORY
         return version
     return version % (1 << _SHIFT)
 
@@ -48,7 +49,7 @@ def written_by_method(version: int) -> int:
     """Return the round in which the method's part was written, ``NO_MEMORY`` for none."""
     if version < 1 << _SHIFT:
         return version
-    return (version >> _SHIFT) - 1 + NO_MEMORY
+    return (version >> _SHIFT) - 1 + NO_MEMORY  # the inverse of ``carried``
 
 
 def as_told(client: Client) -> Client:
@@ -76,11 +77,12 @@ def parted(memory: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def joined(stays: Payload, methods_part: Payload, loops_part: Payload) -> Payload:
-    """Return what is remembered of a round; empty where the memory stays as it was.
+    """Return the memory to write after a round; empty where the old one is kept.
 
     ``stays``: what the method keeps of this round, empty for nothing new. ``methods_part``: what it
     has kept so far, which is carried along where there is a ``loops_part`` to write.
     """
     if not loops_part:
         return stays
+    # Writing replaces the whole memory, so the method's older part must be written again.
     return {**(stays or methods_part), **loops_part}

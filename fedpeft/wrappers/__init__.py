@@ -1,4 +1,4 @@
-"""What goes around a method without the method knowing: wrappers by name, and the seam they share."""
+"""Wrappers, which change how a method trains or merges without the method knowing."""
 
 from collections.abc import Mapping
 

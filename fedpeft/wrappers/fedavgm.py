@@ -30,7 +30,10 @@ class FedAvgM:
 @final
 @dataclass(frozen=True)
 class WithMomentum:
-    """A method whose merged step is smoothed; the velocity of every floating tensor is the ``owner``'s slice."""
+    """A method whose merged step is smoothed by momentum.
+
+    The velocity of every floating-point tensor is kept in the ``owner``'s slice of the state.
+    """
 
     paper: ClassVar[str] = FedAvgM.paper
     inner: Method
@@ -59,27 +62,28 @@ class WithMomentum:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Merge as the method inside does, then step along the velocity.
 
-        A tensor that the method has newly made or given another shape, as at a bridge between
-        stages, is taken as it is and begins at rest. A silent round changes nothing, the velocity
-        included.
+        A tensor that is new or has another shape, as after a bridge between stages, is taken as it
+        is and begins at rest. A silent round changes nothing, not even the velocity.
         """
         velocities = state.slice_of(self.owner)
         counted = Counted(updates)
         merged = self.inner.receive(state.without(self.owner), counted)
         if counted.count == 0:
+            # Without this, the old velocity would go on moving the model that nobody trained.
             return merged.with_slice(self.owner, velocities)
         shared = dict(merged.shared)
-        kept: dict[str, Tensor] = {}
+        new_velocities: dict[str, Tensor] = {}
         for name, mean in merged.shared.items():
             before = state.shared.get(name)
             if before is None or before.shape != mean.shape or not mean.is_floating_point():
                 continue
-            step = mean - before
+            # Hsu et al. subtract a velocity of w - mean; this adds one of mean - w.
+            velocity = mean - before
             if name in velocities:
-                step = step + self.momentum * velocities[name]
-            kept[name] = step
-            shared[name] = before + self.rate * step
-        return replace(merged, shared=shared).with_slice(self.owner, kept)
+                velocity = velocity + self.momentum * velocities[name]
+            new_velocities[name] = velocity
+            shared[name] = before + self.rate * velocity
+        return replace(merged, shared=shared).with_slice(self.owner, new_velocities)
 
 
 @final

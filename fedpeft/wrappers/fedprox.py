@@ -30,7 +30,7 @@ class FedProx:
 @final
 @dataclass(frozen=True)
 class Proximal:
-    """A method whose clients are pulled back to where they began the round."""
+    """A method whose clients are pulled back to the parameters that they began the round with."""
 
     paper: ClassVar[str] = FedProx.paper
     inner: Method
@@ -48,11 +48,13 @@ class Proximal:
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Mount as the method inside does, and add the term's gradient after every backward pass."""
+        """Mount as the method inside does; add the term's gradient after every backward pass."""
         with self.inner.mount(model, down, memory, context) as task:
+            # w_0, (K, ...) each; copies, since training changes the parameters in place.
             begin = {name: tensor.detach().clone() for name, tensor in task.trainable.items()}
 
             def after_backward(active: slice) -> None:
+                # Before the method's own hook, which may read the gradients (FedARA's scores do).
                 pull(task.trainable, begin, active, self.mu)
                 task.after_backward(active)
 
@@ -71,7 +73,10 @@ class Proximal:
 def pull(
     trainable: Mapping[str, nn.Parameter], begin: Mapping[str, Tensor], active: slice, mu: float
 ) -> None:
-    """Add mu * (w - w_0) to the gradients of the ``active`` clients; a tensor without gradient has none of the term either."""
+    """Add mu * (w - w_0), the term's gradient, to the gradients of the ``active`` clients.
+
+    A tensor without a gradient, such as one that the loss does not reach, is left alone.
+    """
     for name, parameter in trainable.items():
         if parameter.grad is not None:
             distance = parameter[active] - begin[name][active]

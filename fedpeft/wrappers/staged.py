@@ -1,4 +1,7 @@
-"""Two methods one after the other, with a bridge from the first one's last state to the second one's first."""
+"""Two methods one after the other, with a bridge between their states.
+
+The bridge turns the last state of the first stage into the first state of the second.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,11 +27,12 @@ from fedpeft.types import (
 @final
 @dataclass(frozen=True)
 class Staged:
-    """Play ``first`` for ``until`` rounds and ``second`` from then on; both sides tell the stage from the round.
+    """Run ``first`` for ``until`` rounds and ``second`` from then on.
 
-    ``bridge``: last state of the first stage -> first state of the second, on the server, when
-    round ``until`` begins. ``rates``: what each stage multiplies the learning rates by. A client's
-    memory belongs to the stage that wrote it: it is tagged, and not shown to the other one.
+    Server and client both derive the stage from the round number. ``bridge``: last state of the
+    first stage -> first state of the second; it runs on the server, before round ``until``.
+    ``rates``: each stage's factor on the learning rates. A client's memory belongs to the stage
+    that wrote it: it is tagged, and the other stage never sees it.
     """
 
     paper: ClassVar[str] = "SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
@@ -43,45 +47,50 @@ class Staged:
         return self._bridged(self.first.init(base, seed))
 
     def send(self, state: State, client: Client) -> Payload:
-        """Send what the stage under way sends; a memory of the other stage counts as none."""
-        ours = client.memory != NO_MEMORY and self._stage(client.memory) == self._stage(state.round)
-        return self._method(state.round).send(
-            state, client if ours else replace(client, memory=NO_MEMORY)
-        )
+        """Send what the current stage sends; a memory of the other stage counts as none."""
+        # Methods see their memory's version as the round that wrote it, so it tells the stage.
+        if client.memory != NO_MEMORY and self._stage(client.memory) != self._stage(state.round):
+            client = replace(client, memory=NO_MEMORY)
+        return self._method(state.round).send(state, client)
 
     @contextmanager
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Mount as the stage under way does, at its own rate."""
+        """Mount as the current stage does, at its own rate."""
         stage = self._stage(context.round)
-        tagged = dict(memory)
-        ours = bool((tagged.pop("stage", torch.tensor(NO_MEMORY)) == stage).all())
-        with self._method(context.round).mount(
-            model, down, tagged if ours else {}, context
-        ) as task:
+        stage_memory = dict(memory)
+        tag = stage_memory.pop("stage", torch.tensor(NO_MEMORY))  # (K,), or () where there is none
+        if not bool((tag == stage).all()):
+            stage_memory = {}
+        method = self._method(context.round)
+        with method.mount(model, down, stage_memory, context) as task:
 
             def reply() -> tuple[Payload, Payload]:
                 up, stays = task.reply()
-                tag = {"stage": torch.full((len(context.clients),), stage)}
-                return up, {**stays, **tag} if stays else {}
+                if not stays:
+                    return up, {}  # a tag alone would be a memory, and would need a version
+                tag = torch.full((len(context.clients),), stage)
+                return up, {**stays, "stage": tag}
 
             yield replace(task, reply=reply, rate=task.rate * self.rates[stage])
 
     def expects(self, state: State, down: Payload) -> Payload:
-        """Expect what the stage under way expects."""
+        """Expect what the current stage expects."""
         return self._method(state.round).expects(state, down)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
-        """Merge as the stage under way does, and cross the bridge when it was the first one's last round."""
+        """Merge as the current stage does; cross the bridge after the first stage's last round."""
         merged = self._method(state.round).receive(state, updates)
         return self._bridged(merged) if self._stage(state.round) == 0 else merged
 
     def _bridged(self, state: State) -> State:
+        """Return a state of the first stage, or what the bridge makes of it once that is over."""
         return state if state.round < self.until else self.bridge(state)
 
-    def _stage(self, number: int) -> int:
-        return int(number >= self.until)
+    def _stage(self, round_number: int) -> int:
+        """Return 0 for a round of the first stage, 1 for one of the second."""
+        return int(round_number >= self.until)
 
-    def _method(self, number: int) -> Method:
-        return (self.first, self.second)[self._stage(number)]
+    def _method(self, round_number: int) -> Method:
+        return (self.first, self.second)[self._stage(round_number)]
