@@ -16,7 +16,7 @@ def derive(seed: int, *names: str | int) -> int:
     >>> derive(0, "client", 3) == derive(1, "client", 3)
     False
     """
-    # Joined by a control character that names lack: ("a", "bc") and ("ab", "c") must differ.
+    # Joined by a unit separator, rare in any text: ("a", "bc") and ("ab", "c") must differ.
     text = "\x1f".join(str(part) for part in (seed, *names))
     hashed = blake2b(text.encode(), digest_size=8).digest()
     # 63 bits, since a seed travels as an int64.

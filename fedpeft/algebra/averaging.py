@@ -80,6 +80,6 @@ def averaged(state: State, updates: Iterable[Update], weighting: Weighting) -> S
     >>> after.round, after.shared == state.shared
     (1, True)
     """
-    # Of the replies of a silent round there is no mean, so everything is kept.
+    # A silent round has no mean to offer, so every tensor is kept.
     merged = mean(updates, weighting)
     return replace(state, round=state.round + 1, shared={**state.shared, **merged})

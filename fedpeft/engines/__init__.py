@@ -17,18 +17,19 @@ ENGINES: Mapping[str, str] = {"local": "fedpeft.engines.local", "flower": "fedpe
 def launch(kind: str, pool: ClientPool, body: Callable[[Engine], T]) -> T:
     """Start the clients of ``pool``, call ``body`` with an engine for them, return its result.
 
-    BadInput where what the engine needs is not installed.
+    BadInput where a package that the engine needs is not installed.
     """
     result: T = find(kind).launch(pool, body)
     return result
 
 
 def find(kind: str) -> Any:
-    """Return the module of an engine; BadInput where what it needs is not installed.
+    """Return the module of an engine; BadInput where a package that it needs is not installed.
 
     >>> find("local").__name__
     'fedpeft.engines.local'
     """
+    # Imported on demand: Flower and Ray are an optional extra, and take seconds to import.
     try:
         return import_module(ENGINES[kind])
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
 """Flower carries the bytes: an engine for the server, an app for the clients, a simulation of both.
 
-A message holds the request as one raw ``uint8`` array, and for which client, configuration and
-memory it is; the answer holds the reply as one raw array. What a client remembers stays in its
-node's ``Context.state``, the last two versions of it.
+A message holds the request as one raw ``uint8`` array, and names the client, the configuration and
+the version of the memory that it is for. The answer holds the reply as one raw array. A client's
+memory stays in its node's ``Context.state``, in its last two versions.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Reply
 from fedpeft.wire.messages import Response, forgotten
 
 T = TypeVar("T")
+# Ray reports its use over the network; and it would hide the accelerators from actors without any.
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 FAILED: Final = 2  # Flower's code for an app that raised
 Build = Callable[[str], Worker]
@@ -51,7 +52,7 @@ Build = Callable[[str], Worker]
 @final
 @dataclass(frozen=True)
 class Pending:
-    """A client whose request is under way until ``deadline``, in seconds of the monotonic clock."""
+    """A client that has until ``deadline`` to answer, in seconds of the monotonic clock."""
 
     client: Client
     deadline: float
@@ -81,13 +82,14 @@ class FlowerEngine:
     ) -> Iterator[Reply | Lost]:
         """Send every client its request, ``window`` at a time, and yield the answers as they come.
 
-        A client is lost, with the reason, if it has no node, if Flower refuses its request, and if
-        what comes back within ``patience`` is no answer or cannot be read; what comes later, or
-        twice, is not looked at. Nodes that have joined since the last exchange are asked which
-        client they are, and take part from the next one on. RuntimeError where the grid is gone;
-        where it is out of reach, what it raises itself.
+        A client is lost, with the reason, if it has no node, if Flower refuses its request, or if
+        no readable answer comes within ``patience``; later and second answers are ignored. Nodes
+        that have joined since the last exchange are asked which client they are, and take part from
+        the next exchange on. RuntimeError where the grid is gone; the grid's own error where it is
+        out of reach.
         """
         self.nodes.look()
+        # Message id -> who is asked. Refilled one by one: a slow client holds up one slot only.
         under_way: dict[str, Pending] = {}
         for client in clients:
             yield from self._ask(client, request, under_way)
@@ -115,19 +117,22 @@ class FlowerEngine:
             yield Lost(client, str(error))
 
     def _message(self, client: Client, node: int, request: bytes) -> Message:
-        """Return a request and for whom it is as a message to ``node``."""
+        """Return the message to ``node`` that holds a request and names its client."""
+        # Past our patience the answer is of no use, and Flower need not keep the message either.
         to = ConfigRecord({"config": self.config, "client": client.id, "memory": client.memory})
         content = RecordDict({"to": to, "request": record(request)})
         return Message(content, node, MessageType.TRAIN, ttl=self.patience)
 
     def _look(self, under_way: dict[str, Pending]) -> Iterator[Reply | Lost]:
-        """Wait a moment; yield what has become of requests ``under_way``, which then leave it."""
+        """Wait a moment; yield the outcomes so far, and take their requests off ``under_way``."""
+        # The event doubles as the clock: the wait ends early when the simulation does.
         if self.ended.wait(self.poll):
             raise RuntimeError("the Flower simulation ended while clients were at work")
-        for sent, pending in list(under_way.items()):
+        for sent, pending in list(under_way.items()):  # a copy, as entries are removed
             try:
                 content = pull(self.grid, sent)
                 reply = None if content is None else blob(content, "answer")
+                # The clock is read after the look: an answer that is there is never too late.
                 if reply is None and time.monotonic() >= pending.deadline:
                     raise WireError(f"no answer within {self.patience:g} s")
             except WireError as error:
@@ -148,10 +153,10 @@ def connect(
 ) -> FlowerEngine:
     """Return the engine once all ``clients`` have a node, or after ``joining`` seconds.
 
-    Who is missing then neither holds up the run nor ends it, but counts as a client that falls
-    silent later: its replies are lost, each with a line in the ledger; ``min_replies`` says whether
-    the others are enough; and it takes part once its node joins after all. Only a run without any
-    node, which could record nothing but losses, ends with BadInput.
+    A client that is missing then neither holds up the run nor ends it: its replies are lost, each
+    with a line in the ledger, until its node joins after all. ``min_replies`` decides whether the
+    other clients are enough. Only a run without any node ends with BadInput: it could record
+    nothing but losses.
     """
     nodes = Nodes(grid, clients)
     deadline = time.monotonic() + joining
@@ -177,7 +182,8 @@ _workers: Final[dict[str, Worker]] = {}
 class ClientHandler:
     """Handles the messages to a node's client.
 
-    Ray pickles it as a class of this module, so that ``_workers`` is found again.
+    A class of this module and not a closure: Ray pickles it by name, so that every call in an actor
+    finds the same ``_workers``.
     """
 
     build: Build
@@ -199,26 +205,29 @@ class ClientHandler:
         A client that lacks the memory which the request assumes says so. WireError where the
         message or the request cannot be read.
         """
+        # 1. Read the message, and fetch the memory that it assumes from the node's state.
         to = content["to"]
         config, client, version = str(to["config"]), int(str(to["client"])), str(to["memory"])
         request = blob(content, "request")
         worker = self._worker(config)
-        versions = arrays(state, config)
+        versions = arrays(state, config)  # version -> memory
         assumed: dict[str, Array] = {}
         if version != str(NO_MEMORY):
             if version not in versions:
                 return forgotten(request, worker.config)
             assumed[version] = versions[version]
         memory = assumed[version].data if assumed else b""
+        # 2. Do the work: a stack of one client.
         [(reply, new_memory)] = worker.handle([client], [request], [memory])
         if new_memory:
-            # Beside it stays the one that the server goes on to assume should this reply be lost.
+            # 3. Store the new memory. The assumed one stays beside it: should this reply be lost,
+            # the server goes on to assume that one.
             new_version = str(Response.decode(reply).memory)
             state[config] = ArrayRecord({**assumed, new_version: record(new_memory)["blob"]})
         return reply
 
     def _worker(self, config: str) -> Worker:
-        """Return the worker of a configuration, built where it is not that of the last message."""
+        """Return the worker of a configuration; it is built unless the last message used it."""
         if config not in _workers:
             _workers.clear()  # one model in memory, not one per configuration
             _workers[config] = self.build(config)
@@ -240,15 +249,17 @@ def client_app(build: Build) -> ClientApp:
 
 @contextlib.contextmanager
 def _surroundings(ended: threading.Event) -> Iterator[str]:
-    """Keep Flower and Ray offline, quiet and in a folder of their own, which is yielded.
+    """Keep Flower and Ray offline, quiet and in a folder of their own; yield that folder.
 
-    Then put everything back and set ``ended``.
+    At the end, put everything back and set ``ended``.
     """
+    # What Ray leaves open is no fault of the user's.
     rays_warnings = (  # Ray 2.55, 2026-11
         r"unclosed file <_io\.\w+ name='/dev/null'",
         r"subprocess \d+ is still running",
     )
     with (
+        # A short prefix: Ray puts sockets in there, and a socket's path has about 100 characters.
         tempfile.TemporaryDirectory(prefix="fl", ignore_cleanup_errors=True) as folder,
         warnings.catch_warnings(),
     ):
@@ -265,14 +276,16 @@ def _surroundings(ended: threading.Event) -> Iterator[str]:
             log.setLevel(level)
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]
-            os.environ |= before  # Flower has made PYTHONPATH longer
+            os.environ |= before  # Flower makes PYTHONPATH longer
 
 
 def launch(pool: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
     """Simulate the clients of ``pool``, call ``body`` with the engine, and return its result.
 
-    ``body`` runs in the server app, a thread of this process. ``actors`` processes are the clients.
+    ``body`` runs in the server app, a thread of this process. ``actors``: processes that do the
+    clients' work.
     """
+    # 1. The server app. The result of `body` and any error leave its thread through a future.
     outcome, ended, server = Future[T](), threading.Event(), ServerApp()
 
     @server.main()
@@ -283,17 +296,20 @@ def launch(pool: ClientPool, body: Callable[[Engine], T], actors: int = 1) -> T:
         except BaseException as error:
             outcome.set_exception(error)
 
+    # 2. The simulation: a Ray of this machine alone, without Ray's console output.
     with _surroundings(ended) as folder:
         ray: dict[str, ConfigRecordValues] = {
             "address": "local",
             "num_cpus": actors,
-            "object_store_memory": 1 << 30,
+            "object_store_memory": 1 << 30,  # bytes; Ray's default is a share of all memory
         }
         ray |= {"log_to_driver": False, "logging_level": "ERROR", "_temp_dir": folder}
+        # One CPU a client makes `actors` the number of actors; one that dies is started again.
         actor: dict[str, ConfigRecordValues] = {"num_cpus": 1, "num_gpus": 0, "max_restarts": -1}
         app = client_app(pool.rebuild)
         backend = {"client_resources": actor, "init_args": ray}
         run_simulation(server, app, pool.clients, backend_config=backend)
+    # 3. Where Flower failed to start, `main` was never called.
     if not outcome.done():
         raise RuntimeError("the Flower simulation ended before the run began")
     return outcome.result()

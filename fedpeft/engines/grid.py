@@ -4,6 +4,7 @@ Nodes are not trusted: whatever one of them sends is at most a WireError about t
 """
 
 import contextlib
+from collections.abc import Iterable
 from typing import Final, final
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -14,7 +15,7 @@ from fedpeft.errors import WireError
 BYTES: Final = "fedpeft.bytes"
 """Our stype: the data is a message of ``wire``, not a saved NumPy array."""
 REASON: Final = 300
-"""Characters that are taken down of what a node gives as its reason."""
+"""Characters of a node's error text that reach the ledger: nodes could send megabytes."""
 
 
 def record(content: bytes) -> ArrayRecord:
@@ -44,7 +45,7 @@ def arrays(records: RecordDict, name: str) -> ArrayRecord:
 
 
 def blob(records: RecordDict, name: str) -> bytes:
-    """Return what ``record`` put into record ``name``; WireError where it is missing or other."""
+    """Return the bytes that ``record`` put into record ``name``; WireError for anything else."""
     content = arrays(records, name)
     if content.keys() != {"blob"}:
         raise WireError(f"record {name!r} of a Flower message should hold one array, 'blob'")
@@ -54,9 +55,10 @@ def blob(records: RecordDict, name: str) -> bytes:
 def push(grid: Grid, message: Message) -> str:
     """Send one message and return its id; WireError where Flower refuses it.
 
-    What ``grid`` raises where it is out of reach is not caught: that is nobody's message.
+    Errors of a ``grid`` that is out of reach are not caught: they concern no single message.
     """
     try:
+        # One message, one id; a refused message has an empty id or none.
         sent = next(iter(grid.push_messages([message])), None)
     except Exception as error:
         grid.get_node_ids()  # raises, too, where the grid is out of reach
@@ -67,21 +69,20 @@ def push(grid: Grid, message: Message) -> str:
 
 
 def pull(grid: Grid, sent: str) -> RecordDict | None:
-    """Return what was answered to the message with id ``sent``, None if nothing was yet.
+    """Return the answer to the message with id ``sent``, None if there is none yet.
 
-    WireError for an error instead of an answer, and for one that cannot be read. What ``grid``
-    raises where it is out of reach is not caught.
+    WireError for an error instead of an answer, and for an answer that cannot be read. Errors of a
+    ``grid`` that is out of reach are not caught.
     """
-    # One by one: Flower's own reader raises at a message that it cannot make out, and the others
-    # that were asked for with it are gone.
+    # One by one: Flower raises at a message that it cannot read, and all other messages of the
+    # same call are then lost.
     try:
-        messages = [m for m in grid.pull_messages([sent]) if m.metadata.reply_to_message_id == sent]
+        answer = _first_answer(grid.pull_messages([sent]), sent)
     except Exception as error:
         grid.get_node_ids()  # raises, too, where the grid is out of reach
         raise WireError(f"the answer cannot be read ({_line(error)})") from error
-    if not messages:
+    if answer is None:
         return None
-    answer = messages[0]  # a second one is a duplicate
     if answer.has_error():
         raise WireError(_line(answer.error.reason or "") or f"Flower's error {answer.error.code}")
     if not answer.has_content():
@@ -89,8 +90,16 @@ def pull(grid: Grid, sent: str) -> RecordDict | None:
     return answer.content
 
 
+def _first_answer(messages: Iterable[Message], sent: str) -> Message | None:
+    """Return the first message that answers ``sent``; a second one is a duplicate."""
+    for message in messages:
+        if message.metadata.reply_to_message_id == sent:
+            return message
+    return None
+
+
 def _line(reason: object) -> str:
-    """Return a reason that was given elsewhere as one line that a ledger and a console can bear."""
+    """Return somebody else's reason as one printable line, for the ledger and the console."""
     text = str(reason)
     if isinstance(reason, Exception):
         text = f"{type(reason).__name__}: {reason}"
@@ -102,8 +111,8 @@ def _line(reason: object) -> str:
 class Nodes:
     """Which node is which client: every node that joins is asked which partition it holds.
 
-    A node that names no partition of this federation, or one that another node has that is still
-    there, is no client.
+    A node is no client if it names no partition of this federation, or one that another node holds
+    which is still connected.
     """
 
     def __init__(self, grid: Grid, clients: int) -> None:
@@ -121,11 +130,13 @@ class Nodes:
         return self._node_of.get(client)
 
     def look(self) -> None:
-        """Ask the nodes that have joined since the last look, and read what has been answered."""
+        """Ask the nodes that have joined since the last look, and read the answers so far."""
+        # 1. Ask newcomers. One that left and came back is asked again.
         before, self._present = self._present, set(self._grid.get_node_ids())
-        for node in sorted(self._present - before):  # one that left and came back is asked again
+        for node in sorted(self._present - before):
             with contextlib.suppress(WireError):
                 self._asked[push(self._grid, Message(RecordDict(), node, MessageType.QUERY))] = node
+        # 2. Read answers. A node that answers with nonsense is asked no more: it stays no client.
         for question, node in list(self._asked.items()):
             try:
                 content = pull(self._grid, question)
@@ -137,14 +148,15 @@ class Nodes:
             del self._asked[question]
 
     def _assign(self, node: int, client: int) -> None:
-        """Take ``node`` for ``client``, if there is such a client and no other node for it."""
+        """Make ``node`` the node of ``client``, if that client exists and has no other node."""
+        # A node that has left holds its partition no more: whoever follows may have it.
         taken = self._node_of.get(client) in self._present
         if client in self._clients and not taken:
             self._node_of[client] = node
 
 
 def _partition(content: RecordDict) -> int:
-    """Return the partition that a node says it holds; WireError where it does not say so."""
+    """Return the partition that a node says it holds; WireError where it names none."""
     about = content.get("node")
     partition = about.get("partition-id") if isinstance(about, ConfigRecord) else None
     if not isinstance(partition, int):

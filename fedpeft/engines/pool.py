@@ -14,8 +14,8 @@ class ClientPool:
     """The clients 0 .. ``clients`` - 1 of one run.
 
     ``worker`` does their work in this process and ``memories`` is what they keep there.
-    ``rebuild(settings)`` gives an equal worker in another process, where the memories are that
-    process's own affair.
+    ``rebuild(settings)`` returns an equal worker in another process; that process keeps the
+    memories of its clients itself.
     """
 
     clients: int

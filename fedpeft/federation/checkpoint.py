@@ -24,14 +24,15 @@ KEEP = 2
 _NOTHING = torch.zeros(0, 0)
 _DAMAGE = (WireError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged checkpoint may raise; the last one for JSON that is nested too deep."""
+# The `.tmp` files are those that a crash left behind before their rename.
 _OURS = re.compile(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from: the state, every client's memory, and the ledger's length in bytes.
+    """Where a run resumes: the state, every client's memory, and the ledger's length in bytes.
 
-    ``files``: name -> digest of what it was read from; none for a run that begins.
+    ``files``: name -> digest of every file that it was read from; empty for a run that begins.
     """
 
     state: State
@@ -63,6 +64,7 @@ def unpack(blob: bytes) -> State:
     fields = decode(blob)
     round_number = fields.pop("round", _NOTHING)
     versions = fields.pop("memories", _NOTHING)
+    # Shapes and dtypes are checked before any value is used: a damaged file may hold anything.
     if (round_number.shape, round_number.dtype) != ((), torch.int64) or round_number < 0:
         raise WireError("not a state: its round is missing or of another form")
     if (versions.ndim, versions.dtype) != (2, torch.int64) or versions.shape[1] != 2:
@@ -73,7 +75,7 @@ def unpack(blob: bytes) -> State:
         if group not in groups or not slash:
             raise WireError(f"not a state: tensor {full_name!r} is of no use in one")
         groups[group][name] = tensor
-    memories = dict(versions.tolist())
+    memories = dict(versions.tolist())  # (clients, 2) -> client: version
     return State(int(round_number), groups["shared"], groups["server"], memories)
 
 
@@ -89,10 +91,10 @@ def manifest(folder: Path, rounds: int) -> Path:
 @final
 @dataclass
 class Written:
-    """What a run knows to be in its folder of checkpoints, and so neither writes nor hashes again.
+    """What a run knows to be in its folder of checkpoints: it neither writes nor hashes it again.
 
     ``checkpoints``: of the last ones, number of rounds -> name of a file -> its digest. ``tidy``:
-    whether there is nothing else.
+    whether the folder holds nothing else.
     """
 
     checkpoints: dict[int, Mapping[str, str]] = field(default_factory=dict)
@@ -110,34 +112,36 @@ def save(
     """Write a checkpoint into ``folder``; until its manifest is there, the one before is latest.
 
     ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest
-    of the configuration. ``written``: what earlier calls have left there, brought up to date; what
-    it does not name is written anew, as a crash may have left it. Of memories that clients keep
-    elsewhere nothing is saved: a resumed run takes these clients for new. OSError as the disk gives
-    it.
+    of the configuration. ``written``: what earlier calls have left there; it is brought up to date.
+    A file that it does not name is written anew, as a crash may have damaged it. Memories that
+    clients keep elsewhere are not saved: a resumed run treats these clients as new. Errors of the
+    disk raise OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = Written() if written is None else written
-    held = {
-        client: version
-        for client, version in state.memories.items()
-        if memories.holds(client, version)
-    }
-    state = replace(state, memories=held)
+    # 1. Collect what has to be written: the state, and memories that are not there yet.
+    versions: dict[int, int] = {}
+    for client, version in state.memories.items():
+        if memories.holds(client, version):
+            versions[client] = version
+    state = replace(state, memories=versions)
     known = written.checkpoints.get(max(written.checkpoints, default=0), {})
     files: dict[str, str] = {}
     new = {_state_file(state.round): pack(state)}
-    for client, version in held.items():
+    for client, version in versions.items():
         name = _memory_file(client, version)
         if name in known:  # a client's memory of one round never changes
             files[name] = known[name]
         else:
             new[name] = memories.get(client, version)
+    # 2. Write the files, and the manifest last: a crash in between leaves the checkpoint before.
     for name, blob in new.items():
         files[name] = digest(blob).hex()
         write(folder / name, blob)
     content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
     written.checkpoints[state.round] = files
+    # 3. Drop old checkpoints. Once the folder is tidy, what to drop is known without a look at it.
     if written.tidy:
         _drop_oldest(folder, written)
     else:
@@ -179,9 +183,10 @@ def load(
 ) -> Checkpoint | None:
     """Return the latest whole checkpoint in ``folder``, None where none was ever written.
 
-    A damaged one is passed over, and ``on_warning`` told so; ``mend`` deletes it, so that its files
-    are written anew. A run that is at work may overtake who reads: then what has come is read.
-    BadInput when all are damaged or belong to none of ``configs``, digests of the configuration.
+    A damaged checkpoint is passed over, and ``on_warning`` is told so; ``mend`` deletes it, so that
+    its files are written anew. A run may write newer checkpoints while this function reads: then
+    these are read. ``configs``: accepted digests of the configuration. BadInput when all
+    checkpoints are damaged, or when one belongs to another configuration.
     """
     tried: set[Path] = set()
     damaged: list[Path] = []
@@ -199,6 +204,7 @@ def load(
                 damaged.append(path)
         else:
             if mend and damaged:
+                # Manifests first, then the files that no manifest names any more.
                 for other in damaged:
                     other.unlink()
                 _prune(folder)
@@ -220,12 +226,14 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
             f"the run folder says {next(iter(configs))}; "
             "restore the configuration it was made with, or start again with --overwrite"
         )
+    # Every file is read once: the bytes that match the digest are the bytes that are used.
     blobs: dict[str, bytes] = {}
     for name, expected in content["files"].items():
         blobs[name] = (path.parent / name).read_bytes()
         if digest(blobs[name]).hex() != expected:
             raise WireError(f"{name} does not match its digest")
     state = unpack(blobs[_state_file(content["round"])])
+    # Not isinstance: JSON's true is an int, too.
     if state.round != content["round"] or type(content["ledger"]) is not int:
         raise WireError("its manifest disagrees with its state, or holds no length of the ledger")
     memories = Memories()
@@ -235,17 +243,18 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
 
 
 def _prune(folder: Path) -> None:
-    """Delete all but the last checkpoints and every file that none of them names.
+    """Delete all but the last checkpoints, and our files that none of them names.
 
-    What is not ours stays.
+    Files with other names stay.
     """
     by_round = manifests(folder)
     kept = by_round[-KEEP:]
-    # Manifests go before the files that they name: no reader takes them for damaged.
+    # Manifests go before the files that they name: otherwise a reader would find them damaged.
     for path in by_round[:-KEEP]:
         path.unlink()
-    named = {path.name for path in kept}
+    named: set[str] = set()
     for path in kept:
+        named.add(path.name)
         named |= _files(path)
     for path in folder.iterdir():
         if is_ours(path.name) and path.name not in named:
@@ -259,6 +268,7 @@ def _drop_oldest(folder: Path, written: Written) -> None:
         oldest = min(checkpoints)
         gone = set(checkpoints.pop(oldest))
         manifest(folder, oldest).unlink(missing_ok=True)
+        # A memory that has not changed since is a file of the later checkpoints as well.
         for files in checkpoints.values():
             gone -= files.keys()
         for name in gone:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_random
 from fedpeft.types import Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response, decode, encode
 from fedpeft.wire.versions import carried, joined, parted
+
+Item = TypeVar("Item")
 
 
 @final
@@ -39,8 +41,9 @@ class Worker:
 
     ``head``: names of the head's parameters. ``config``: digest of what server and client must
     agree on; a request for anything else raises WireError. ``cache``: hidden states of frozen
-    blocks, kept between rounds. ``step_alone``: seconds of one step of a client alone, by what is
-    mounted, found out when clients first train side by side with it; None where nobody asks.
+    blocks, kept between rounds. ``step_alone``: seconds of one step of a client alone, by the form
+    of what is mounted. It is measured when clients first train side by side with that form; None
+    switches the measurement off.
     """
 
     method: Method
@@ -60,22 +63,27 @@ class Worker:
     ) -> Sequence[tuple[bytes, bytes]]:
         """Handle one request for each of ``clients``, which train side by side as one stack.
 
-        ``memories``: what each client holds as of the version its request assumes, empty for none.
-        Returns (reply, new memory) for each, the memory empty where it stays as it was. Requests of
-        different kinds or rounds, or for clients that are not held here, raise WireError. An error
-        of any kind comes with a note that names clients and round.
+        ``memories``: each client's memory, in the version that its request assumes; empty for none.
+        Returns (reply, new memory) of each client; an empty memory means that it has not changed.
+        Requests of different kinds or rounds, or for clients that are not held here, raise
+        WireError. An error of any kind carries a note that names clients and round.
         """
+        # 1. Decode. What cannot be read is refused before anything touches the model.
         decoded = [Request.decode(blob, self.config) for blob in requests]
-        if len({(request.kind, request.round) for request in decoded}) != 1:
+        kinds = {(request.kind, request.round) for request in decoded}
+        if len(kinds) != 1:
             raise WireError("the requests of one stack differ in kind or round")
-        kind, round_number = decoded[0].kind, decoded[0].round
+        [(kind, round_number)] = kinds
         for client in clients:
             if client not in self.client_data:
                 raise WireError(f"client {client} is not held here")
-        held = [decode(blob) if blob else {} for blob in memories]
+        decoded_memories: list[Payload] = []
+        for blob in memories:
+            decoded_memories.append(decode(blob) if blob else {})
+        # 2. Do the work. All of a stack fail together, so the note names every client of it.
         handlers = {Kind.TRAIN: self._train, Kind.EVALUATE: self._evaluate}
         try:
-            return handlers[kind](clients, decoded, held)
+            return handlers[kind](clients, decoded, decoded_memories)
         except Exception as error:
             names = ", ".join(str(client) for client in clients)
             error.add_note(f"raised by the work of client {names} in round {round_number}")
@@ -87,37 +95,41 @@ class Worker:
         """Train ``clients`` side by side; return (reply, new memory) of each, in their order."""
         stack = self._prepare(clients, requests, memories)
         trained = self._train_stack(stack)
+        # Back from the order of the stack's rows to that of the requests.
         results: list[tuple[bytes, bytes]] = [(b"", b"")] * len(clients)
-        for row, place in enumerate(stack.places):
-            results[place] = self._reply(stack, trained, row)
+        for row, index in enumerate(stack.order):
+            results[index] = self._reply(stack, trained, row)
         return results
 
     def _prepare(
         self, clients: Sequence[int], requests: Sequence[Request], memories: Sequence[Payload]
     ) -> "_Stack":
-        """Put what was sent and what is held into one stack, the client with most steps first."""
+        """Return requests and memories as one stack, the client with the most steps first."""
         round_number = requests[0].round
         shares = [self._share(client, round_number) for client in clients]
         for client, share in zip(clients, shares, strict=True):
             if not share.steps:
                 raise WireError(f"client {client} holds no examples to train on")
+        # The clients that are still at work in some step are then the first rows of the stack.
         longest_first = sorted(range(len(clients)), key=lambda k: -len(shares[k].steps))
-        down = self._stack([requests[k].payload for k in longest_first])
-        memory = self._stack([memories[k] for k in longest_first])
+        sorted_requests = _reordered(requests, longest_first)
+        down = self._stack([request.payload for request in sorted_requests])
+        memory = self._stack(_reordered(memories, longest_first))
         methods_part, optimizer_state = parted(memory)
         return _Stack(
-            places=longest_first,
-            context=Context([clients[k] for k in longest_first], round_number, self.seed),
-            shares=[shares[k] for k in longest_first],
-            versions=[requests[k].memory for k in longest_first],
+            order=longest_first,
+            context=Context(_reordered(clients, longest_first), round_number, self.seed),
+            shares=_reordered(shares, longest_first),
+            versions=[request.memory for request in sorted_requests],
             down=down,
             methods_part=methods_part,
             optimizer_state=optimizer_state,
         )
 
     def _train_stack(self, stack: "_Stack") -> "_Trained":
-        """Mount the stack, train it, and return what goes up and what stays, with its measures."""
+        """Mount and train the stack; return what goes up, what is remembered, and the figures."""
         context = stack.context
+        # The cache learns the order of the blocks from one text, before anything is mounted.
         self.cache.trace(self.model, self._forward, stack.shares[0].examples.take([0]))
         with (
             measured(self.hardware.torch_device) as meter,
@@ -128,7 +140,8 @@ class Worker:
             losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
             up, stays = local.reply()
             remembered = joined(stays, stack.methods_part, optimizer_state)
-            num_trained = sum(parameter[0].numel() for parameter in local.trainable.values())
+            num_trained = _num_trained(local.trainable)
+        # Outside of `measured`: the trial step is no part of the stack's seconds.
         step_alone = None
         if len(shares) > 1:
             step_alone = self._seconds_alone(stack, shares[0])
@@ -147,6 +160,7 @@ class Worker:
 
         The seconds of the stack are shared out by steps.
         """
+        # 1. What was measured.
         share = stack.shares[row]
         steps = len(share.steps)
         all_steps = sum(len(other.steps) for other in stack.shares)
@@ -164,10 +178,11 @@ class Worker:
             peak_memory=trained.meter.peak_memory,
             shared_by=len(stack.shares),
         )
+        # 2. The reply, and the memory under the version that the reply tells the server.
         round_number, before = stack.context.round, stack.versions[row]
         version = _version(round_number, before, trained.news, trained.remembered)
         response = Response(round_number, _row(trained.up, row), figures, memory=version)
-        memory = b""
+        memory = b""  # nothing new to store
         if trained.remembered:
             memory = encode(_row(trained.remembered, row))
         return response.encode(), memory
@@ -178,9 +193,9 @@ class Worker:
         shares: Sequence[Share],
         kept: Payload,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Train ``local``; return the losses, (K,), and what is kept of the optimizer, if anything.
+        """Train ``local``; return the losses, (K,), and the optimizer's state where it is kept.
 
-        ``kept``: the same from the rounds before, stacked over K.
+        ``kept``: that state from the rounds before, (K, ...); empty for none.
         """
         optimizer = optimizer_of(local, self.training, self.head, kept)
         losses = fit(
@@ -199,10 +214,10 @@ class Worker:
         return losses, optimizer.state()
 
     def _seconds_alone(self, stack: "_Stack", share: Share) -> float | None:
-        """Return the seconds that a step takes one client alone; None where nobody wants to know.
+        """Return the seconds of a step of one client alone; None where these are not measured.
 
-        Found out once for what is mounted, by a step of the first client, with its ``share``. Its
-        outcome is thrown away: nothing that is computed elsewhere depends on it.
+        They are measured once for every form of what is mounted, by one step of the first client
+        with its ``share``. The outcome of that step is thrown away and changes nothing else.
         """
         if self.step_alone is None:
             return None
@@ -211,6 +226,7 @@ class Worker:
             context = replace(stack.context, clients=stack.context.clients[:1])
             down, methods_part = _first(stack.down), _first(stack.methods_part)
             one_step = replace(share, steps=share.steps[:1])
+            # Seeded as the client's own training, and the generators are put back afterwards.
             with (
                 own_randomness(self.seed, context.clients[0], context.round),
                 self.method.mount(self.model, down, methods_part, context) as local,
@@ -229,6 +245,7 @@ class Worker:
             context = Context([client], request.round, self.seed)
             down = self._stack([request.payload])
             methods_part, _ = parted(self._stack([memory]))
+            # The loop's part of the memory plays no role here: no optimizer runs.
             with (
                 measured(self.hardware.torch_device) as meter,
                 self.method.mount(self.model, down, methods_part, context),
@@ -241,6 +258,7 @@ class Worker:
                 seconds_alone=meter.seconds,
                 peak_memory=meter.peak_memory,
             )
+            # Nothing was learnt: the client keeps the memory that the request assumes.
             response = Response(request.round, counts, figures, memory=request.memory)
             results.append((response.encode(), b""))
         return results
@@ -252,10 +270,8 @@ class Worker:
         return Share(examples, steps)
 
     def _with_states(self, clients: Sequence[int], shares: Sequence[Share]) -> list[Share]:
-        """Return the shares with cached hidden states, if all ``clients`` have them.
-
-        The rows of a micro-batch begin at one block, whosever they are.
-        """
+        """Return the shares with cached hidden states, if all ``clients`` have them."""
+        # A micro-batch mixes rows of several clients, and its pass begins at one block for all.
         if not all(self.cache.keeps(client) for client in clients):
             return list(shares)
         with_states: list[Share] = []
@@ -265,7 +281,7 @@ class Worker:
         return with_states
 
     def _forward(self, texts: Encoded) -> None:
-        """Run the model over ``texts``, for the sake of what happens on the way."""
+        """Run the model over ``texts``; the caller's hooks read the hidden states on the way."""
         with self.hardware.computing(self.model), self.hardware.autocast():
             self.task.predict(self.model, self.task.collate(texts, self.hardware.torch_device))
 
@@ -275,26 +291,30 @@ class Worker:
         Unequal names or shapes raise WireError.
         """
         names = sorted(set().union(*payloads))
+        stacks: dict[str, Tensor] = {}
         try:
-            stacks = {name: _stacked([payload[name] for payload in payloads]) for name in names}
+            for name in names:
+                stacks[name] = _stacked([payload[name] for payload in payloads])
         except (KeyError, RuntimeError) as error:
             raise WireError(
                 f"the messages of one stack differ in names or shapes: {error}"
             ) from error
+        # Outside of the `try`: a device without memory is not the messages' fault.
         return {name: stack.to(self.hardware.torch_device) for name, stack in stacks.items()}
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Stack:
-    """What K clients train on side by side, the one with most steps first.
+    """What K clients train on side by side, the one with the most steps first.
 
-    ``places``: the place of each among those that were asked. ``context``: names them.
-    ``versions``: of the memory that each request assumes. ``down``, ``methods_part`` and
-    ``optimizer_state``: what was sent and the two parts of what is held, (K, ...).
+    ``order``: for each row of the stack, the index of its client among those that were asked.
+    ``context``: the clients, row by row. ``versions``: of the memory that each request assumes.
+    ``down``: what was sent, (K, ...). ``methods_part`` and ``optimizer_state``: the two parts of
+    the memories, (K, ...).
     """
 
-    places: Sequence[int]
+    order: Sequence[int]
     context: Context
     shares: Sequence[Share]
     versions: Sequence[int]
@@ -306,9 +326,9 @@ class _Stack:
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Trained:
-    """What became of a stack.
+    """The outcome of training a stack.
 
-    ``up`` and ``remembered``: what goes up and what is to be remembered, (K, ...). ``news``: if the
+    ``up`` and ``remembered``: what goes up and what is remembered, (K, ...). ``news``: whether the
     method keeps anything new. ``losses``: (K,). ``num_trained``: numbers that each client
     trained. ``step_alone``: seconds of a step of one client alone, None if unknown.
     """
@@ -325,16 +345,33 @@ class _Trained:
 def _version(round_number: int, before: int, news: bool, remembered: Payload) -> int:
     """Return the version of a client's memory after a round.
 
-    ``before``: that after the rounds before it. ``news``: whether the method keeps anything new.
+    ``before``: the version after the rounds before it. ``news``: whether the method keeps anything
+    new.
     """
     if news:
         return round_number
+    # Where only the loop wrote, the version holds the round of the method's older part, too.
     return carried(round_number, before) if remembered else before
+
+
+def _num_trained(trainable: Mapping[str, Tensor]) -> int:
+    """Return how many numbers one client trains; every parameter is (K, ...)."""
+    count = 0
+    for parameter in trainable.values():
+        count += parameter[0].numel()
+    return count
+
+
+def _reordered(items: Sequence[Item], order: Sequence[int]) -> list[Item]:
+    """Return the items with the indices ``order``, in this order."""
+    return [items[index] for index in order]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Return K tensors with a client axis; one alone is not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    if len(tensors) == 1:
+        return tensors[0].unsqueeze(0)
+    return torch.stack(list(tensors))
 
 
 def _row(stacks: Payload, row: int) -> dict[str, Tensor]:
@@ -349,5 +386,7 @@ def _first(stacks: Payload) -> dict[str, Tensor]:
 
 def _form_of_one(stacks: Payload) -> MountedForm:
     """Return the form of the tensors of one client of a stack, in order of names."""
-    named = sorted(stacks.items())
-    return tuple((name, tuple(stack.shape[1:]), stack.dtype) for name, stack in named)
+    form: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for name, stack in sorted(stacks.items()):
+        form.append((name, tuple(stack.shape[1:]), stack.dtype))  # without the client axis
+    return tuple(form)

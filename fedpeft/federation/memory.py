@@ -11,9 +11,8 @@ from fedpeft.wire.versions import written
 class Memories:
     """The memories of the clients of one process.
 
-    A reply may be lost after its client has stored a new memory, and the server then goes on
-    assuming the old one. So a client keeps two versions: the newest and the one that it was started
-    from.
+    A reply may be lost after its client has stored a new memory; the server then still assumes the
+    old one. So a client keeps two versions: the newest, and the one from which it was made.
 
     >>> memories = Memories()
     >>> memories.put(3, version=0, blob=b"first")
@@ -31,7 +30,7 @@ class Memories:
             return b""
         versions = self._versions.get(client, {})
         if version not in versions:
-            rounds = sorted(written(known) for known in versions)
+            rounds = sorted(written(held_version) for held_version in versions)
             lacks = f"holds no memory of round {written(version)}, only of {rounds or 'none'}"
             raise Forgotten(f"client {client} {lacks}")
         return versions[version]

@@ -21,9 +21,9 @@ def in_order(
 ) -> Iterator[Reply | Lost]:
     """Yield ``outcomes`` in the order of ``asked``; a client that never answers is lost.
 
-    Replies that come before their turn are held back in memory up to ``most`` bytes, beyond that in
-    a temporary file. What comes unasked, or from a client that has answered already, is passed
-    over. BadInput where the disk is full.
+    Replies that come before their turn wait in memory up to ``most`` bytes, beyond that in a
+    temporary file. Replies of clients that were not asked, and second replies, are ignored.
+    BadInput where the disk is full.
 
     >>> first, second = Client(0), Client(1)
     >>> replies = [Reply(second, b"early"), Reply(first, b"late")]
@@ -44,9 +44,10 @@ def in_order(
                 continue
             waiting.popleft()
             yield outcome
-            # Those that came earlier and had to wait for this one alone.
+            # Replies that came earlier and waited for this one alone.
             while waiting and waiting[0].id in early:
                 yield early.take(waiting.popleft().id)
+        # The engine has nothing more to say: whoever is missing by now never answers.
         for silent in waiting:
             yield early.take(silent.id) if silent.id in early else Lost(silent, "no answer")
 
@@ -79,5 +80,6 @@ class _Early:
     def take(self, client: int) -> Reply | Lost:
         """Return the outcome of ``client`` as it was, and hold it no more."""
         outcome, begin, size = self._held.pop(client)
+        # The bytes stay in the file until `put` finds that nothing in it is waited for.
         self._file.seek(begin)
         return replace(outcome, blob=self._file.read(size))

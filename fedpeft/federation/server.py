@@ -27,6 +27,7 @@ def sample(clients: Sequence[Client], count: int, seed: int, round_number: int) 
     >>> len(cohort), cohort == sample(clients, 2, seed=0, round_number=7)
     (2, True)
     """
+    # A generator of its own for every round: a resumed run draws the same cohorts.
     random = generator(seed, "cohort", round_number)
     chosen = torch.randperm(len(clients), generator=random)[:count]
     return [clients[index] for index in sorted(chosen.tolist())]
@@ -46,21 +47,24 @@ def federate(
     """Yield the state after each of ``rounds``.
 
     ``config``: digest of what server and clients must agree on. A reply that cannot be used is
-    recorded with the reason and left out; with fewer than ``min_replies`` usable ones the round is
-    silent. ``record`` gets one row per client. Everyone of a cohort is asked, also where
-    ``receive`` leaves some of their updates unread.
+    recorded with the reason and left out. With fewer than ``min_replies`` usable ones the round is
+    silent: it merges nothing. ``record`` gets one row per client. All clients of a cohort are
+    asked, also where ``receive`` leaves some of their updates unread.
     """
     for round_number in rounds:
+        # 1. Ask the cohort; `receive` pulls the updates one by one, so that few are in memory.
         exchange = _Exchange(method, state, engine, config, round_number)
         updates = exchange.updates(_with_memories(cohort(round_number), state))
         merged = method.receive(state, updates)
         for _ in updates:  # a client is asked when the stream comes to it
             pass
+        # 2. With too few replies, merge again without any: their rows are lost, too.
         rows, memories = exchange.rows, exchange.memories
         if exchange.count < min_replies:
             merged, memories = method.receive(state, ()), {}
             why = f"only {exchange.count} usable replies, {min_replies} needed"
-            rows = [row if row.lost else replace(row, lost=why) for row in rows]
+            rows = _all_lost(rows, why)
+        # 3. Write the rows down before the state is given away, and take note of new memories.
         for row in rows:
             record(row)
         if merged.round != round_number + 1:
@@ -70,15 +74,26 @@ def federate(
             )
         known = {**state.memories, **memories}
         for client in exchange.forgetful:
-            known.pop(client, None)
+            known.pop(client, None)  # the next request assumes no memory
         state = replace(merged, memories=known)
         yield state
 
 
+def _all_lost(rows: Sequence[ClientRow], why: str) -> list[ClientRow]:
+    """Return the rows of a round as lost; those that were lost already keep their reason."""
+    lost: list[ClientRow] = []
+    for row in rows:
+        lost.append(row if row.lost else replace(row, lost=why))
+    return lost
+
+
 def _with_memories(clients: Sequence[Client], state: State) -> list[Client]:
     """Return ``clients`` with the versions of their memories that ``state`` knows of."""
-    versions = state.memories
-    return [replace(client, memory=versions.get(client.id, NO_MEMORY)) for client in clients]
+    informed: list[Client] = []
+    for client in clients:
+        version = state.memories.get(client.id, NO_MEMORY)
+        informed.append(replace(client, memory=version))
+    return informed
 
 
 def poll(
@@ -90,9 +105,9 @@ def poll(
     config: bytes,
     task: Task,
 ) -> dict[int, Counts]:
-    """Return what each client counted of ``state`` on its own test examples.
+    """Return what each client counted when it scored ``state`` on its own test examples.
 
-    Clients without any, or lost, are left out.
+    Clients without test examples and lost clients are left out.
     """
 
     def request(client: Client) -> bytes:
@@ -103,7 +118,7 @@ def poll(
     for outcome in engine.exchange(_with_memories(clients, state), request):
         match outcome:
             case Reply(client, blob):
-                with suppress(WireError):
+                with suppress(WireError):  # what cannot be read is left out, like a lost client
                     response = Response.decode(blob)
                     counts_of[client.id] = _counts(response, client, state.round, task)
             case Lost():
@@ -112,7 +127,7 @@ def poll(
 
 
 def _counts(response: Response, client: Client, round_number: int, task: Task) -> Counts:
-    """Return the counts in a response after some rounds; WireError where they cannot be."""
+    """Return the counts in a response after some rounds; WireError for impossible ones."""
     check(response, round_number, task.no_counts(), memory=client.memory)
     counts = response.payload
     if examples_in(counts) != response.measured.examples:
@@ -158,12 +173,13 @@ class _Exchange:
     count: int = 0
     # Client -> bytes of its request, and what a valid reply to it looks like.
     _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)
-    _last: _Sent | None = None
+    _last: _Sent | None = None  # encoded once for all clients that are sent the same
 
     def updates(self, cohort: Sequence[Client]) -> Iterator[Update]:
         """Yield the usable replies of ``cohort``, in its order, and note every client's row."""
         for outcome in in_order(cohort, self.engine.exchange(cohort, self._request)):
             client = outcome.client
+            # An engine that cannot reach a client never encodes its request: 0 bytes down.
             down, expected = self._under_way.pop(client.id, (0, {}))
             measured, lost, response = Measured(), None, None
             try:
@@ -198,7 +214,7 @@ class _Exchange:
             yield Update(client, measured.examples, response.payload)
 
     def _believed(self, response: Response, client: Client) -> Measured:
-        """Return what ``client`` measured, as far as it can be true; nothing of another round."""
+        """Return what ``client`` measured, without impossible values; nothing of another round."""
         if response.round != self.round_number:
             return Measured()
         return response.measured.sound(client.examples)
@@ -207,6 +223,7 @@ class _Exchange:
         """Return the request to ``client``; many clients get the very same bytes."""
         down = self.method.send(self.state, as_told(client))
         sent = self._last
+        # Compared by identity, which is cheap; an equal payload that is not the same is encoded.
         if sent is None or sent.down is not down or sent.memory != client.memory:
             request = Request(Kind.TRAIN, self.round_number, self.config, down, client.memory)
             expected = self.method.expects(self.state, down)
@@ -216,7 +233,7 @@ class _Exchange:
 
 
 def _response(outcome: Reply | Lost) -> Response:
-    """Return what came back, before any check; of a lost client WireError says why."""
+    """Return what came back, before any check; WireError with the reason for a lost client."""
     match outcome:
         case Lost(_, reason):
             raise WireError(reason)

@@ -12,9 +12,9 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 SENTENCES: Final = {Exception, OSError, ValueError, RuntimeError, ImportError}
-"""Errors whose text is a sentence; that of others, such as a KeyError, needs its name beside it."""
+"""Errors whose text is a sentence; the text of others, such as a KeyError, needs their name."""
 LONGEST: Final = 300
-"""Characters of a cause that are shown."""
+"""Characters of a cause that are shown: a few lines of a console, while some errors fill pages."""
 
 
 def cause(error: BaseException) -> str:
@@ -41,23 +41,28 @@ def line(text: str) -> str:
     for part in text.splitlines():
         if part.strip():
             kept.append(part.strip())
-        if kept and not kept[-1].endswith(":"):
+        if kept and not kept[-1].endswith(":"):  # a colon announces the cause, a line below
             break
-    whole = " ".join(kept)
-    return whole if len(whole) <= LONGEST else whole[: LONGEST - 3] + "..."
+    sentence = " ".join(kept)
+    return sentence if len(sentence) <= LONGEST else sentence[: LONGEST - 3] + "..."
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield ``error`` and, one after another, those that led to it."""
+    """Yield ``error`` and, one after another, the errors that led to it."""
     while error is not None:
         yield error
+        # Raised with `from`, or while another one was handled.
         error = error.__cause__ or error.__context__
 
 
 def absent(*packages: str) -> str:
     """Return those of ``packages`` that are not installed, as pip takes them."""
-    modules = {"protobuf": "google.protobuf"}
-    return " ".join(name for name in packages if not _importable(modules.get(name, name)))
+    modules = {"protobuf": "google.protobuf"}  # where a package is imported by another name
+    missing: list[str] = []
+    for name in packages:
+        if not _importable(modules.get(name, name)):
+            missing.append(name)
+    return " ".join(missing)
 
 
 def _importable(module: str) -> bool:
@@ -69,7 +74,8 @@ def _importable(module: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[BufferingHandler]:
-    """Keep bars and warnings off the terminal; yield what collects the warnings of transformers."""
+    """Keep bars and warnings off the terminal; yield the handler that collects the warnings."""
+    # Collected and not dropped: a warning may tell the cause of an error that comes after it.
     heard = BufferingHandler(capacity=1000)
     before, hub_before = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity_warning()  # type: ignore[no-untyped-call]

@@ -13,17 +13,18 @@ from fedpeft.tasks import Task
 ROLES: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Special tokens that stand in texts; a family may name others, such as the place of an image."""
 PADDING: Final = ("[PAD]", "<pad>", "<|pad|>")
-"""What padding is called where a vocabulary has it and does not say so."""
+"""Usual names of a padding token, for vocabularies that hold one and do not declare it."""
 TRIAL: Final = ("a", "some more words, so that the first text is padded")
-"""Texts on which a model is tried."""
+"""Texts on which a model is tried: two of unequal length, so that padding is tried as well."""
 
 
 def settle_padding(tokenizer: Any, model: nn.Module, choice: ModelSection) -> tuple[str, ...]:
     """Name a padding token where the tokenizer has none, tell the model, and return what to say.
 
-    A mask tells what is padding, but heads of decoders read the last token that is not the padding
-    token. So it should be one that no text ends in: best the mark of the end, or a row of the
-    embeddings that is nobody's; else the mark of the beginning, and at last the unknown token.
+    The mask tells which tokens are padding. But heads of decoders read the last token that is not
+    the padding token, so padding should be a token in which no text ends: best the end-of-text
+    token, or a row of the embeddings that no token uses; else the beginning-of-text token, and at
+    last the unknown token.
     """
     config: Any = model.config
     said: tuple[str, ...] = ()
@@ -35,26 +36,31 @@ def settle_padding(tokenizer: Any, model: nn.Module, choice: ModelSection) -> tu
             raise BadInput(f"model.name = {choice.name!r}: {why}; {remedy}")
         tokenizer.pad_token = token
         said = (f"the tokenizer names no padding token: {token!r} is taken for it",)
+    # Models of text and images read the configuration of their text part.
     for part in (config, config.get_text_config()):
         part.pad_token_id = tokenizer.pad_token_id
     return said
 
 
 def _known_padding(tokenizer: Any, model: nn.Module) -> bool:
-    """Name a padding token that no text ends in, as far as one is known; say whether one is."""
+    """Name a padding token in which no text ends, if one is known; return whether one is."""
+    # 1. What the tokenizer declares as the end of a text.
     if tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
         return True
-    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-    # A configuration left as the family's default may hold numbers of another vocabulary.
-    for number in _named_by(model.config):
-        if number in tokens:
-            tokenizer.pad_token = tokens[number]
+    # 2. What the model's configuration names. One that was left as the family's default may hold
+    # ids of another vocabulary.
+    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    for token_id in _named_by(model.config):
+        if token_id in tokens:
+            tokenizer.pad_token = tokens[token_id]
             return True
+    # 3. A token with a usual name.
     for token in PADDING:
         if token in tokens.values():
             tokenizer.pad_token = token
             return True
+    # 4. A new token, in a row beyond a vocabulary without gaps: it gets the first free row.
     rows = embedding_rows(model)
     if rows is not None and len(tokens) == max(tokens) + 1 < rows:
         tokenizer.add_special_tokens({"pad_token": PADDING[0]})
@@ -63,34 +69,42 @@ def _known_padding(tokenizer: Any, model: nn.Module) -> bool:
 
 
 def _named_by(config: Any) -> list[int | None]:
-    """Return the numbers that a configuration gives to padding and to the end of a text."""
+    """Return the ids that a configuration gives to padding and to the end of a text."""
     text = config.get_text_config()
-    ends = getattr(text, "eos_token_id", None)
+    ends = getattr(text, "eos_token_id", None)  # one id, a list of them (Llama 3), or None
     return [getattr(text, "pad_token_id", None), *(ends if isinstance(ends, list) else [ends])]
 
 
 def check_vocabulary(tokenizer: Any, model: nn.Module, choice: ModelSection) -> None:
     """Raise BadInput where the tokenizer has tokens beyond the rows of the embeddings.
 
-    Marks that stand for no text, such as the place of an image (Gemma 3), may be beyond: text that
-    spells one is then read letter by letter.
+    Special tokens that stand for no text, such as that of an image (Gemma 3), may be beyond: a text
+    that spells one is then split like any other word.
     """
     rows = embedding_rows(model)
-    numbers = tokenizer.get_vocab()
-    beyond = {token for token, number in numbers.items() if rows is not None and number >= rows}
-    roles = tokenizer.special_tokens_map.items()
-    marks = {mark for role, mark in roles if role not in ROLES}
-    if beyond and beyond <= marks:
+    if rows is None:
+        return  # no table, so no token is beyond it
+    token_ids = tokenizer.get_vocab()
+    beyond: set[str] = set()
+    for token, token_id in token_ids.items():
+        if token_id >= rows:
+            beyond.add(token)
+    not_text: set[str] = set()
+    for role, token in tokenizer.special_tokens_map.items():
+        if role not in ROLES:
+            not_text.add(token)
+    if beyond and beyond <= not_text:
         tokenizer.split_special_tokens = True
     elif beyond:
-        sizes = f"its tokenizer has {max(numbers.values()) + 1} tokens, its embeddings {rows} rows"
-        first = min(beyond - marks, key=numbers.__getitem__)
+        num_tokens = max(token_ids.values()) + 1
+        sizes = f"its tokenizer has {num_tokens} tokens, its embeddings {rows} rows"
+        first = min(beyond - not_text, key=token_ids.__getitem__)
         remedy = "resize the embeddings and save both, or take the tokenizer of the model"
         raise BadInput(f"model.name = {choice.name!r}: {sizes} ({first!r} has none); {remedy}")
 
 
 def check_lengths(tokenizer: Any, model: nn.Module, choice: ModelSection) -> None:
-    """Raise BadInput for texts longer than the model takes, or so short that all is marks."""
+    """Raise BadInput for a length above the model's, or without room beside special tokens."""
     longest = _longest(tokenizer, model)
     marks = tokenizer.num_special_tokens_to_add()
     asked = f"model.max_length = {choice.max_length}: {choice.name}"
@@ -109,16 +123,18 @@ def try_out(
 ) -> None:
     """Raise BadInput where the model cannot tell the labels of two short texts."""
     texts = task.encode(task.unanswered(TRIAL))
+    # 1. Does it run at all?
     try:
         with torch.no_grad():
             outputs = task.predict(model, task.collate(texts, device))
     except Exception as error:  # whatever the code of a family raises
         why = f"it cannot read a text: {cause(error)}"
         raise BadInput(f"model.name = {choice.name!r}: {why}") from error
+    # 2. Has it a row for each text and a column for each label, (2, ..., outputs)?
     for name, tensor in outputs.items():
         if len(tensor) != len(TRIAL) or tensor.shape[-1] != task.form.outputs:
-            given = f"{tuple(tensor.shape)} {name}"
-            why = f"it gives {given} for {len(TRIAL)} texts and {task.form.outputs} labels"
+            shape = f"{tuple(tensor.shape)} {name}"
+            why = f"it gives {shape} for {len(TRIAL)} texts and {task.form.outputs} labels"
             raise BadInput(f"model.name = {choice.name!r}: {why}; choose a text classifier")
 
 
@@ -132,14 +148,15 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def _longest(tokenizer: Any, model: nn.Module) -> int:
-    """Return how many tokens of a text the model takes, marks included."""
+    """Return how many tokens of a text the model takes, special tokens included."""
     config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None)
     limit: int = tokenizer.model_max_length
     if positions is None or positions < 1:  # XLNet says -1: none
         return limit
+    # RoBERTa counts positions from its padding index + 1: 514 rows take 512 tokens.
     for name, module in model.named_modules():
         is_table = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
         if is_table and module.padding_idx is not None:
-            positions -= module.padding_idx + 1  # RoBERTa counts positions from there
+            positions -= module.padding_idx + 1
     return int(min(limit, positions))

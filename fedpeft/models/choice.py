@@ -30,11 +30,12 @@ class ModelSection:
 
 
 def locate(name: str) -> str:
-    """Return what transformers loads for ``name``: a folder (a package's or one's own) or a hub id.
+    """Return what transformers loads for ``name``: a folder (packaged or local) or a hub id.
 
     >>> locate("google/electra-small-discriminator")
     'google/electra-small-discriminator'
     """
+    # 1. A short name. The package is found and not imported: only its folder is wanted.
     if name in PACKAGED:
         package, folder, remedy = PACKAGED[name]
         spec = find_spec(package)
@@ -42,9 +43,11 @@ def locate(name: str) -> str:
             missing = f"package {package!r} is not installed"
             raise BadInput(f"model.name = {name!r}: {missing}; get it with: {remedy}")
         return str(Path(spec.submodule_search_locations[0]) / folder)
+    # 2. A folder.
     folder = str(Path(name).expanduser())
     if Path(folder).is_dir():
         return folder
+    # 3. A hub id, unless it looks like a misspelt short name: the hub would be asked in vain.
     if near := get_close_matches(name, PACKAGED, n=1, cutoff=0.8):
         raise BadInput(f"model.name = {name!r}: no such folder; did you mean {near[0]!r}?")
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):

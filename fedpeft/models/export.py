@@ -44,87 +44,108 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
     """Write the adapters of ``local`` as a peft LoRA folder, with head, tokenizer and label names.
 
-    ``name``: the base model's. The scale is inside B, so every alpha equals its rank; ranks may
-    differ, and a module without any is left out. peft 0.4 and later load it; where ranks differ
-    (``rank_pattern``), 0.6 and later. What is trained beside factors, the head above all, is saved
-    by whole modules, as peft has it. Methods without factors (full, bitfit, sparse) and a folder
-    that exists raise BadInput.
+    ``name``: the base model's. The scale is inside B, so every alpha equals its rank. Ranks may
+    differ, and a module of rank 0 is left out. peft 0.4 and later load the folder; where ranks
+    differ (``rank_pattern``), 0.6 and later. What is trained beside factors, the head above all, is
+    saved as whole modules, as peft does. Methods without factors (full, bitfit, sparse) and a
+    folder that exists raise BadInput.
     """
+    # 1. Which modules are saved whole, and which as factors.
     deltas = local.deltas()
     saved = saved_modules(loaded.model, loaded.base.head | _plain(local).keys())
     factors = _factors(deltas, saved)
+    # 2. All tensors by peft's names. safetensors wants them contiguous.
     tensors = _saved_tensors(loaded.model, local, deltas, saved)
     for module, (B, A) in factors.items():
-        tensors[f"{module}.lora_A.weight"] = A
-        tensors[f"{module}.lora_B.weight"] = B
-    named = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        tensors[f"{module}.lora_A.weight"] = A  # (r, in)
+        tensors[f"{module}.lora_B.weight"] = B  # (out, r)
+    named: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        named[PREFIX + key] = tensor.detach().cpu().contiguous()
+    # 3. The files.
     settings = _peft_settings(loaded.model, loaded.form.peft_type, factors, saved)
     settings["base_model_name_or_path"] = locate(name)
-    with _whole(folder) as place:
-        (place / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
-        (place / "adapter_model.safetensors").write_bytes(save(named, {"format": "pt"}))
-        _configuration(loaded.model).save_pretrained(place / LABELS)
-        _save_tokenizer(loaded.tokenizer, place)
+    with _whole_or_nothing(folder) as temporary:
+        config = json.dumps(settings, indent=2, sort_keys=True)
+        (temporary / "adapter_config.json").write_text(config)
+        (temporary / "adapter_model.safetensors").write_bytes(save(named, {"format": "pt"}))
+        _configuration(loaded.model).save_pretrained(temporary / LABELS)
+        _save_tokenizer(loaded.tokenizer, temporary)
 
 
 def merged(loaded: Loaded, local: LocalTask, folder: Path) -> None:
-    """Write the model with all that ``local`` has learnt merged in, as a transformers folder.
+    """Write the model with everything that ``local`` has learnt merged in, for transformers.
 
     A folder that exists raises BadInput.
     """
-    with _whole(folder) as place:
-        whole: Any = merge(loaded.model, local)
-        whole.config = _configuration(loaded.model)
-        whole.save_pretrained(place)
-        _save_tokenizer(loaded.tokenizer, place)
+    with _whole_or_nothing(folder) as temporary:
+        merged_model: Any = merge(loaded.model, local)
+        merged_model.config = _configuration(loaded.model)
+        merged_model.save_pretrained(temporary)
+        _save_tokenizer(loaded.tokenizer, temporary)
 
 
 @torch.no_grad()
 def merge(model: nn.Module, local: LocalTask) -> nn.Module:
-    """Return a copy of ``model``, with nothing mounted, that has what ``local`` learnt in it.
+    """Return a copy of ``model``, which has nothing mounted, with what ``local`` learnt merged in.
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
-    whole = copy.deepcopy(model)
+    merged_model = copy.deepcopy(model)
+    # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
-        whole.get_parameter(name).copy_(tensor)
+        merged_model.get_parameter(name).copy_(tensor)
+    # 2. Adapters: W + difference.
     for name, delta in local.deltas().items():
-        weight = whole.get_parameter(f"{name}.weight")
-        holders = [part for part in whole.modules() if part._parameters.get("weight") is weight]
-        if len(holders) > 1:
+        weight = merged_model.get_parameter(f"{name}.weight")
+        if _num_holders(merged_model, weight) > 1:
             raise BadInput(
                 f"layer {name!r} shares its weight with another module, so what was trained for it "
                 "alone cannot be merged; export the adapter, without --merge"
             )
-        weight.add_(oriented(whole, name, delta.dense()[0]))
-    return whole
+        difference = delta.dense()[0]  # (1, out, in) -> (out, in)
+        weight.add_(oriented(merged_model, name, difference))
+    return merged_model
+
+
+def _num_holders(model: nn.Module, weight: nn.Parameter) -> int:
+    """Return how many modules have ``weight`` itself as their weight (tied embeddings: two)."""
+    count = 0
+    for module in model.modules():
+        if module._parameters.get("weight") is weight:
+            count += 1
+    return count
 
 
 def saved_modules(model: nn.Module, names: Set[str]) -> list[str]:
-    """Return the modules that peft is to save whole so that the parameters ``names`` are saved.
+    """Return the modules that peft must save whole so that the parameters ``names`` are saved.
 
-    They are as large as can be with nothing else in them; a module that holds a named parameter
-    beside others is saved with these. peft takes the list for endings of names and adds
-    ``CLASSIFIERS`` to it, and then wants the values of every module that ends so: all of these are
-    listed. A parameter that belongs to no module but the model raises BadInput.
+    They are the largest modules with no other parameters in them. Where a named parameter lies
+    beside others in its module, that module is saved with all of them. peft reads the list as
+    endings of names, adds ``CLASSIFIERS`` to it, and then wants the values of every module whose
+    name ends so: all of these are returned. A parameter of the model itself, outside of every
+    module, raises BadInput.
     """
+    # 1. The largest modules that hold nothing but named parameters; outer ones come first.
     chosen: list[str] = []
     for name, module in model.named_modules():
         parameters = {f"{name}.{part}" for part, _ in module.named_parameters()}
         if name and parameters and parameters <= names and not _inside(name, chosen):
             chosen.append(name)
+    # 2. The modules of those that are left.
     for parameter in sorted(names):
         home = parameter.rpartition(".")[0]
         if not home:
             raise BadInput(f"peft cannot save {parameter!r}; {MERGE}")
         if not _inside(home, chosen):
             chosen.append(home)
+    # 3. Every module that peft will look for.
     endings = (*chosen, *CLASSIFIERS)
-    ending: list[str] = []
+    saved: list[str] = []
     for name, _ in model.named_modules():  # a module comes before those inside it
-        if name.endswith(endings) and not _inside(name, ending):
-            ending.append(name)
-    return ending
+        if name.endswith(endings) and not _inside(name, saved):
+            saved.append(name)
+    return saved
 
 
 def refuse_existing(folder: Path) -> None:
@@ -134,17 +155,20 @@ def refuse_existing(folder: Path) -> None:
 
 
 def _factors(deltas: Mapping[str, Delta], saved: list[str]) -> Factors:
-    """Return the factors of what is not in a module that is ``saved`` whole.
+    """Return the factors of all adapters outside of the modules that are ``saved`` whole.
 
     A difference without factors, or no factors at all, raises BadInput.
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    pairs = {module: delta.factors() for module, delta in deltas.items()}
-    for module, pair in pairs.items():
-        if pair is not None and not _inside(module, saved):
-            B, A = pair
+    without_factors = False
+    for module, delta in deltas.items():
+        pair = delta.factors()
+        if pair is None:
+            without_factors = True
+        elif not _inside(module, saved):
+            B, A = pair  # (1, out, r) and (1, r, in)
             factors[module] = (B[0], A[0])
-    if not factors or None in pairs.values():
+    if without_factors or not factors:
         raise BadInput(f"this run has no low-rank adapters to export; {MERGE}")
     return factors
 
@@ -152,11 +176,12 @@ def _factors(deltas: Mapping[str, Delta], saved: list[str]) -> Factors:
 def _peft_settings(
     model: nn.Module, task_type: str, factors: Factors, saved: list[str]
 ) -> dict[str, Any]:
-    """Return what ``adapter_config.json`` says of the layers: what is not the default.
+    """Return what ``adapter_config.json`` says of the layers, without fields left at defaults.
 
-    A field that a peft does not know stops it, so defaults that newer ones have added are left out.
+    A peft refuses fields that it does not know, so those that newer versions have added are absent.
     """
     ranks = {module: len(A) for module, (_, A) in factors.items()}
+    # The commonest rank is the default, so that few modules need a line of their own.
     common = mode(ranks.values())
     settings: dict[str, Any] = {
         "peft_type": "LORA",
@@ -165,13 +190,14 @@ def _peft_settings(
         "target_modules": sorted(ranks),
         "modules_to_save": saved,
         "r": common,
-        "lora_alpha": common,
+        "lora_alpha": common,  # alpha / r = 1: the scale is inside B
     }
     others = {module: rank for module, rank in ranks.items() if rank != common}
     if others:
         settings["rank_pattern"] = settings["alpha_pattern"] = others
-    if any(isinstance(model.get_submodule(module), Conv1D) for module in ranks):
-        settings["fan_in_fan_out"] = True
+    for module in ranks:
+        if isinstance(model.get_submodule(module), Conv1D):  # GPT-2 stores (in, out)
+            settings["fan_in_fan_out"] = True
     return settings
 
 
@@ -182,13 +208,14 @@ def _saved_tensors(
     deltas: Mapping[str, Delta],
     saved: list[str],
 ) -> dict[str, Tensor]:
-    """Return what the modules ``saved`` hold, by name: as trained, with differences merged in."""
+    """Return the tensors of the modules ``saved``, by name: as trained, with adapters merged in."""
     trained = _plain(local)
     tensors: dict[str, Tensor] = {}
     for module in saved:
         for part, tensor in model.get_submodule(module).state_dict().items():
             name = f"{module}.{part}"
             tensors[name] = trained.get(name, tensor)
+    # peft has no adapters inside of modules that it saves whole: they are merged into these.
     for module, delta in deltas.items():
         if _inside(module, saved):
             weight = f"{module}.weight"
@@ -197,13 +224,18 @@ def _saved_tensors(
 
 
 def _plain(local: LocalTask) -> dict[str, Tensor]:
-    """Return what is trained of the model's own parameters, by name, without client axis."""
-    return {name: tensor.detach()[0] for name, tensor in local.trainable.items() if ":" not in name}
+    """Return the model's own parameters that were trained, by name, without client axis."""
+    parameters: dict[str, Tensor] = {}
+    for name, tensor in local.trainable.items():
+        if ":" not in name:  # "module:A" and the like are factors
+            parameters[name] = tensor.detach()[0]
+    return parameters
 
 
 def _inside(name: str, modules: list[str]) -> bool:
     """Return whether ``name`` is one of ``modules`` or inside one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    prefixes = tuple(f"{module}." for module in modules)
+    return name in modules or name.startswith(prefixes)
 
 
 def _configuration(model: nn.Module) -> Any:
@@ -218,33 +250,35 @@ def _configuration(model: nn.Module) -> Any:
     return config
 
 
-def _save_tokenizer(tokenizer: Any, place: Path) -> None:
-    """Write a tokenizer; OSError where that fails, which its library calls an Exception."""
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer; any error is an OSError (its library raises a bare Exception)."""
     try:
-        tokenizer.save_pretrained(place)
+        tokenizer.save_pretrained(folder)
     except Exception as error:
         raise OSError(str(error)) from error
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes ``folder`` once all of it is on the disk.
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write into; at the end it is renamed to ``folder``.
 
-    Otherwise nothing is left. A folder that exists or cannot be written raises BadInput.
+    After an error nothing is left. A folder that exists or cannot be written raises BadInput.
     """
     refuse_existing(folder)
-    place = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    # A neighbour of the same file system, which a rename needs; the id tells processes apart.
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir()
-        yield place
-        for path in [*place.rglob("*"), place]:
+        temporary.mkdir()
+        yield temporary
+        # First the contents, then the name: a crash leaves no folder that is only partly written.
+        for path in [*temporary.rglob("*"), temporary]:
             sync(path)
-        place.rename(folder)
+        temporary.rename(folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         remedy = "make room, or choose another place"
         raise BadInput(f"{folder}: cannot be written ({why}); {remedy}") from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The head: what a classifier has on top of its base model, and how much of it is known already."""
+"""The head: what a classifier has on top of its base model, and what of it a checkpoint holds."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from fedpeft.errors import BadInput
 POOLER: Final = re.compile(r"(^|\.)pooler\.")
 """Parts of a base model that only classifiers use, so that checkpoints of other tasks lack them."""
 SHOWN: Final = 3
-"""Names that a line holds before it says ``...``."""
+"""How many names a line holds before it says ``...``."""
 
 
 @final
@@ -21,10 +21,10 @@ SHOWN: Final = 3
 class Fit:
     """How a checkpoint fits a classifier, by names of parameters.
 
-    ``outside``: what does not belong to the base model. ``lacking``: what the checkpoint lacks, or
-    has in another shape, so that it was drawn. ``rows``: the parameters of the last dense layer
-    outside, which has a row for each label; none where there is no such layer.
-    ``resized``: whether the checkpoint has such a layer for another number of labels.
+    ``outside``: parameters outside of the base model. ``lacking``: parameters that the checkpoint
+    lacks, or has in another shape; they were drawn. ``rows``: the parameters of the last dense
+    layer outside, which has a row for each label; empty where there is no such layer. ``resized``:
+    whether the checkpoint has that layer for another number of labels.
     """
 
     outside: frozenset[str]
@@ -46,29 +46,41 @@ class Fit:
 def fit(model: nn.Module, report: Mapping[str, Any], name: str) -> Fit:
     """Return how the checkpoint fits ``model``, by transformers' ``report`` on loading it.
 
-    Of the base model the checkpoint may lack a pooler. Else BadInput is raised: a frozen base with
-    weights that nobody has trained is worth nothing.
+    Of the base model the checkpoint may lack a pooler alone. A larger gap raises BadInput: a frozen
+    base with weights that nobody has trained is worth nothing.
     """
-    own = [key for key, _ in model.named_parameters()]
-    outside = _outside(model, own)
+    parameters = [key for key, _ in model.named_parameters()]
+    outside = _outside(model, parameters)
     rows = _rows(model, outside)
-    shapes = {key: (tuple(there), tuple(here)) for key, there, here in report["mismatched_keys"]}
+    # 1. Shapes may differ in the rows for labels alone, which the data may have in another number.
+    shapes: dict[str, tuple[Sequence[int], Sequence[int]]] = {}
+    for key, stored, expected in report["mismatched_keys"]:
+        shapes[key] = (stored, expected)
     for key in sorted(shapes.keys() - rows):
-        there, here = ("x".join(map(str, shape)) for shape in shapes[key])
-        why = f"{key!r} is {there} in its weights and {here} by its configuration"
+        stored, expected = shapes[key]
+        both = f"{_by_x(stored)} in its weights and {_by_x(expected)} by its configuration"
+        why = f"{key!r} is {both}"
         raise BadInput(f"model.name = {name!r}: {why}; the two must be of one model")
+    # 2. Of the base model nothing may be missing, except for the pooler.
     missing = set(report["missing_keys"])
-    gaps = [key for key in own if key in missing - outside]
-    if not all(POOLER.search(key) for key in gaps):
-        of_base = f"of the base model's {len(own) - len(outside)} parameters"
+    gaps: list[str] = []
+    only_poolers = True
+    for key in parameters:
+        if key in missing and key not in outside:
+            gaps.append(key)
+            if not POOLER.search(key):
+                only_poolers = False
+    if not only_poolers:
+        of_base = f"of the base model's {len(parameters) - len(outside)} parameters"
         why = f"the checkpoint lacks {len(gaps)} {of_base} ({some(gaps)})"
         raise BadInput(f"model.name = {name!r}: {why}; {_perhaps(report['unexpected_keys'])}")
-    lacking = frozenset(own).intersection(missing | shapes.keys())
+    # 3. Buffers may be missing, too; only parameters are drawn and trained.
+    lacking = frozenset(parameters).intersection(missing | shapes.keys())
     return Fit(outside, lacking, rows, resized=bool(rows & shapes.keys()))
 
 
 def notes(found: Fit, known: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
-    """Return what is to be said of a head; ``known``: the label names of the checkpoint's rows."""
+    """Return notes for the user on a head; ``known``: the label names of the checkpoint's rows."""
     said = []
     if poolers := sorted(found.lacking - found.outside):
         said.append(f"the checkpoint lacks {some(poolers)}: drawn anew, and trained as the head is")
@@ -98,6 +110,7 @@ def reorder(
     labels: Sequence[str],
 ) -> None:
     """Put the rows of the parameters ``rows`` from the order of ``known`` in that of ``labels``."""
+    # Row k of the result is the row of labels[k]; weights are (labels, in), biases (labels,).
     order = torch.tensor([known.index(label) for label in labels])
     for name in rows:
         parameter = model.get_parameter(name)
@@ -114,18 +127,28 @@ def some(names: Collection[str]) -> str:
     return ", ".join([*first, "..."] if len(names) > SHOWN else first)
 
 
-def _outside(model: Any, own: Sequence[str]) -> frozenset[str]:
-    """Return which of the parameters ``own`` of ``model`` do not belong to its base model."""
+def _by_x(shape: Sequence[int]) -> str:
+    """Return a shape for people.
+
+    >>> _by_x((4, 384))
+    '4x384'
+    """
+    return "x".join(map(str, shape))
+
+
+def _outside(model: Any, parameters: Sequence[str]) -> frozenset[str]:
+    """Return which of the ``parameters`` of ``model`` do not belong to its base model."""
     if model.base_model is not model:
         inside = f"{model.base_model_prefix}."
-        return frozenset(key for key in own if not key.startswith(inside))
-    # Code that a model brings along need not name its base: all but the last dense layer is it.
-    return _rows(model, frozenset(own))
+        return frozenset(key for key in parameters if not key.startswith(inside))
+    # A model's own Python code may not name its base: then all but the last dense layer is base.
+    return _rows(model, frozenset(parameters))
 
 
 def _rows(model: nn.Module, among: frozenset[str]) -> frozenset[str]:
-    """Return the parameters of the last dense layer of ``model`` that are ``among`` the given."""
+    """Return weight and bias of the last dense layer of ``model`` that is ``among`` these names."""
     last = ""
+    # Modules come in the order of definition, in which the layer that gives the logits is last.
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" in among:
             last = name
@@ -133,7 +156,7 @@ def _rows(model: nn.Module, among: frozenset[str]) -> frozenset[str]:
 
 
 def _perhaps(unexpected: Collection[str]) -> str:
-    """Return why a checkpoint may lack what it should have; ``unexpected``: what it has instead."""
+    """Return why a checkpoint may lack parameters; ``unexpected``: names that it has instead."""
     if unexpected:
         instead = some(sorted(unexpected))
         return f"it has {instead} instead; a prefix before the names, such as 'module.', may be why"

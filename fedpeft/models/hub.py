@@ -1,4 +1,4 @@
-"""The hub, where it can be reached: it is tried once, so that nobody waits for it in vain."""
+"""The hub: it is tried once before anything is loaded, so that nobody waits for it in vain."""
 
 import queue
 import threading
@@ -10,14 +10,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from fedpeft.errors import BadInput
 from fedpeft.models.choice import PACKAGED
 
+# Long enough for a slow link, and short enough to wait for once.
 PATIENCE: Final = 8.0
-"""Seconds that the hub has for an answer, whatever it says."""
+"""Seconds that the hub has for an answer, of any kind."""
 
 
 def fetched(name: str) -> str:
-    """Return ``name``, a hub id, or where the hub is out of reach the folder it was kept in.
+    """Return ``name``, a hub id; where the hub is out of reach, the folder of its cached files.
 
-    One that was never fetched then raises BadInput.
+    A model that was never fetched then raises BadInput.
     """
     if constants.HF_HUB_OFFLINE:
         why = "the hub is not asked, as HF_HUB_OFFLINE is set"
@@ -32,7 +33,7 @@ def fetched(name: str) -> str:
 
 
 def unfetched(why: str) -> str:
-    """Return ``why`` a model does not come from the hub, with the ways to do without it."""
+    """Return ``why`` a model does not come from the hub, with other ways to get one."""
     _, _, remedy = PACKAGED["minilm"]
     ways = f"give a folder that holds it, or 'minilm', which needs no network ({remedy})"
     return f"{why}, and the model was not fetched before; {ways}"
@@ -49,7 +50,8 @@ def _answers() -> bool:
         except Exception:  # no route, no such host, no certificate: all the same here
             answers.put(False)
 
-    # In a thread, as looking up the name of a host knows no time limit.
+    # In a thread, as the look-up of a host's name has no time limit; a daemon, so that a look-up
+    # that hangs does not keep the process alive.
     threading.Thread(target=ask, daemon=True).start()
     try:
         return answers.get(timeout=PATIENCE)

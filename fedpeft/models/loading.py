@@ -45,10 +45,11 @@ def kernels(choice: ModelSection, task: Task) -> Kernels:
 def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loaded:
     """Return the model for ``task``, every parameter frozen.
 
-    What the checkpoint lacks of a head is drawn from ``seed``, whatever ran before. A classifier
-    that knows the very names of its labels is kept, its rows put in their order; the rows of one
-    that knows others are drawn anew. What does not load or does not fit raises BadInput.
+    Parts of the head that the checkpoint lacks are drawn from ``seed`` alone. A classifier for the
+    same label names is kept, with its rows in the data's order; of one for other names the rows are
+    drawn anew. A model that does not load or does not fit raises BadInput.
     """
+    # 1. The configuration, with the data's labels in place of the checkpoint's.
     labels = task.form.labels
     source = find(choice, task.form.auto_class)
     config = source.configuration()
@@ -56,24 +57,28 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     if labels:
         _set_labels(config, labels)
     _set_dropout(config, choice.dropout)
+    # 2. Weights and head.
     draw = derive(seed, "head")
     model, report = source.weights(config, hardware.attention, draw)
-    found = fit(model, report, choice.name)
-    drawn = found.lacking
-    if found.has_rows and same(known, labels):
-        reorder(model, found.rows, known, labels)
-    elif found.has_rows:
-        model = source.redrawn(model, found.rows, draw)
-        drawn |= found.rows
+    head_fit = fit(model, report, choice.name)
+    drawn = head_fit.lacking
+    if head_fit.has_rows and same(known, labels):
+        reorder(model, head_fit.rows, known, labels)
+    elif head_fit.has_rows:
+        # As many labels, but other ones: rows that were trained for these mean nothing here.
+        model = source.redrawn(model, head_fit.rows, draw)
+        drawn |= head_fit.rows
+    # 3. The tokenizer, and whether the two belong together.
     tokenizer = source.tokenizer(config)
-    said = (*notes(found, known, labels), *settle_padding(tokenizer, model, choice))
+    said = (*notes(head_fit, known, labels), *settle_padding(tokenizer, model, choice))
     check_vocabulary(tokenizer, model, choice)
     check_lengths(tokenizer, model, choice)
+    # 4. Freeze it. The digest comes before the move: it reads the checkpoint's bytes on the CPU.
     model.requires_grad_(False)
     if task.form.reads == "summary":
         spare_last_block(model)
         pad_on_the_left(model)
-    base = describe(model, found.head)
+    base = describe(model, head_fit.head)
     digest = _digest(base, drawn)
     model = model.to(hardware.torch_device)
     try_out(task.with_tokenizer(tokenizer), model, hardware.torch_device, choice)
@@ -84,21 +89,23 @@ def _set_labels(config: Any, labels: Sequence[str]) -> None:
     """Let a transformers configuration, and the text's part of it, know the names of the labels."""
     for part in (config, config.get_text_config()):
         part.id2label = dict(enumerate(labels))
-        part.label2id = {label: number for number, label in enumerate(labels)}
+        part.label2id = {label: index for index, label in enumerate(labels)}
 
 
 def _set_dropout(config: Any, probability: float) -> None:
     """Set every dropout probability of a configuration, whatever the family calls it."""
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
+            # BERT: hidden_dropout_prob; GPT-2: attn_pdrop. Fields with other values, such as a
+            # flag, are no probabilities.
             if re.search(r"dropout|pdrop", name) and isinstance(value, float):
                 setattr(part, name, probability)
 
 
 def _digest(base: Base, drawn: frozenset[str]) -> str:
     """Return a digest of the checkpoint's parameters, without what was ``drawn`` from the seed."""
-    whole = blake2b(digest_size=16)
+    hasher = blake2b(digest_size=16)
     for name in sorted(base.parameters.keys() - drawn):
-        whole.update(name.encode())
-        whole.update(base.parameters[name].contiguous().numpy().tobytes())
-    return whole.hexdigest()
+        hasher.update(name.encode())
+        hasher.update(base.parameters[name].contiguous().numpy().tobytes())
+    return hasher.hexdigest()

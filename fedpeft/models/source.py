@@ -32,9 +32,9 @@ ADAPTER: Final = "adapter_config.json"
 class Source:
     """Where the files of a model are.
 
-    ``name``: what the user calls it; ``place``: the folder or hub id that this stands for.
-    ``trusted``: whether Python files that it brings along may run. ``auto_class``: the class of
-    transformers that loads it, by name.
+    ``name``: the user's name for it. ``place``: the folder or hub id behind that name. ``trusted``:
+    whether Python files that come with the model may run. ``auto_class``: the name of the class of
+    transformers that loads it.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Source:
 
         BadInput is raised where transformers has no model of this kind for such a configuration.
         """
+        # A model with Python files of its own names its classes in `auto_map`.
         foreign = (getattr(config, "auto_map", None) or {}).get(self.auto_class)
         kind: Any = None
         if foreign is not None and self.trusted:
@@ -67,8 +68,10 @@ class Source:
     def weights(self, config: Any, attention: str, seed: int) -> tuple[Any, Mapping[str, Any]]:
         """Return a classifier in float32, and transformers' report on what the checkpoint lacks.
 
-        That is drawn from ``seed``. What has another shape in the checkpoint counts as lacking.
+        Missing parameters are drawn from ``seed``. A parameter that has another shape in the
+        checkpoint counts as missing.
         """
+        # transformers draws from torch's global generator, which is put back afterwards.
         with self._reading("weights"), torch.random.fork_rng():
             torch.manual_seed(seed)
             model, report = self._auto().from_pretrained(
@@ -84,7 +87,11 @@ class Source:
 
     def redrawn(self, model: Any, names: Collection[str], seed: int) -> Any:
         """Return ``model`` with the parameters ``names`` drawn as if the checkpoint lacked them."""
-        kept = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+        kept: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            if name not in names:
+                kept[name] = tensor
+        # From a state dictionary alone: the checkpoint's own rows must not come back.
         with self._reading("weights"), torch.random.fork_rng():
             torch.manual_seed(seed)
             return type(model).from_pretrained(
@@ -98,8 +105,8 @@ class Source:
     def tokenizer(self, config: Any) -> Any:
         """Return the tokenizer; a folder without one raises BadInput.
 
-        The head of an encoder and decoder reads the one end-of-text mark, so texts that spell such
-        a mark are read letter by letter there.
+        The head of an encoder-decoder reads the position of the one end-of-text token. A text that
+        spells this token must not add another: there, special tokens are split like any word.
         """
         with self._reading("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -107,6 +114,7 @@ class Source:
                 trust_remote_code=self.trusted,
                 split_special_tokens=bool(config.is_encoder_decoder),
             )
+            # Without files of a tokenizer transformers may build one of special tokens alone.
             if len(tokenizer) <= len(tokenizer.all_special_tokens):
                 raise ValueError(f"{self.place} has no tokenizer beside the model")
         return tokenizer
@@ -130,10 +138,11 @@ class Source:
 
 def find(choice: ModelSection, auto_class: str) -> Source:
     """Return where the files of the chosen model are; a name of none raises BadInput."""
-    place = locate(choice.name)
-    folder = Path(place)
-    if not folder.is_dir():
-        return Source(choice.name, fetched(place), choice.trust_remote_code, auto_class)
+    location = locate(choice.name)
+    folder = Path(location)
+    if not folder.is_dir():  # an id on the hub
+        return Source(choice.name, fetched(location), choice.trust_remote_code, auto_class)
+    # Looked for first: an adapter's folder lacks config.json, too, and this message says more.
     if (folder / ADAPTER).exists():
         why = f"holds an adapter of {_base_of(folder)}, no model"
         remedy = "merge the two first, as fedpeft export RUN FOLDER --merge does"
@@ -141,7 +150,7 @@ def find(choice: ModelSection, auto_class: str) -> Source:
     if not (folder / "config.json").exists():
         why = "holds no model, as it has no config.json"
         raise BadInput(f"model.name = {choice.name!r}: {why}; give another folder or a hub id")
-    return Source(choice.name, place, choice.trust_remote_code, auto_class)
+    return Source(choice.name, location, choice.trust_remote_code, auto_class)
 
 
 def _base_of(folder: Path) -> str:
@@ -154,15 +163,20 @@ def _base_of(folder: Path) -> str:
 
 
 def _why(part: str, error: Exception, warnings: Sequence[str]) -> str:
-    """Return what hinders ``part``; ``warnings``: what transformers said before it failed."""
+    """Return why ``part`` cannot be loaded; ``warnings``: of transformers, before it failed."""
+    # Matched by their texts: the libraries have no classes of their own for these errors.
     text = str(error)
     if "trust_remote_code" in text:
         remedy = "read them, and set model.trust_remote_code = true to let them run"
         return f"its {part} needs Python files that it brings along; {remedy}"
     if any(isinstance(one, LocalEntryNotFoundError) for one in chain(error)):
         return unfetched(f"the hub ({constants.ENDPOINT}) does not give its {part}")
-    # Where transformers cannot read a SentencePiece model it tries another kind, and fails by that.
-    pieces = [" ".join(heard.split()) for heard in warnings if "SentencePiece" in heard]
+    # When transformers cannot read a SentencePiece model it tries another kind, and the error is
+    # about that one; only the warning before it tells the cause.
+    pieces: list[str] = []
+    for warning in warnings:
+        if "SentencePiece" in warning:
+            pieces.append(" ".join(warning.split()))
     if pieces and (missing := absent("sentencepiece", "protobuf")):
         return f"its tokenizer is a SentencePiece model; to read it: pip install {missing}"
     if pieces:

@@ -1,4 +1,4 @@
-"""Which tokens the head of a family reads: no others are computed, and padding is none of them."""
+"""The tokens that the head of a family reads: no others are computed, and none is padding."""
 
 from typing import Any
 
@@ -21,8 +21,7 @@ READS_LAST = ("xlnet",)
 def spare_last_block(model: nn.Module) -> None:
     """Let the last block compute the first token alone where the head reads no other.
 
-    That is once its attention is done. The token is handed on contiguous: of a view with gaps a
-    dense layer makes as many products of one row.
+    Its attention still reads all tokens; what follows the attention computes the first one.
     """
     config: Any = model.config
     # Chunks of a feed-forward want a multiple of their size, not one token.
@@ -30,13 +29,20 @@ def spare_last_block(model: nn.Module) -> None:
     if config.model_type in READS_FIRST and not chunked:
         blocks, leaving = READS_FIRST[config.model_type]
         last: Any = model.base_model.get_submodule(blocks)[-1]  # type: ignore[union-attr,index]
-        last.get_submodule(leaving).register_forward_pre_hook(
-            lambda _, given: tuple(hidden[:, :1].contiguous() for hidden in given)
-        )
+        last.get_submodule(leaving).register_forward_pre_hook(_first_tokens)
+
+
+def _first_tokens(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the first token of hidden states, (n, L, width) -> (n, 1, width)."""
+    # Contiguous: for a view with gaps a dense layer would make n products of one row each.
+    return tuple(hidden[:, :1].contiguous() for hidden in inputs)
 
 
 def pad_on_the_left(model: nn.Module) -> None:
-    """Turn batches, which are padded on the right here, where the head reads the last position."""
+    """Move the padding of batches to the left where the head reads the last position.
+
+    Tasks pad on the right.
+    """
     config: Any = model.config
     if config.model_type in READS_LAST:
         model.register_forward_pre_hook(_turned, with_kwargs=True)
@@ -50,8 +56,9 @@ def _turned(
     """Move the padding of ``input_ids`` and ``attention_mask``, (n, L), from right to left."""
     ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
     length = ids.shape[1]
-    padding = length - mask.sum(dim=1, keepdim=True)
-    # Position p of a row with q paddings holds what stood at p - q; the paddings come round.
+    padding = length - mask.sum(dim=1, keepdim=True)  # (n, 1)
+    # Position p of a row with q paddings takes what was at p - q, modulo the length: the paddings
+    # from the end come to the front. (n, L)
     before = (torch.arange(length, device=ids.device) - padding) % length
     turned = {"input_ids": ids.gather(1, before), "attention_mask": mask.gather(1, before)}
     return args, {**kwargs, **turned}

@@ -1,4 +1,4 @@
-"""What a set of runs says about itself in words: the setting for titles, the captions' lines."""
+"""The words around tables and figures: the setting in titles, the lines of captions."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,22 +9,23 @@ from fedpeft.report.summary import Summary
 from fedpeft.report.terms import SHARE_OF_MEDIAN, Terms
 
 REASONS = 3
-"""How many reasons of lost replies are named."""
+"""How many reasons of lost replies are named: a caption is small, and ``runs.csv`` has them all."""
 
 
 def setting(runs: Sequence[Summary]) -> str:
     """Return data, model, federation and, if the settings have it, the partition's alpha.
 
-    Of a path its last part is named. References, which have a federation of their own, are asked
-    only where there is nothing else.
+    Paths are shortened to their last part. References are left out where there are federated runs:
+    they may have another federation, such as one client with all data.
     """
-    federated = [run.run for run in runs if run.federated]
+    described = _federated(runs) or runs
     data: list[object] = []
     models: list[object] = []
     clients: list[object] = []
     sampled: list[object] = []
     alphas: list[object] = []
-    for row in federated or [run.run for run in runs]:
+    for run in described:
+        row = run.run
         data.append(PurePath(row.data).name)
         models.append(PurePath(row.model).name)
         clients.append(row.clients)
@@ -37,6 +38,11 @@ def setting(runs: Sequence[Summary]) -> str:
     return " · ".join(parts)
 
 
+def _federated(runs: Iterable[Summary]) -> list[Summary]:
+    """Return the runs that are no references."""
+    return [run for run in runs if run.federated]
+
+
 def provenance(runs: Sequence[Summary]) -> str:
     """Return the data's digest, the runs' lengths, their seeds and what they were scored on."""
     digests: list[str] = []
@@ -44,7 +50,7 @@ def provenance(runs: Sequence[Summary]) -> str:
     seeds: list[int] = []
     splits: list[str] = []
     for run in runs:
-        digests.append(run.run.data_digest[:12])
+        digests.append(run.run.data_digest[:12])  # 48 bits tell data sets apart
         rounds.append(run.rounds)
         seeds.append(run.run.seed)
         if run.split is not None:
@@ -63,6 +69,7 @@ def target(terms: Terms, metric: Metric) -> str:
     """Return which score 'to target' means, and where it comes from."""
     if terms.target is None:
         return "no target: nothing was evaluated"
+    # The same three cases as in `terms.agree`: given, a share of a score, a score over a share.
     final = f"the median method's final {metric.label}"
     if terms.given:
         source = "as asked"
@@ -81,16 +88,18 @@ def losses(runs: Iterable[Summary]) -> str:
         reasons.update(run.lost)
     if not reasons:
         return ""
-    named = reasons.most_common(REASONS)
-    shares = [f"{count} x {reason}" for reason, count in named]
-    rest = reasons.total() - sum(count for _, count in named)
-    if rest:
-        shares.append(f"{rest} x other (runs.csv)")
+    shares: list[str] = []
+    others = reasons.total()
+    for reason, count in reasons.most_common(REASONS):
+        shares.append(f"{count} x {reason}")
+        others -= count
+    if others:
+        shares.append(f"{others} x other (runs.csv)")
     return "lost replies: " + ", ".join(shares)
 
 
 def unfinished(runs: Iterable[Summary]) -> str:
-    """Return which runs did fewer rounds than they set out to; empty when all are complete."""
+    """Return which runs did fewer rounds than planned; empty when all are complete."""
     short: list[str] = []
     for run in runs:
         planned = run.run.rounds
@@ -100,7 +109,7 @@ def unfinished(runs: Iterable[Summary]) -> str:
 
 
 def stacks(runs: Iterable[Summary]) -> str:
-    """Return how figures of clients that trained side by side are to be read; empty without any."""
+    """Return how to read the figures of clients that trained side by side; empty without any."""
     largest = max(run.side_by_side for run in runs)
     if largest == 1:
         return ""
@@ -111,7 +120,7 @@ def stacks(runs: Iterable[Summary]) -> str:
 
 
 def _listed(values: Iterable[object]) -> str:
-    """Return each different value once, in their order.
+    """Return the different values in their order, each once.
 
     >>> _listed([20, 30, 20])
     '20, 30'
@@ -120,7 +129,10 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _alphas(settings: Mapping[str, object]) -> Iterator[object]:
-    """Yield ``alpha`` of every table named ``partition``, at any depth; adapters have others."""
+    """Yield ``alpha`` of every table named ``partition``, at any depth.
+
+    Other tables are passed over: adapters have an alpha of another meaning.
+    """
     for name, value in settings.items():
         if isinstance(value, Mapping):
             if name == "partition" and "alpha" in value:

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from fedpeft.errors import BadInput
 from fedpeft.ledger import RunRow
-from fedpeft.report.columns import Numbers, numbers_of, over_seeds, sample_deviation
 from fedpeft.report.metric import Metric
+from fedpeft.report.numbers import Numbers, numbers_of, over_seeds, sample_deviation
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import FEDADAPTER_LINK, Terms, agree
 
@@ -22,7 +22,7 @@ class Line:
     """One method: its runs (one per seed), the numbers of each, their mean, their deviation.
 
     ``spread``: the sample standard deviation. A mean exists only where every seed has the number:
-    a mean over the seeds that reached a target would flatter.
+    a mean over just those seeds that reached a target would flatter the method.
     """
 
     label: str
@@ -73,6 +73,7 @@ def compare(
     others = _other_metrics(runs) or BESIDE.get(metric.name, ())
     lines = [_line(label, group, terms, others) for label, group in groups]
 
+    # A stable sort: lines with equal scores keep the order of the runs.
     lines.sort(key=lambda line: _rank(line, metric))
     return Comparison(tuple(lines), terms, metric, others, runs[0].run.majority)
 
@@ -85,14 +86,14 @@ def _rank(line: Line, metric: Metric) -> float:
 def _check_comparable(runs: Sequence[Summary]) -> None:
     if not runs:
         raise BadInput("report: no runs given; name at least one run's folder")
-    first = runs[0]
+    splits: set[str] = set()
     for run in runs:
-        _check_pair(first, run)
-    splits = sorted({run.split for run in runs if run.split is not None})
+        _check_pair(runs[0], run)
+        if run.split is not None:  # a run without an evaluation has none
+            splits.add(run.split)
     if len(splits) > 1:
-        raise BadInput(
-            f"report: runs are scored on different splits ({', '.join(splits)}); report them apart"
-        )
+        names = ", ".join(sorted(splits))
+        raise BadInput(f"report: runs are scored on different splits ({names}); report them apart")
 
 
 def _check_pair(first: Summary, other: Summary) -> None:
@@ -127,8 +128,8 @@ def _other_metrics(runs: Iterable[Summary]) -> tuple[str, ...]:
 def _by_method(runs: Iterable[Summary]) -> list[tuple[str, list[Summary]]]:
     """Group runs by method.
 
-    Where the runs of one method repeat a seed, they are grouped by their other settings as well,
-    and each group is named after its run, too.
+    Where the runs of one method repeat a seed, they differ in something else: they are then grouped
+    by their other settings as well, and the name of a run becomes part of each group's label.
     """
     by_method: dict[str, list[Summary]] = {}
     for run in runs:
@@ -140,14 +141,21 @@ def _by_method(runs: Iterable[Summary]) -> list[tuple[str, list[Summary]]]:
             continue
         for group in _by_settings(of_method):
             name = f"{method} ({group[0].run.name})"
-            same_name = sum(label.startswith(name) for label, _ in groups)
-            label = f"{name} {same_name + 1}" if same_name else name
-            groups.append((label, group))
+            groups.append((_numbered(name, groups), group))
     return groups
 
 
+def _numbered(name: str, groups: Iterable[tuple[str, object]]) -> str:
+    """Return ``name``, with a number from 2 on where groups before it have that name."""
+    count = 1
+    for label, _ in groups:
+        if label.startswith(name):  # with or without a number
+            count += 1
+    return f"{name} {count}" if count > 1 else name
+
+
 def _by_settings(runs: Iterable[Summary]) -> list[list[Summary]]:
-    """Group runs that differ in nothing but the seed; where those repeat one, each stands alone."""
+    """Group runs that differ in nothing but the seed; where a seed repeats, each stands alone."""
     by_settings: dict[str, list[Summary]] = {}
     for run in runs:
         by_settings.setdefault(_apart_from_seed(run.run), []).append(run)
@@ -155,8 +163,9 @@ def _by_settings(runs: Iterable[Summary]) -> list[list[Summary]]:
     for alike in by_settings.values():
         if _seeds_differ(alike):
             groups.append(alike)
-        else:
-            groups.extend([run] for run in alike)
+        else:  # the same run more than once: a mean would count it twice
+            for run in alike:
+                groups.append([run])
     return groups
 
 
@@ -165,9 +174,10 @@ def _seeds_differ(runs: Sequence[Summary]) -> bool:
 
 
 def _apart_from_seed(run: RunRow) -> str:
-    """Return what runs have in common that differ in nothing but the seed."""
+    """Return a text that is the same for runs that differ in nothing but the seed."""
     settings = dict(run.settings)
     settings.pop("seed", None)
+    # Sorted, as the order of settings means nothing; `str` for values that JSON lacks.
     return json.dumps([run.name, settings], sort_keys=True, default=str)
 
 

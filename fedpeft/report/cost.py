@@ -10,9 +10,9 @@ from fedpeft.ledger import ClientRow
 class Cost:
     """What a run had spent by some moment.
 
-    ``bytes``: all traffic, down and up. ``slowest_bytes``: per round the most that any one client
-    moved, down and up, summed over rounds. ``slowest_seconds``: per round the longest measured
-    training of a client, summed over rounds. ``slowest_alone``: the same of clients that train
+    ``bytes``: all traffic, down and up. ``slowest_bytes``: the most bytes that one client moved in
+    a round, down and up, summed over rounds. ``slowest_seconds``: the longest measured training of
+    a client in a round, summed over rounds. ``slowest_alone``: the same for clients that train
     alone, as on a machine of their own.
 
     >>> first, second = Cost(bytes=6, slowest_bytes=4), Cost(bytes=7, slowest_bytes=5)
@@ -50,14 +50,16 @@ class Cost:
     def modelled(self, bandwidth: float) -> float:
         """Return the modelled seconds so far: ``network`` plus each round's longest training alone.
 
-        A client's share of what several side by side took would make methods whose clients can
-        train so look faster than others, though every client has a machine of its own.
+        Alone, as every client is modelled with a machine of its own. The shared seconds of clients
+        side by side would make methods that can be stacked look faster than the others.
         """
         return self.network(bandwidth) + self.slowest_alone
 
 
 def cost_of(asked: Sequence[ClientRow]) -> Cost:
-    """Return what the rounds of these rows cost, all clients' bytes and the slowest ones' times."""
+    """Return the cost of the rounds of these rows: bytes of all clients, times of the slowest."""
+    # A round ends with its slowest client, so maxima within a round and sums over rounds. Lost
+    # clients count, too: their bytes were moved.
     by_round: dict[int, Cost] = {}
     for row in asked:
         moved = row.down + row.up

@@ -1,11 +1,11 @@
-"""A comparison as CSV files, with every number: per method, per run, and along every run's curve."""
+"""A comparison as CSV files with every number: per method, per run, along every run's curve."""
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedpeft.report.comparison import Comparison
-from fedpeft.report.summary import Point
+from fedpeft.report.summary import Point, Summary
 from fedpeft.report.terms import SLORA_LINK
 
 Cells = Sequence[object]
@@ -15,9 +15,9 @@ Cells = Sequence[object]
 def save(compared: Comparison, out: Path) -> list[Path]:
     """Write ``summary.csv``, ``runs.csv`` and ``curves.csv`` to the existing folder ``out``.
 
-    Returns their paths. ``runs.csv`` has the fields of ``Numbers`` for every run, with the name of
-    the metric for ``score``; ``summary.csv`` has their mean over a method's seeds, under
-    ``<field>_spread`` their sample standard deviation. An empty cell is a number that does not
+    Returns their paths. ``runs.csv`` has the fields of ``Numbers`` for every run, with the metric's
+    name in place of ``score``. ``summary.csv`` has their means over a method's seeds and, as
+    ``<field>_spread``, their sample standard deviations. An empty cell is a number that does not
     exist. Metrics are as they are in the ledgers, shares as shares of 1.
     """
     return [
@@ -28,6 +28,7 @@ def save(compared: Comparison, out: Path) -> list[Path]:
 
 
 def _write(path: Path, lines: Iterable[Cells]) -> Path:
+    # The same bytes on every system: no newline translation, and "\n" for csv's own "\r\n".
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
     return path
@@ -37,12 +38,13 @@ def _summary(compared: Comparison) -> Iterator[Cells]:
     metric, terms = compared.metric.name, compared.terms
     means = list(compared.lines[0].mean.columns(metric))
     spreads = [f"{name}_spread" for name in means]
-    given = ["target", "bandwidth", "equal_rounds", "equal_bytes", "majority"]
-    yield ["method", "seeds", *means, *spreads, *given]
-    values = [terms.target, terms.bandwidth, terms.rounds, terms.budget, compared.majority]
+    # The terms are the same on every line, so that a line can be read without the others.
+    term_headings = ["target", "bandwidth", "equal_rounds", "equal_bytes", "majority"]
+    yield ["method", "seeds", *means, *spreads, *term_headings]
+    term_values = [terms.target, terms.bandwidth, terms.rounds, terms.budget, compared.majority]
     for line in compared.lines:
         mean, spread = line.mean.columns(metric), line.spread.columns(metric)
-        yield [line.label, len(line.runs), *mean.values(), *spread.values(), *values]
+        yield [line.label, len(line.runs), *mean.values(), *spread.values(), *term_values]
 
 
 def _runs(compared: Comparison) -> Iterator[Cells]:
@@ -51,9 +53,16 @@ def _runs(compared: Comparison) -> Iterator[Cells]:
     yield ["method", "run", "seed", *headings, "lost_reasons"]
     for line in compared.lines:
         for run, numbers in zip(line.runs, line.each, strict=True):
-            reasons = "; ".join(f"{reason}: {count}" for reason, count in run.lost.items())
             cells = numbers.columns(metric).values()
-            yield [line.label, run.run.name, run.run.seed, *cells, reasons]
+            yield [line.label, run.run.name, run.run.seed, *cells, _reasons(run)]
+
+
+def _reasons(run: Summary) -> str:
+    """Return why replies of a run were lost, with how many of them."""
+    parts: list[str] = []
+    for reason, count in run.lost.items():
+        parts.append(f"{reason}: {count}")
+    return "; ".join(parts)
 
 
 def _curves(compared: Comparison) -> Iterator[Cells]:

@@ -1,20 +1,18 @@
-"""A comparison as PNG figures: the score over rounds, traffic and modelled time, a line per method."""
+"""A comparison as PNG figures: a line per method over rounds, traffic and modelled time."""
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import compress
-from operator import add, sub
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fedpeft.errors import BadInput
 from fedpeft.report import captions
-from fedpeft.report.columns import sample_deviation
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.metric import Metric
 from fedpeft.report.names import MOST, literal, plain
+from fedpeft.report.numbers import sample_deviation
 from fedpeft.report.strokes import Stroke, strokes_for
 from fedpeft.report.summary import Point
 
@@ -28,7 +26,7 @@ LONGEST_TITLE = 120
 
 @dataclass(frozen=True)
 class View:
-    """One figure: its file, what is along x, and whether x is logarithmic."""
+    """One figure: its file, the label and the values along x, and whether x is logarithmic."""
 
     file: str
     label: str
@@ -38,9 +36,9 @@ class View:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's mean over seeds, after every round after which all of them were evaluated.
+    """A method's mean over seeds, at every round at which all of its seeds were evaluated.
 
-    ``mean``: of the score, a share in per cent; ``spread``: its sample standard deviation.
+    ``mean``: of the score, a share in per cent. ``spread``: its sample standard deviation.
     """
 
     x: tuple[float, ...]
@@ -61,9 +59,9 @@ def check() -> None:
 def save(compared: Comparison, out: Path) -> list[Path]:
     """Write ``<metric>_over_{rounds,megabytes,time}.png`` to the existing folder ``out``.
 
-    Returns their paths. Lines are means over seeds, bands a sample standard deviation either way,
-    the dashes the majority class, where there is one. A method without any x above 0 on a
-    logarithmic axis, such as a reference that moves no bytes, is a level line.
+    Returns their paths. A line is the mean over seeds, its band a sample standard deviation either
+    way; the dashed line is the majority class, where there is one. A method without any x above 0
+    on a logarithmic axis, such as a reference that moves no bytes, is a level line.
     """
     check()
     return [_draw(compared, view, out / view.file) for view in _views(compared)]
@@ -72,22 +70,24 @@ def save(compared: Comparison, out: Path) -> list[Path]:
 def curve(line: Line, x: Callable[[Point], float]) -> Curve:
     """Return the method's curve over ``x``, which is averaged over seeds as well."""
     metric = line.runs[0].metric
+    # 1. Group the evaluations of all seeds by round; of several after one round the last counts.
     evaluated: dict[int, list[Point]] = {}
     for run in line.runs:
         latest = {point.round: point for point in run.curve}
         for round_number, point in latest.items():
             evaluated.setdefault(round_number, []).append(point)
+    # 2. Average over seeds, x as well: bytes and seconds differ from seed to seed.
     xs: list[float] = []
     means: list[float] = []
     spreads: list[float] = []
     for round_number in sorted(evaluated):
         points = evaluated[round_number]
         if len(points) < len(line.runs):
-            continue  # not every seed was evaluated then
+            continue  # a mean over fewer seeds would jump
         scores = [metric.in_unit(point.score) for point in points]
         xs.append(fmean(map(x, points)))
         means.append(fmean(scores))
-        spreads.append(sample_deviation(scores) or 0.0)
+        spreads.append(sample_deviation(scores) or 0.0)  # a single seed has no band
     return Curve(tuple(xs), tuple(means), tuple(spreads))
 
 
@@ -122,12 +122,14 @@ def _draw(compared: Comparison, view: View, path: Path) -> Path:
 
     figure = Figure(figsize=(9, 5), dpi=200, layout="constrained")
     axes = figure.add_subplot()
+    # 1. Lines and bands. The scale comes first: matplotlib's margins depend on it.
     if view.logarithmic:
         axes.set_xscale("log")
     for line, stroke in zip(compared.lines, strokes_for(compared.lines), strict=True):
         _draw_line(axes, line, stroke, view, compared.metric)
     if compared.majority is not None:
         _draw_majority(axes, compared.majority, compared.metric)
+    # 2. Labels, last: the ticks depend on the limits that the lines have set.
     if view.logarithmic:
         _label_decades(axes)
     _label_axes(axes, compared, view)
@@ -142,24 +144,38 @@ def _draw_line(axes: "Axes", line: Line, stroke: Stroke, view: View, metric: Met
         return
     label = f"{literal(line.label, MOST)}  {metric.written(line.mean.score)}"
     # A logarithmic axis has no place for 0.
-    shown = [x > 0 or not view.logarithmic for x in drawn.x]
-    if not any(shown):
+    shown = _above_zero(drawn) if view.logarithmic else drawn
+    if not shown.x:
         axes.axhline(drawn.mean[-1], color=stroke.colour, linestyle=stroke.style, label=label)
         return
-    x = list(compress(drawn.x, shown))
-    mean = list(compress(drawn.mean, shown))
-    spread = list(compress(drawn.spread, shown))
     axes.plot(
-        x,
-        mean,
+        shown.x,
+        shown.mean,
         color=stroke.colour,
         linestyle=stroke.style,
         marker=stroke.marker,
         markersize=3.5,
         label=label,
     )
-    low, high = list(map(sub, mean, spread)), list(map(add, mean, spread))
-    axes.fill_between(x, low, high, color=stroke.colour, alpha=0.15, linewidth=0)
+    low: list[float] = []
+    high: list[float] = []
+    for mean, spread in zip(shown.mean, shown.spread, strict=True):
+        low.append(mean - spread)
+        high.append(mean + spread)
+    axes.fill_between(shown.x, low, high, color=stroke.colour, alpha=0.15, linewidth=0)
+
+
+def _above_zero(drawn: Curve) -> Curve:
+    """Return the part of a curve whose x is above 0."""
+    xs: list[float] = []
+    means: list[float] = []
+    spreads: list[float] = []
+    for x, mean, spread in zip(drawn.x, drawn.mean, drawn.spread, strict=True):
+        if x > 0:
+            xs.append(x)
+            means.append(mean)
+            spreads.append(spread)
+    return Curve(tuple(xs), tuple(means), tuple(spreads))
 
 
 def _draw_majority(axes: "Axes", majority: float, metric: Metric) -> None:
@@ -180,10 +196,11 @@ def _label_decades(axes: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415
 
     low, high = axes.get_xlim()
+    # Within two decades there are few powers of ten, at worst none.
     multiples = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=multiples))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())  # else short axes get labels such as 2 x 10^1
 
 
 def _label_axes(axes: "Axes", compared: Comparison, view: View) -> None:
@@ -194,7 +211,7 @@ def _label_axes(axes: "Axes", compared: Comparison, view: View) -> None:
     direction = "" if metric.higher_is_better else f" ({metric.direction})"
     plain(axes.set_ylabel(_with_unit(metric) + direction))
     if metric.share:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0)  # differences between shares look as large as they are
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -205,7 +222,8 @@ def _add_legend(axes: "Axes", compared: Comparison) -> None:
     heading = f"final {_with_unit(compared.metric)}"
     if seeds > 1:
         heading += f"\n(mean of {seeds} seeds,\nband ± 1 s.d.)"
-    # By numbers at first: a legend leaves out what is called "_so", as matplotlib calls its own.
+    # Numbers are placeholders: matplotlib leaves lines with a label like "_name" out of a legend,
+    # as it labels its own lines so. The names are put in below.
     numbers = [f"{index}" for index in range(len(axes.lines))]
     legend = axes.legend(
         axes.lines,

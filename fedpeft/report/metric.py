@@ -13,8 +13,8 @@ from fedpeft.report.names import literal
 class Metric:
     """The primary metric of runs, as the first rows of their ledgers describe it.
 
-    ``share``: whether it is a share of 1 and written in per cent, as are then the other metrics
-    that a run reports beside it.
+    ``share``: whether it is a share of 1, which is written in per cent. Then the other metrics that
+    a run reports beside it are shares, too.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Metric:
         [7.0, 8.0, 9.0]
         """
         if math.isnan(score):
-            return math.inf
+            return math.inf  # NaN itself would make any order of a sort possible
         return -score if self.higher_is_better else score
 
     def reaches(self, score: float, target: float) -> bool:
@@ -70,10 +70,12 @@ class Metric:
         >>> Metric("perplexity", higher_is_better=False).relaxed(18.0, share=0.9)
         20.0
         """
+        # Times a factor below 1 goes towards zero, divided by it away from zero.
         return share * score if self.easier_towards_zero(score) else score / share
 
     def easier_towards_zero(self, score: float) -> bool:
         """Return whether scores between 0 and ``score`` are easier to reach than it is."""
+        # So for an accuracy (above 0), and for a log-likelihood (below 0) the other way round.
         return self.higher_is_better == (score > 0)
 
     def in_unit(self, score: float) -> float:
@@ -109,7 +111,10 @@ def spelled(name: str) -> str:
     ('exact match', 'macro F1')
     """
     words = literal(name).split("_")
-    return " ".join("F1" if word == "f1" else word for word in words)
+    for index, word in enumerate(words):
+        if word == "f1":
+            words[index] = "F1"
+    return " ".join(words)
 
 
 def significant(value: float) -> str:
@@ -118,5 +123,5 @@ def significant(value: float) -> str:
     >>> significant(0.12345), significant(12.0), significant(1234.5)
     ('0.123', '12.0', '1234')
     """
-    whole = value == 0 or abs(value) >= 99.95  # 99.95 is the first that would round to 100.0
-    return f"{value:.0f}" if whole else f"{value:#.3g}"
+    as_integer = value == 0 or abs(value) >= 99.95  # 99.95 is the first that would round to 100.0
+    return f"{value:.0f}" if as_integer else f"{value:#.3g}"

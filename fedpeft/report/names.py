@@ -19,7 +19,7 @@ TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 def literal(name: str, most: int | None = None) -> str:
     r"""Return ``name`` in one printable line; what is longer than ``most`` ends with an ellipsis.
 
-    Control characters become escapes, and all else stays as it is.
+    Control characters become escapes; all other characters stay as they are.
 
     >>> print(literal("up\tdown"), literal("a good deal longer", 8))
     up\tdown a good …
@@ -32,6 +32,7 @@ def literal(name: str, most: int | None = None) -> str:
 
 def plain(text: "Text") -> None:
     """Let matplotlib draw ``text`` as it is written: no ``$`` or backslash in it is mathematics."""
+    # Names such as "cost_in_$" are the user's; as mathematics they may not even parse.
     text.set_parse_math(False)
     text.set_usetex(False)
 

@@ -15,7 +15,8 @@ class Stroke:
     marker: str
 
 
-# Okabe and Ito (2008), with Tol's wine for the yellow and the black; past seven methods the dashes change.
+# Okabe and Ito (2008), whom the colour-blind can tell apart, with Tol's wine for the yellow and the
+# black; past seven methods the dashes change.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 STYLES = ("-", "--", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -23,11 +24,12 @@ GREYS = ("#333333", "#999999", "#666666")
 
 
 def strokes_for(lines: Iterable[Line]) -> list[Stroke]:
-    """Return a stroke a line, the same in all figures: colours, or dotted greys for references."""
+    """Return one stroke per line, the same in all figures: colours, dotted greys for references."""
     strokes: list[Stroke] = []
     methods = references = 0
     for line in lines:
         if any(run.federated for run in line.runs):
+            # Colour and marker count together; each full turn of the palette takes other dashes.
             repeats, index = divmod(methods, len(PALETTE))
             style = STYLES[repeats % len(STYLES)]
             strokes.append(Stroke(PALETTE[index], style, MARKERS[index]))

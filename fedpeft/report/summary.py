@@ -1,7 +1,7 @@
 """One run in numbers: its ledger folded once into a frozen value that comparisons read."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +13,7 @@ from fedpeft.report.cost import Cost, cost_of
 from fedpeft.report.metric import Metric, metric_of
 
 LOSS = "loss"
-"""The metric that every run has and no comparison is about."""
+"""The metric that every run has; it is never compared."""
 
 
 @final
@@ -32,14 +32,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run in numbers. None stands for what the ledger does not tell (no evaluation, no reply).
+    """One run in numbers; None where the ledger has no such number (no evaluation, no reply).
 
     ``curve``: the evaluations on ``split``, the split of the last evaluation. ``cost``: of the
     whole run; ``down`` and ``up`` are its bytes. ``rounds``: rounds done. ``steps``: local steps of
-    all clients. ``seconds``: mean per client and round. ``peak_memory``: bytes, the largest of any
-    reply. ``side_by_side``: the most clients that trained in one stack. ``trained_first``,
-    ``trained_last``: parameters trained by the largest client of the first and of the last round
-    that got replies. ``lost``: how many replies for which reason.
+    all clients. ``seconds``: mean per client and round. ``peak_memory``: bytes, the largest of all
+    replies. ``side_by_side``: the most clients that trained in one stack. ``trained_first`` and
+    ``trained_last``: parameters that the largest client trained in the first and in the last round
+    with a reply. ``lost``: reason -> number of lost replies.
     """
 
     run: RunRow
@@ -88,6 +88,7 @@ class Summary:
 
     def after(self, rounds: int | None) -> Point | None:
         """Return the evaluation after exactly this many rounds."""
+        # From the end, so that of repeated evaluations of a round the last counts.
         for point in reversed(self.curve):
             if point.round == rounds:
                 return point
@@ -97,6 +98,7 @@ class Summary:
         """Return the last evaluation before the traffic exceeded ``budget`` bytes."""
         if budget is None:
             return None
+        # Traffic only grows, so from the end the first point within the budget is the last one.
         for point in reversed(self.curve):
             if point.cost.bytes <= budget:
                 return point
@@ -110,20 +112,19 @@ def summarise(folder: Path) -> Summary:
     run's metric.
     """
     run, rows = _opened(folder / FILE)
-    asked = [row for row in rows if isinstance(row, ClientRow)]
-    evaluations = [row for row in rows if isinstance(row, EvaluationRow)]
+    asked, evaluations = _by_kind(rows)
     replies, lost = _replies(asked)
     last = evaluations[-1] if evaluations else None
     split = last.split if last else None
-    rounds_asked = len({row.round for row in asked})
+    down, up, rounds_asked = _traffic(asked)
     trained = _trained(asked)
     return Summary(
         run=run,
         split=split,
         curve=_curve(rows, split, run, folder / FILE),
         cost=cost_of(asked),
-        down=sum(row.down for row in asked),
-        up=sum(row.up for row in asked),
+        down=down,
+        up=up,
         rounds=max(rounds_asked, last.round) if last else rounds_asked,
         steps=sum(reply.steps for reply in replies),
         seconds=fmean(reply.seconds for reply in replies) if replies else None,
@@ -136,11 +137,12 @@ def summarise(folder: Path) -> Summary:
 
 
 def _opened(path: Path) -> tuple[RunRow, list[Row]]:
-    """Return a ledger's first row and all its rows; those of a reference without their bytes."""
+    """Return a ledger's first row and all its rows; for a reference, with 0 bytes in each."""
     rows = read(path)
     run = rows[0] if rows else None
     if not isinstance(run, RunRow):
         raise BadInput(f"{path}: does not open with the row of its run; was the run started here?")
+    # A reference runs through the same code, so its ledger counts bytes; but they are no traffic.
     if run.reference:
         for index, row in enumerate(rows):
             if isinstance(row, ClientRow):
@@ -148,8 +150,31 @@ def _opened(path: Path) -> tuple[RunRow, list[Row]]:
     return run, rows
 
 
+def _by_kind(rows: Iterable[Row]) -> tuple[list[ClientRow], list[EvaluationRow]]:
+    """Return the rows of clients and those of evaluations, each in their order."""
+    asked: list[ClientRow] = []
+    evaluations: list[EvaluationRow] = []
+    for row in rows:
+        if isinstance(row, ClientRow):
+            asked.append(row)
+        elif isinstance(row, EvaluationRow):
+            evaluations.append(row)
+    return asked, evaluations
+
+
+def _traffic(asked: Iterable[ClientRow]) -> tuple[int, int, int]:
+    """Return the bytes down, the bytes up, and the number of rounds in which clients were asked."""
+    down = up = 0
+    rounds: set[int] = set()
+    for row in asked:
+        down += row.down
+        up += row.up
+        rounds.add(row.round)
+    return down, up, len(rounds)
+
+
 def _replies(asked: Sequence[ClientRow]) -> tuple[list[Measured], Counter[str]]:
-    """Return what the clients measured whose replies were used, and why others were lost."""
+    """Return the figures of the replies that were used, and reason -> number of lost replies."""
     replies: list[Measured] = []
     lost: Counter[str] = Counter()
     for row in asked:
@@ -178,7 +203,9 @@ def _curve(rows: Sequence[Row], split: str | None, run: RunRow, path: Path) -> t
     Rows are written as things happen: what stands above an evaluation came before it.
     """
     spent = Cost()
-    since: list[ClientRow] = []  # who was asked since the last evaluation; no round straddles one
+    # Clients asked since the last evaluation. Evaluations stand between rounds, so these are whole
+    # rounds, whose costs add.
+    since: list[ClientRow] = []
     points: list[Point] = []
     for row in rows:
         if isinstance(row, ClientRow):

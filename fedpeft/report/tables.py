@@ -1,4 +1,4 @@
-"""A comparison as rich tables: what each method reached at which cost, also on equal terms."""
+"""A comparison as tables of rich: what each method reached at which cost, also on equal terms."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +30,11 @@ def comparison(compared: Comparison) -> Table:
     if compared.majority is not None:
         table.add_section()
         table.add_row(metric.trivial_answer, metric.written(compared.majority))
-    table.caption = Text("\n".join(map(literal, filter(None, _small_print(compared)))))
+    shown: list[str] = []
+    for line in _small_print(compared):
+        if line:
+            shown.append(literal(line))
+    table.caption = Text("\n".join(shown))
     return table
 
 
@@ -67,24 +71,28 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
     table = Table(
         title=title, box=box.SIMPLE_HEAD, padding=0, title_justify="left", caption_justify="left"
     )
+    # Headings and cells are `Text`: rich would read "[b]" in a user's name as markup.
     names, *numbers = [Text(heading) for heading, _ in columns]
     table.add_column(names, justify="left", vertical="bottom", no_wrap=False)
     for heading in numbers:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
     for line in lines:
-        table.add_row(*(Text(cell(line)) for _, cell in columns))
+        cells: list[Text] = []
+        for _, cell in columns:
+            cells.append(Text(cell(line)))
+        table.add_row(*cells)
     return table
 
 
 def _score_columns(compared: Comparison) -> list[Column]:
-    """Return what was reached: the metric, the first of the others, the gain where there is one."""
+    """Return what was reached: the metric, the first of the others, the gain over the majority."""
     metric = compared.metric
 
     def score(line: Line) -> str:
         return _score(metric, line.mean.score, line.spread.score)
 
     columns: list[Column] = [(_heading(metric.name, metric.share), score)]
-    if compared.others:
+    if compared.others:  # one of them alone: there are 120 columns; the CSV files have all
         other = compared.others[0]
         heading = _heading(other, metric.share)
         columns.append((heading, lambda line: _score(metric, line.mean.others[other])))
@@ -119,7 +127,7 @@ def _cost_columns(terms: Terms) -> list[Column]:
 
 
 def _heading(name: str, share: bool) -> str:
-    r"""Return the name of a metric, a word a line; the unit has a line only below a single word.
+    r"""Return the name of a metric, one word a line; the unit has a line only below a single word.
 
     >>> _heading("accuracy", share=True), _heading("macro_f1", share=True)
     ('accuracy\n%', 'macro\nF1 %')
@@ -133,7 +141,7 @@ def _heading(name: str, share: bool) -> str:
 
 
 def _small_print(compared: Comparison) -> list[str]:
-    """Return the lines below the main table, those that do not apply empty."""
+    """Return the lines below the main table; those that do not apply are empty."""
     runs = compared.runs
     return [
         captions.setting(runs),
@@ -179,7 +187,7 @@ def _gain(metric: Metric, gain: float | None) -> str:
     """Return ``gain`` with its sign: above 0 is better, whichever way the metric goes."""
     if gain is None:
         return ABSENT
-    sign = "-" if math.copysign(1, gain) < 0 else "+"
+    sign = "-" if math.copysign(1, gain) < 0 else "+"  # of -0.0, too
     return sign + metric.written(abs(gain))
 
 

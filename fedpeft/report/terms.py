@@ -17,16 +17,16 @@ SLORA_LINK = 5 * 2**20 / 8
 """Bytes per second: SLoRA's 5 Mbit/s. Its Gbit * 1024 / 5 counts in powers of two."""
 
 SHARE_OF_MEDIAN = 0.9
-"""The target, when none is given, as a share of the median method's final score.
+"""The default target, as a share of the median method's final score.
 
-Where less is better the score is divided by it. A share of the best score would be full
-fine-tuning's alone to reach, and most cells of the table empty.
+Where less is better the score is divided by it. Of the median and not of the best score: full
+fine-tuning alone might reach a share of the best one, and most cells of the table would be empty.
 """
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of a comparison; None where the runs, lacking evaluations, leave one open.
+    """The terms of a comparison; None for a term that the runs' evaluations do not settle.
 
     ``target``: a score in the runs' metric; ``given``: whether the user chose it. ``bandwidth``:
     bytes per second. ``rounds``: of the equal-rounds view. ``budget``: bytes of the equal-bytes
@@ -50,7 +50,7 @@ def check(target: float | None, bandwidth: float, metric: Metric = ACCURACY) -> 
     """
     if target is not None:
         _check_target(target, metric)
-    if not bandwidth > 0:  # so put, it refuses NaN, too
+    if not bandwidth > 0:  # `bandwidth <= 0` would let NaN pass
         raise BadInput(
             f"bandwidth = {bandwidth:g}: give bytes per second, such as {FEDADAPTER_LINK:g}"
         )
@@ -72,26 +72,28 @@ def agree(
     """Return the terms for ``methods``, each a sequence of its runs over seeds, at least one.
 
     ``target`` defaults to ``SHARE_OF_MEDIAN`` of the median method's mean final score (of two
-    middle ones the worse), ``budget`` to the total traffic of the cheapest method, of its seeds the
-    most; ``rounds`` is the last round after which every run was evaluated. References, which move
-    no bytes, have no say in these, nor have runs without an evaluation. BadInput as in ``check``.
+    middle ones the worse). ``budget`` defaults to the total traffic of the cheapest method, taking
+    the seed with the most. ``rounds`` is the last round after which every run was evaluated.
+    References, which move no bytes, and runs without an evaluation count in none of these. BadInput
+    as in ``check``.
     """
     metric = methods[0][0].metric
     check(target, bandwidth, metric)
-    given = target is not None
+    is_given = target is not None
     voters = _voters(methods)
     if not voters:
-        return Terms(target, given, bandwidth, None, budget)
+        return Terms(target, is_given, bandwidth, None, budget)
     if target is None:
         target = metric.relaxed(_median_score(voters, metric), SHARE_OF_MEDIAN)
+    # With this budget the cheapest method is shown at its end, and every other somewhere before.
     if budget is None:
         budget = min(_most_bytes(runs) for runs in voters)
     rounds = _last_common_round(list(chain.from_iterable(voters)))
-    return Terms(target, given, bandwidth, rounds, budget)
+    return Terms(target, is_given, bandwidth, rounds, budget)
 
 
 def _voters(methods: Sequence[Sequence[Summary]]) -> list[list[Summary]]:
-    """Return the evaluated runs of every method; those of references where there is nothing else."""
+    """Return the evaluated runs of every method; of references where there is nothing else."""
     federated: list[list[Summary]] = []
     references: list[list[Summary]] = []
     for method in methods:
@@ -107,6 +109,7 @@ def _median_score(methods: Sequence[Sequence[Summary]], metric: Metric) -> float
     """Return the median over methods of the mean final score; of two middle ones the worse."""
     finals = [_mean_final(runs) for runs in methods]
     worst_first = sorted(finals, key=metric.rank, reverse=True)
+    # The worse of two middle ones: a score that some method has, and that most of them reach.
     return worst_first[(len(finals) - 1) // 2]
 
 

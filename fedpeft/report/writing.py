@@ -32,8 +32,10 @@ def write(
     if plots:
         figures.check()
     summaries = [summarise(folder) for folder in dict.fromkeys(runs)]
+    # All that can be refused is refused before the first file is written.
     compared = compare(summaries, target, bandwidth, budget)
-    files = ", ".join(path.name for path in _save(compared, out, plots))
+    written = _save(compared, out, plots)
+    files = ", ".join(path.name for path in written)
     shown: list[RenderableType] = [tables.comparison(compared)]
     if len(compared.lines) > 1:
         shown += [Text(), tables.equal_terms(compared)]
@@ -41,7 +43,7 @@ def write(
 
 
 def _save(compared: Comparison, out: Path, plots: bool) -> list[Path]:
-    """Write the CSV files and, if asked for, the figures; what the folder refuses is BadInput."""
+    """Write the CSV files and, if asked for, the figures; errors of the disk raise BadInput."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         written = csv_files.save(compared, out)

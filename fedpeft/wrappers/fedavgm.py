@@ -14,11 +14,11 @@ from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, Sta
 @final
 @dataclass(frozen=True)
 class FedAvgM:
-    """Let the server step by v <- momentum * v + (mean - w) instead of taking the mean."""
+    """Let the server step along v <- momentum * v + (mean - w) instead of to the mean."""
 
     paper: ClassVar[str] = "FedAvgM: Hsu et al. 2019, arXiv 1909.06335"
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """Share of the last step that is kept; 0 with rate 1 gives the wrapped method."""
+    """Share of the last step that goes on; 0 with rate 1 is the method inside."""
     rate: Annotated[float, Gt(0)] = 1.0
     """The server's learning rate."""
 

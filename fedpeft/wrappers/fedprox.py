@@ -15,7 +15,7 @@ from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, Sta
 @final
 @dataclass(frozen=True)
 class FedProx:
-    """Add mu / 2 * |w - w_0|^2 to every client's loss; w_0 is what it began the round with."""
+    """Add mu / 2 * |w - w_0|^2 to every client's loss, w_0 being what it began the round with."""
 
     paper: ClassVar[str] = "FedProx: Li et al. 2020, arXiv 1812.06127"
     mu: Annotated[float, Ge(0)] = 0.01

@@ -210,6 +210,7 @@ def test_a_killed_run_is_resumed_and_one_at_work_is_not(
     assert_resumes(folder, assembly, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_comparison_in_processes_holds_all_its_folders_and_is_resumed_when_killed(
     ground: Ground,
     runs: Path,

@@ -19,16 +19,19 @@ class Numbers:
 
     ``score``: the runs' metric; ``others``: the other metrics by name, as they are in the ledgers.
     ``over_majority``: by how much the score is better than an answer that ignores the text.
-    ``seconds_to_target`` is the measured training of every round's slowest client, ``network_...``
-    and ``modelled_...`` are seconds at the comparison's bandwidth or at SLoRA's; the training that
-    is modelled is that of clients alone. ``equal_rounds_...`` is the evaluation after the terms'
-    round, ``equal_bytes_...`` the last one within the terms' budget.
+    ``seconds_to_target``: the measured training of every round's slowest client, summed.
+    ``network_...`` and ``modelled_...``: seconds at the comparison's bandwidth or at SLoRA's; the
+    modelled training is that of clients that train alone. ``equal_rounds_...``: the evaluation
+    after the terms' round. ``equal_bytes_...``: the last evaluation within the terms' budget.
     """
 
+    # What was reached.
     score: float | None = None
     best_score: float | None = None
     others: Mapping[str, float | None] = field(default_factory=dict)
     over_majority: float | None = None
+    # What it cost: counted (rounds, steps, weights, bytes), measured (seconds, peak memory) and
+    # modelled (seconds on a network).
     rounds: float | None = None
     client_steps: float | None = None
     trained_first: float | None = None
@@ -40,11 +43,13 @@ class Numbers:
     lost: float | None = None
     network_seconds: float | None = None
     network_seconds_slora: float | None = None
+    # What it cost until the first evaluation that reached the target.
     rounds_to_target: float | None = None
     bytes_to_target: float | None = None
     seconds_to_target: float | None = None
     modelled_seconds_to_target: float | None = None
     modelled_seconds_to_target_slora: float | None = None
+    # What was reached at equal cost.
     equal_rounds_score: float | None = None
     equal_rounds_bytes: float | None = None
     equal_bytes_score: float | None = None
@@ -61,12 +66,14 @@ class Numbers:
             if part.name == "others":
                 columns.update(self.others)
             else:
+                # `best_score` becomes `best_accuracy`, and so on.
                 columns[part.name.replace("score", metric)] = getattr(self, part.name)
         return columns
 
 
 def numbers_of(run: Summary, terms: Terms, others: Sequence[str]) -> Numbers:
     """Return the numbers of one run: those that every run has, then those that it may lack."""
+    # Every run has the other metrics' columns, if only empty: all lines need the same headings.
     numbers = Numbers(
         others=dict.fromkeys(others),
         rounds=run.rounds,
@@ -81,7 +88,9 @@ def numbers_of(run: Summary, terms: Terms, others: Sequence[str]) -> Numbers:
         network_seconds=run.cost.network(terms.bandwidth),
         network_seconds_slora=run.cost.network(SLORA_LINK),
     )
-    return _on_equal_terms(_to_target(_scores(numbers, run), run, terms), run, terms)
+    numbers = _scores(numbers, run)
+    numbers = _to_target(numbers, run, terms)
+    return _on_equal_terms(numbers, run, terms)
 
 
 def _scores(numbers: Numbers, run: Summary) -> Numbers:
@@ -130,6 +139,7 @@ def _on_equal_terms(numbers: Numbers, run: Summary, terms: Terms) -> Numbers:
 
 def over_seeds(each: Sequence[Numbers], rule: Rule) -> Numbers:
     """Return ``rule`` of every number over the seeds; None where a seed lacks it."""
+    # Field by field, so that a number that is added to `Numbers` needs no line here.
     combined: dict[str, Any] = {}
     for part in fields(Numbers):
         if part.name != "others":
@@ -141,15 +151,21 @@ def over_seeds(each: Sequence[Numbers], rule: Rule) -> Numbers:
 
 
 def sample_deviation(values: Sequence[float]) -> float | None:
-    """Return the sample standard deviation; None of a single value, or where one is not finite.
+    """Return the sample standard deviation; None for a single value, or if one is not finite.
 
     >>> sample_deviation([1.0, 3.0, 5.0]), sample_deviation([1.0])
     (2.0, None)
     """
+    # The NaN or infinity of a run that diverged has no deviation.
     finite = all(map(math.isfinite, values))
     return stdev(values) if finite and len(values) > 1 else None
 
 
 def _of_all(values: Sequence[float | None], rule: Rule) -> float | None:
-    present = [value for value in values if value is not None]
-    return rule(present) if len(present) == len(values) else None
+    """Return ``rule`` of the values; None where one is missing."""
+    present: list[float] = []
+    for value in values:
+        if value is None:
+            return None
+        present.append(value)
+    return rule(present)
