@@ -39,18 +39,16 @@ class TaskGround:
 
 
 def pairs() -> list[Row]:
-    """Return pairs of texts that speak of the same thing, or do not."""
+    """Return pairs of texts whose second one tells the label."""
     draw = random.Random(1)
-    words = list(OWN_WORDS.values())
     rows: list[Row] = []
     for number in range(160):
-        first, other = draw.sample(words, 2)
-        second = first if number % 2 else other
+        second = ("birds", "fish")[number % 2]
         rows.append(
             {
-                "premise": " ".join(draw.choices(first, k=3)),
-                "hypothesis": " ".join(draw.choices(second, k=3)),
-                "same": "yes" if number % 2 else "no",
+                "premise": " ".join(draw.sample(NOISE, 3)),
+                "hypothesis": " ".join(draw.choices(OWN_WORDS[second], k=3)),
+                "second": second,
             }
         )
     return rows
@@ -82,7 +80,7 @@ TASK_GROUNDS: Mapping[str, TaskGround] = {
     ),
     "pairs": TaskGround(
         rows=pairs,
-        settings={"data": {"text": "premise", "text2": "hypothesis", "label": "same"}},
+        settings={"data": {"text": "premise", "text2": "hypothesis", "label": "second"}},
         metric="accuracy",
         auto_class="AutoModelForSequenceClassification",
         texts=["birds0 birds1", "fish0"],

@@ -1,6 +1,7 @@
 """Every task goes through the whole product: run, compare, sweep, resume, report, predict, export, Python."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Placed:
         return build(from_tree(merge(self.tree, *trees)))
 
     def scores(self, folder: Path) -> list[dict[str, float]]:
-        rows = [row for row in ledger(folder / FILE).rows if isinstance(row, EvaluationRow)]
+        rows = [row for row in ledger(folder / FILE) if isinstance(row, EvaluationRow)]
         return [dict(row.metrics) for row in rows]
 
 
@@ -115,7 +116,9 @@ def test_what_is_exported_says_what_we_say(
             placed.tree["model"]["name"], attn_implementation="eager", **known
         )
         peft: Any = PeftModel
-        model = peft.from_pretrained(base, tmp_path / "exported")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+            model = peft.from_pretrained(base, tmp_path / "exported")
     ours = _outputs(trained, placed, trained.loaded.model, mount=True)
     theirs = _outputs(trained, placed, model.eval(), mount=False)
     for one, other in zip(ours, theirs, strict=True):
