@@ -62,6 +62,7 @@ class SectionDoc:
 
 def sections() -> list[SectionDoc]:
     """Return every section: the top level, the tables of a TOML file, then what has a name."""
+    # The fields of ``Config`` that are dataclasses are the tables of a file.
     hints: dict[str, Any] = get_type_hints(Config)
     tables: dict[str, Any] = {}
     for name, kind in hints.items():
@@ -106,8 +107,18 @@ def page(described: Sequence[SectionDoc]) -> str:
             lines += ["", "| field | takes | default | meaning |", "|---|---|---|---|"]
         for field in one.fields:
             cells = (f"`{field.name}`", field.takes, _code(field.default), field.meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append(_table_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    r"""Return a row of a Markdown table.
+
+    >>> _table_row(["targets", "query|value"])
+    '| targets | query\\|value |'
+    """
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"
 
 
 def _code(default: str) -> str:
@@ -122,7 +133,7 @@ def _described(
     hints = get_type_hints(kind, include_extras=True)
     fields: list[FieldDoc] = []
     for field in dataclasses.fields(kind):
-        if field.init and field.name not in leave_out:
+        if field.init and field.name not in leave_out:  # others cannot be set, or stand elsewhere
             meaning = meanings.get(field.name, "")
             fields.append(FieldDoc(field.name, _takes(hints[field.name]), _default(field), meaning))
     about = " ".join((kind.__doc__ or "").replace("``", "`").split())
@@ -144,14 +155,15 @@ def field_docstrings(kind: type[Any]) -> dict[str, str]:
         return {}
     definition = ast.parse(source).body[0]
     assert isinstance(definition, ast.ClassDef)
-    found: dict[str, str] = {}
+    docstrings: dict[str, str] = {}
+    # A docstring of a field is a mere string in the statement below it.
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
                 value=ast.Constant(value=str(text))
             ):
-                found[name] = " ".join(text.split())
-    return found
+                docstrings[name] = " ".join(text.split())
+    return docstrings
 
 
 LEFT_OUT: Final = "left out"
@@ -179,7 +191,7 @@ def _written(value: object) -> str:
             return LEFT_OUT
         case bool():
             return str(value).lower()
-        case str():
+        case str():  # in single quotes TOML takes a backslash as it is
             return f"'{value}'" if "\\" in value else f'"{value}"'
         case Mapping():
             pairs = [f"{key} = {_written(item)}" for key, item in value.items()]
