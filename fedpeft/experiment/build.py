@@ -193,10 +193,10 @@ def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
     """Look at the machine, or take over what was found."""
 
     # All settings that ``resolve`` and ``kernels`` depend on.
-    def asked(one: Config) -> tuple[object, ...]:
-        return one.machine, one.model.max_length, one.model.name, one.task
+    def choices(config: Config) -> tuple[object, ...]:
+        return config.machine, config.model.max_length, config.model.name, config.task
 
-    if reuse is not None and asked(reuse.config) == asked(config):
+    if reuse is not None and choices(reuse.config) == choices(config):
         return reuse.hardware
     return resolve(config.machine, config.model.max_length, kernels(config.model, task))
 
@@ -211,13 +211,13 @@ def _model(
     """Load the model and encode the texts, or take both over."""
 
     # The seed is among them, as it draws the weights of the new output module.
-    def asked(one: Config, on: Hardware) -> tuple[object, ...]:
-        return one.model, one.task, one.seed, on.device, on.attention
+    def choices(config: Config, hardware: Hardware) -> tuple[object, ...]:
+        return config.model, config.task, config.seed, hardware.device, hardware.attention
 
     if (
         reuse is not None
         and reuse.dataset is dataset
-        and asked(reuse.config, reuse.hardware) == asked(config, hardware)
+        and choices(reuse.config, reuse.hardware) == choices(config, hardware)
     ):
         return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
     loaded = load(config.model, task, hardware, config.seed)
@@ -257,11 +257,11 @@ def _same_stack(config: Config, reuse: Federation | None) -> bool:
     """Return whether ``reuse`` has found out already how many clients train side by side."""
 
     # Whatever changes the time or the memory of one step.
-    def asked(one: Config) -> tuple[object, ...]:
-        count, batch = one.federation.clients_per_round, one.training.batch_size
-        return one.machine, one.engine, one.model, one.task, count, batch
+    def choices(config: Config) -> tuple[object, ...]:
+        count, batch = config.federation.clients_per_round, config.training.batch_size
+        return config.machine, config.engine, config.model, config.task, count, batch
 
-    return reuse is not None and asked(reuse.config) == asked(config)
+    return reuse is not None and choices(reuse.config) == choices(config)
 
 
 def _with_stack(federation: Federation) -> Federation:

@@ -35,11 +35,11 @@ def checked(kind: type[T], tree: Tree, prefix: str, also: Sequence[str] = ()) ->
         reader = adapter(kind)  # type: ignore[arg-type]  # a type is hashable
         instance: T = reader.validate_python(dict(tree))
     except ValidationError as error:
-        raise BadInput(_explained(error.errors(), tree, prefix)) from error
+        raise BadInput(_explanation(error.errors(), tree, prefix)) from error
     return instance
 
 
-def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
+def _explanation(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
     """Return the first of pydantic's ``errors`` on ``tree`` as one line.
 
     Where a field may be one of several types there is an error for each, at the same place.
@@ -74,7 +74,7 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
 
 
 def _inputs_wanted(errors: Sequence[ErrorDetails], tree: Tree, prefix: str, key: str) -> list[str]:
-    """Return what each of the ``errors`` at ``key`` would have taken, such as ``a valid string``."""
+    """Return what each of the ``errors`` at ``key`` wants, such as ``a valid string``."""
     inputs: list[str] = []
     for error in errors:
         if _key_and_value(error["loc"], tree, prefix)[0] == key:

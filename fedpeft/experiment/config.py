@@ -1,4 +1,7 @@
-"""TOML -> checked settings; a mistake becomes one line that names the key, the value and the nearest valid choice."""
+"""TOML -> checked settings.
+
+A mistake becomes one line that names the key, the value and the nearest valid choice.
+"""
 
 import dataclasses
 import json
@@ -36,8 +39,8 @@ RENAMED: Final[Mapping[str, str | None]] = {"engine.cohort": "engine.stack"}
 """What fields were called by older versions: dotted name then -> now, None for one that is gone.
 
 They are read under these names for one release, wherever settings come from. A new field needs no
-entry: an old run takes its default, which therefore has to be what the old version did. Fields of
-``hardware.json`` are read by ``Hardware``.
+entry: an old run takes its default, which therefore has to be what the old version did. The old
+names in ``hardware.json`` are known to ``Hardware``.
 """
 
 OnWarning = Callable[[str], None]
@@ -72,7 +75,8 @@ class Config:
     method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
     """The method's `name`, and the fields of that method."""
     wrap: tuple[dict[str, Any], ...] = ()
-    """Wrappers around the method, the outermost first, as `[[wrap]]` tables: `name`, and its fields."""
+    """Wrappers around the method, the outermost first, as `[[wrap]]` tables: `name`, and its
+    fields."""
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     """When the model is scored, and on what."""
     engine: EngineSection = field(default_factory=EngineSection)
@@ -122,7 +126,7 @@ def read(path: Path) -> Tree:
 
 
 def beside(tree: dict[str, Any], folder: Path) -> Tree:
-    """Return settings with full paths where they are relative to ``folder``; ``tree`` is changed."""
+    """Return ``tree``, which is changed, with full paths where they were relative to ``folder``."""
     # A mistake in the form of ``tree`` is passed over here: ``from_tree`` explains it.
     for section, key in (
         ("data", "train"),
@@ -283,7 +287,10 @@ def _renamed(tree: Tree, where: str, on_warning: OnWarning) -> dict[str, Any]:
 
 
 def name_today(name: str, on_warning: OnWarning) -> str:
-    """Return what the field with dotted ``name`` is called; ``on_warning`` is told of an old name."""
+    """Return what the field with dotted ``name`` is called today.
+
+    ``on_warning`` is told of an old name.
+    """
     now = RENAMED.get(name)
     if now is None:
         return name

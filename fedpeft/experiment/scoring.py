@@ -29,14 +29,14 @@ def evaluation_row(
     if counts is not None:
         row = _row(federation, state, [counts])
     else:
-        client_counts = _own_models(federation, state, memories)
+        client_counts = _client_models(federation, state, memories)
         # The server has no memories under Flower, where it can only ask the clients.
         if not client_counts:
-            client_counts = list(_own_counts(federation, state, engine).values())
+            client_counts = list(_poll_clients(federation, state, engine).values())
         row = _row(federation, state, client_counts)
         row = replace(row, clients_scored=len(client_counts))
     if federation.config.evaluation.per_client:
-        row = _with_clients(row, federation, _own_counts(federation, state, engine).values())
+        row = _with_clients(row, federation, _poll_clients(federation, state, engine).values())
     return replace(row, seconds=time.perf_counter() - began)
 
 
@@ -54,7 +54,7 @@ def score_global(federation: Federation, state: State) -> Counts | None:
         return score(model, federation.task, federation.scored, hardware)
 
 
-def _own_counts(federation: Federation, state: State, engine: Engine) -> dict[int, Counts]:
+def _poll_clients(federation: Federation, state: State, engine: Engine) -> dict[int, Counts]:
     """Return what every client counts of its own model on its own texts."""
     return poll(
         federation.method,
@@ -66,7 +66,7 @@ def _own_counts(federation: Federation, state: State, engine: Engine) -> dict[in
     )
 
 
-def _own_models(federation: Federation, state: State, memories: Memories) -> list[Counts]:
+def _client_models(federation: Federation, state: State, memories: Memories) -> list[Counts]:
     """Return the counts of each client's own model on the server's texts.
 
     Of clients whose memories are elsewhere there are none.

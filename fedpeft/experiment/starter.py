@@ -1,4 +1,7 @@
-"""A first configuration for a user's own texts: columns are found, numbers fit the data, and it runs as it is."""
+"""A first configuration for a user's own texts, which runs as it is.
+
+The columns of texts and labels are found, and the numbers fit the data.
+"""
 
 import json
 import math
@@ -210,7 +213,7 @@ def _label_column(train: Path, columns: Sequence[Column], rows: int) -> Column:
 
     A column of that name that cannot be used is not passed over for another.
     """
-    named = [column for column in columns if _bare(column.name) in LABELS]
+    named = [column for column in columns if _normalized(column.name) in LABELS]
     # A label by another name should come twice, on average: else it may well be the row's number.
     most = rows - 1 if named else rows / 2
     usable: list[Column] = []
@@ -234,18 +237,18 @@ def _usual(columns: Sequence[Column], names: Sequence[str]) -> Column | None:
     """Return the column with the likeliest of the usual ``names``."""
     for name in names:
         for column in columns:
-            if _bare(column.name) == name:
+            if _normalized(column.name) == name:
                 return column
     return None
 
 
-def _bare(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.strip().lower()
 
 
 def _is_key(column: Column, rows: int) -> bool:
     """Return whether a column seems to name natural clients."""
-    name = re.sub(r"[ _-]?id$", "", _bare(column.name))  # user_id, user-id, userid -> user
+    name = re.sub(r"[ _-]?id$", "", _normalized(column.name))  # user_id, user-id, userid -> user
     return name in KEYS and not column.fault(rows, rows / 2)
 
 
