@@ -32,7 +32,7 @@ def train(
     """
     config = from_tree(settings, on_warning)
     folder = Path(folder)
-    # Claimed before the model is loaded, which takes seconds; a folder that fails is refused at once.
+    # Claimed before the model is loaded: a folder that cannot be used is refused at once.
     with beginning(folder, overwrite=overwrite):
         federation = build(config)
         for note in federation.notes:

@@ -147,7 +147,7 @@ def run(
     chosen = from_tree(_settings(config, settings))
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
-        # The folder is claimed before the model is loaded: what is wrong with it is told at once.
+        # Claimed before the model is loaded: a folder that cannot be used is refused at once.
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
             federation = build(chosen)
             for note in federation.notes:
@@ -389,4 +389,4 @@ def _report(
 
 def _wide() -> Console:
     """Return a console wide enough for the tables, also where there is no terminal."""
-    return Console(width=max(out.width, 120), emoji=False)  # for 120 columns the tables are made
+    return Console(width=max(out.width, 120), emoji=False)  # the tables are made for that

@@ -146,7 +146,7 @@ def _trial(worker: Worker, base: Base) -> tuple[Worker, bytes]:
         worker,
         method=yardstick,
         training=replace(worker.training, steps=1),
-        # A cache of its own, which is empty: the run's would make later trials look faster.
+        # A cache that keeps nothing: with the run's, later trials would look faster.
         cache=ActivationCache(),
         step_alone=None,
     )
