@@ -1,13 +1,13 @@
 """Federated parameter-efficient fine-tuning of language models.
 
-SLoRA, FeDeRA, FedARA and their rivals, side by side. The names of ``fedpeft.api`` can be had from
-here: ``from fedpeft import train``. They are looked up when they are first asked for, as torch and
-transformers take seconds to import, and ``fedpeft --help`` is not to wait for them.
+SLoRA, FeDeRA, FedARA and their rivals, side by side. The names of ``fedpeft.api`` can be imported
+from here: ``from fedpeft import train``. They are looked up when they are first used, as torch and
+transformers take seconds to import, and ``fedpeft --help`` should not wait for them.
 """
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for them, ``__getattr__`` gives objects of no known type
     from fedpeft.api import Progress, Trained, open_run, resume, train
 
 __all__ = ["Progress", "Trained", "open_run", "resume", "train"]

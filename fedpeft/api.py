@@ -25,16 +25,18 @@ def train(
     """Train what ``settings`` describe, in ``folder``, and return what it has learnt.
 
     ``settings`` are nested as in a TOML file, such as ``{"method": {"name": "lora", "rank": 4}}``.
-    ``on_progress`` is called after every round with a ``Progress``; ``on_warning`` is told a line
-    of whatever the user should know. Raises BadInput for settings that do not work, before anything
-    is written, for a folder that exists, unless ``overwrite``, and for one that another process
-    writes.
+    ``on_progress`` is called after every round with a ``Progress``; ``on_warning`` is called with
+    each line that the user should know. Raises BadInput for settings that do not work (before
+    anything is written), for a folder that exists (unless ``overwrite``), and for a folder that
+    another process writes.
     """
     config = from_tree(settings, on_warning)
     folder = Path(folder)
+    # Claimed before the model is loaded: a folder that cannot be used is refused at once.
     with beginning(folder, overwrite=overwrite):
         federation = build(config)
         for note in federation.notes:
             on_warning(note)
         run_from_start(federation, folder, on_progress)
+    # As anyone else would open it: whatever is returned here can be had from the folder again.
     return open_run(folder)

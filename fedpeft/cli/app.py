@@ -19,6 +19,8 @@ from fedpeft.cli.interrupts import INTERRUPTED, Stopped, resume_all, resume_one,
 from fedpeft.cli.progress import progress_bars
 from fedpeft.errors import BadInput
 
+# Commands import what they need in their bodies: torch and transformers take seconds to load, and
+# ``fedpeft --help`` is not to wait for them.
 app = typer.Typer(
     name="fedpeft",
     help="Federated parameter-efficient fine-tuning of language models. "
@@ -55,19 +57,23 @@ Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 """How torch's threads wait, which it reads when it is loaded.
 
-Those that spin for long stall each other when cores are shared.
+Threads that spin for long stall each other when cores are shared; threads that never spin are slow
+when they are not. 1000 turns are between the two: see ``docs/log.md``.
 """
 DEBUG = "--debug"
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with a line and exit code 2, Ctrl-C with one and 130.
+    """Run the command line.
 
-    With ``--debug`` anywhere, the traceback of bad input is shown too.
+    Bad input ends it with one line and exit code 2, Ctrl-C with one line and exit code 130. With
+    ``--debug`` anywhere, the traceback of bad input is shown too.
     """
+    # No module above imports torch, so this is early enough; the user's own choice goes first.
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
     show_nearest(sys.stdout, sys.stderr)
+    # Taken out here, so that it may stand anywhere, also after a command.
     debug = DEBUG in sys.argv
     sys.argv = [word for word in sys.argv if word != DEBUG]
     try:
@@ -121,6 +127,7 @@ def _values(assignments: Sequence[str]) -> dict[str, list[Any]]:
     from fedpeft.cli import parsing as arguments
     from fedpeft.experiment.config import name_today
 
+    # An old and a new name of one field are one field, with the values of both.
     tried: dict[str, list[Any]] = {}
     for name, values in arguments.values(assignments).items():
         tried.setdefault(name_today(name, _say), []).extend(values)
@@ -140,13 +147,14 @@ def run(
     chosen = from_tree(_settings(config, settings))
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
+        # Claimed before the model is loaded: a folder that cannot be used is refused at once.
         with beginning(folder, overwrite=overwrite), progress_bars(out) as watch:
             federation = build(chosen)
             for note in federation.notes:
                 _say(note)
             run_from_start(federation, folder, watch(chosen.name))
-        _report([folder], folder / "report", None, 1e6)
-    check_learnt(folder)
+        _report([folder], folder / "report")
+    check_learnt(folder)  # last, as the report is of use in any case
 
 
 @app.command()
@@ -157,7 +165,7 @@ def resume(run: Folder) -> None:
     with stoppable(lambda: resume_one(run)):
         with progress_bars(out) as watch:
             runs.resume(run, on_progress=watch(run.name), on_warning=_say)
-        _report([run], run / "report", None, 1e6)
+        _report([run], run / "report")
     runs.check_learnt(run)
 
 
@@ -182,13 +190,17 @@ def compare(
     from fedpeft.experiment.run_folder import runs_in
     from fedpeft.report import check
 
-    check(target, bandwidth)
-    extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
-    extra += [f"compare.seeds={arguments.seeds(seeds)}"] if seeds else []
+    check(target, bandwidth)  # before hours of training, not after
+    extra: list[str] = []  # what the options say, as assignments of ``--set``
+    if methods:
+        extra.append(f"compare.methods={arguments.names(methods)!r}")
+    if seeds:
+        extra.append(f"compare.seeds={arguments.seeds(seeds)}")
     planned = plan(_settings(config, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
     folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
+    # Earlier commands may have put runs of other methods or seeds beside these.
     if others := len(runs_in(root)) - len(folders):
         _say(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
 
@@ -216,7 +228,7 @@ def sweep(
     planned = grid(_settings(config, [*extra, *settings]), _values(values), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     folders = _run_all(planned, root, overwrite, resume, jobs)
-    _report(folders, root / "report", None, 1e6)
+    _report(folders, root / "report")
 
 
 def _run_all(
@@ -244,7 +256,7 @@ def methods() -> None:
 
     table = Table("name", "what it does", "paper", box=None)
     for name, constructor in constructors().items():
-        purpose = (constructor.__doc__ or "").splitlines()[0]
+        purpose = (constructor.__doc__ or "").splitlines()[0]  # a dataclass always has one
         table.add_row(Text(name), Text(purpose), Text(constructor.paper))
     _wide().print(table)
 
@@ -269,8 +281,9 @@ def explain(
     for one in described:
         table = Table("field", "takes", "default", "meaning", box=None)
         for field in one.fields:
-            cells = (field.name, field.takes, field.default, field.meaning)
-            table.add_row(*(Text(cell) for cell in cells))
+            # As ``Text``, since rich takes brackets in plain strings for markup.
+            takes, meaning = Text(field.takes), Text(field.meaning)
+            table.add_row(Text(field.name), takes, Text(field.default), meaning)
         _wide().print(Text(f"{one.heading}\n{one.about}"), table, "")
 
 
@@ -324,7 +337,7 @@ def export(
     from fedpeft.experiment.trained import open_run
     from fedpeft.models.export import refuse_existing
 
-    refuse_existing(folder)
+    refuse_existing(folder)  # before the model is loaded
     open_run(run, _say).export(folder, merge=merge)
     _say(str(folder))
 
@@ -369,7 +382,9 @@ def report(
     _report(runs, to, target, bandwidth)
 
 
-def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: float) -> None:
+def _report(
+    folders: Sequence[Path], to: Path, target: float | None = None, bandwidth: float = 1e6
+) -> None:
     """Print the report on ``folders`` and write its files; the figures only with matplotlib."""
     from importlib.util import find_spec
 
@@ -381,4 +396,4 @@ def _report(folders: Sequence[Path], to: Path, target: float | None, bandwidth: 
 
 def _wide() -> Console:
     """Return a console wide enough for the tables, also where there is no terminal."""
-    return Console(width=max(out.width, 120), emoji=False)
+    return Console(width=max(out.width, 120), emoji=False)  # the tables are made for that

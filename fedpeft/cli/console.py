@@ -1,4 +1,4 @@
-"""What is printed where the console, or what stands for it, lacks a character. Files stay UTF-8."""
+"""What is printed instead of characters that the console lacks. Files stay UTF-8."""
 
 import codecs
 import io
@@ -60,23 +60,25 @@ def _nearest(character: str) -> str:
         return _line(unicodedata.name(character))
     # A letter and its marks, or what a ligature or a fraction stands for.
     parts = unicodedata.normalize("NFKD", character)
-    if parts == character:
+    if parts == character:  # it has no parts: another script, or a picture
         return "?"
     return "".join(_nearest(part) for part in parts if not unicodedata.combining(part))
 
 
 def _line(name: str) -> str:
     """Return what stands for a character of lines and boxes, told by its name in Unicode."""
+    # Such as BOX DRAWINGS LIGHT DOWN AND RIGHT, a corner; a line across may be HORIZONTAL or LEFT.
     words = set(name.split())
     across = bool(words & {"HORIZONTAL", "LEFT", "RIGHT"})
     upright = bool(words & {"VERTICAL", "UP", "DOWN"})
-    if across == upright:
+    if across == upright:  # a corner or a crossing, or a diagonal, which is neither
         return "+"
     return "-" if across else "|"
 
 
 def say(line: str, console: Console) -> None:
     """Print ``line`` as it is, on one line, however long."""
+    # Line breaks may come in with the message of a library.
     console.print(Text(" ".join(line.splitlines())), soft_wrap=True)
 
 

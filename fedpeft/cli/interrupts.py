@@ -33,5 +33,6 @@ def resume_one(run: Path) -> str:
 
 def resume_all() -> str:
     """Return how to go on with a command of many runs: as it was typed, with ``--resume``."""
+    # With ``--overwrite`` again, what has been trained so far would be lost.
     typed = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
     return f"go on with: {shlex.join(['fedpeft', *typed, '--resume'])}"

@@ -45,6 +45,7 @@ def values(assignments: Sequence[str]) -> dict[str, list[Any]]:
     """
     swept: dict[str, list[Any]] = {}
     for assignment in assignments:
+        # At the first "=": values may hold more of them.
         key, _, listed = assignment.partition("=")
         key = key.strip()
         if not all(key.split(".")) or not listed:

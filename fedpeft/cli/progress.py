@@ -22,10 +22,11 @@ def progress_bars(out: Console) -> Iterator[Callable[[str], Callable[[Any], None
         TextColumn("{task.fields[stand]}"),
         TimeRemainingColumn(),
     )
+    # In a file or a pipe, bars would be line after line of control characters.
     with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
 
         def watcher(name: str) -> Callable[[Any], None]:
-            task = bar.add_task(name, total=None, stand="")
+            task = bar.add_task(name, total=None, stand="")  # the number of rounds comes later
 
             def watch(progress: Any) -> None:
                 stand = f"{progress.bytes / 1e6:.1f} MB"

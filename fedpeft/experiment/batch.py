@@ -31,10 +31,10 @@ def run_all(
 
     All folders are claimed until the end. A folder that exists raises BadInput before anything
     starts, unless ``resume``, which goes on with it, or ``overwrite``; so does one that another
-    process writes. ``on_progress`` makes what is called after every round of a run; ``on_warning``
-    is told what the user should know of data and models, and of a damaged checkpoint that is passed
-    over. ``jobs``: how many run at once, each on its share of the cores; 0 for as many as there are
-    cores.
+    process writes. ``on_progress`` takes a run and returns what is called after each of its rounds.
+    ``on_warning`` is told what the user should know of data and models, and of a damaged checkpoint
+    that is passed over. ``jobs``: how many run at once, each on its share of the cores; 0 for as
+    many as there are cores.
     """
     with ExitStack() as claims:
         # In one order: of two commands that want the same folders, one gets them all.
@@ -46,6 +46,8 @@ def run_all(
         queue: list[Job] = []
         for run in runs:
             folder = run.folder(root)
+            # What begins anew has hardware here. With ``overwrite`` its folder may hold an older
+            # run, which is finished; that one does not count.
             if folder in hardware or not finished(folder, run.config):
                 unfinished.append(run)
                 queue.append(Job(run.config.to_json(), folder, hardware.get(folder)))
@@ -66,18 +68,21 @@ def _run_unfinished(
     ``federation``: one that has been built, whose data and model are taken over.
     """
     hardware = None if federation is None else federation.hardware
-    threads_are_fixed = any(run.config.machine.threads for run in runs)
+    threads_are_fixed = any(run.config.machine.threads for run in runs)  # 0 leaves them open
     count = processes(queue, asked, hardware, threads_are_fixed)
     if count == 1:
+        # In this process each run takes over the data and the model of the one before.
         for run, job in zip(runs, queue, strict=True):
             federation = run_job(job, federation, on_progress(run), on_warning)
         return
+
     watchers = [on_progress(run) for run in runs]
+    shares = [job.shared_by(count) for job in queue]
 
     def pass_on(index: int, progress: Progress) -> None:
         watchers[index](progress)
 
-    run_jobs([job.shared_by(count) for job in queue], count, pass_on, on_warning)
+    run_jobs(shares, count, pass_on, on_warning)
 
 
 def _claim(
@@ -96,6 +101,7 @@ def _claim(
     recorded = json.loads(read_settings(folder)[0].to_json())
     now = json.loads(run.config.to_json())
     if recorded != now:
+        # The first is enough: with another method or version there may be dozens.
         difference = next(differences(recorded, now))
         raise BadInput(
             f"{folder}: was made with other settings ({difference}); "
@@ -115,18 +121,19 @@ def _check_all(
     """
     federation: Federation | None = None
     hardware: dict[Path, Hardware] = {}
-    fitting_labels: set[str] = set()
+    fitting_labels: set[str] = set()  # labels of runs whose method is known to fit the model
     told_notes: set[str] = set()
     for run in runs:
         folder = run.folder(root)
         if resume and (folder / CONFIG).exists():
-            continue
+            continue  # it was checked when it was started, and brings its hardware choices
         federation = build(run.config, reuse=federation)
         hardware[folder] = federation.hardware
         for note in federation.notes:
             if note not in told_notes:
                 on_warning(note)
                 told_notes.add(note)
+        # Once a label, not once a seed: the start of some methods takes an SVD of every layer.
         if run.label not in fitting_labels:
             federation.first_state()  # fails where the method does not fit the model
             fitting_labels.add(run.label)

@@ -26,7 +26,10 @@ from fedpeft.training.hardware import Hardware, resolve, use
 from fedpeft.types import Client, Method, State
 
 WORTH = 2.0
-"""Visits of a text over a run from which it pays to keep its hidden states."""
+"""Mean visits of a text over a run from which it pays to keep its hidden states.
+
+With fewer, what is computed for the cache is hardly ever read from it.
+"""
 
 
 @final
@@ -34,7 +37,7 @@ WORTH = 2.0
 class Federation:
     """A federation ready to run: who holds what, the model, the method and the clients' worker.
 
-    ``train`` and ``test`` are the whole splits as numbers.
+    ``train`` and ``test`` are the whole splits, as tokens and label numbers.
     """
 
     config: Config
@@ -52,28 +55,32 @@ class Federation:
     def scored(self) -> Encoded:
         """Return the texts that the server scores.
 
-        They are the whole split, or a fixed draw of ``evaluation.limit`` of it.
+        They are the whole split, or a fixed draw of ``evaluation.limit`` texts from it.
         """
         choice = self.config.evaluation
+        # Few commands score on validation, so that split is encoded only when it is needed.
         is_test = choice.split == "test"
         rows = self.dataset.test if is_test else self.dataset.validation
-        whole = self.test if is_test else self.task.encode(rows)
+        split = self.test if is_test else self.task.encode(rows)
+        # Seed 0, not the run's: runs with different seeds are scored on the same texts.
         order = torch.randperm(len(rows), generator=generator(0, "evaluation", choice.split))
-        return whole.of_rows(sorted(order[: choice.limit].tolist()))
+        return split.of_rows(sorted(order[: choice.limit].tolist()))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know before the run starts, a line each."""
-        name = self.config.model.name
-        about_model = tuple(f"model.name = {name!r}: {note}" for note in self.loaded.notes)
-        return self.partition.notes + about_model
+        notes = list(self.partition.notes)
+        for note in self.loaded.notes:
+            notes.append(f"model.name = {self.config.model.name!r}: {note}")
+        return tuple(notes)
 
     @property
     def clients(self) -> list[Client]:
-        """Return the clients as the server knows them."""
-        return [
-            Client(number, examples=len(rows)) for number, rows in enumerate(self.partition.train)
-        ]
+        """Return the clients as the server knows them: by number of training examples."""
+        clients: list[Client] = []
+        for client_id, rows in enumerate(self.partition.train):
+            clients.append(Client(client_id, examples=len(rows)))
+        return clients
 
     def first_state(self) -> State:
         """Return the state before the first round."""
@@ -93,10 +100,12 @@ class Federation:
             clients_per_round=min(config.federation.clients_per_round, len(self.partition.train)),
             rounds=config.federation.rounds,
             reference=config.reference,
+            # The score of a constant answer, against which reports hold every method.
             majority=self.task.trivial(self.dataset, self.scored),
             metric=self.task.metric.name,
             higher_is_better=self.task.metric.higher_is_better,
             metric_is_share=self.task.metric.share,
+            # A resumed run compares the digests, so that it trains on what it was started on.
             model_digest=self.loaded.digest,
             partition_digest=self.partition.digest(),
             settings=json.loads(config.to_json()),
@@ -117,15 +126,20 @@ def build(
     federation whose data, tokens and model are taken over where the settings agree, as mounting
     leaves no trace on a model. Raises BadInput for settings that do not work together.
     """
-    engines.find(config.engine.kind)
+    # 1. What can be refused in a moment comes first; loading a model takes seconds.
+    engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
     dataset = _dataset(config, reuse)
     partition = divide(config, dataset)
     _check_partition(config, partition)
+
+    # 2. The machine, and the model in the number format and with the kernels chosen for it.
     names = TASKS[config.task.kind].names(dataset)
     task = make_task(config.task, names, config.model.max_length)
     chosen = hardware or _hardware(config, task, reuse)
     use(chosen)
     model = _model(config, dataset, task, chosen, reuse)
+
+    # 3. What the clients train with.
     method = config.build_method()
     client_data = _client_data(partition, model)
     worker = Worker(
@@ -138,7 +152,7 @@ def build(
         head=model.loaded.base.head,
         seed=config.seed,
         config=agreement(config, method, names, model.loaded.digest),
-        cache=_kept(config, client_data, model.loaded, chosen),
+        cache=_activation_cache(config, client_data, model.loaded, chosen),
     )
     federation = Federation(
         config=config,
@@ -152,6 +166,8 @@ def build(
         method=method,
         worker=worker,
     )
+
+    # 4. The stack size is measured on the ready worker, unless ``chosen`` brings it already.
     if hardware is not None or _same_stack(config, reuse):
         return federation
     return _with_stack(federation)
@@ -178,10 +194,11 @@ def _dataset(config: Config, reuse: Federation | None) -> data.Dataset:
 def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
     """Look at the machine, or take over what was found."""
 
-    def asked(one: Config) -> tuple[object, ...]:
-        return one.machine, one.model.max_length, one.model.name, one.task
+    # All settings that ``resolve`` and ``kernels`` depend on.
+    def choices(config: Config) -> tuple[object, ...]:
+        return config.machine, config.model.max_length, config.model.name, config.task
 
-    if reuse is not None and asked(reuse.config) == asked(config):
+    if reuse is not None and choices(reuse.config) == choices(config):
         return reuse.hardware
     return resolve(config.machine, config.model.max_length, kernels(config.model, task))
 
@@ -195,29 +212,31 @@ def _model(
 ) -> _Model:
     """Load the model and encode the texts, or take both over."""
 
-    def asked(one: Config, on: Hardware) -> tuple[object, ...]:
-        return one.model, one.task, one.seed, on.device, on.attention
+    # The seed is among them, as it draws the weights of the new output module.
+    def choices(config: Config, hardware: Hardware) -> tuple[object, ...]:
+        return config.model, config.task, config.seed, hardware.device, hardware.attention
 
-    same_data = reuse is not None and reuse.dataset is dataset
     if (
         reuse is not None
-        and same_data
-        and asked(reuse.config, reuse.hardware) == asked(config, hardware)
+        and reuse.dataset is dataset
+        and choices(reuse.config, reuse.hardware) == choices(config, hardware)
     ):
         return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
     loaded = load(config.model, task, hardware, config.seed)
-    ready = task.with_tokenizer(loaded.tokenizer)
-    return _Model(loaded, ready, ready.encode(dataset.train), ready.encode(dataset.test))
+    tokenizing_task = task.with_tokenizer(loaded.tokenizer)
+    train = tokenizing_task.encode(dataset.train)
+    test = tokenizing_task.encode(dataset.test)
+    return _Model(loaded, tokenizing_task, train, test)
 
 
 def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientData]:
-    """Return what each client holds, by its number."""
-    found: dict[int, ClientData] = {}
-    for number, train_rows in enumerate(partition.train):
+    """Return what each client holds, by its id."""
+    client_data: dict[int, ClientData] = {}
+    for client_id, train_rows in enumerate(partition.train):
         train = model.train.of_rows(train_rows.tolist())
-        test = model.test.of_rows(partition.test[number].tolist())
-        found[number] = ClientData(train, test)
-    return found
+        test = model.test.of_rows(partition.test[client_id].tolist())
+        client_data[client_id] = ClientData(train, test)
+    return client_data
 
 
 def _check_partition(config: Config, partition: data.Partition) -> None:
@@ -228,7 +247,8 @@ def _check_partition(config: Config, partition: data.Partition) -> None:
             f"federation.clients_per_round = {count}: there are {clients} clients; "
             f"choose at most {clients}"
         )
-    if config.evaluation.per_client and not any(len(rows) for rows in partition.test):
+    test_texts = sum(len(rows) for rows in partition.test)
+    if config.evaluation.per_client and not test_texts:
         raise BadInput(
             "evaluation.per_client = true: no client holds test texts, "
             "as a partition of kind 'file' deals none"
@@ -238,11 +258,12 @@ def _check_partition(config: Config, partition: data.Partition) -> None:
 def _same_stack(config: Config, reuse: Federation | None) -> bool:
     """Return whether ``reuse`` has found out already how many clients train side by side."""
 
-    def asked(one: Config) -> tuple[object, ...]:
-        count, batch = one.federation.clients_per_round, one.training.batch_size
-        return one.machine, one.engine, one.model, one.task, count, batch
+    # Whatever changes the time or the memory of one step.
+    def choices(config: Config) -> tuple[object, ...]:
+        count, batch = config.federation.clients_per_round, config.training.batch_size
+        return config.machine, config.engine, config.model, config.task, count, batch
 
-    return reuse is not None and asked(reuse.config) == asked(config)
+    return reuse is not None and choices(reuse.config) == choices(config)
 
 
 def _with_stack(federation: Federation) -> Federation:
@@ -256,12 +277,13 @@ def _with_stack(federation: Federation) -> Federation:
 def _stack_size(federation: Federation) -> int:
     """Return how many clients train side by side, as far as the settings leave it open.
 
-    One where the base has dropout, as every client has a random stream of its own, or mixes the
-    rows of a batch.
+    That is 1 where the base has dropout, as every client has a random stream of its own, and where
+    the base mixes the rows of a batch.
     """
     config, base, worker = federation.config, federation.loaded.base, federation.worker
     count = config.federation.clients_per_round
     asked = count if config.engine.stack == "auto" else config.engine.stack
+    # In Flower's simulation every client is a node of its own.
     if config.engine.kind != "local" or config.model.dropout > 0 or asked == 1:
         return 1
     if not apart(worker, base):
@@ -271,33 +293,40 @@ def _stack_size(federation: Federation) -> int:
     return asked
 
 
-def _kept(
+def _activation_cache(
     config: Config, client_data: Mapping[int, ClientData], loaded: Loaded, hardware: Hardware
 ) -> ActivationCache:
-    """Return what keeps hidden states of frozen blocks.
+    """Return the cache of the hidden states of frozen blocks.
 
-    It keeps those of no client where that would not pay, or would not be exact.
+    It holds the states of no client where that would not pay, or would not be exact.
     """
+    texts: dict[int, Encoded] = {}
+    for client_id, examples in client_data.items():
+        texts[client_id] = examples.train
+    width = getattr(loaded.model.config, "hidden_size", None)
+    # With dropout in the base, hidden states differ from pass to pass.
+    if config.model.dropout > 0 or _visits_per_text(config, texts) < WORTH or width is None:
+        return ActivationCache()
+    bytes_per_number = 2 if hardware.precision == "bf16" else 4
+    limit = 10**6 * config.machine.cache  # megabytes -> bytes
+    return ActivationCache(fitting(texts, width * bytes_per_number, limit))
+
+
+def _visits_per_text(config: Config, texts: Mapping[int, Encoded]) -> float:
+    """Return how often a training text is used over the whole run, on average."""
     federation, training = config.federation, config.training
-    texts = {client: own.train for client, own in client_data.items()}
-    total = sum(len(own) for own in texts.values())
+    total = sum(len(examples) for examples in texts.values())
     if training.steps:
         texts_per_client = float(training.steps * training.batch_size)
     else:
         texts_per_client = training.epochs * total / len(texts)
-    visits = federation.rounds * federation.clients_per_round * texts_per_client / total
-    width = getattr(loaded.model.config, "hidden_size", None)
-    if config.model.dropout > 0 or visits < WORTH or width is None:
-        return ActivationCache()
-    bytes_per_number = 2 if hardware.precision == "bf16" else 4
-    limit = 10**6 * config.machine.cache
-    return ActivationCache(fitting(texts, width * bytes_per_number, limit))
+    return federation.rounds * federation.clients_per_round * texts_per_client / total
 
 
 def read_data(config: Config) -> data.Dataset:
     """Return the data that the settings name, as their task reads it."""
     choice = config.data
-    if choice.train is None:
+    if choice.train is None:  # with source "files" it is required, which the settings have checked
         if config.task.kind != "classification":
             raise BadInput(
                 f"task.kind = {config.task.kind!r}: data.source = 'pydocs' holds texts with one "
@@ -338,6 +367,7 @@ def divide(config: Config, dataset: data.Dataset) -> data.Partition:
         case "shards":
             return data.shards(dataset, clients, seed, shards_per_client=choice.shards_per_client)
         case "by_key":
+            # Left out, it means all keys: the usual number of clients is no limit here.
             return data.by_key(dataset, choice.clients)
         case "file":
             assert choice.file is not None  # checked with the settings
@@ -347,9 +377,10 @@ def divide(config: Config, dataset: data.Dataset) -> data.Partition:
 def agreement(config: Config, method: Method, labels: Sequence[str], weights: str) -> bytes:
     """Return the digest of what server and clients must agree on: what changes a client's work.
 
-    ``method`` as built from ``config``, every field of it; ``labels`` in their order; ``weights``:
-    digest of the pre-trained parameters. Paths do not count, so the same model may lie in another
-    folder on every machine. Of the federation only the rounds that a method's schedule knows do.
+    ``method``: as built from ``config``; all its fields count. ``labels``: in their order.
+    ``weights``: digest of the pre-trained parameters. Paths do not count, so the same model may lie
+    in another folder on every machine. Of the section ``federation``, only the number of rounds
+    counts, and only where the method's schedule has it as a field.
     """
     fields_of_method = asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
     agreed = {
@@ -362,5 +393,6 @@ def agreement(config: Config, method: Method, labels: Sequence[str], weights: st
         "labels": list(labels),
         "weights": weights,
     }
+    # Sorted keys: the digest must not depend on the order of the fields in a class.
     text = json.dumps(agreed, sort_keys=True, default=repr)
     return blake2b(text.encode(), digest_size=16).digest()

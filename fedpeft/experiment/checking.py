@@ -25,30 +25,34 @@ def adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def checked(kind: type[T], tree: Tree, prefix: str, also: Sequence[str] = ()) -> T:
-    """Return ``kind`` made from ``tree``; ``also``: fields that are read elsewhere, for hints."""
+    """Return ``kind`` made from ``tree``, whose keys stand under ``prefix``.
+
+    ``also``: fields that are read elsewhere, for hints. Raises BadInput for the first mistake.
+    """
+    # pydantic would pass over unknown keys, and take true for 1.
     _check_keys(kind, tree, prefix, also)
     try:
         reader = adapter(kind)  # type: ignore[arg-type]  # a type is hashable
-        found: T = reader.validate_python(dict(tree))
+        instance: T = reader.validate_python(dict(tree))
     except ValidationError as error:
-        raise BadInput(_explained(error.errors(), tree, prefix)) from error
-    return found
+        raise BadInput(_explanation(error.errors(), tree, prefix)) from error
+    return instance
 
 
-def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
+def _explanation(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
     """Return the first of pydantic's ``errors`` on ``tree`` as one line.
 
     Where a field may be one of several types there is an error for each, at the same place.
     """
     first = errors[0]
-    key, given = _place(first["loc"], tree, prefix)
+    key, setting = _key_and_value(first["loc"], tree, prefix)
     if first["type"] == "missing":
         return f"{key}{'.' if key else ''}{first['loc'][-1]} is missing"
-    here = [error for error in errors if _place(error["loc"], tree, prefix)[0] == key]
-    if len(here) > 1:
-        wanted = [error["msg"].removeprefix("Input should be ").split(",")[0] for error in here]
-        return f"{key} = {given!r}: input should be {' or '.join(wanted)}"
-    bounds = first.get("ctx", {})
+
+    inputs = _inputs_wanted(errors, tree, prefix, key)
+    if len(inputs) > 1:
+        return f"{key} = {setting!r}: input should be {' or '.join(inputs)}"
+    bounds = first.get("ctx", {})  # pydantic's name -> the bound that was passed
     match first["type"]:
         case "greater_than_equal":
             says = f"must be at least {written_bound(bounds['ge'])}"
@@ -58,7 +62,7 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
             says = f"must be at most {written_bound(bounds['le'])}"
         case "less_than":
             says = f"must be less than {written_bound(bounds['lt'])}"
-        case "path_type":
+        case "path_type":  # a number, say, which TOML writes without quotes
             says = "write a path in quotes"
         case "dict_type":
             says = f"is a section; write {key}.field=value"
@@ -66,29 +70,43 @@ def _explained(errors: Sequence[ErrorDetails], tree: Tree, prefix: str) -> str:
             says = "is a list; write it with brackets, such as [1, 2] or ['a', 'b']"
         case _:
             says = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key} = {given!r}: {says}"
+    return f"{key} = {setting!r}: {says}"
+
+
+def _inputs_wanted(errors: Sequence[ErrorDetails], tree: Tree, prefix: str, key: str) -> list[str]:
+    """Return what each of the ``errors`` at ``key`` wants, such as ``a valid string``."""
+    inputs: list[str] = []
+    for error in errors:
+        if _key_and_value(error["loc"], tree, prefix)[0] == key:
+            # "Input should be a valid integer, unable to parse ..." -> "a valid integer"
+            inputs.append(error["msg"].removeprefix("Input should be ").split(",")[0])
+    return inputs
 
 
 def written_bound(bound: object) -> str:
-    """Return a bound as it is written: ``0`` for 0.0, and all digits of a large one."""
+    """Return a bound as it is written: ``0`` for 0.0, and all digits of a large one.
+
+    >>> written_bound(0.0), written_bound(2**62)
+    ('0', '4611686018427387904')
+    """
     return str(bound).removesuffix(".0")
 
 
-def _place(loc: Sequence[str | int], tree: Any, prefix: str) -> tuple[str, object]:
+def _key_and_value(loc: Sequence[str | int], tree: Any, prefix: str) -> tuple[str, object]:
     """Return the key that pydantic's ``loc`` leads to, such as ``compare.seeds[1]``, and its value.
 
-    Past the value a ``loc`` goes on with the types that were tried on it.
+    After the value, a ``loc`` goes on with the types that were tried on it.
     """
-    key, at = prefix, tree
+    key, branch = prefix, tree
     for part in loc:
-        if isinstance(at, Mapping) and part in at:
+        if isinstance(branch, Mapping) and part in branch:
             key = f"{key}.{part}" if key else str(part)
-        elif isinstance(at, list | tuple) and isinstance(part, int):
+        elif isinstance(branch, list | tuple) and isinstance(part, int):
             key = f"{key}[{part}]"
         else:
-            break
-        at = at[part]
-    return key, at
+            break  # a missing field, or the name of a type
+        branch = branch[part]
+    return key, branch
 
 
 def check_finite(value: object, key: str) -> None:
@@ -97,20 +115,23 @@ def check_finite(value: object, key: str) -> None:
         for name, inner in value.items():
             check_finite(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, list | tuple):
-        for number, inner in enumerate(value):
-            check_finite(inner, f"{key}[{number}]")
+        for index, inner in enumerate(value):
+            check_finite(inner, f"{key}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f"{key} = {value}: give a finite number")
 
 
 def _check_keys(kind: type[Any], tree: Tree, prefix: str, also: Sequence[str] = ()) -> None:
     """Refuse keys that ``kind`` has no field for, at any depth."""
-    fields = {part.name: part for part in dataclasses.fields(kind) if part.init}
+    fields: dict[str, dataclasses.Field[Any]] = {}
+    for part in dataclasses.fields(kind):
+        if part.init:  # others cannot be set
+            fields[part.name] = part
     for key, value in tree.items():
         where = f"{prefix}.{key}" if prefix else key
         if key not in fields:
             raise BadInput(f"unknown key {where!r}; {nearest(key, [*fields, *also])}")
-        section = fields[key].type
+        section = fields[key].type  # a text where a module postpones its annotations
         if isinstance(section, type) and dataclasses.is_dataclass(section):
             if not isinstance(value, Mapping):
                 raise BadInput(f"{where} = {value!r}: is a section; write {where}.field=value")
@@ -124,11 +145,16 @@ def _check_no_bool(value: object, key: str) -> None:
     if isinstance(value, bool):
         raise BadInput(f"{key} = {str(value).lower()}: true and false are no value of this field")
     if isinstance(value, list | tuple):
-        for number, inner in enumerate(value):
-            _check_no_bool(inner, f"{key}[{number}]")
+        for index, inner in enumerate(value):
+            _check_no_bool(inner, f"{key}[{index}]")
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:
-    """Return a hint at the choice nearest to ``name``, or at all of them."""
+    """Return a hint at the choice nearest to ``name``, or at all of them.
+
+    >>> nearest("lorra", ["lora", "full"]), nearest("x", ["lora", "full"])
+    ("did you mean 'lora'?", 'choose from: lora, full')
+    """
+    # A share of equal letters of 0.5: below difflib's usual 0.6, as short names differ fast.
     near = get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(choices) or 'none'}"

@@ -1,8 +1,9 @@
 """One writer at a time: a run's folder is claimed by a system lock that ends with its process.
 
-``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file, but no lock on it.
-Not by way of the library ``filelock``, as its versions differ in what matters here: whether those
-who come second empty the file, whether it is removed, what a file system without locks leads to.
+The lock is ``flock`` on POSIX and ``LockFile`` on Windows: a killed process leaves the file, but no
+lock on it. The library ``filelock`` is not used, as its versions differ in what matters here:
+whether a second process empties the file, whether the file is removed, and what happens on a file
+system without locks.
 """
 
 import errno
@@ -27,6 +28,7 @@ PROCESS: Final = "process.lock"
 """Locked by a process that writes on behalf of a command, which might outlive it for a moment."""
 LOCKS: Final = frozenset({COMMAND, PROCESS})
 
+# What the system reports where another has the lock, and where it knows no locks at all.
 _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 _NO_LOCKS_HERE: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 _TRIES: Final = 100
@@ -35,14 +37,14 @@ _TRIES: Final = 100
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only writer of ``folder`` for the length of a ``with``; it is made if it is not there.
+    """Be the only writer of ``folder`` for the length of a ``with``; a missing folder is made.
 
-    In the end a folder in which there is nothing is removed, and so is what was made for it.
+    In the end an empty folder is removed, and so are the folders above it that were made for it.
     Raises BadInput at once where another process, or another part of this one, has the folder, and
     where it cannot be made or written. Readers need no claim. On a file system that knows no locks
     (as on some clusters) nothing is guarded.
     """
-    missing = [place for place in folder.parents if not place.exists()]
+    missing = [parent for parent in folder.parents if not parent.exists()]  # the innermost first
     empty = False
     try:
         with _locked(folder, COMMAND):
@@ -54,9 +56,10 @@ def claimed(folder: Path) -> Iterator[None]:
                 with suppress(BadInput):
                     _take_from_processes(folder)
     finally:
-        for place in [folder, *missing] if empty else missing:
+        removable = [folder, *missing] if empty else missing
+        for path in removable:
             with suppress(OSError):  # it is in use: as a run, or by another who has claimed it
-                place.rmdir()
+                path.rmdir()
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def _take_from_processes(folder: Path) -> None:
 
 
 def never_begun(folder: Path) -> bool:
-    """Return whether ``folder`` holds no more than a command leaves that is killed at its start."""
+    """Return whether ``folder`` holds locks alone, as after a command that was killed early on."""
     try:
         names = {path.name for path in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
@@ -94,6 +97,8 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
 
 def _acquire(folder: Path, name: str) -> int:
     """Return the descriptor of the locked file ``name``; the lock lasts until it is closed."""
+    # Its owner removes the file when it ends, so a file that we have opened may be gone by the time
+    # we lock it. Then we try again.
     path = folder / name
     reason = "its lock is removed again and again"
     for _ in range(_TRIES):
@@ -116,7 +121,10 @@ def _acquire(folder: Path, name: str) -> int:
 
 
 def _is_taken(path: Path, descriptor: int) -> bool:
-    """Return whether the open file is locked by us now, or close it; BadInput if others hold it."""
+    """Return whether the open file is locked by us now; close it where it is not.
+
+    Raises BadInput where others hold the lock.
+    """
     try:
         if not _try_lock(descriptor):
             holder = _holder(descriptor)
@@ -142,7 +150,7 @@ def _try_lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS_HERE:
-            return True
+            return True  # better unguarded than no run at all
         if error.errno in _HELD:
             return False
         raise
@@ -169,10 +177,12 @@ def _holder(descriptor: int) -> str:
     """Return who has signed the file, such as ``process 4711``, and where if it is not here."""
     try:
         os.lseek(descriptor, 1, os.SEEK_SET)
-        number, host = os.read(descriptor, 300).decode().split()
+        # 300 bytes hold any signature: a process id, and a host's name of 255 bytes at most.
+        process_id, host = os.read(descriptor, 300).decode().split()
     except (OSError, ValueError):
         return "another process"
-    return f"process {number}" if host == socket.gethostname() else f"process {number} on {host}"
+    process = f"process {process_id}"
+    return process if host == socket.gethostname() else f"{process} on {host}"
 
 
 def _release(path: Path, descriptor: int) -> None:

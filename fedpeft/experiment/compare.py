@@ -31,10 +31,8 @@ class Planned:
     config: Config
 
     def folder(self, root: Path) -> Path:
-        """Return where it goes under ``root``.
-
-        A folder's name on any system, whatever a sweep's values hold.
-        """
+        """Return the run's folder under ``root``, a valid name on any system."""
+        # A sweep's values may be paths, or hold blanks and quotes.
         name = re.sub(r'[\s\\/:*?"<>|]', "-", self.label)
         return root / f"{name}-s{self.config.seed}"
 
@@ -51,6 +49,7 @@ def plan(tree: Tree) -> list[Planned]:
     rows = _rows(tree)
     seeds = from_tree(tree).compare.seeds
     planned: list[Planned] = []
+    # Seed by seed: a comparison that is stopped half-way has all methods with the first seeds.
     for seed in seeds:
         for label, settings in rows:
             config = _alone(merge(settings, {"label": label, "seed": seed}))
@@ -96,9 +95,13 @@ def _swept(label: str, settings: Tree, chosen: Mapping[str, Any]) -> Planned:
 
     ``label``: the method's, which goes before an error; empty for a sweep of no method.
     """
-    assignments = [f"{key}={value}" for key, value in chosen.items()]
-    name = " ".join([label, *assignments] if label else assignments)
-    overrides = [nested(key, value) for key, value in chosen.items()]
+    words = [label] if label else []
+    overrides: list[Tree] = []
+    for key, value in chosen.items():
+        words.append(f"{key}={value}")
+        overrides.append(nested(key, value))
+    name = " ".join(words)
+    # A sweep chooses values, so it must not see the test split.
     scored = {"label": name, "evaluation": {"split": "validation"}}
     try:
         config = _alone(merge(settings, *overrides, scored))
@@ -127,9 +130,13 @@ def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     _check_named("methods", choice.methods)
     _check_named("references", choice.references, may_be_empty=True)
     _check_named("seeds", choice.seeds)
-    methods = [(name, _with_method(tree, choice, name)) for name in choice.methods]
-    references = [(name, _reference(tree, choice, name)) for name in choice.references]
-    rows = methods + references
+    rows: list[tuple[str, Tree]] = []
+    for name in choice.methods:
+        rows.append((name, _with_method(tree, choice, name)))
+    for name in choice.references:
+        rows.append((name, _reference(tree, choice, name)))
+
+    # Settings of a method that is left out this time are no mistake.
     labels = [label for label, _ in rows]
     known = {*labels, *constructors(), *get_args(Reference)}
     for unknown in choice.settings.keys() - known:
@@ -170,8 +177,9 @@ def _with_own_settings(tree: Tree, choice: CompareSection, label: str) -> Tree:
 def _with_method(tree: Tree, choice: CompareSection, name: str, field: str = "methods") -> Tree:
     """Return ``tree`` with method ``name``; at an equal recipe with the common targets and rank.
 
-    Where ``compare`` does not name these, those of the section ``method`` are common; its other
-    fields stay its method's. ``field``: the one of ``compare`` that names the method.
+    Targets and rank come from ``compare``, or else from the section ``method``, or else they are
+    the defaults of ``compare``. Other fields of the section ``method`` are for the method that it
+    names. ``field``: the one of ``compare`` that names the method, for errors.
     """
     known = constructors()
     if name not in known:
@@ -179,21 +187,21 @@ def _with_method(tree: Tree, choice: CompareSection, name: str, field: str = "me
     section: Tree = {"name": METHOD, **tree.get("method", {})}
     chosen = dict(section) if section["name"] == name else {}
     if choice.recipe == "equal":
-        written = tree.get("compare", {})
+        written = tree.get("compare", {})  # without defaults, unlike ``choice``
         accepted = {field.name for field in fields(known[name])}  # type: ignore[arg-type]
         for key, default in (("targets", choice.targets), ("rank", choice.rank)):
             if key in accepted:
                 chosen[key] = written.get(key, section.get(key, default))
-    others = {key: value for key, value in tree.items() if key != "method"}
-    return merge(others, {"method": {**chosen, "name": name}})
+    # The section is replaced, not merged: of the old one ``chosen`` has all that is to stay.
+    return {**tree, "method": {**chosen, "name": name}}
 
 
 def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
     """Return the settings of a yardstick.
 
-    That is: clients that never exchange anything, or all data at one client. Centralised training
-    takes as many examples a round as the federation's cohort does together, and its one optimizer
-    goes on from round to round, as that of ordinary training does.
+    That is either clients that never exchange anything, or all data at one client. In a round,
+    centralised training takes as many examples as the federation's cohort does together. Its one
+    optimizer goes on from round to round, as that of ordinary training does.
     """
     if name == "local-only":
         return merge(_with_method(tree, choice, "local_only"), {"reference": True})
@@ -209,9 +217,12 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
         "training": {"keep_optimizer": True},
     }
     if steps is None:
+        # A centralised epoch takes all data, where a round of the federation takes the cohort's
+        # share of them: so this share of the rounds is enough.
         share = federation.clients_per_round / _clients(config)
         longer = nested("federation.rounds", max(1, round(federation.rounds * share)))
     else:
+        # The one client takes as many steps as the whole cohort does.
         longer = nested("training.steps", steps * federation.clients_per_round)
     return merge(settings, together, longer)
 

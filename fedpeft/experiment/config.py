@@ -1,4 +1,7 @@
-"""TOML -> checked settings; a mistake becomes one line that names the key, the value and the nearest valid choice."""
+"""TOML -> checked settings.
+
+A mistake becomes one line that names the key, the value and the nearest valid choice.
+"""
 
 import dataclasses
 import json
@@ -36,8 +39,8 @@ RENAMED: Final[Mapping[str, str | None]] = {"engine.cohort": "engine.stack"}
 """What fields were called by older versions: dotted name then -> now, None for one that is gone.
 
 They are read under these names for one release, wherever settings come from. A new field needs no
-entry: an old run takes its default, which therefore has to be what the old version did. Fields of
-``hardware.json`` are read by ``Hardware``.
+entry: an old run takes its default, which therefore has to be what the old version did. The old
+names in ``hardware.json`` are known to ``Hardware``.
 """
 
 OnWarning = Callable[[str], None]
@@ -72,7 +75,8 @@ class Config:
     method: dict[str, Any] = field(default_factory=lambda: {"name": METHOD})
     """The method's `name`, and the fields of that method."""
     wrap: tuple[dict[str, Any], ...] = ()
-    """Wrappers around the method, the outermost first, as `[[wrap]]` tables: `name`, and its fields."""
+    """Wrappers around the method, the outermost first, as `[[wrap]]` tables: `name`, and its
+    fields."""
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     """When the model is scored, and on what."""
     engine: EngineSection = field(default_factory=EngineSection)
@@ -97,8 +101,9 @@ class Config:
                 f"method.name = {name!r} is not a method; {nearest(str(name), list(known))}"
             )
         constructor = known[name]
-        own = {part.name for part in dataclasses.fields(constructor)}  # type: ignore[arg-type]
-        if "rounds" in own:
+        # A schedule that ends with the run needs its length: such a method has a field `rounds`.
+        known_fields = dataclasses.fields(constructor)  # type: ignore[arg-type]  # a dataclass
+        if any(part.name == "rounds" for part in known_fields):
             fields.setdefault("rounds", self.federation.rounds)
         method: Method = checked(constructor, fields, "method", also=("name",))
         return wrapped(method, self.wrap)
@@ -109,9 +114,9 @@ def read(path: Path) -> Tree:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        others = (
-            [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        )
+        others: list[str] = []
+        if path.parent.is_dir():
+            others = [str(other) for other in path.parent.glob("*.toml")]
         raise BadInput(f"{path}: no such file; {nearest(str(path), others)}") from error
     except IsADirectoryError as error:
         raise BadInput(f"{path}: is a folder, not a TOML file") from error
@@ -121,7 +126,8 @@ def read(path: Path) -> Tree:
 
 
 def beside(tree: dict[str, Any], folder: Path) -> Tree:
-    """Return settings with full paths where they are relative to ``folder``; ``tree`` is changed."""
+    """Return ``tree``, which is changed, with full paths where they were relative to ``folder``."""
+    # A mistake in the form of ``tree`` is passed over here: ``from_tree`` explains it.
     for section, key in (
         ("data", "train"),
         ("data", "validation"),
@@ -130,6 +136,7 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
     ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str(_full(Path(tree[section][key]), folder))
+    # A model's name is a path only where it names a folder: else it is one on the hub, or ours.
     name = tree["model"].get("name") if isinstance(tree.get("model"), dict) else None
     if isinstance(name, str) and _full(Path(name), folder).is_dir():
         tree["model"]["name"] = str(_full(Path(name), folder))
@@ -137,7 +144,11 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
 
 
 def parse_set(assignment: str) -> Tree:
-    """Return the tree that ``a.b=value`` sets; see ``value``."""
+    """Return the tree that ``a.b=value`` sets; see ``value``.
+
+    >>> parse_set("training.lr=0.003")
+    {'training': {'lr': 0.003}}
+    """
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
@@ -148,7 +159,12 @@ def parse_set(assignment: str) -> Tree:
 
 
 def value(text: str) -> Any:
-    """Return what ``text`` says in TOML, and ``text`` itself where it is none."""
+    """Return what ``text`` says in TOML, and ``text`` itself where it is none.
+
+    >>> value("3e-3"), value("[1, 2]"), value("lora")
+    (0.003, [1, 2], 'lora')
+    """
+    # A word without quotes is no TOML, but nobody quotes words on a command line.
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -157,23 +173,28 @@ def value(text: str) -> Any:
 
 def nested(key: str, value: object) -> dict[str, Any]:
     """Return the tree in which dotted ``key`` is ``value``: ``a.b`` -> ``{"a": {"b": value}}``."""
-    first, _, rest = key.partition(".")
-    return {first: nested(rest, value) if rest else value}
+    first, _, inner_key = key.partition(".")
+    return {first: nested(inner_key, value) if inner_key else value}
 
 
 def merge(*trees: Tree) -> dict[str, Any]:
-    """Return the trees laid over each other, later ones on top; a method of another name starts from its own defaults."""
+    """Return the trees laid over each other, later ones on top.
+
+    A method of another name starts from its own defaults.
+
+    >>> merge({"method": {"name": "lora", "rank": 4}}, {"method": {"name": "full"}})
+    {'method': {'name': 'full'}}
+    """
     merged: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():
             below = merged.get(key)
-            if isinstance(value, Mapping) and isinstance(below, Mapping):
-                renamed = key == "method" and value.get("name", below.get("name")) != below.get(
-                    "name"
-                )
-                merged[key] = dict(value) if renamed else merge(below, value)
-            else:
+            if not isinstance(value, Mapping) or not isinstance(below, Mapping):
                 merged[key] = value
+            elif key == "method" and value.get("name", below.get("name")) != below.get("name"):
+                merged[key] = dict(value)  # another method need not have the fields of this one
+            else:
+                merged[key] = merge(below, value)
     return merged
 
 
@@ -182,33 +203,40 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
 
     ``on_warning`` is told of a field that is given by an old name.
     """
+    # 1. Each field by itself: its name, its type and its bounds.
     tree = renamed(tree, on_warning)
     config = _absolute(checked(Config, tree, ""))
-    check_finite(tree, "")
+    check_finite(tree, "")  # TOML has nan and inf, which bounds need not catch
     if "name" not in config.method:
         config = replace(config, method={"name": METHOD, **config.method})
+
+    # 2. What no type says, and what fields say together.
     if not re.fullmatch(r"\w[\w .,=-]*", config.name):
         raise BadInput(
-            f"name = {config.name!r}: names a folder; choose letters, digits, '-' and '_', such as 'run'"
+            f"name = {config.name!r}: names a folder; "
+            "choose letters, digits, '-' and '_', such as 'run'"
         )
     federation = config.federation
     if federation.min_replies > federation.clients_per_round:
         raise BadInput(
             f"federation.min_replies = {federation.min_replies} can never come from "
-            f"federation.clients_per_round = {federation.clients_per_round}; choose at most {federation.clients_per_round}"
+            f"federation.clients_per_round = {federation.clients_per_round}; "
+            f"choose at most {federation.clients_per_round}"
         )
-    config.build_method()
+    config.build_method()  # checks the fields of method and wrappers, which are mere tables so far
     if config.data.source == "files" and config.data.train is None:
         raise BadInput(
             "data.train is missing: with data.source = 'files', name the file of the training texts"
         )
     if config.data.source == "pydocs" and config.data.train is not None:
         raise BadInput(
-            f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; did you mean 'files'?"
+            f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; "
+            "did you mean 'files'?"
         )
     if config.partition.kind == "file" and config.partition.file is None:
         raise BadInput(
-            "partition.file is missing: with partition.kind = 'file', name the JSON file of client -> rows"
+            "partition.file is missing: with partition.kind = 'file', "
+            "name the JSON file of client -> rows"
         )
     return config
 
@@ -225,6 +253,7 @@ def renamed(tree: Tree, on_warning: OnWarning) -> dict[str, Any]:
     under both names.
     """
     today = _renamed(tree, "", on_warning)
+    # Each ``compare.settings.<label>`` is a whole tree of settings again.
     compare = today.get("compare")
     rows = compare.get("settings") if isinstance(compare, Mapping) else None
     if isinstance(compare, Mapping) and isinstance(rows, Mapping):
@@ -240,65 +269,70 @@ def _renamed(tree: Tree, where: str, on_warning: OnWarning) -> dict[str, Any]:
     """Return ``tree``, whose keys stand under the prefix ``where``, under the names of today."""
     today = dict(tree)
     for then, now in RENAMED.items():
-        today, found = _without(today, then.split("."))
-        if not found:
+        today, removed = _without(today, then.split("."))
+        if not removed:
             continue
         if now is None:
             on_warning(f"{where}{then} is gone: it is left out of account")
             continue
-        [old] = found
+        [old] = removed
         if _without(today, now.split("."))[1]:
             raise BadInput(
                 f"{where}{then} = {old!r}: is the old name of {where}{now}, "
                 f"which is given as well; take {where}{then} out"
             )
-        on_warning(_told(f"{where}{then}", f"{where}{now}"))
+        on_warning(_rename_warning(f"{where}{then}", f"{where}{now}"))
         today = merge(today, nested(now, old))
     return today
 
 
 def name_today(name: str, on_warning: OnWarning) -> str:
-    """Return what the field with dotted ``name`` is called; ``on_warning`` is told of an old name."""
+    """Return what the field with dotted ``name`` is called today.
+
+    ``on_warning`` is told of an old name.
+    """
     now = RENAMED.get(name)
     if now is None:
         return name
-    on_warning(_told(name, now))
+    on_warning(_rename_warning(name, now))
     return now
 
 
-def _told(then: str, now: str) -> str:
+def _rename_warning(then: str, now: str) -> str:
     return f"{then} is called {now} now; the old name is read for one release"
 
 
 def _without(tree: Tree, keys: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
-    """Return ``tree`` without the value at the nested ``keys``, and that value, if there is one."""
-    key, *inner = keys
-    rest = dict(tree)
-    if key not in rest:
-        return rest, []
-    if not inner:
-        return rest, [rest.pop(key)]
-    if not isinstance(rest[key], Mapping):
-        return rest, []
-    rest[key], found = _without(rest[key], inner)
-    return rest, found
+    """Return ``tree`` without the value at the nested ``keys``, and that value, if there is one.
+
+    The value comes in a list, which is empty where there is none: None is a value, too.
+    """
+    key, *inner_keys = keys
+    remaining = dict(tree)
+    if key not in remaining:
+        return remaining, []
+    if not inner_keys:
+        return remaining, [remaining.pop(key)]
+    if not isinstance(remaining[key], Mapping):
+        return remaining, []
+    remaining[key], removed = _without(remaining[key], inner_keys)
+    return remaining, removed
 
 
 def _absolute(config: Config) -> Config:
-    """Return the settings with full paths, wherever they came from, so that a run can be resumed from any folder."""
+    """Return the settings with full paths, so that a run can be resumed from any folder."""
     data, partition, model = config.data, config.partition, config.model
-    folder = _full(Path(model.name))
-    return replace(
-        config,
-        data=replace(
-            data,
-            train=data.train and _full(data.train),
-            validation=data.validation and _full(data.validation),
-            test=data.test and _full(data.test),
-        ),
-        partition=replace(partition, file=partition.file and _full(partition.file)),
-        model=replace(model, name=str(folder)) if folder.is_dir() else model,
+    data = replace(
+        data,
+        train=data.train and _full(data.train),
+        validation=data.validation and _full(data.validation),
+        test=data.test and _full(data.test),
     )
+    partition = replace(partition, file=partition.file and _full(partition.file))
+    folder = _full(Path(model.name))
+    if folder.is_dir():
+        model = replace(model, name=str(folder))
+    return replace(config, data=data, partition=partition, model=model)
 
 
 def _full(path: Path, folder: Path = Path()) -> Path:
@@ -314,9 +348,9 @@ def _full(path: Path, folder: Path = Path()) -> Path:
 
 def differences(one: Tree, other: Tree, prefix: str = "") -> Iterator[str]:
     """Yield every field in which two trees of settings differ, as ``a.b: 3 there, 4 now``."""
-    for key in {**one, **other}:
-        there, now = one.get(key), other.get(key)
-        if isinstance(there, Mapping) and isinstance(now, Mapping):
-            yield from differences(there, now, f"{prefix}{key}.")
-        elif there != now:
-            yield f"{prefix}{key}: {there} there, {now} now"
+    for key in {**one, **other}:  # all keys, in the order in which they come
+        then, now = one.get(key), other.get(key)
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            yield from differences(then, now, f"{prefix}{key}.")
+        elif then != now:
+            yield f"{prefix}{key}: {then} there, {now} now"

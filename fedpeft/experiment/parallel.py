@@ -86,7 +86,7 @@ def processes(
     if asked:
         count = asked
     elif hardware is None or hardware.device != "cpu" or threads_are_fixed:
-        count = 1
+        count = 1  # ``hardware`` is None where all runs are resumed, with the threads they had
     else:
         count = min(MOST, os.cpu_count() or 1)
     return max(1, min(count, len(jobs)))
@@ -103,20 +103,23 @@ def run_jobs(
     ``on_progress`` is told a job's index and where its run stands. What fails in a process is
     raised here. KeyboardInterrupt ends the processes at once; their runs can be resumed.
     """
+    # Spawned, not forked: a fork of a process in which torch has threads may hang.
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
-    stopped, stop = context.Pipe(duplex=False)
+    stopped, stop = context.Pipe(duplex=False)  # whatever arrives in it ends the processes
     with ProcessPoolExecutor(count, context, _begin, (messages, stopped)) as pool:
         pending: set[Future[None]] = set()
         try:
+            # A pool starts its processes as jobs are submitted.
             with _interrupts_held_back():
                 for index, job in enumerate(jobs):
                     pending.add(pool.submit(_run_here, index, job))
             while pending:
+                # A tenth of a second: bars look alive, and Ctrl-C is heard.
                 done, pending = wait(pending, timeout=0.1)
                 _pass_on(messages, on_progress, on_warning)
                 for future in done:
-                    future.result()
+                    future.result()  # raises what the job has raised
         except BrokenProcessPool as error:
             raise BadInput(
                 f"--jobs {count}: a process was ended from outside, perhaps for memory; "
@@ -126,11 +129,11 @@ def run_jobs(
             stop.send(None)
             raise
         finally:
-            _wait_for_the_rest(pool, stop)
-        _pass_on(messages, on_progress, on_warning)
+            _wait_for_running_jobs(pool, stop)
+        _pass_on(messages, on_progress, on_warning)  # what came after the last look
 
 
-def _wait_for_the_rest(pool: ProcessPoolExecutor, stop: Connection) -> None:
+def _wait_for_running_jobs(pool: ProcessPoolExecutor, stop: Connection) -> None:
     """Wait until the jobs that are under way have ended, or Ctrl-C ends them; no other begins."""
     try:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -143,12 +146,13 @@ def _wait_for_the_rest(pool: ProcessPoolExecutor, stop: Connection) -> None:
 def _interrupts_held_back() -> Iterator[None]:
     """Hold back Ctrl-C in this thread for a while, and for good in processes that it starts now.
 
-    A terminal sends Ctrl-C to them, too, and it is for the parent to decide. On Windows they hear
-    it while they start.
+    A terminal sends Ctrl-C to these processes, too, but the parent decides what it means. On
+    Windows they hear it while they start.
     """
     if sys.platform == "win32":
         yield
         return
+    # A process inherits the mask of the thread that starts it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -159,13 +163,13 @@ def _interrupts_held_back() -> Iterator[None]:
 def _pass_on(
     messages: Any, on_progress: Callable[[int, Progress], None], on_warning: OnWarning
 ) -> None:
-    """Hand on all that the processes have told so far: progress, and lines of warning."""
+    """Pass on all that the processes have told so far: progress, and lines of warning."""
     while True:
         try:
             index, news = messages.get_nowait()
         except queue.Empty:
             return
-        if isinstance(news, str):
+        if isinstance(news, str):  # a line; all else is a ``Progress``
             on_warning(news)
         else:
             on_progress(index, news)
@@ -174,10 +178,10 @@ def _pass_on(
 class _Here:
     """What one process keeps between its jobs.
 
-    A pool calls a plain function for each job and has no place for what outlives it, so it stands
-    in this class, of which every process has its own: the queue that ``_begin`` is given once, as
-    queues can be inherited but not sent with a job, and the last federation, so that data and model
-    are not loaded anew for every run.
+    A pool calls a plain function for each job, and nothing that it makes outlives the call. So
+    these variables are kept here, and every process has its own. ``messages``: the queue to the
+    parent, which can be inherited when a process starts, but not sent with a job. ``federation``:
+    the last one, so that data and model are not loaded anew for every run.
     """
 
     messages: Any = None
@@ -185,10 +189,10 @@ class _Here:
 
 
 def _begin(messages: Any, stopped: Connection) -> None:
-    """Remember where to tell of progress, and end with the parent, or when it says so.
+    """Remember where to report progress, and end this process when its parent ends.
 
-    It does by ``stopped``. A run that is resumed must have one writer, so no process may outlive
-    its parent. A run can be left at any instant, so nothing is tidied up.
+    It also ends when the parent writes to ``stopped``. A run that is resumed must have one writer,
+    so no process may outlive its parent. A run can be left at any instant, so nothing is tidied up.
     """
     _Here.messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it as well
@@ -197,7 +201,7 @@ def _begin(messages: Any, stopped: Connection) -> None:
 
     def end_with_parent() -> None:
         wait_for_any([parent.sentinel, stopped])
-        os._exit(1)
+        os._exit(1)  # of the whole process; ``sys.exit`` would end this thread alone
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -211,5 +215,6 @@ def _run_here(index: int, job: Job) -> None:
     def on_warning(line: str) -> None:
         _Here.messages.put((index, line))
 
+    # The parent holds the claim; should it be killed, this lock guards the folder to the end.
     with on_behalf(job.folder):
         _Here.federation = run_job(job, _Here.federation, on_progress, on_warning)

@@ -59,10 +59,11 @@ OnProgress = Callable[[Progress], None]
 
 @final
 class Recorder:
-    """Takes down rows and states; a crash loses what came after the last call of ``save``.
+    """Writes down rows and states; a crash loses what came after the last call of ``save``.
 
-    Opening cuts the ledger back to where ``begin`` left it; a run from its beginning writes its
-    first row and state. A full disk raises BadInput and leaves the last checkpoint as it was.
+    Opening cuts the ledger back to where ``begin`` left it. A run that starts from its beginning
+    also writes its first row and state. A full disk raises BadInput and leaves the last checkpoint
+    as it was.
     """
 
     def __init__(
@@ -72,22 +73,24 @@ class Recorder:
         self._memories = begin.memories
         self._on_progress = on_progress
         self._digest = settings_digests(folder)[0]
+        # Files of the checkpoint that was read need not be written, or hashed, once more.
         self._written = Written({begin.state.round: begin.files} if begin.files else {})
         self._progress = Progress(begin.state.round, federation.config.federation.rounds)
         try:
             self._ledger = _opened(folder / FILE, begin.ledger)
         except OSError as error:
             raise self._unsaved(error) from error
+        # Score and bytes so far; for a run from its beginning the ledger is empty.
         for row in read(folder / FILE):
             self._progress = self._progress.after(row)
         if begin.ledger:  # the run is resumed, and its ledger has a first row
             on_progress(self._progress)
             return
         with ExitStack() as undo:
-            undo.push(self)
+            undo.push(self)  # nobody else closes the ledger where ``__init__`` fails
             self.record(federation.run_row())
             self.save(begin.state)
-            sync(folder)
+            sync(folder)  # the names of the new files, too, are to outlive a power cut
             undo.pop_all()
 
     def record(self, row: Row) -> None:
@@ -101,11 +104,13 @@ class Recorder:
     def save(self, state: State) -> None:
         """Put the ledger and ``state`` on the disk, and tell the watcher where the run stands."""
         try:
+            # The ledger first: a checkpoint must not know of rows that a crash can take away.
             length = self._ledger.sync()
             folder = self._folder / CHECKPOINTS
             checkpoint.save(folder, state, self._memories, length, self._digest, self._written)
         except OSError as error:
             raise self._unsaved(error) from error
+        # Only now: what a watcher is told of can be resumed from.
         self._progress = replace(self._progress, round=state.round)
         self._on_progress(self._progress)
 
@@ -144,11 +149,12 @@ def _opened(path: Path, length: int) -> Ledger:
 def settings_digests(folder: Path) -> tuple[str, str]:
     """Return the digests by which checkpoints know the configuration in ``folder``.
 
-    New ones carry the first. Both are of what ``config.json`` says as it was written, so that
-    fields which a later version adds or renames do not part a run from its checkpoints. The second
-    is what version 0.1 wrote: the digest of that content in pydantic's form.
+    New checkpoints carry the first. The second is what version 0.1 wrote: the digest of the same
+    content in pydantic's form. Both are taken from ``config.json`` as it was written. So a run
+    keeps its checkpoints when a later version adds or renames fields.
     """
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # One form for equal settings, whatever their order and layout in the file.
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return _digest(canonical), _digest(to_json(content, indent=1))
 

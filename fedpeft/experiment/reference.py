@@ -1,4 +1,7 @@
-"""The configuration explained: every field with its type, default and docstring, read from the code that checks it."""
+"""The configuration explained: every field with its type, default and docstring.
+
+All of it is read from the code that checks the fields.
+"""
 
 import ast
 import dataclasses
@@ -35,13 +38,13 @@ CHOICES: Final[Mapping[str, Callable[[], Mapping[str, type[Any]]]]] = {
     "method": constructors,
     "wrap": lambda: WRAPPERS,
 }
-"""What a configuration chooses by name, each with fields of its own: what it is -> all of them."""
+"""What a configuration chooses by name, each with fields of its own: kind -> name -> class."""
 
 
 @final
 @dataclass(frozen=True)
 class FieldDoc:
-    """One field: its name, what it takes, what it is where nothing is said, and what it means."""
+    """One field: its name, which values it takes, its default, and what it means."""
 
     name: str
     takes: str
@@ -61,18 +64,19 @@ class SectionDoc:
 
 
 def sections() -> list[SectionDoc]:
-    """Return every section: the top level, the tables of a TOML file, then what has a name."""
+    """Return every section: the top level, the tables of a TOML file, then methods and wrappers."""
+    # The fields of ``Config`` that are dataclasses are the tables of a file.
     hints: dict[str, Any] = get_type_hints(Config)
     tables: dict[str, Any] = {}
     for name, kind in hints.items():
         if dataclasses.is_dataclass(kind):
             tables[name] = kind
-    described = [_described(TOP, "top level", Config, leave_out=tuple(tables))]
+    described = [_section_doc(TOP, "top level", Config, leave_out=tuple(tables))]
     for name, kind in tables.items():
-        described.append(_described(name, f"[{name}]", kind))
+        described.append(_section_doc(name, f"[{name}]", kind))
     for what, choices in CHOICES.items():
         for name, kind in choices().items():
-            described.append(_described(name, f'{what} "{name}"', kind))
+            described.append(_section_doc(name, f'{what} "{name}"', kind))
     return described
 
 
@@ -106,15 +110,25 @@ def page(described: Sequence[SectionDoc]) -> str:
             lines += ["", "| field | takes | default | meaning |", "|---|---|---|---|"]
         for field in one.fields:
             cells = (f"`{field.name}`", field.takes, _code(field.default), field.meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append(_table_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    r"""Return a row of a Markdown table.
+
+    >>> _table_row(["targets", "query|value"])
+    '| targets | query\\|value |'
+    """
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"
 
 
 def _code(default: str) -> str:
     return default if default in (LEFT_OUT, REQUIRED) else f"`{default}`"
 
 
-def _described(
+def _section_doc(
     name: str, heading: str, kind: type[Any], leave_out: Sequence[str] = ()
 ) -> SectionDoc:
     """Return the section whose fields are those of dataclass ``kind``."""
@@ -122,7 +136,7 @@ def _described(
     hints = get_type_hints(kind, include_extras=True)
     fields: list[FieldDoc] = []
     for field in dataclasses.fields(kind):
-        if field.init and field.name not in leave_out:
+        if field.init and field.name not in leave_out:  # others cannot be set, or stand elsewhere
             meaning = meanings.get(field.name, "")
             fields.append(FieldDoc(field.name, _takes(hints[field.name]), _default(field), meaning))
     about = " ".join((kind.__doc__ or "").replace("``", "`").split())
@@ -144,14 +158,15 @@ def field_docstrings(kind: type[Any]) -> dict[str, str]:
         return {}
     definition = ast.parse(source).body[0]
     assert isinstance(definition, ast.ClassDef)
-    found: dict[str, str] = {}
+    docstrings: dict[str, str] = {}
+    # A docstring of a field is a mere string in the statement below it.
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
                 value=ast.Constant(value=str(text))
             ):
-                found[name] = " ".join(text.split())
-    return found
+                docstrings[name] = " ".join(text.split())
+    return docstrings
 
 
 LEFT_OUT: Final = "left out"
@@ -162,16 +177,16 @@ REQUIRED: Final = "required"
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return _written(field.default)
+        return _as_toml(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return _written(field.default_factory())
+        return _as_toml(field.default_factory())
     return REQUIRED
 
 
-def _written(value: object) -> str:
+def _as_toml(value: object) -> str:
     """Return a value as TOML writes it.
 
-    >>> _written(("lora", 2, True)), _written({"name": "lora"})
+    >>> _as_toml(("lora", 2, True)), _as_toml({"name": "lora"})
     ('["lora", 2, true]', '{name = "lora"}')
     """
     match value:
@@ -179,13 +194,13 @@ def _written(value: object) -> str:
             return LEFT_OUT
         case bool():
             return str(value).lower()
-        case str():
+        case str():  # in single quotes TOML takes a backslash as it is
             return f"'{value}'" if "\\" in value else f'"{value}"'
         case Mapping():
-            pairs = [f"{key} = {_written(item)}" for key, item in value.items()]
+            pairs = [f"{key} = {_as_toml(item)}" for key, item in value.items()]
             return "{" + ", ".join(pairs) + "}"
         case tuple() | list():
-            return "[" + ", ".join(_written(item) for item in value) + "]"
+            return "[" + ", ".join(_as_toml(item) for item in value) + "]"
         case _:
             return str(value)
 
@@ -215,7 +230,7 @@ def _takes(kind: Any) -> str:
     if origin is Annotated:
         return ", ".join([_takes(arguments[0]), *_bounds(arguments[1:])])
     if origin is Literal:
-        return " or ".join(_written(choice) for choice in arguments)
+        return " or ".join(_as_toml(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
         # None says that a field may be left out, which its default says already.
         return " or ".join(_takes(one) for one in arguments if one is not types.NoneType)

@@ -58,13 +58,15 @@ def run_from_start(federation: Federation, folder: Path, on_progress: OnProgress
     with ExitStack() as undo:
         try:
             clear(folder)
+            # Should a file not be written, no half-made run is left behind.
             undo.callback(clear, folder)
+            # CONFIG comes last: with it the folder is a run, and then it needs all three.
             for name, content in files.items():
                 write(folder / name, json.dumps(content, indent=1).encode())
         except OSError as error:
             remedy = "make room and start again"
             raise BadInput(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
-        undo.pop_all()
+        undo.pop_all()  # all is written: keep it
     begin = Checkpoint(first_state, Memories(), ledger=0)
     return _run_rounds(federation, folder, begin, on_progress)
 
@@ -95,6 +97,7 @@ def run_from_checkpoint(
 ) -> State:
     """Do what ``resume`` does in a folder that is claimed."""
     config, hardware, labels = read_settings(folder, on_warning)
+    # Before the model is loaded, which takes seconds: a damaged checkpoint is told of at once.
     begin = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
     federation = build(config, hardware, reuse)
     _check_same(folder, federation, labels)
@@ -110,11 +113,12 @@ def read_settings(
 ) -> tuple[Config, Hardware, tuple[str, ...]]:
     """Return a run's settings, its hardware choices and its label names.
 
-    ``on_warning`` is told of settings by an old name. A folder that holds no run, and a file in it
-    that cannot be read, raise BadInput.
+    ``on_warning`` is told of settings by an old name. Raises BadInput for a folder that holds no
+    run, and for a file in it that cannot be read.
     """
     check_is_run(folder)
 
+    # Of several folders, the user should know which one has the old name.
     def warn(line: str) -> None:
         on_warning(f"{folder / CONFIG}: {line}")
 
@@ -128,6 +132,7 @@ def _parsed(path: Path, parse: Callable[[str], T]) -> T:
     """Return what ``parse`` makes of a file of a run; BadInput with its name where it cannot."""
     try:
         return parse(path.read_text(encoding="utf-8"))
+    # ValueError for what is no JSON, the last two for JSON of another form, such as a list.
     except (BadInput, OSError, ValueError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}: cannot be read ({error}); start again with --overwrite") from error
 
@@ -144,10 +149,11 @@ def _check_same(folder: Path, federation: Federation, labels: tuple[str, ...]) -
     row = run_row(folder)
     if row is not None:
         _check_digests(folder, federation, row)
-    for number, (then, today) in enumerate(zip_longest(labels, federation.task.labels)):
+    # zip_longest: one label more or less is a difference, too, for which one side has None.
+    for output, (then, today) in enumerate(zip_longest(labels, federation.task.labels)):
         if then != today:
             raise BadInput(
-                f"{folder / LABELS}: output {number} of the model stands for {then!r} in this run, "
+                f"{folder / LABELS}: output {output} of the model stands for {then!r} in this run, "
                 f"and for {today!r} in the data, so texts would be learnt as others of their "
                 "labels; bring back what it was started on, or start again with --overwrite"
             )
@@ -168,13 +174,14 @@ def _check_digests(folder: Path, federation: Federation, row: RunRow) -> None:
 
 
 def _check_memories(folder: Path, federation: Federation, state: State) -> None:
-    """Raise BadInput where all that was trained lay with clients that have ended with the run.
+    """Raise BadInput where all that was trained was kept by clients, which have ended with the run.
 
-    Checkpoints keep the clients' memories of engine ``local``; another engine keeps its own.
+    Checkpoints hold the clients' memories of engine ``local`` alone; other engines keep their own.
     """
     config, method = federation.config, federation.method
     if config.engine.kind == "local":
         return
+    # A method that expects no tensor back has nothing on the server to go on from.
     if not method.expects(state, method.send(state, FULL_CLIENT)):
         raise BadInput(
             f"{folder}: what method {config.method['name']!r} trains is kept by the clients of "
@@ -193,7 +200,10 @@ def run_row(folder: Path) -> RunRow | None:
 
 def check_learnt(folder: Path) -> None:
     """Raise BadInput where no reply of a run was of any use."""
-    losses = [row.lost for row in stream(folder / FILE) if isinstance(row, ClientRow)]
+    losses: list[str | None] = []  # why a reply was of no use; None where it was used
+    for row in stream(folder / FILE):
+        if isinstance(row, ClientRow):
+            losses.append(row.lost)
     if losses and None not in losses:
         raise BadInput(
             f"{folder}: nothing was learnt, as none of {len(losses)} replies could be used; "
@@ -203,6 +213,7 @@ def check_learnt(folder: Path) -> None:
 
 def finished(folder: Path, config: Config) -> bool:
     """Return whether the run in ``folder`` has done all its rounds."""
+    # A manifest is written last, so where that of the last round is, everything is.
     return checkpoint.manifest(folder / CHECKPOINTS, config.federation.rounds).exists()
 
 
@@ -211,10 +222,11 @@ def _run_rounds(
 ) -> State:
     """Run the rounds that are left; after each, ledger and checkpoint are on the disk."""
     config, plan = federation.config, federation.config.federation
+    # Round -> its clients, drawn from the seed and the round alone: a resumed run draws the same.
     cohort = partial(sample, federation.clients, plan.clients_per_round, config.seed)
 
     def body(engine: Engine) -> State:
-        state = begin.state
+        state = begin.state  # what is returned where no round is left
         with Recorder(federation, folder, begin, on_progress) as recorder:
             for state in federate(
                 federation.method,
@@ -226,11 +238,13 @@ def _run_rounds(
                 min_replies=plan.min_replies,
                 record=recorder.record,
             ):
+                # The row comes before the checkpoint: a resumed run cuts off what comes after.
                 if state.round % config.evaluation.every == 0 or state.round == plan.rounds:
                     recorder.record(evaluation_row(federation, state, engine, begin.memories))
                 recorder.save(state)
         return state
 
+    # Engines whose clients are processes of their own build the worker there, from these settings.
     settings = json.dumps({"config": config.to_json(), "hardware": federation.hardware.describe()})
     pool = ClientPool(len(federation.clients), federation.worker, settings, rebuild, begin.memories)
     return launch(config.engine.kind, pool, body)

@@ -17,8 +17,8 @@
       writer.lock            while a command writes the folder; see claim.py
       process.lock           while a process of ``--jobs`` does
 
-A file that ends in ``.tmp`` is one that a crash kept from being whole. The settings make a folder a
-run's; ``hardware.json`` tells them from those of a model.
+A file that ends in ``.tmp`` was being written when a crash came. A folder is a run's if it has both
+``config.json`` and ``hardware.json``: an exported model has a ``config.json``, too.
 """
 
 from collections.abc import Iterator
@@ -68,9 +68,9 @@ def beginning(folder: Path, *, overwrite: bool) -> Iterator[None]:
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Raise BadInput where ``folder`` exists; with ``overwrite``, where it holds what is no run's.
+    """Raise BadInput where ``folder`` exists; with ``overwrite``, where it holds foreign files.
 
-    What a command left that was killed before it wrote anything does not count as a folder.
+    A folder with nothing but the locks of a killed command counts as none.
     """
     if not folder.exists() or never_begun(folder):
         return
@@ -78,14 +78,13 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         raise BadInput(f"{folder}: exists; resume it, choose another name, or give --overwrite")
     if not folder.is_dir():
         raise BadInput(f"{folder}: is a file; choose another name")
-    foreign: list[Path] = []
     with suppress(FileNotFoundError):  # removed this very moment, by a start that has failed
-        foreign = [path for path in _contents(folder) if not _is_ours(path, folder)]
-    if foreign:
-        raise BadInput(
-            f"{folder}: holds {str(foreign[0].relative_to(folder))!r}, which no run has put there, "
-            "and is not overwritten; move that away, or choose another name"
-        )
+        for path in _contents(folder):
+            if not _is_ours(path, folder):
+                raise BadInput(
+                    f"{folder}: holds {str(path.relative_to(folder))!r}, which no run has put "
+                    "there, and is not overwritten; move that away, or choose another name"
+                )
 
 
 def clear(folder: Path) -> None:
@@ -98,10 +97,12 @@ def clear(folder: Path) -> None:
         # The settings, which make it a run, go first; the file that tells they are ours goes last.
         return {CONFIG: 0, HARDWARE: 2}.get(path.name, 1)
 
-    ours = [path for path in _contents(folder) if _is_ours(path, folder)]
+    ours: list[Path] = []
+    for path in _contents(folder):
+        if _is_ours(path, folder) and path.name not in LOCKS:  # the locks guard it still
+            ours.append(path)
     for path in sorted(ours, key=order):
-        if path.name not in LOCKS:
-            path.unlink()
+        path.unlink()
     for name in (CHECKPOINTS, REPORT):
         with suppress(OSError):  # not there, or a hidden file is still in it
             (folder / name).rmdir()
@@ -148,7 +149,7 @@ def _visible(folder: Path) -> list[Path]:
 
 def _is_ours(path: Path, folder: Path) -> bool:
     """Return whether a file in a run's folder has a name that runs give."""
-    if path.parent != folder:
+    if path.parent != folder:  # in one of the two folders inside
         if path.parent.name == CHECKPOINTS:
             return checkpoint.is_ours(path.name)
         return path.name in _REPORTED

@@ -20,38 +20,41 @@ def evaluation_row(
 ) -> EvaluationRow:
     """Score ``state`` on the server's texts, and on the clients' own where the settings ask for it.
 
-    Where a method keeps parts of its model with the clients there is no global model: the score is
-    the mean over the clients' own models, each on the server's texts (on the client's own where the
-    memories are elsewhere), and ``clients_scored`` says how many.
+    A method that keeps parts of its model with the clients has no global model. Then the score is
+    the mean over the clients' own models, each on the server's texts (or on the client's own, where
+    the memories are elsewhere), and ``clients_scored`` says how many there were.
     """
     began = time.perf_counter()
     counts = score_global(federation, state)
     if counts is not None:
         row = _row(federation, state, [counts])
     else:
-        each = _own_models(federation, state, memories)
-        if not each:
-            each = list(_own_counts(federation, state, engine).values())
-        row = replace(_row(federation, state, each), clients_scored=len(each))
+        client_counts = _client_models(federation, state, memories)
+        # The server has no memories under Flower, where it can only ask the clients.
+        if not client_counts:
+            client_counts = list(_poll_clients(federation, state, engine).values())
+        row = _row(federation, state, client_counts)
+        row = replace(row, clients_scored=len(client_counts))
     if federation.config.evaluation.per_client:
-        row = _with_clients(row, federation, _own_counts(federation, state, engine).values())
+        row = _with_clients(row, federation, _poll_clients(federation, state, engine).values())
     return replace(row, seconds=time.perf_counter() - began)
 
 
 def score_global(federation: Federation, state: State) -> Counts | None:
     """Return the counts of the global model, as a client of full capacity would hold it.
 
-    None where there is none: the method keeps parts of it with clients that have trained them.
+    None where there is none, as the method keeps parts of it with clients that have trained them.
     """
     model, hardware = federation.loaded.model, federation.hardware
     mounted = mounted_state(federation.method, state, model, hardware, federation.config.seed)
     with mounted as local:
+        # Before any client has trained, all of them hold what the server sends: one model.
         if local.personal and state.memories:
             return None
         return score(model, federation.task, federation.scored, hardware)
 
 
-def _own_counts(federation: Federation, state: State, engine: Engine) -> dict[int, Counts]:
+def _poll_clients(federation: Federation, state: State, engine: Engine) -> dict[int, Counts]:
     """Return what every client counts of its own model on its own texts."""
     return poll(
         federation.method,
@@ -63,47 +66,50 @@ def _own_counts(federation: Federation, state: State, engine: Engine) -> dict[in
     )
 
 
-def _own_models(federation: Federation, state: State, memories: Memories) -> list[Counts]:
+def _client_models(federation: Federation, state: State, memories: Memories) -> list[Counts]:
     """Return the counts of each client's own model on the server's texts.
 
     Of clients whose memories are elsewhere there are none.
     """
     model, hardware, seed = federation.loaded.model, federation.hardware, federation.config.seed
-    found: list[Counts] = []
+    counts: list[Counts] = []
     for client in federation.clients:
         version = state.memories.get(client.id, NO_MEMORY)
         if not memories.holds(client.id, version):
             continue
-        known = replace(client, memory=version)
+        with_version = replace(client, memory=version)
         memory = decode(memories.get(client.id, version))
-        with mounted_state(federation.method, state, model, hardware, seed, known, memory):
-            found.append(score(model, federation.task, federation.scored, hardware))
-    return found
+        with mounted_state(federation.method, state, model, hardware, seed, with_version, memory):
+            counts.append(score(model, federation.task, federation.scored, hardware))
+    return counts
 
 
 def _row(federation: Federation, state: State, each: Sequence[Counts]) -> EvaluationRow:
     """Return the row of one model, or of the mean over the models of several clients."""
-    scored = [federation.task.metrics(counts) for counts in each]
-    names = scored[0]
+    values: dict[str, list[float]] = {}  # name of a metric -> its value for each model
+    for counts in each:
+        for name, value in federation.task.metrics(counts).items():
+            values.setdefault(name, []).append(value)
     return EvaluationRow(
         round=state.round,
         split=federation.config.evaluation.split,
         examples=examples_in(each[0]),
-        metrics={name: fmean(metrics[name] for metrics in scored) for name in names},
+        metrics={name: fmean(per_model) for name, per_model in values.items()},
     )
 
 
 def _with_clients(
     row: EvaluationRow, federation: Federation, each: Iterable[Counts]
 ) -> EvaluationRow:
-    """Return ``row`` with the mean of the primary metric over the clients, and over its worst tenth."""
+    """Return ``row`` with the mean of the primary metric over clients, and over its worst tenth."""
     metric = federation.task.metric
-    own = [federation.task.metrics(counts)[metric.name] for counts in each]
-    own.sort(reverse=not metric.higher_is_better)
-    worst = own[: max(1, len(own) // 10)]
+    scores = [federation.task.metrics(counts)[metric.name] for counts in each]
+    scores.sort(reverse=not metric.higher_is_better)  # the worst first
+    worst = scores[: max(1, len(scores) // 10)]  # of fewer than ten clients, one
     return replace(
         row,
-        client_mean=fmean(own or [0.0]),
+        # 0 where no client could answer: fmean of nothing would end the run.
+        client_mean=fmean(scores or [0.0]),
         client_worst_tenth=fmean(worst or [0.0]),
-        clients_scored=len(own),
+        clients_scored=len(scores),
     )

@@ -41,7 +41,8 @@ class DataSection:
     key: str | None = None
     """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None
-    """What separates columns: one character or `tab`. Left out: a comma in `.csv`, a tab in `.tsv`."""
+    """What separates columns: one character or `tab`. Left out: a comma in `.csv`, a tab in
+    `.tsv`."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of each label's train rows that is held out where there is no validation file."""
     test_fraction: Annotated[float, Gt(0), Lt(1)] = 0.2
@@ -105,8 +106,8 @@ class EngineSection:
     kind: Literal["local", "flower"] = "local"
     """In this process, or in Flower's simulation (extra `flower`)."""
     stack: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
-    """Clients that train side by side, where method and model can; `auto` finds out by trying. It is
-    1 with dropout in the base. Equal bits hold between runs with the same stack."""
+    """Clients that train side by side, where method and model can; `auto` finds out by trying. It
+    is 1 with dropout in the base. Equal bits hold between runs with the same stack."""
 
 
 Reference = Literal["centralised", "local-only"]
@@ -133,4 +134,5 @@ class CompareSection:
     reference_method: str = "lora"
     """The method of the centralised yardstick."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings of single rows by label, such as `[compare.settings.lora]` with `training.lr = 3e-3`."""
+    """Settings of single rows by label, such as `[compare.settings.lora]` with
+    `training.lr = 3e-3`."""

@@ -1,4 +1,7 @@
-"""A first configuration for a user's own texts: columns are found, numbers fit the data, and it runs as it is."""
+"""A first configuration for a user's own texts, which runs as it is.
+
+The columns of texts and labels are found, and the numbers fit the data.
+"""
 
 import json
 import math
@@ -32,11 +35,11 @@ KEYS: Final = ("client", "user", "site", "author", "speaker")
 ROWS_PER_CLIENT: Final = 40
 """Training rows for each client, where there are that many: a few steps without repetition."""
 TOKENS_PER_WORD: Final = 4 / 3
-"""What tokenizers of English make of a word, roughly."""
+"""Tokens that tokenizers of English make of a word, roughly."""
 FRAME: Final = 2
 """Tokens that a model puts around a text."""
 LONGEST: Final = 256
-"""Tokens beyond which a first try does not go."""
+"""Tokens beyond which a first try does not go, as the time of a step grows with them."""
 COVERED: Final = 0.95
 """Share of the texts that are kept whole, unless they are longer than ``LONGEST``."""
 SHOWN: Final = 8
@@ -46,7 +49,11 @@ SHOWN: Final = 8
 @final
 @dataclass
 class Column:
-    """What a column holds, over all records."""
+    """What a column holds, over all records.
+
+    ``rows``: records that have it. ``only_names``: whether every value can name a class or client.
+    ``characters``: of all its texts together. ``different``: its distinct values, as texts.
+    """
 
     name: str
     rows: int = 0
@@ -61,12 +68,12 @@ class Column:
         match value:
             case str():
                 self.characters += len(value)
-                self.only_names &= bool(value.strip())
+                self.only_names &= bool(value.strip())  # a blank names nothing
                 self.different.add(value)
             case bool() | int() | float() if math.isfinite(value):
                 self.only_strings = False
                 self.different.add(json.dumps(value))
-            case _:
+            case _:  # null, nan, a list, an object
                 self.only_strings = self.only_names = False
 
     def fault(self, rows: int, most: float) -> str:
@@ -93,18 +100,21 @@ class Columns:
 
 
 def write_starter(path: Path, *, train: Path, test: Path | None, method: str) -> list[str]:
-    """Write a configuration for the texts in ``train`` to ``path``; return what to tell, as lines.
+    """Write a configuration for the texts in ``train`` to ``path``; return lines for the user.
 
     The columns of texts and labels are found by their usual names, and otherwise by what they hold:
     the longest texts, and the fewest different values. Without ``test`` a part of train is held
     out. Raises BadInput where ``path`` exists, for files that cannot be used, without a usable
     column of labels, and for an unknown method. Nothing is written before all of it has been tried.
     """
+    # 1. Whatever can be refused before the data are read.
     if path.exists() or path.is_symlink():
         raise BadInput(f"{path}: exists, and is not overwritten; choose another name")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no folder {path.parent}")
     config.from_tree({"method": {"name": method}})
+
+    # 2. The section ``data``. Paths in it start at the folder of the new file.
     columns = find_columns(train.expanduser())
     folder = path.parent.absolute()
     data = {"source": "files", "train": _relative(train, folder)}
@@ -113,18 +123,23 @@ def write_starter(path: Path, *, train: Path, test: Path | None, method: str) ->
     data |= {"text": columns.text, "label": columns.label}
     if columns.delimiter is not None:
         data["delimiter"] = columns.delimiter
+    # A test file without the column of clients could not be divided by it.
     if columns.key is not None and (test is None or _has(test, columns.key, columns.delimiter)):
         data["key"] = columns.key
+
+    # 3. The whole file, whose numbers depend on the data. It is read back and tried in memory.
     dataset = read_data(config.from_tree(config.beside({"data": dict(data)}, folder)))
     text = _toml(path, data, dataset, method)
     checked = config.from_tree(config.beside(tomllib.loads(text), folder))
     divide(checked, dataset)
+
+    # 4. The file on the disk.
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8") as file:  # "x": another may have made it meanwhile
             file.write(text)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from error
-    return _told(path, data, dataset, checked)
+    return _summary(path, data, dataset, checked)
 
 
 def find_columns(train: Path) -> Columns:
@@ -132,12 +147,19 @@ def find_columns(train: Path) -> Columns:
 
     Raises BadInput for files that cannot be read and where there is no column of texts or labels.
     """
-    found, delimiter = _profiled(train)
-    rows = max((column.rows for column in found), default=0)
-    text = _text_column(train, found, rows)
-    others = [column for column in found if column is not text]
-    key = next((one for one in others if _is_key(one, rows)), None)
-    label = _label_column(train, [one for one in others if one is not key], rows)
+    columns, delimiter = _profiled(train)
+    rows = max((column.rows for column in columns), default=0)
+    text = _text_column(train, columns, rows)
+    key: Column | None = None
+    others: list[Column] = []
+    for column in columns:
+        if column is text:
+            continue
+        if key is None and _is_key(column, rows):  # the first that can be
+            key = column
+        else:
+            others.append(column)
+    label = _label_column(train, others, rows)
     return Columns(text.name, label.name, None if key is None else key.name, delimiter)
 
 
@@ -153,82 +175,90 @@ def _profiled(train: Path) -> tuple[list[Column], str | None]:
     try:
         return _columns(paths, None), None
     except BadInput:
+        # Another delimiter may do. Where it does not, the first error is the one to report.
         if not all(ending(path) in SEPARATED for path in paths):
             raise
         for mark in MARKS:
             try:
-                found = _columns(paths, mark)
+                columns = _columns(paths, mark)
             except BadInput:
                 continue
-            if len(found) > 1:
-                return found, "tab" if mark == "\t" else mark
+            if len(columns) > 1:  # else ``mark`` does not occur
+                return columns, "tab" if mark == "\t" else mark
         raise
 
 
 def _columns(paths: Iterable[Path], delimiter: str | None) -> list[Column]:
     """Return the columns of all records in ``paths``."""
-    found: dict[str, Column] = {}
+    columns: dict[str, Column] = {}
     for path in paths:
         # The usual names tell a header from data, and a record from an object that holds records.
         for _, record in records(path, (TEXTS[0], LABELS[0]), delimiter):
             for name, value in record.items():
-                found.setdefault(name, Column(name)).add(value)
-    return list(found.values())
+                columns.setdefault(name, Column(name)).add(value)
+    return list(columns.values())
 
 
-def _text_column(train: Path, found: Sequence[Column], rows: int) -> Column:
+def _text_column(train: Path, columns: Sequence[Column], rows: int) -> Column:
     """Return the column of texts: by its usual name, or else the one with the longest."""
-    texts = [one for one in found if one.only_strings and one.rows == rows]
+    texts = [column for column in columns if column.only_strings and column.rows == rows]
     if not texts:
-        names = ", ".join(repr(one.name) for one in found) or "none"
+        names = ", ".join(repr(column.name) for column in columns) or "none"
         raise BadInput(f"{train}: no column holds a text in every row; its columns are {names}")
-    return _usual(texts, TEXTS) or max(texts, key=lambda one: one.characters)
+    return _usual(texts, TEXTS) or max(texts, key=lambda column: column.characters)
 
 
-def _label_column(train: Path, found: Sequence[Column], rows: int) -> Column:
+def _label_column(train: Path, columns: Sequence[Column], rows: int) -> Column:
     """Return the column of labels: by its usual name, or else the one with the fewest values.
 
     A column of that name that cannot be used is not passed over for another.
     """
-    named = [one for one in found if _bare(one.name) in LABELS]
-    # A label by another name should come twice, on average; else it may well be a number of the row.
+    named = [column for column in columns if _normalized(column.name) in LABELS]
+    # A label by another name should come twice, on average: else it may well be the row's number.
     most = rows - 1 if named else rows / 2
-    usable = [one for one in named or found if not one.fault(rows, most)]
+    usable: list[Column] = []
+    faults: list[str] = []
+    for column in named or columns:
+        fault = column.fault(rows, most)
+        if fault:
+            faults.append(f"{column.name!r} ({fault})")
+        else:
+            usable.append(column)
     if not usable:
-        shown = ", ".join(f"{one.name!r} ({one.fault(rows, most)})" for one in named or found)
+        shown = ", ".join(faults) or "none"
         raise BadInput(
-            f"{train}: no column can be the labels, of which there must be two or more, a few in all "
-            f"{rows} rows; the columns beside the texts are {shown or 'none'}"
+            f"{train}: no column can be the labels, of which there must be two or more, "
+            f"a few in all {rows} rows; the columns beside the texts are {shown}"
         )
-    return _usual(usable, LABELS) or min(usable, key=lambda one: len(one.different))
+    return _usual(usable, LABELS) or min(usable, key=lambda column: len(column.different))
 
 
-def _usual(found: Sequence[Column], names: Sequence[str]) -> Column | None:
+def _usual(columns: Sequence[Column], names: Sequence[str]) -> Column | None:
     """Return the column with the likeliest of the usual ``names``."""
     for name in names:
-        for column in found:
-            if _bare(column.name) == name:
+        for column in columns:
+            if _normalized(column.name) == name:
                 return column
     return None
 
 
-def _bare(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.strip().lower()
 
 
 def _is_key(column: Column, rows: int) -> bool:
     """Return whether a column seems to name natural clients."""
-    name = re.sub(r"[ _-]?id$", "", _bare(column.name))
+    name = re.sub(r"[ _-]?id$", "", _normalized(column.name))  # user_id, user-id, userid -> user
     return name in KEYS and not column.fault(rows, rows / 2)
 
 
 def _relative(path: Path, folder: Path) -> str:
     """Return ``path`` as seen from ``folder``, with slashes; in full where there is no such way."""
-    whole = path.expanduser().absolute()
+    full_path = path.expanduser().absolute()
     try:
-        return Path(os.path.relpath(whole, folder)).as_posix()
+        return Path(os.path.relpath(full_path, folder)).as_posix()
     except ValueError:  # on another drive
-        return whole.as_posix()
+        return full_path.as_posix()
 
 
 def max_length(texts: Collection[str]) -> int:
@@ -242,7 +272,7 @@ def max_length(texts: Collection[str]) -> int:
 
 
 def _words(texts: Collection[str], share: float) -> int:
-    """Return the number of words that ``share`` of the texts do not exceed."""
+    """Return the number of words that ``share`` of the texts do not exceed: their quantile."""
     lengths = sorted(len(text.split()) for text in texts)
     return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
 
@@ -255,14 +285,19 @@ def _rates(method: str) -> tuple[float | None, Tree]:
 
 
 def _toml(path: Path, data: Mapping[str, str], dataset: Dataset, method: str) -> str:
-    """Return the text of the configuration; what is written is what differs, or may well be changed."""
+    """Return the text of the configuration.
+
+    It holds the fields that differ from their defaults, and those that a user may well change.
+    """
     rows, least = len(dataset.train), PartitionSection.min_examples
     if rows < least:
         raise BadInput(
             f"{data['train']}: {rows} rows are left for training; a client needs {least} at least"
         )
+    # With barely enough rows for two clients, hardly any draw of shares gives both their least.
     clients = 1 if rows <= 2 * least else min(CLIENTS, max(2, rows // ROWS_PER_CLIENT))
     keys = len(set(dataset.train.keys)) or clients
+    # It has to work with either partition of the file, the one in comments too.
     per_round = min(FederationSection.clients_per_round, clients, keys)
     name = path.stem if re.fullmatch(r"\w[\w .,=-]*", path.stem) else "run"
     lines = [f"{key} = {_quoted(value)}" for key, value in data.items()]
@@ -277,9 +312,9 @@ def _toml(path: Path, data: Mapping[str, str], dataset: Dataset, method: str) ->
             f"{_quoted(data['key'])}"
         )
     words = _words(dataset.train.texts, COVERED)
-    rate, own = _rates(method)
+    rate, method_fields = _rates(method)
     training = [] if rate is None else [f"lr = {rate}  # as a sweep chose for the demo: try others"]
-    fields = [f"{key} = {value}" for key, value in own.items()]
+    fields = [f"{key} = {value}" for key, value in method_fields.items()]
     return f"""\
 # Every field, explained: fedpeft config
 name = {_quoted(name)}  # of the run's folder
@@ -318,13 +353,14 @@ def _lines(lines: Sequence[str]) -> str:
 
 def _quoted(value: str) -> str:
     """Return ``value`` as a string of TOML, on one line."""
+    # Strings of JSON are strings of TOML, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _told(
+def _summary(
     path: Path, data: Mapping[str, str], dataset: Dataset, checked: config.Config
 ) -> list[str]:
-    """Return what was found, and how to go on."""
+    """Return what was found, and how to go on, as lines for the user."""
     labels = [repr(label) for label in dataset.labels[:SHOWN]]
     if len(dataset.labels) > SHOWN:
         labels.append("...")

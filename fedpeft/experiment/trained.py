@@ -59,6 +59,7 @@ class Trained:
         With ``merge``, write the whole model as one for transformers. A folder that exists raises
         BadInput, and so does a method without low-rank adapters unless ``merge``.
         """
+        # Only what the branches add is needed, and the model is written without its branches.
         with self.mounted() as local:
             pass
         if merge:
@@ -76,6 +77,7 @@ def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: N
     """
     folder = Path(folder)
     config, hardware, labels = read_settings(folder, on_warning)
+    # Read only: the run may be under way, and its process alone mends the folder.
     latest = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning, mend=False)
     if latest is None:
         raise BadInput(
@@ -98,6 +100,7 @@ def open_run(folder: Path | str, on_warning: Callable[[str], None] = lambda _: N
         method=config.build_method(),
         state=latest.state,
     )
+    # Found out here and not at the first prediction.
     with trained.mounted() as local:
         if local.personal:
             raise BadInput(
