@@ -29,7 +29,7 @@ METHODS: Mapping[str, type[Method]] = {
     "fedara": FedARA,
     "local_only": LocalOnly,
 }
-"""Our methods by the name that ``method.name`` of a configuration gives; they are tested as listed."""
+"""Our methods by their names in a configuration; the contract tests run each of them."""
 
 GROUP = "fedpeft.methods"
 """The entry-point group in which third parties name their methods."""

@@ -59,7 +59,8 @@ class FedARA:
     orthogonality: Annotated[float, Ge(0)] = 0.0
     """Weight in the loss of |A A^T - I| + |B^T B - I|; reconstruction."""
     weighting: Weighting = "examples"
-    """How clients' factors and votes are averaged: by their examples, or all alike. Reconstruction."""
+    """How clients' factors and votes are averaged: by their examples, or all alike.
+    Reconstruction."""
 
     def init(self, base: Base, seed: int) -> State:
         """Draw A and B from N(0, deviation^2) and set e to 0; all ranks are alive.
@@ -167,7 +168,7 @@ class FedARA:
             del payload["votes"]
             return payload
 
-        # 1. Average B, e and A, each by itself. The stream is read once, so votes are counted with it.
+        # 1. Average B, e and A, each by itself, and count votes: the stream is read only once.
         merged = mean(updates, self.weighting, read)
         if not merged:
             return replace(state, round=state.round + 1)
@@ -197,7 +198,7 @@ def _count(state: State) -> int:
 
 
 def _norms(merged: Payload) -> Tensor:
-    """Return the norms of all live rank-one terms, modules in alphabetical order, as ballots are."""
+    """Return the norms of all live rank-one terms, (n,), modules in alphabetical order."""
     norms = [torch.zeros(0)]  # all there is to concatenate where every module is dead
     for _, factors in sorted(by_module(merged).items()):
         norms.append(rank_norms(factors))

@@ -1,4 +1,4 @@
-"""FeDeRA: LoRA started from the principal components of the pre-trained weights (Yan et al. 2024)."""
+"""FeDeRA: LoRA that starts from the SVD of the pre-trained weights (Yan et al. 2024)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,8 +57,8 @@ class FeDeRA:
 
     def send(self, state: State, client: Client) -> Payload:
         """Send A, B and head, and the anchor to a client that does not remember it."""
-        # The server's SVD travels, once for each client. A client that recomputed it could get other
-        # last digits, and would subtract another B_0 A_0 than the one that it starts from.
+        # The server's SVD travels, once for each client. A client that recomputed it could get
+        # other last digits, and would subtract another B_0 A_0 than the one that it starts from.
         if client.memory == NO_MEMORY:
             return {**state.shared, **state.server}
         return state.shared
@@ -91,7 +91,6 @@ class FeDeRA:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""
-        # FedAvg of the factors as in FedLoRA; the residual base is fixed for the whole run.
         return averaged(state, updates, self.weighting)
 
 

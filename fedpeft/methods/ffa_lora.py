@@ -1,4 +1,4 @@
-"""FFA-LoRA: A is random, the same everywhere and never sent; only B is trained (Sun et al. 2024)."""
+"""FFA-LoRA: A is random, the same everywhere and never sent; B is trained (Sun et al. 2024)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -43,7 +43,7 @@ class Full:
     ) -> Iterator[LocalTask]:
         """Put the sent parameters in the place of the model's; all are trained and go up."""
         del memory, context
-        trained = trainable(down)  # algorithm 1, ClientUpdate: w <- w_t, (K, ...)
+        trained = trainable(down)  # (K, ...): w_t of ClientUpdate(k, w_t)
         with mounted(model, trained):
             yield LocalTask(trained, lambda: (detached(trained), {}))
 

@@ -57,7 +57,7 @@ class LocalOnly:
             personal = frozenset(task.trainable)
 
             def reply() -> tuple[Payload, Payload]:
-                trained, _ = task.reply()  # what LoRA would send
+                trained, _ = task.reply()
                 return {}, trained
 
             yield replace(task, reply=reply, personal=personal)

@@ -72,7 +72,7 @@ class SLoRA:
             for name, difference in sparse.differences(state).items():
                 B, A = self._start(name, difference, seed)
                 factors |= {f"{name}:B": B, f"{name}:A": A}
-            head = plain_parameters(state.shared)  # its training goes on
+            head = plain_parameters(state.shared)
             return State(state.round, factors | head, memories=state.memories)
 
         return Staged(sparse, lora, bridge, self._sparse_rounds(), (self.stage1_rate, 1.0))

@@ -119,7 +119,7 @@ class Sparse:
         for name in by_module(down):
             values = trained[f"{name}:values"]
             shape = dense_layer(model, name).shape
-            # The mask is redrawn from the run's seed: it is the server's, and no bytes travel.
+            # Redrawn from the run's seed this is the server's mask, and no indices travel.
             where = positions(shape, self.density, context.seed, name).to(values.device)
             masked[name] = Masked(values, where, shape)
             weights[f"{name}.weight"] = partial(_tuned, model, name, masked[name])

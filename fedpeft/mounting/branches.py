@@ -25,7 +25,7 @@ BRANCHES: Sequence[Collection[str]] = (
 
 
 def branches(parts: Mapping[str, Tensor], scale: float) -> list[Hook]:
-    """Return the forward hooks that add the branches made of ``parts`` to a dense layer's output."""
+    """Return the forward hooks that add branches, made of ``parts``, to a dense layer's output."""
     hooks: list[Hook] = []
     if "A" in parts:
         hooks.append(low_rank(parts, scale))
@@ -83,7 +83,6 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
         if e is not None:
             inner = inner * _entries(e, 1).unsqueeze(1)  # (n, 1, r)
         flat = output.reshape(len(down), -1, output.shape[-1])  # (n, tokens, out)
-        # One kernel for the product, the scale and the sum.
         return torch.baddbmm(flat, inner, up, alpha=scale).view(output.shape)
 
     return add

@@ -81,7 +81,6 @@ def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     """
     deltas: dict[str, Delta] = {}
     for module, factors in by_module(tensors).items():
-        # A layer may have a branch of low rank and a dense one at once; both add to its matrix.
         added: list[Delta] = []
         if "A" in factors:
             A, B = _stacked(factors["A"], 2), _stacked(factors["B"], 2)

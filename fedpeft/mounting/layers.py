@@ -118,7 +118,6 @@ def _searched(layers: Sequence[str], pattern: str) -> set[str]:
     matching = {name for name in layers if expression.search(name)}
     if matching:
         return matching
-    # Nothing matches. The rest looks for what may have been meant.
     known = _name_parts(layers)
     # What looks like a name in the pattern, without escapes such as \d.
     words = re.findall(r"[A-Za-z_][\w-]*", re.sub(r"\\.", " ", pattern))

@@ -74,9 +74,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     [[6.0, 6.0]]
     """
     plain = plain_parameters(tensors)
-    clients = {len(tensor) for tensor in plain.values()}  # sizes of the client axes: {K} or {}
+    clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
-        # Branches are hooks: they add to the output of a layer, whatever computes that output.
         for name, factors in by_module(tensors).items():
             clients |= check_branch(name, factors, dense_layer(model, name).shape)
             module = model.get_submodule(name)
@@ -201,7 +200,7 @@ def _home(model: nn.Module, place: str) -> tuple[nn.Module, str]:
 
 
 def _places(everywhere: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each of ``names`` all names of that parameter: its own, and those it is tied to."""
+    """Return for each of ``names`` all names of that parameter: it may be tied to others."""
     # Tied parameters are one object under several names; tensors hash by identity.
     twins: dict[Tensor, list[str]] = {}
     for name, parameter in everywhere.items():

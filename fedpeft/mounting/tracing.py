@@ -73,7 +73,7 @@ def same(one: Entry, other: Entry) -> bool:
 
 def changes(before: Trace, now: Trace) -> set[Place]:
     """Return the places that hold something else ``now``, or are new, or have gone."""
-    changed = set(before.keys() ^ now.keys())  # new or gone
+    changed = set(before.keys() ^ now.keys())
     for place, held in before.items():
         if place in now and not same(held, now[place]):
             changed.add(place)

@@ -235,7 +235,7 @@ def _hidden_states(
 
 
 def _change_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Give ``block`` the result of ``change`` in the place of its input; return what undoes this."""
+    """Give ``block`` the result of ``change`` instead of its input; return what undoes this."""
 
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -81,7 +81,7 @@ class Buckets:
         return self.cost([lengths[row] for row in rows])
 
     def _cheapest_starts(self, ascending: Sequence[int], edges: Edges) -> list[int]:
-        """Return for every edge where the last bucket before it begins, if all before it cost least.
+        """Return for every edge where the last bucket before it begins, in the cheapest grouping.
 
         ``ascending``: the lengths of the sorted rows. An edge is given by its index in ``edges``.
         """

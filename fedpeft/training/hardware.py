@@ -37,7 +37,7 @@ SHORT = 128
 
 @dataclass(frozen=True)
 class Machine:
-    """What of the hardware is used; `auto` is resolved once, and the choice is kept with the run."""
+    """What of the hardware is used; `auto` is resolved once, and kept with the run."""
 
     device: str = "auto"
     """Where the model computes, as torch names it: `cpu`, `cuda`, `cuda:1`; `auto` is a GPU if any."""
@@ -78,7 +78,7 @@ class Hardware:
 
     @classmethod
     def from_json(cls, text: str) -> "Hardware":
-        """Return the choice that this version or an older one has written as JSON (see ``describe``).
+        """Return the choice that this version or an older one wrote as JSON (see ``describe``).
 
         Raises ValueError or TypeError for anything else, and where a field has both its old name
         and its new one.
@@ -95,7 +95,7 @@ class Hardware:
                     f"{name_now!r} is there twice, once by the name of an older version"
                 )
             fields[name_now] = value
-        return cls(**fields)  # a field that nobody knows raises TypeError
+        return cls(**fields)
 
     @property
     def torch_device(self) -> torch.device:
@@ -138,7 +138,6 @@ def resolve(
     ``kernels``: those that the model's family has for attention. A kernel that the family lacks, a
     device that does not work and too many threads raise BadInput.
     """
-    # More threads than cores may make sense where cores are shared; many times more are a mistake.
     cores = os.cpu_count() or 1
     most = 4 * cores
     if machine.threads > most:
@@ -169,7 +168,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.ones(1, device=name).item()  # a device that is there may still be of no use
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        line = str(error).splitlines()[0]  # CUDA adds advice of many lines
+        line = str(error).splitlines()[0]
         raise BadInput(
             f"machine.device = {name!r} is not usable here ({line}); choose 'cpu' or 'auto'"
         ) from error
@@ -177,7 +176,7 @@ def _device(name: str) -> torch.device:
 
 
 def _kernel(asked: Attention, kernels: Kernels, fastest: Kernel) -> Kernel:
-    """Return the kernel that was ``asked`` for; for ``auto`` the ``fastest``, if the model has it."""
+    """Return the kernel ``asked`` for; for ``auto`` the ``fastest``, if the model has it."""
     if asked == "auto":
         return fastest if fastest in kernels else kernels[0]
     if asked not in kernels:
@@ -197,13 +196,12 @@ def _bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         # Compute capability 8.0 is Ampere, the first with bf16 in its tensor cores.
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Measured: whether a CPU has bf16 instructions differs from machine to machine. A small gain
-    # would not be worth the digits, and casting takes time, too.
+    # Measured: how fast a CPU is with bf16 differs from machine to machine.
     return _seconds(torch.bfloat16, device) < 0.7 * _seconds(torch.float32, device)
 
 
 def _seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:
-    """Return the seconds that a product of two (``size``, ``size``) matrices takes, the best of three."""
+    """Return the seconds of a product of two (``size``, ``size``) matrices, the least of three."""
     matrix = torch.ones(size, size, dtype=dtype, device=device)
 
     def once() -> float:

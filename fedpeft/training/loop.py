@@ -80,7 +80,6 @@ def plan(
     ([2, 2, 1], [0, 1, 2, 3, 4])
     """
     size = training.batch_size
-    # More epochs than are wanted are cut off at the end, and their orders depend on nothing before.
     # Every epoch has at least one step, so that as many epochs as steps are enough.
     epochs = training.epochs if training.steps is None else training.steps
     steps: list[list[int]] = []
@@ -111,7 +110,7 @@ def fit(
     optimizer = optimizer or optimizer_of(local, training, head)
     device = hardware.torch_device
     trained = list(local.trainable.values())
-    losses = torch.zeros(len(shares), dtype=torch.float64, device=device)  # sums over steps
+    losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
     buckets, num_parallel = _grouping(shares, hardware)
 
     def forward_and_backward(micro_batch: MicroBatch) -> _Gradients:
@@ -234,18 +233,22 @@ def _micro_batch(rows: Sequence[Row], weights: Sequence[float], cached: bool) ->
     ids: list[Tensor] = []
     labels: list[Tensor] = []
     states: list[Tensor] = []
-    for share, _, example in rows:
+    row_clients: list[int] = []
+    row_weights: list[float] = []
+    for share, client, example in rows:
+        row_clients.append(client)
+        row_weights.append(weights[client])
         ids.append(share.examples.ids[example])
         labels.append(share.examples.labels[example])
         if share.states is not None:
             states.append(share.states[example])
-    clients = torch.tensor([row.client for row in rows])
+    clients = torch.tensor(row_clients)
     return MicroBatch(
         examples=Encoded(ids, labels),
         states=states if cached else None,
         clients=clients,
         owners=_owners(clients),
-        weights=torch.tensor([weights[row.client] for row in rows]),
+        weights=torch.tensor(row_weights),
     )
 
 
@@ -276,7 +279,7 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into training mode for a ``with``, and each module back into its mode after it."""
+    """Put ``model`` into training mode for a ``with``; then give each module its own mode back."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train()

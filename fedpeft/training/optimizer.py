@@ -57,7 +57,7 @@ class Optimizer:
         self._runs = [(run, self._clocks(run)) for run in self._equal_neighbours(clients)]
 
     def _equal_neighbours(self, clients: int) -> list[slice]:
-        """Return runs of neighbours that have taken equally many steps: torch steps these at once."""
+        """Return runs of clients with equally many steps behind them: torch steps these at once."""
         starts: list[int] = []
         before: list[int] = []
         for k in range(clients):
@@ -92,8 +92,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, active: slice) -> None:
         """Move the ``active`` clients, which are the first so many, by their gradients."""
-        # A client that has stopped never starts again in a round, so the clients of a run that still
-        # move stay equal.
+        # A client that has stopped does not start again, so those of a run that move stay equal.
         for run, clocks in self._runs:
             moving = slice(run.start, min(run.stop, active.stop))
             if moving.start < moving.stop:
@@ -124,9 +123,14 @@ class Optimizer:
     ) -> None:
         """Let torch's kernel move the ``active`` clients' slices of the tensors ``names``."""
         # Slices are views, (active, ...): the kernel changes the stack through them.
-        parameters = [self._parameters[name][active] for name in names]
-        gradients = [_gradient(self._parameters[name])[active] for name in names]
-        moments = [[moment[active] for moment in self._moments[name]] for name in names]
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        moments: list[list[Tensor]] = []
+        for name in names:
+            parameter = self._parameters[name]
+            parameters.append(parameter[active])
+            gradients.append(_gradient(parameter)[active])
+            moments.append([moment[active] for moment in self._moments[name]])
         if self._kind == "sgd":
             sgd(
                 parameters,
