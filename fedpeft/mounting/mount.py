@@ -20,8 +20,8 @@ def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
     """Return fresh parameters with the values of ``tensors``: what a client may train.
 
     >>> sent = {"query:A": torch.ones(1, 2, 3)}
-    >>> own = trainable(sent)["query:A"]
-    >>> own.requires_grad, own.data_ptr() == sent["query:A"].data_ptr()
+    >>> trained = trainable(sent)["query:A"]
+    >>> trained.requires_grad, trained.data_ptr() == sent["query:A"].data_ptr()
     (True, False)
     """
     return {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
