@@ -1,4 +1,7 @@
-"""The federated methods, one file each; third parties add theirs through the entry-point group ``fedpeft.methods``."""
+"""The federated methods, one file each.
+
+Other packages add theirs through the entry-point group ``fedpeft.methods``.
+"""
 
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -26,25 +29,35 @@ METHODS: Mapping[str, type[Method]] = {
     "fedara": FedARA,
     "local_only": LocalOnly,
 }
+"""Our methods by their names in a configuration; the contract tests run each of them."""
 
 GROUP = "fedpeft.methods"
 """The entry-point group in which third parties name their methods."""
 
 
 def constructors() -> dict[str, type[Method]]:
-    """Return every method by name: ours, then what installed packages add; one that cannot be loaded raises BadInput."""
-    return {**{point.name: _loaded(point) for point in entry_points(group=GROUP)}, **METHODS}
+    """Return every method by name: ours, and those that installed packages add.
+
+    One that cannot be loaded raises BadInput.
+    """
+    installed = {point.name: _loaded(point) for point in entry_points(group=GROUP)}
+    # Ours come last: no installed package can put its own in the place of one of them.
+    return {**installed, **METHODS}
 
 
 def _loaded(point: EntryPoint) -> type[Method]:
     try:
         method: type[Method] = point.load()
-    except Exception as error:
+    except Exception as error:  # importing a stranger's module may raise anything
+        cause = f"{type(error).__name__}: {error}"
         raise BadInput(
-            f"method {point.name!r} ({point.value}) cannot be loaded ({type(error).__name__}: {error}); mend or uninstall it"
+            f"method {point.name!r} ({point.value}) cannot be loaded ({cause}); "
+            "mend or uninstall it"
         ) from error
+    # A Protocol's class variables are not checked when a class is loaded; reports print this one.
     if not isinstance(getattr(method, "paper", None), str):
         raise BadInput(
-            f"method {point.name!r} ({point.value}) has no class variable 'paper', such as paper: ClassVar[str] = '...'"
+            f"method {point.name!r} ({point.value}) has no class variable 'paper', "
+            "such as paper: ClassVar[str] = '...'"
         )
     return method

@@ -1,11 +1,14 @@
-"""BitFit: only the biases and the head are trained (Ben Zaken et al. 2021); FedBF in FeDeRA's comparison."""
+"""BitFit: only the biases and the head are trained (Ben Zaken et al. 2021).
+
+FeDeRA's comparison calls it FedBF.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.errors import BadInput
@@ -25,10 +28,15 @@ class BitFit:
     def init(self, base: Base, seed: int) -> State:
         """Start from the pre-trained biases; a model without any raises BadInput."""
         del seed
-        biases = {name: value for name, value in base.parameters.items() if name.endswith(".bias")}
+        biases: dict[str, Tensor] = {}
+        for name, parameter in base.parameters.items():
+            if name.endswith(".bias"):
+                biases[name] = parameter
+        # The head is trained whatever the method is: its bias alone would not be BitFit.
         if not biases.keys() - base.head:
             raise BadInput(
-                "method.name = 'bitfit' matches nothing: the model has no biases; choose 'lora' or 'full'"
+                "method.name = 'bitfit' matches nothing: the model has no biases; "
+                "choose 'lora' or 'full'"
             )
         return State(0, biases | base.heads())
 
@@ -43,7 +51,7 @@ class BitFit:
     ) -> Iterator[LocalTask]:
         """Put the sent biases in the place of the model's; all are trained and go up."""
         del memory, context
-        trained = trainable(down)
+        trained = trainable(down)  # biases (K, width), head (K, ...)
         with mounted(model, trained):
             yield LocalTask(trained, lambda: (detached(trained), {}))
 

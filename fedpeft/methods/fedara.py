@@ -1,5 +1,6 @@
 """FedARA: W + B E A whose ranks are allocated and pruned by the clients' votes (Wu et al. 2025)."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ class FedARA:
     orthogonality: Annotated[float, Ge(0)] = 0.0
     """Weight in the loss of |A A^T - I| + |B^T B - I|; reconstruction."""
     weighting: Weighting = "examples"
-    """How clients' factors and votes are averaged: by their examples, or all alike. Reconstruction."""
+    """How clients' factors and votes are averaged: by their examples, or all alike.
+    Reconstruction."""
 
     def init(self, base: Base, seed: int) -> State:
         """Draw A and B from N(0, deviation^2) and set e to 0; all ranks are alive.
@@ -68,20 +70,22 @@ class FedARA:
         layers = select(base, self.targets)
         check_ranks(layers, self.rank)
         start: dict[str, Tensor] = {}
+        alive: dict[str, Tensor] = {}  # the global masks M of the ranks, (r,) each
         for name, weight in layers.items():
             out, width = weight.shape
             draw = generator(seed, "fedara", name)
             start[f"{name}:A"] = self.deviation * torch.randn(self.rank, width, generator=draw)
             start[f"{name}:B"] = self.deviation * torch.randn(out, self.rank, generator=draw)
+            # E = diag(e) = 0: the first gradient moves only e, in a random subspace that all share.
             start[f"{name}:e"] = torch.zeros(self.rank)
-        alive = {f"{name}:alive": torch.ones(self.rank, dtype=torch.bool) for name in layers}
+            alive[f"{name}:alive"] = torch.ones(self.rank, dtype=torch.bool)
         return State(0, start | base.heads(), server=alive)
 
     def budget(self, round_number: int, total: int) -> int:
         """Return how many of ``total`` ranks may live after round ``round_number``.
 
         AdaLoRA's cubic schedule, in rounds: all of them until ``begin``, a share ``kept`` of them
-        from ``end`` on, and in between, t rounds done,
+        from ``end`` on. In between, after t rounds,
 
             last + (total - last) * (1 - (t - begin) / (end - begin))^3
 
@@ -89,6 +93,7 @@ class FedARA:
         >>> [method.budget(round_number, total=100) for round_number in (0, 1, 4, 6, 9)]
         [100, 100, 30, 25, 25]
         """
+        # In AdaLoRA's letters: begin = t_i, end = T - t_f, last = b_T, total = b_0.
         begin = self.warmup * self.rounds
         end = (1 - self.settled) * self.rounds
         last = max(1, round(self.kept * total))
@@ -106,10 +111,11 @@ class FedARA:
         The budget is how many ranks the client may vote for.
         """
         del client
+        # The budget depends on b_0, which a client that sees only live ranks cannot know.
         sent = {"budget": torch.tensor(self.budget(state.round, _total(state)))}
         for name in state.shared:
             live = _take(state, name)
-            if live.numel():
+            if live.numel():  # module pruning: one whose ranks are all dead is not even mounted
                 sent[name] = live
         return sent
 
@@ -120,26 +126,31 @@ class FedARA:
         """Mount a branch on every module that is alive; score its ranks as they train, and vote."""
         del memory
         tensors = dict(down)
-        budget = int(tensors.pop("budget").max())
-        trained = trainable(tensors)
+        budget = int(tensors.pop("budget").max())  # (K,), the same for all clients
+        trained = trainable(tensors)  # live ranks: A (K, r, in), B (K, out, r), e (K, r); head
         importance = Importance(trained, len(context.clients), self.score, self.beta1, self.beta2)
 
         def after_backward(active: slice) -> None:
             if self.orthogonality > 0 and by_module(trained):
+                # AdaLoRA, equation 4, its gradient added to that of the loss.
                 torch.autograd.backward(self.orthogonality * orthogonality(trained))
+            # Scores are of the gradient as it is here, before it is clipped.
             importance.update(active)
 
         def reply() -> tuple[Payload, Payload]:
-            return {**detached(trained), "votes": importance.votes(budget)}, {}
+            votes = importance.votes(budget)  # (K, ceil(n / 8)) bytes for n live ranks
+            return {**detached(trained), "votes": votes}, {}
 
+        difference = partial(deltas, trained, self.scale)
+        # W x + scale * B diag(e) A x. The scale stays alpha / r_0 however many ranks have died.
         with mounted(model, trained, self.scale):
-            yield LocalTask(trained, reply, partial(deltas, trained, self.scale), after_backward)
+            yield LocalTask(trained, reply, difference, after_backward)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect the live triplets and the head back, and one bit per live rank, 8 to a byte."""
         expected = specs(down)
         del expected["budget"]
-        ballot_bytes = -(-_count(state) // 8)
+        ballot_bytes = math.ceil(_count(state) / 8)
         expected["votes"] = torch.empty(ballot_bytes, dtype=torch.uint8, device="meta")
         return expected
 
@@ -151,17 +162,24 @@ class FedARA:
         tally = Tally(_count(state))
 
         def read(update: Update) -> Payload:
+            """Count the votes of one reply and return the rest of it, which is averaged."""
             tally.add(update.payload["votes"], weight_of(update, self.weighting))
             payload = dict(update.payload)
             del payload["votes"]
             return payload
 
+        # 1. Average B, e and A, each by itself, and count votes: the stream is read only once.
         merged = mean(updates, self.weighting, read)
         if not merged:
             return replace(state, round=state.round + 1)
-        shared = {name: _put(state, name, merged.get(name)) for name in state.shared}
+        shared: dict[str, Tensor] = {}
+        for name in state.shared:
+            shared[name] = _put(state, name, merged.get(name))
+        # 2. Arbitrate the masks: a rank lives on with enough votes, v_i = sum_k p_k m_ki, as far as
+        # the budget goes.
         budget = self.budget(state.round, _total(state))
         survives = tally.select_ranks(_norms(merged), self.threshold, budget)
+        # 3. Masks are monotone: only live ranks were voted on, so none comes back to life.
         server = _with_survivors(state, survives)
         return replace(state, round=state.round + 1, shared=shared, server=server)
 
@@ -173,21 +191,28 @@ def _total(state: State) -> int:
 
 def _count(state: State) -> int:
     """Return the number of live ranks over all modules."""
-    return sum(int(alive.sum()) for alive in state.server.values())
+    count = 0
+    for alive in state.server.values():
+        count += int(alive.sum())
+    return count
 
 
 def _norms(merged: Payload) -> Tensor:
-    """Return the norms of all live rank-one terms, modules in alphabetical order, as ballots are."""
-    norms = [torch.zeros(0)]  # where every module is dead
+    """Return the norms of all live rank-one terms, (n,), modules in alphabetical order."""
+    norms = [torch.zeros(0)]  # all there is to concatenate where every module is dead
     for _, factors in sorted(by_module(merged).items()):
         norms.append(rank_norms(factors))
     return torch.cat(norms)
 
 
 def _with_survivors(state: State, survives: Tensor) -> dict[str, Tensor]:
-    """Return the masks once of the live ranks, in the order of ballots, only ``survives`` are left."""
+    """Return the masks after a vote.
+
+    ``survives``, (n,): which of the live ranks live on, in the order of ballots.
+    """
     masks = dict(state.server)
     begin = 0
+    # Ballots hold the modules in alphabetical order, and of each the live ranks in their own order.
     for name in sorted(masks, key=_module):
         alive = masks[name]
         end = begin + int(alive.sum())
@@ -197,11 +222,12 @@ def _with_survivors(state: State, survives: Tensor) -> dict[str, Tensor]:
 
 
 def _module(name: str) -> str:
+    """``encoder.query:A`` -> ``encoder.query``."""
     return name.partition(":")[0]
 
 
 def _alive(state: State, name: str) -> Tensor | slice:
-    """Return the index of what lives along the rank axis of a tensor: all of it, for the head."""
+    """Return the index of what lives along the rank axis of a tensor; of the head all does."""
     everything = slice(None)
     if ":" not in name:
         return everything
@@ -209,13 +235,17 @@ def _alive(state: State, name: str) -> Tensor | slice:
 
 
 def _take(state: State, name: str) -> Tensor:
-    """Return what lives of a shared tensor; the rank is the last axis of B, the first of others."""
+    """Return what lives of a shared tensor."""
+    # The rank is the last axis of B, (out, r), and the first of A, (r, in), and e, (r,).
     alive, tensor = _alive(state, name), state.shared[name]
     return tensor[:, alive] if name.endswith(":B") else tensor[alive]
 
 
 def _put(state: State, name: str, live: Tensor | None) -> Tensor:
-    """Return a shared tensor with ``live`` in the place of what lives; as it is without any."""
+    """Return a shared tensor with ``live`` in the place of what lives.
+
+    Without any it is returned as it is; dead ranks keep the values with which they died.
+    """
     if live is None:
         return state.shared[name]
     alive, tensor = _alive(state, name), state.shared[name].clone()

@@ -1,4 +1,4 @@
-"""FFA-LoRA: A is random, the same everywhere and never sent; only B is trained (Sun et al. 2024)."""
+"""FFA-LoRA: A is random, the same everywhere and never sent; B is trained (Sun et al. 2024)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,14 +34,14 @@ class FFALoRA:
     """How clients are averaged: by their examples (FedAvg), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
-        """B, (out, r), is 0, so the model starts unchanged; A is not part of the state."""
-        del seed
+        """Start from B = 0, (out, r), so that the model is unchanged; A is no part of the state."""
+        del seed  # it is in the context of ``mount``, too: clients draw A from it themselves
         layers = select(base, self.targets)
         check_ranks(layers, self.rank)
-        B = {
-            f"{name}:B": weight.new_zeros(weight.shape[0], self.rank)
-            for name, weight in layers.items()
-        }
+        B: dict[str, Tensor] = {}
+        for name, weight in layers.items():
+            out = weight.shape[0]
+            B[f"{name}:B"] = weight.new_zeros(out, self.rank)
         return State(0, B | base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
@@ -55,18 +55,20 @@ class FFALoRA:
     ) -> Iterator[LocalTask]:
         """Redraw every A from the seed and mount it, frozen, beside the B that is trained."""
         del memory
-        trained = trainable(down)
+        trained = trainable(down)  # B (K, out, r), head (K, ...)
         drawn: dict[str, Tensor] = {}
-        for name, parts in by_module(down).items():
-            clients, _, rank = parts["B"].shape
-            A = uniform(rank, dense_layer(model, name).shape[1], context.seed, name).to(parts["B"])
-            drawn[f"{name}:A"] = A.expand(clients, -1, -1)
-        with mounted(model, trained | drawn, self.scale):
-            yield LocalTask(
-                trained,
-                lambda: (detached(trained), {}),
-                partial(deltas, trained | drawn, self.scale),
-            )
+        for name, factors in by_module(down).items():
+            B = factors["B"]
+            clients, _, rank = B.shape
+            width = dense_layer(model, name).shape[1]
+            # The draw depends on the seed and the layer alone: every client has the same A_0.
+            A = uniform(rank, width, context.seed, name).to(B)  # (r, in)
+            drawn[f"{name}:A"] = A.expand(clients, -1, -1)  # (K, r, in), without a copy
+        branches = trained | drawn
+        difference = partial(deltas, branches, self.scale)
+        # h = W_0 x + scale * B A_0 x; the gradient goes to B alone, as A_0 is no parameter.
+        with mounted(model, branches, self.scale):
+            yield LocalTask(trained, lambda: (detached(trained), {}), difference)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect B and head back."""
@@ -75,4 +77,5 @@ class FFALoRA:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average B and head."""
+        # Exact: sum_k p_k (B_k A_0) = (sum_k p_k B_k) A_0, as all clients share A_0.
         return averaged(state, updates, self.weighting)

@@ -1,4 +1,7 @@
-"""Full fine-tuning: every parameter is trained, sent and averaged (FedAvg; McMahan et al. 2017, algorithm 1)."""
+"""Full fine-tuning: every parameter is trained, sent and averaged.
+
+FedAvg: McMahan et al. 2017, algorithm 1.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,7 +29,7 @@ class Full:
 
     def init(self, base: Base, seed: int) -> State:
         """Start from the pre-trained parameters and the head drawn from the seed."""
-        del seed
+        del seed  # the head in ``base`` has been drawn from it already
         return State(0, base.parameters)
 
     def send(self, state: State, client: Client) -> Payload:
@@ -40,7 +43,7 @@ class Full:
     ) -> Iterator[LocalTask]:
         """Put the sent parameters in the place of the model's; all are trained and go up."""
         del memory, context
-        trained = trainable(down)
+        trained = trainable(down)  # (K, ...): w_t of ClientUpdate(k, w_t)
         with mounted(model, trained):
             yield LocalTask(trained, lambda: (detached(trained), {}))
 
@@ -51,4 +54,5 @@ class Full:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the parameters."""
+        # Algorithm 1, last line of a round: w_{t+1} = sum_k n_k / n * w_{t+1}^k.
         return averaged(state, updates, self.weighting)

@@ -1,4 +1,7 @@
-"""No exchange at all: every client trains a LoRA of its own; the row that shows what federating is worth."""
+"""No exchange at all: every client trains a LoRA of its own.
+
+The row of a comparison that shows what federating is worth.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +20,10 @@ from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Payload, 
 @final
 @dataclass(frozen=True)
 class LocalOnly:
-    """Send the same start once; what a client trains stays in its memory, and nothing ever goes up."""
+    """Send the same start once.
+
+    What a client trains stays in its memory, and nothing ever goes up.
+    """
 
     paper: ClassVar[str] = "a reference, from no paper"
     targets: Targets = "attention"
@@ -29,7 +35,7 @@ class LocalOnly:
 
     @cached_property
     def lora(self) -> LoRA:
-        """Return the method that each client plays by itself."""
+        """Return the method that each client runs by itself."""
         return LoRA(self.targets, self.rank, self.scale)
 
     def init(self, base: Base, seed: int) -> State:
@@ -38,6 +44,7 @@ class LocalOnly:
 
     def send(self, state: State, client: Client) -> Payload:
         """Send the start to a client that has nothing of its own yet."""
+        # An empty message still asks the client to train: it goes on from its memory.
         return state.shared if client.memory == NO_MEMORY else {}
 
     @contextmanager
@@ -46,8 +53,14 @@ class LocalOnly:
     ) -> Iterator[LocalTask]:
         """Mount the client's own factors and head, or the start; what is trained stays."""
         with self.lora.mount(model, memory or down, {}, context) as task:
+            # All of it, the head too: there is no global model that could be scored.
             personal = frozenset(task.trainable)
-            yield replace(task, reply=lambda: ({}, task.reply()[0]), personal=personal)
+
+            def reply() -> tuple[Payload, Payload]:
+                trained, _ = task.reply()
+                return {}, trained
+
+            yield replace(task, reply=reply, personal=personal)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect an empty reply."""
@@ -56,6 +69,6 @@ class LocalOnly:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Count the round."""
-        for _ in updates:
+        for _ in updates:  # replies are empty: what was learnt stays with the clients
             pass
         return replace(state, round=state.round + 1)

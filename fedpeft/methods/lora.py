@@ -1,4 +1,7 @@
-"""LoRA with separately averaged factors (Hu et al. 2021; federated as FedIT / FedLoRA, Zhang et al. 2023)."""
+"""LoRA with separately averaged factors (Hu et al. 2021).
+
+Federated as FedIT, also called FedLoRA (Zhang et al. 2023).
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,7 +10,7 @@ from functools import partial
 from typing import Annotated, ClassVar, final
 
 from annotated_types import Ge, Gt
-from torch import nn
+from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
 from fedpeft.algebra.lowrank import check_ranks, deltas, uniform
@@ -39,14 +42,13 @@ class LoRA:
         """Draw A, (r, in), from the seed; B, (out, r), is 0, so the model starts unchanged."""
         layers = select(base, self.targets)
         check_ranks(layers, self.rank)
-        A = {
-            f"{name}:A": uniform(self.rank, weight.shape[1], seed, name)
-            for name, weight in layers.items()
-        }
-        B = {
-            f"{name}:B": weight.new_zeros(weight.shape[0], self.rank)
-            for name, weight in layers.items()
-        }
+        A: dict[str, Tensor] = {}
+        B: dict[str, Tensor] = {}
+        for name, weight in layers.items():
+            out, width = weight.shape
+            # With both at 0 neither would have a gradient; with B = 0 alone, B has one.
+            A[f"{name}:A"] = uniform(self.rank, width, seed, name)  # (r, in)
+            B[f"{name}:B"] = weight.new_zeros(out, self.rank)  # (out, r)
         return State(0, A | B | base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
@@ -58,13 +60,16 @@ class LoRA:
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Mount a branch on every module that has factors; all factors and the head are trained and go up."""
+        """Mount a branch on every module that has factors.
+
+        All factors and the head are trained and go up.
+        """
         del memory, context
-        trained = trainable(down)
+        trained = trainable(down)  # A (K, r, in), B (K, out, r), head (K, ...)
+        difference = partial(deltas, trained, self.scale)
+        # Hu et al., equation 3: h = W_0 x + scale * B A x, and W_0 is frozen.
         with mounted(model, trained, self.scale):
-            yield LocalTask(
-                trained, lambda: (detached(trained), {}), partial(deltas, trained, self.scale)
-            )
+            yield LocalTask(trained, lambda: (detached(trained), {}), difference)
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""
@@ -73,4 +78,6 @@ class LoRA:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""
+        # FedIT is FedAvg of the factors: A <- sum_k p_k A_k and B <- sum_k p_k B_k. The product of
+        # these means is not sum_k p_k B_k A_k; that error is the method's own.
         return averaged(state, updates, self.weighting)

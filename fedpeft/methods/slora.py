@@ -15,7 +15,7 @@ from fedpeft.algebra.lowrank import Split, check_ranks, principal, uniform
 from fedpeft.errors import BadInput
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.mounting import Targets, select
+from fedpeft.mounting import Targets, plain_parameters, select
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 from fedpeft.wrappers.staged import Staged
 
@@ -64,12 +64,15 @@ class SLoRA:
         lora = LoRA(self.targets, self.rank, self.scale, self.weighting)
 
         def bridge(state: State) -> State:
+            """Return the first state of stage 2 (appendix A): one SVD a matrix, on the server."""
             seed = int(state.server["seed"])
             factors: dict[str, Tensor] = {}
+            # dW = W_R1 - W_0 becomes B_0 A_0 on the base W_0. Nothing is subtracted from the base:
+            # what stage 1 learnt is in the factors, up to rank r, and no longer in sparse values.
             for name, difference in sparse.differences(state).items():
                 B, A = self._start(name, difference, seed)
                 factors |= {f"{name}:B": B, f"{name}:A": A}
-            head = {name: tensor for name, tensor in state.shared.items() if ":" not in name}
+            head = plain_parameters(state.shared)
             return State(state.round, factors | head, memories=state.memories)
 
         return Staged(sparse, lora, bridge, self._sparse_rounds(), (self.stage1_rate, 1.0))
@@ -79,11 +82,13 @@ class SLoRA:
         try:
             re.compile(self.pre_classifier)
         except re.error as error:
-            given = f"method.pre_classifier = {self.pre_classifier!r}"
-            raise BadInput(f"{given} is not a regular expression: {error}") from error
+            setting = f"method.pre_classifier = {self.pre_classifier!r}"
+            raise BadInput(f"{setting} is not a regular expression: {error}") from error
+        # Ranks are for stage 2, but a rank that is too large should not cost stage 1 first.
         for name, weight in select(base, self.targets).items():
-            field = "rank" if self._rank(name) == self.rank else "pre_classifier_rank"
-            check_ranks({name: weight}, self._rank(name), f"method.{field}")
+            rank = self._rank(name)
+            field = "rank" if rank == self.rank else "pre_classifier_rank"
+            check_ranks({name: weight}, rank, f"method.{field}")
         return self.stages.init(base, seed)
 
     def send(self, state: State, client: Client) -> Payload:
@@ -105,17 +110,28 @@ class SLoRA:
         return self.stages.receive(state, updates)
 
     def _sparse_rounds(self) -> int:
-        """Return how many rounds stage 1 has."""
+        """Return how many rounds stage 1 has, R1 in the paper."""
+        # A share that rounds to 0 rounds still asks for a first stage; a run of one round has none
+        # to spare.
         least = 1 if self.stage1 > 0 and self.rounds > 1 else 0
         return max(least, round(self.stage1 * self.rounds))
 
     def _start(self, module: str, difference: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the (B, A) with which stage 2 begins in ``module``, whose (out, in) difference stage 1 found."""
+        """Return the (B, A) with which stage 2 begins in ``module``, (out, r) and (r, in).
+
+        ``difference``: what stage 1 learnt there, (out, in).
+        """
         rank = self._rank(module)
         if difference.any():
+            # Appendix A: dW = U S V^T, B_0 = U_r S_r and A_0 = V_r^T. Divided by the scale first,
+            # so that scale * B_0 A_0 is the best approximation of dW of rank r (Eckart-Young).
             return principal(difference / self.scale, rank, self.split)
+        # The SVD of 0 gives B = 0 with some arbitrary A: LoRA's random one is as good, and known.
         out, width = difference.shape
-        return difference.new_zeros(out, rank), uniform(rank, width, seed, module).to(difference)
+        B = difference.new_zeros(out, rank)
+        A = uniform(rank, width, seed, module).to(difference)
+        return B, A
 
     def _rank(self, module: str) -> int:
+        """Return r for one layer: the one before the classifier has its own."""
         return self.pre_classifier_rank if re.search(self.pre_classifier, module) else self.rank

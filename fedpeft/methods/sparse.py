@@ -1,6 +1,9 @@
-"""Sparse fine-tuning under one random mask: SLoRA's first stage, alone (Babakniya et al. 2023, section 4)."""
+"""Sparse fine-tuning under one random mask: SLoRA's first stage, alone.
 
-from collections.abc import Iterable, Iterator
+Babakniya et al. 2023, section 4.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +23,7 @@ from fedpeft.mounting import (
     detached,
     mounted,
     oriented,
+    plain_parameters,
     replaced,
     select,
     specs,
@@ -31,7 +35,11 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 @final
 @dataclass(frozen=True)
 class Masked:
-    """The difference of one layer: ``values``, (1, n), at flat positions ``where`` of an (out, in) matrix of 0."""
+    """The difference of one layer to W_0, 0 but for its trained entries.
+
+    ``values``: (1, n), of a stack of one client. ``where``: their flat positions, (n,), in a matrix
+    of ``shape`` (out, in).
+    """
 
     values: Tensor
     where: Tensor
@@ -49,7 +57,10 @@ class Masked:
 @final
 @dataclass(frozen=True)
 class Sparse:
-    """Train the differences to W_0 at seeded random positions, the same everywhere; no indices travel."""
+    """Train the differences to W_0 at random positions.
+
+    They are drawn from the seed, the same for all clients and rounds, so no indices travel.
+    """
 
     paper: ClassVar[str] = "SFT, stage 1 of SLoRA: Babakniya et al. 2023, arXiv 2308.06522"
     targets: Targets = "all-linear"
@@ -60,27 +71,29 @@ class Sparse:
     """How clients are averaged: all alike, as in SLoRA, or by their examples."""
 
     def init(self, base: Base, seed: int) -> State:
-        """All differences are 0, so the model starts unchanged; the server keeps the seed of the mask and the shapes."""
+        """Start from differences of 0, so that the model is unchanged.
+
+        The server keeps the seed of the mask and the shapes of the layers.
+        """
         layers = select(base, self.targets)
-        start = {
-            f"{name}:values": weight.new_zeros(
-                len(positions(weight.shape, self.density, seed, name))
-            )
-            for name, weight in layers.items()
-        }
-        extent = {f"{name}:shape": torch.tensor(weight.shape) for name, weight in layers.items()}
-        return State(0, start | base.heads(), server={"seed": torch.tensor(seed), **extent})
+        start: dict[str, Tensor] = {}
+        # What the server needs later to redraw the mask without the model.
+        mask = {"seed": torch.tensor(seed)}
+        for name, weight in layers.items():
+            where = positions(weight.shape, self.density, seed, name)
+            start[f"{name}:values"] = weight.new_zeros(len(where))  # (n,), n = density * out * in
+            mask[f"{name}:shape"] = torch.tensor(weight.shape)
+        return State(0, start | base.heads(), server=mask)
 
     def differences(self, state: State) -> dict[str, Tensor]:
         """Return the (out, in) difference of every masked layer, by module name."""
         seed = int(state.server["seed"])
-        found = {}
-        for name, parts in by_module(state.shared).items():
+        differences: dict[str, Tensor] = {}
+        for name, entries in by_module(state.shared).items():
             shape = torch.Size(state.server[f"{name}:shape"].tolist())
-            found[name] = scatter(
-                parts["values"], positions(shape, self.density, seed, name), shape
-            )
-        return found
+            where = positions(shape, self.density, seed, name)
+            differences[name] = scatter(entries["values"], where, shape)  # W_t - W_0
+        return differences
 
     def send(self, state: State, client: Client) -> Payload:
         """Send the differences and the head."""
@@ -91,24 +104,27 @@ class Sparse:
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Let W_0 + difference stand in for every masked matrix; one client at a time, as whole matrices change."""
+        """Let W_0 + difference stand in for every masked matrix.
+
+        One client at a time, as whole matrices change: more raise NotStackable.
+        """
         del memory
         if len(context.clients) > 1:
             raise NotStackable(
                 "sparse values cannot carry several clients at once; use a stack of 1"
             )
-        trained = trainable(down)
+        trained = trainable(down)  # values (1, n), head (1, ...)
         masked: dict[str, Masked] = {}
+        weights: dict[str, Callable[[Tensor], Tensor]] = {}
         for name in by_module(down):
+            values = trained[f"{name}:values"]
             shape = dense_layer(model, name).shape
-            where = positions(shape, self.density, context.seed, name).to(
-                trained[f"{name}:values"].device
-            )
-            masked[name] = Masked(trained[f"{name}:values"], where, shape)
-        weights = {
-            f"{name}.weight": partial(_tuned, model, name, delta) for name, delta in masked.items()
-        }
-        head = {name: tensor for name, tensor in trained.items() if ":" not in name}
+            # Redrawn from the run's seed this is the server's mask, and no indices travel.
+            where = positions(shape, self.density, context.seed, name).to(values.device)
+            masked[name] = Masked(values, where, shape)
+            weights[f"{name}.weight"] = partial(_tuned, model, name, masked[name])
+        head = plain_parameters(trained)
+        # W_0 + difference is made anew in every pass, so the gradient comes to the values alone.
         with replaced(model, weights), mounted(model, head):
             yield LocalTask(trained, lambda: (detached(trained), {}), lambda: masked)
 
@@ -119,6 +135,7 @@ class Sparse:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the differences and the head."""
+        # All clients train the same entries: the mean of the values is that of the matrices.
         return averaged(state, updates, self.weighting)
 
 

@@ -2,7 +2,15 @@
 
 from fedpeft.mounting.deltas import mounted_deltas
 from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select
-from fedpeft.mounting.mount import detached, mounted, overridden, replaced, specs, trainable
+from fedpeft.mounting.mount import (
+    detached,
+    mounted,
+    overridden,
+    plain_parameters,
+    replaced,
+    specs,
+    trainable,
+)
 from fedpeft.mounting.precision import cast_once
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
@@ -19,6 +27,7 @@ __all__ = [
     "mounted_deltas",
     "oriented",
     "overridden",
+    "plain_parameters",
     "replaced",
     "row_owners",
     "select",

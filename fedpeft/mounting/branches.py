@@ -12,7 +12,7 @@ from fedpeft.errors import WireError
 from fedpeft.mounting.rows import by_client, group_by_client, select_clients
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
-
+"""A forward hook: module, positional arguments, output -> the output that counts."""
 
 BRANCHES: Sequence[Collection[str]] = (
     {"A", "B"},
@@ -25,56 +25,64 @@ BRANCHES: Sequence[Collection[str]] = (
 
 
 def branches(parts: Mapping[str, Tensor], scale: float) -> list[Hook]:
-    """Return the forward hooks that add a dense layer's branches, of ``parts``, to its output."""
-    found = []
+    """Return the forward hooks that add branches, made of ``parts``, to a dense layer's output."""
+    hooks: list[Hook] = []
     if "A" in parts:
-        found.append(low_rank(parts, scale))
+        hooks.append(low_rank(parts, scale))
     if "dense" in parts:
-        found.append(dense(parts["dense"], scale))
-    return found
+        hooks.append(dense(parts["dense"], scale))
+    return hooks
 
 
 def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> set[int]:
     """Raise WireError unless ``parts`` fit dense layer ``name`` of ``shape``, (out, in).
 
     A branch of low rank is A (K, r, in), B (K, out, r) and maybe e (K, r); a dense one is ``dense``
-    (K, out, in). A branch without the client axis is the same for all clients. Returns for how many
-    clients there are tensors: K, or nothing where none has that axis.
+    (K, out, in). A branch without the client axis is the same for all clients. Returns the numbers
+    of clients for which there are tensors: {K}, or the empty set where none has that axis.
     """
     if set(parts) not in BRANCHES:
-        found = ", ".join(sorted(parts))
-        raise WireError(f"the branch on {name!r} has {found}; it needs A and B, maybe e, or dense")
-    one = torch.Size([1])
-    rank = parts["A"].shape[-2:-1] or one if "A" in parts else one
+        names = ", ".join(sorted(parts))
+        raise WireError(f"the branch on {name!r} has {names}; it needs A and B, maybe e, or dense")
+    # 1. The shapes that would fit. A says which rank this is; an A that has no such axis is refused
+    # below, whatever rank is assumed.
+    rank = torch.Size([1])
+    if "A" in parts and parts["A"].ndim >= 2:
+        rank = parts["A"].shape[-2:-1]
     height, width = shape[:1], shape[1:]
     due = {"A": rank + width, "B": height + rank, "e": rank, "dense": shape}
-    clients: dict[str, torch.Size] = {}
+    # 2. Each part has its shape after at most one more axis, that of the clients.
+    client_axes: dict[str, torch.Size] = {}  # of each part: (K,) or ()
     for part, tensor in parts.items():
         axes = len(due[part])
         if tensor.shape[-axes:] != due[part] or tensor.ndim > axes + 1:
             size, fitting = tuple(tensor.shape), tuple(due[part])
             raise WireError(f"{name}:{part} is {size}; {fitting} after a client axis would fit")
-        clients[part] = tensor.shape[:-axes]
-    if len({clients[part] for part in parts if part != "dense"}) > 1:
-        raise WireError(f"the factors of {name!r} differ in their client axis: {clients}")
-    return {axis[0] for axis in clients.values() if axis}
+        client_axes[part] = tensor.shape[:-axes]
+    # 3. Factors are multiplied with each other, client by client; a dense part stands by itself.
+    axes_of_factors = {axis for part, axis in client_axes.items() if part != "dense"}
+    if len(axes_of_factors) > 1:
+        raise WireError(f"the factors of {name!r} differ in their client axis: {client_axes}")
+    return {axis[0] for axis in client_axes.values() if axis}
 
 
 def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     """Return a forward hook that adds scale * B diag(e) A x to an output; ``e`` may be missing.
 
     ``parts``: A (K, r, in), B (K, out, r), e (K, r), or all of them without the client axis, the
-    same for all clients. Whose the rows of x, (rows, ..., in), are, ``row_owners`` says.
+    same for all clients. ``row_owners`` says which client each row of x, (rows, ..., in), is of.
     """
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # n entries of the stack: one a client, one a row where the rows of clients mix, or 1.
         # Transposed before rows are gathered: what comes back to be added up is contiguous.
-        down, up = _entries(A.mT, 2), _entries(B.mT, 2)
-        inner = torch.bmm(group_by_client(args[0], len(down)), down)
+        down, up = _entries(A.mT, 2), _entries(B.mT, 2)  # (n, in, r), (n, r, out)
+        x = group_by_client(args[0], len(down))  # (n, tokens, in)
+        inner = torch.bmm(x, down)  # (n, tokens, r)
         if e is not None:
-            inner = inner * _entries(e, 1).unsqueeze(1)
-        flat = output.reshape(len(down), -1, output.shape[-1])
+            inner = inner * _entries(e, 1).unsqueeze(1)  # (n, 1, r)
+        flat = output.reshape(len(down), -1, output.shape[-1])  # (n, tokens, out)
         return torch.baddbmm(flat, inner, up, alpha=scale).view(output.shape)
 
     return add
@@ -84,7 +92,7 @@ def dense(difference: Tensor, scale: float) -> Hook:
     """Return a forward hook that adds scale * D x to a dense layer's output, without a new weight.
 
     ``difference``: D, (K, out, in), or (out, in), the same for all clients, which takes one product
-    for the whole batch. Whose the rows of x, (rows, ..., in), are, ``row_owners`` says.
+    for the whole batch. ``row_owners`` says which client each row of x, (rows, ..., in), is of.
     """
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -92,30 +100,39 @@ def dense(difference: Tensor, scale: float) -> Hook:
         if difference.ndim == 2:
             return torch.add(output, functional.linear(x, difference), alpha=scale)
         # Not gathered for each row as factors are: a row would then have a whole matrix.
-        own = difference.unbind()
-        products = [functional.linear(rows, own[client]) for client, rows in by_client(x, len(own))]
+        matrices = difference.unbind()  # K of (out, in)
+        products: list[Tensor] = []
+        for client, rows in by_client(x, len(matrices)):
+            products.append(functional.linear(rows, matrices[client]))
         return torch.add(output, torch.cat(products), alpha=scale)
 
     return add
 
 
 def _entries(stack: Tensor, axes: int) -> Tensor:
-    """Return what the batch needs of a (K, ...) stack; of ``axes`` alone, it is everyone's."""
+    """Return the entries of a (K, ...) stack that the batch needs, (n, ...).
+
+    A tensor that has ``axes`` axes has no client axis: it is all clients', and one entry.
+    """
     return stack.unsqueeze(0) if stack.ndim == axes else select_clients(stack)
 
 
+# The three forwards below take x (n, tokens, in), weights (n, ...) of matrices or (n, 1, width) of
+# vectors, and biases (n, 1, out). A parameter that is the model's own has no such first axis.
+
+
 def _linear(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _plus(x @ weight.transpose(-1, -2), bias)
+    return _plus(x @ weight.transpose(-1, -2), bias)  # torch stores (out, in)
 
 
 def _conv1d(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _plus(x @ weight, bias)
+    return _plus(x @ weight, bias)  # GPT-2 stores (in, out)
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _plus(
-        functional.layer_norm(x, module.normalized_shape, eps=module.eps) * weight.to(x.dtype), bias
-    )
+    # Normalised without weights first: torch's kernel takes one vector for all rows.
+    normalised = functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    return _plus(normalised * weight.to(x.dtype), bias)
 
 
 def _plus(product: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,27 +152,29 @@ def stackable(module: nn.Module) -> bool:
 
     One to which others gave a forward cannot: what it computes is not known here.
     """
+    # The very type: a subclass may compute otherwise.
     return type(module) in _FORWARDS and "forward" not in vars(module)
 
 
-def stacked(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a forward for ``module`` in which the parameters in ``own``, (K, ...), are the clients'.
+def stacked(module: nn.Module, stacks: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a forward for ``module`` in which each client has parameters of its own.
 
-    Whose the rows of its input, (rows, ..., in), are, ``row_owners`` says.
+    ``stacks``: these parameters, (K, ...), by their names in the module; others are the module's.
+    ``row_owners`` says which client each row of the input, (rows, ..., in), is of.
     """
     forward = _FORWARDS[type(module)]
 
     def run(x: Tensor) -> Tensor:
-        mine = {name: select_clients(stack) for name, stack in own.items()}
-        parts = max(len(tensor) for tensor in mine.values())
-        columns = {
-            name: tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
-            for name, tensor in mine.items()
-        }
-        weight, bias = (
-            columns.get(name, module._parameters.get(name)) for name in ("weight", "bias")
-        )
-        y = forward(module, group_by_client(x, parts), weight, bias)
+        entries: dict[str, Tensor] = {}
+        n = 1  # entries a parameter: one a client, or one a row where the rows of clients mix
+        for name, stack in stacks.items():
+            entry = select_clients(stack)
+            n = len(entry)
+            # A vector gets an axis for the tokens, (n, 1, width), along which it is repeated.
+            entries[name] = entry.unsqueeze(1) if entry.ndim == 2 else entry
+        weight = entries.get("weight", module._parameters.get("weight"))
+        bias = entries.get("bias", module._parameters.get("bias"))
+        y = forward(module, group_by_client(x, n), weight, bias)  # (n, tokens, out)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return run

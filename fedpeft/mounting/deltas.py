@@ -14,7 +14,10 @@ from fedpeft.types import Delta, Payload
 @final
 @dataclass(frozen=True)
 class Dense:
-    """A difference scale * D of no low rank, stacked over K clients."""
+    """A difference scale * D of no low rank, stacked over K clients.
+
+    ``difference``: D, (K, out, in).
+    """
 
     difference: Tensor
     scale: float
@@ -31,19 +34,26 @@ class Dense:
 @final
 @dataclass(frozen=True)
 class Total:
-    """The sum of several differences to one layer; what all clients share may be a stack of one."""
+    """The sum of several differences to one layer.
+
+    One that all clients share may be a stack of one.
+    """
 
     deltas: Sequence[Delta]
 
     def dense(self) -> Tensor:
         """Return the (K, out, in) difference."""
         total = self.deltas[0].dense()
+        # Broadcast, not added in place: the first may be a stack of one, and the next one of K.
         for delta in self.deltas[1:]:
             total = total + delta.dense()
         return total
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return all (B, A) side by side, (K, out, r) and (K, r, in); None where one has none."""
+        """Return the (B, A) of all side by side, (K, out, r) and (K, r, in).
+
+        Here r is the sum of the ranks. None where a difference has no factors.
+        """
         lefts: list[Tensor] = []
         rights: list[Tensor] = []
         for delta in self.deltas:
@@ -53,22 +63,23 @@ class Total:
             lefts.append(pair[0])
             rights.append(pair[1])
         clients = max(len(left) for left in lefts)
+        # [B_1, B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2: the sum of products is one product.
         B = torch.cat([left.expand(clients, -1, -1) for left in lefts], dim=2)
         A = torch.cat([right.expand(clients, -1, -1) for right in rights], dim=1)
         return B, A
 
 
 def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
-    """Return what ``mounted(model, tensors, scale)`` adds to the matrix of each dense layer.
+    """Return what ``mounted(model, tensors, scale)`` adds to each dense layer's matrix, by module.
 
-    By module name. What has no client axis, and so is the same for all clients, is a stack of one.
+    A branch without a client axis is the same for all clients, and becomes a stack of one.
 
     >>> [delta] = mounted_deltas({"query:dense": torch.ones(1, 2, 3)}, scale=0.5).values()
     >>> delta.dense()
     tensor([[[0.5000, 0.5000, 0.5000],
              [0.5000, 0.5000, 0.5000]]])
     """
-    found: dict[str, Delta] = {}
+    deltas: dict[str, Delta] = {}
     for module, factors in by_module(tensors).items():
         added: list[Delta] = []
         if "A" in factors:
@@ -77,10 +88,10 @@ def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
             added.append(LowRank(A, B, scale, e))
         if "dense" in factors:
             added.append(Dense(_stacked(factors["dense"], 2), scale))
-        found[module] = added[0] if len(added) == 1 else Total(added)
-    return found
+        deltas[module] = added[0] if len(added) == 1 else Total(added)
+    return deltas
 
 
 def _stacked(tensor: Tensor, axes: int) -> Tensor:
-    """Return a tensor with its client axis; one of ``axes`` alone has none yet."""
+    """Return a tensor with its client axis; one that has only ``axes`` axes has none yet."""
     return tensor.unsqueeze(0) if tensor.ndim == axes else tensor

@@ -11,7 +11,7 @@ from fedpeft.errors import BadInput, WireError
 from fedpeft.types import Base
 
 WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
-"""Words that stand for a pattern: the dense layers of attention blocks; every dense layer."""
+"""Words that stand for a pattern: dense layers of attention blocks; every dense layer."""
 
 Targets = str | tuple[str, ...]
 """Which dense layers are adapted, one of:
@@ -37,7 +37,7 @@ FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj")
 
 
 def matrix(module: nn.Module) -> Tensor | None:
-    """Return a dense layer's weight as (out, in), a view of its storage; None of other modules."""
+    """Return a dense layer's weight as (out, in), a view of its storage; None for other modules."""
     match module:
         case nn.Linear():
             return module.weight
@@ -48,7 +48,9 @@ def matrix(module: nn.Module) -> Tensor | None:
 
 
 def dense_layer(model: nn.Module, name: str) -> Tensor:
-    """Return the (out, in) matrix of dense layer ``name``; a name that is none raises WireError.
+    """Return the (out, in) matrix of dense layer ``name``.
+
+    A name that no dense layer of ``model`` has raises WireError.
 
     >>> dense_layer(nn.Sequential(nn.Linear(3, 2)), "0").shape
     torch.Size([2, 3])
@@ -111,12 +113,12 @@ def _searched(layers: Sequence[str], pattern: str) -> set[str]:
     try:
         expression = re.compile(WORDS.get(pattern, pattern))
     except re.error as error:
-        said = f"method.targets = {pattern!r}"
-        raise BadInput(f"{said} is not a regular expression: {error}") from error
-    found = {name for name in layers if expression.search(name)}
-    if found:
-        return found
-    known = _parts(layers)
+        setting = f"method.targets = {pattern!r}"
+        raise BadInput(f"{setting} is not a regular expression: {error}") from error
+    matching = {name for name in layers if expression.search(name)}
+    if matching:
+        return matching
+    known = _name_parts(layers)
     # What looks like a name in the pattern, without escapes such as \d.
     words = re.findall(r"[A-Za-z_][\w-]*", re.sub(r"\\.", " ", pattern))
     near: dict[str, None] = {}  # in order, each once
@@ -131,23 +133,28 @@ def _searched(layers: Sequence[str], pattern: str) -> set[str]:
 
 
 def _ending(layers: Sequence[str], endings: Sequence[str]) -> set[str]:
-    """Return the names that end, from a dot on, in one of ``endings``; each has to find one."""
-    found: set[str] = set()
+    """Return the names that end in one of ``endings``.
+
+    An ending that no name has raises BadInput, and so does an empty list.
+    """
+    chosen: set[str] = set()
     unknown: list[str] = []
     for ending in endings:
-        names = {name for name in layers if name == ending or name.endswith(f".{ending}")}
-        found |= names
+        # From a dot on, as peft does it: ``out`` is not the end of ``q_out``.
+        names = {name for name in layers if f".{name}".endswith(f".{ending}")}
+        chosen |= names
         if not names:
             unknown.append(ending)
-    if found and not unknown:
-        return found
+    if chosen and not unknown:
+        return chosen
     if not endings:
         raise BadInput(f"method.targets = []: name layers, or choose from: {', '.join(WORDS)}")
-    known = _parts(layers)
+    known = _name_parts(layers)
     near: dict[str, None] = {}  # in order, each once
     for ending in unknown:
         near |= dict.fromkeys(_nearest(ending, known))
     hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+    # ``["attention"]``: the word is right, the list is what is wrong. That hint goes first.
     for word in WORDS:
         if word in unknown:
             hint = f"write {word!r} alone, not in a list. "
@@ -159,13 +166,23 @@ def _ending(layers: Sequence[str], endings: Sequence[str]) -> set[str]:
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:
     """Return what of ``known`` another family calls ``word``, or else what is spelt alike."""
-    roles = [names for names in ROLES if word in names or word in FUSED]
-    same = [name for names in roles for name in names if name in known]
-    if roles and not same:
+    # 1. Another family's name for the same input of attention; a fused matrix stands for all three.
+    same: list[str] = []
+    is_role = False
+    for names in ROLES:
+        if word in names or word in FUSED:
+            is_role = True
+            same += [name for name in names if name in known]
+    # 2. This model may have the three fused.
+    if is_role and not same:
         same = [name for name in FUSED if name in known]
+    # 3. A misspelt name.
     return same or get_close_matches(word, [*WORDS, *known], n=1)
 
 
-def _parts(layers: Sequence[str]) -> list[str]:
-    """Return what the names of ``layers`` are made of, without numbers."""
-    return sorted({part for name in layers for part in name.split(".") if not part.isdigit()})
+def _name_parts(layers: Sequence[str]) -> list[str]:
+    """Return the parts between the dots of the names of ``layers``, without numbers, sorted."""
+    parts: set[str] = set()
+    for name in layers:
+        parts.update(name.split("."))
+    return sorted(part for part in parts if not part.isdigit())

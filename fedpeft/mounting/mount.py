@@ -20,8 +20,8 @@ def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
     """Return fresh parameters with the values of ``tensors``: what a client may train.
 
     >>> sent = {"query:A": torch.ones(1, 2, 3)}
-    >>> own = trainable(sent)["query:A"]
-    >>> own.requires_grad, own.data_ptr() == sent["query:A"].data_ptr()
+    >>> trained = trainable(sent)["query:A"]
+    >>> trained.requires_grad, trained.data_ptr() == sent["query:A"].data_ptr()
     (True, False)
     """
     return {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
@@ -46,6 +46,15 @@ def specs(payload: Payload) -> dict[str, Tensor]:
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in payload.items()}
 
 
+def plain_parameters(tensors: Payload) -> dict[str, Tensor]:
+    """Return what of ``tensors`` has a plain name: parameters of the model, no parts of branches.
+
+    >>> list(plain_parameters({"query:A": torch.ones(1, 2, 3), "head.bias": torch.ones(1, 4)}))
+    ['head.bias']
+    """
+    return {name: tensor for name, tensor in tensors.items() if ":" not in name}
+
+
 @contextmanager
 def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[None]:
     """Mount ``tensors``, each (K, ...), on ``model``: branches, and parameters for plain names.
@@ -64,8 +73,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     >>> (adapted - model(x)).round().tolist()
     [[6.0, 6.0]]
     """
-    plain = {name: tensor for name, tensor in tensors.items() if ":" not in name}
-    clients = {len(tensor) for tensor in plain.values()}
+    plain = plain_parameters(tensors)
+    clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
         for name, factors in by_module(tensors).items():
             clients |= check_branch(name, factors, dense_layer(model, name).shape)
@@ -80,7 +89,9 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
             )
         if clients <= {1} or not plain:
             # One ordinary kernel for one client: its parameters stand in for the model's own.
-            alone = {name: partial(_first, tensor) for name, tensor in plain.items()}
+            alone: dict[str, Callable[[Tensor], Tensor]] = {}
+            for name, stack in plain.items():
+                alone[name] = partial(_only_clients, stack)
             undo.enter_context(replaced(model, alone))
         else:
             undo.enter_context(_side_by_side(model, plain))
@@ -92,7 +103,7 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     """Let ``makers[name](parameter)`` stand in for the parameter of that name.
 
     It is made anew before every forward pass. Tied parameters are replaced wherever they are used.
-    On leaving, the very same parameter objects are back.
+    When the ``with`` ends, the very same parameter objects are back.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
     >>> with replaced(model, {"0.weight": lambda weight: 0 * weight}):
@@ -107,19 +118,21 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
 
     def put(name: str, tensor: Tensor) -> None:
         for module, attribute in homes[name]:
+            # ``setattr`` would refuse the result of a computation, which is a plain tensor.
             module._parameters[attribute] = cast(nn.Parameter, tensor)
 
     def refresh(*_: object) -> None:
         for name, make in makers.items():
             put(name, make(everywhere[name]))
 
+    # Before every pass: after a backward pass the graph behind the last tensors is gone.
     handle = model.register_forward_pre_hook(refresh)
     ours: list[Place] = [(model, "_forward_pre_hooks", handle.id)]
     for held_by in homes.values():
         ours += [(module, "_parameters", attribute) for module, attribute in held_by]
     try:
         with claimed(ours):
-            refresh()
+            refresh()  # for those who read the parameters before any pass
             yield
     finally:
         handle.remove()
@@ -129,14 +142,18 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
 
 @contextmanager
 def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
-    """Give modules whose parameters are in ``plain``, (K, ...), a forward of the K clients' own."""
+    """Give modules whose parameters are in ``plain``, (K, ...), a forward that keeps clients apart.
+
+    A module for which there is no such forward raises NotStackable.
+    """
     everywhere = dict(model.named_parameters(remove_duplicate=False))
-    own: dict[str, dict[str, Tensor]] = {}
+    stacks: dict[str, dict[str, Tensor]] = {}  # module -> attribute -> (K, ...)
     for name, places in _places(everywhere, plain).items():
         for place in places:
             home, _, attribute = place.rpartition(".")
-            own.setdefault(home, {})[attribute] = plain[name]
-    changed = {name: model.get_submodule(name) for name in own}
+            stacks.setdefault(home, {})[attribute] = plain[name]
+    changed = {name: model.get_submodule(name) for name in stacks}
+    # All are checked before any is changed.
     for name, module in changed.items():
         if not stackable(module):
             kind = type(module).__name__
@@ -146,7 +163,7 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
             )
     with ExitStack() as undo:
         for name, module in changed.items():
-            undo.enter_context(overridden(module, stacked(module, own[name])))
+            undo.enter_context(overridden(module, stacked(module, stacks[name])))
             undo.enter_context(claimed([(module, "__dict__", "forward")]))
         yield
 
@@ -155,7 +172,8 @@ def _side_by_side(model: nn.Module, plain: Payload) -> Iterator[None]:
 def overridden(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Let ``forward`` stand in for that of ``module`` for the length of a ``with``.
 
-    On leaving, the module has again what it had: its class's, or one that others gave this module.
+    When the ``with`` ends, the module has again what it had: the forward of its class, or one that
+    others gave this module.
     """
     before = vars(module).get("forward")
     module.forward = forward
@@ -163,13 +181,14 @@ def overridden(module: nn.Module, forward: Callable[..., object]) -> Iterator[No
         yield
     finally:
         if before is None:
+            # Deleted, not set to the class's: a bound method in the instance would be a change.
             vars(module).pop("forward", None)
         else:
             module.forward = before
 
 
-def _first(stack: Tensor, parameter: Tensor) -> Tensor:
-    """Return the only client's tensor, in the place of ``parameter``."""
+def _only_clients(stack: Tensor, parameter: Tensor) -> Tensor:
+    """Return the only client's tensor of a stack, (1, ...), in the place of ``parameter``."""
     del parameter
     return stack.squeeze(0)  # a view; indexing would copy the whole gradient
 
@@ -181,7 +200,8 @@ def _home(model: nn.Module, place: str) -> tuple[nn.Module, str]:
 
 
 def _places(everywhere: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, list[str]]:
-    """Return for each of ``names`` all names of the parameter: its own, and those it is tied to."""
+    """Return for each of ``names`` all names of that parameter: it may be tied to others."""
+    # Tied parameters are one object under several names; tensors hash by identity.
     twins: dict[Tensor, list[str]] = {}
     for name, parameter in everywhere.items():
         twins.setdefault(parameter, []).append(name)

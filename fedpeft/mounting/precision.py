@@ -1,6 +1,6 @@
 """The frozen parameters of a model in the number format in which it computes, cast once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -20,13 +20,15 @@ _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, Copy]]] = Weak
 def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Let copies in ``dtype`` stand in for the frozen parameters of ``model`` in the ``with``.
 
-    They are made at the first call and kept for as long as the model is, but for those of
-    parameters that have changed since; what is mounted stays as it is.
+    They are made at the first call and kept as long as the model lives. That of a parameter which
+    has changed since is made anew. Mounted tensors stay as they are.
     """
+    # Autocast alone would cast every frozen weight anew in every pass.
     copies = _COPIES.setdefault(model, {}).setdefault(dtype, {})
-    frozen = {
-        name: parameter for name, parameter in _own_parameters(model) if not parameter.requires_grad
-    }
+    frozen: dict[str, nn.Parameter] = {}
+    for name, parameter in _float32_parameters(model):
+        if not parameter.requires_grad:  # what is trained stays float32
+            frozen[name] = parameter
     try:
         for name, parameter in frozen.items():
             now = entry(parameter)
@@ -40,27 +42,31 @@ def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             _put(model, name, parameter)
 
 
-def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _float32_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters in float32, tied ones under every name.
 
-    A module in which a tensor is mounted stays as it is, as its kernel may want one format for all;
-    autocast sees to the dense ones.
+    A module in which a tensor is mounted stays as it is, as its kernel may want one format for all.
+    Dense layers are excepted: autocast gives them one format.
     """
     for prefix, module in model.named_modules():
-        own = {
-            name: parameter
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
-        if matrix(module) is None and not all(
-            isinstance(parameter, nn.Parameter) for parameter in own.values()
-        ):
+        if matrix(module) is None and _has_mounted(module):
             continue
-        for name, parameter in own.items():
+        for name, parameter in module._parameters.items():
             if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32:
                 yield f"{prefix}.{name}" if prefix else name, parameter
 
 
+def _has_mounted(module: nn.Module) -> bool:
+    """Return whether a tensor stands in for one of the module's own parameters."""
+    # What is mounted is the result of a computation and so a plain tensor (see ``replaced``).
+    tensors: Mapping[str, Tensor | None] = module._parameters
+    for parameter in tensors.values():
+        if parameter is not None and not isinstance(parameter, nn.Parameter):
+            return True
+    return False
+
+
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let ``tensor`` stand in for the parameter called ``name``."""
     home, _, attribute = name.rpartition(".")
     model.get_submodule(home)._parameters[attribute] = tensor  # type: ignore[assignment]

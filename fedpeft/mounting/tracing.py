@@ -1,4 +1,4 @@
-"""What decides how a model computes, noted by identity: so a change is seen, whoever made it."""
+"""What decides how a model computes, noted by identity, so that any change is seen."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -12,11 +12,12 @@ Place = tuple[nn.Module, str, object]
 """A module, one of its dictionaries (``_parameters``, ``_forward_hooks``, ``__dict__``), a key."""
 
 Entry = tuple[object, object]
-"""The very object that a place holds, and what of it may change though it stays the same object."""
+"""The very object that a place holds, and what of that object may change in place."""
 
 Trace = Mapping[Place, Entry]
 """All places of a model that decide how it computes, with what they hold."""
 
+# Read off torch itself: a kind of hook that a new version adds is then traced, too.
 _CONTAINERS: Final = frozenset(
     name for name, held in vars(nn.Module()).items() if isinstance(held, dict)
 )
@@ -30,7 +31,7 @@ _GLOBAL: Final = {
 """Hooks that torch calls for every module there is."""
 
 _CLAIMED: Counter[Place] = Counter()
-"""The places that are changed, just now, by what is mounted with this package."""
+"""The places that this package's mounting has changed at present, and how many times each."""
 
 
 def trace(model: nn.Module) -> Trace:
@@ -39,23 +40,25 @@ def trace(model: nn.Module) -> Trace:
     The mode (training or not) is left out. So are values written in place behind torch's back, as
     ``weight.data += x`` does: to see these, every weight would have to be read.
     """
-    found: dict[Place, Entry] = {}
+    entries: dict[Place, Entry] = {}
     for module in model.modules():
-        found[module, "__class__", "forward"] = type(module), type(module).forward
+        # The class and its forward: somebody may have patched the class itself.
+        entries[module, "__class__", "forward"] = type(module), type(module).forward
         for name, held in vars(module).items():
             if name in _CONTAINERS:
                 for key, item in held.items():
-                    found[module, name, key] = entry(item)
+                    entries[module, name, key] = entry(item)
             elif name != "training":
-                found[module, "__dict__", name] = entry(held)
+                entries[module, "__dict__", name] = entry(held)
     for name, hooks in _GLOBAL.items():
         for key, hook in hooks.items():
-            found[model, name, key] = entry(hook)
-    return found
+            entries[model, name, key] = entry(hook)
+    return entries
 
 
 def entry(held: object) -> Entry:
-    """Return ``held`` with what may change of it: a tensor's version, memory, ``requires_grad``."""
+    """Return ``held`` with what of it may change: a tensor's version, memory, ``requires_grad``."""
+    # The object itself is kept, not its id: an id is free again once its object has gone.
     if not isinstance(held, Tensor):
         return held, None
     version = None if held.is_inference() else held._version  # inference tensors count no versions
@@ -64,11 +67,12 @@ def entry(held: object) -> Entry:
 
 def same(one: Entry, other: Entry) -> bool:
     """Return whether two entries hold the very same object in the same state."""
+    # ``is``: to compare two tensors with ``==`` would compare their values.
     return one[0] is other[0] and one[1] == other[1]
 
 
 def changes(before: Trace, now: Trace) -> set[Place]:
-    """Return the places that hold something else ``now``, something more or nothing any more."""
+    """Return the places that hold something else ``now``, or are new, or have gone."""
     changed = set(before.keys() ^ now.keys())
     for place, held in before.items():
         if place in now and not same(held, now[place]):
@@ -79,6 +83,7 @@ def changes(before: Trace, now: Trace) -> set[Place]:
 @contextmanager
 def claimed(places: Collection[Place]) -> Iterator[None]:
     """Say, for the length of a ``with``, that this package has changed ``places``."""
+    # Counted: two mounts may change one place, and the inner one ends first.
     _CLAIMED.update(places)
     try:
         yield
@@ -92,7 +97,8 @@ def claimed(places: Collection[Place]) -> Iterator[None]:
 def touched(model: nn.Module, before: Trace) -> set[nn.Module] | None:
     """Return the modules of ``model`` on which this package has mounted something since ``before``.
 
-    None where anything else has changed, too: then nobody knows which modules compute otherwise.
+    None where anything else has changed, too: then nobody knows which modules compute something
+    else than before.
     """
     changed = changes(before, trace(model))
     if not changed <= _CLAIMED.keys():

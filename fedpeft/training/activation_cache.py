@@ -1,4 +1,7 @@
-"""Cached hidden states: what the frozen blocks below the lowest mounted one give is computed once."""
+"""Cached hidden states: the output of the frozen blocks below the lowest mounted one.
+
+It is computed once for each text.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,11 +35,14 @@ class Chain:
     def lowest(self, mounted: Collection[nn.Module]) -> int:
         """Return the index of the last block that begins no later than the first of ``mounted``.
 
-        0 where none does, and where one of ``mounted`` was never called: what uses it is unknown.
+        It is 0 where none does. It is also 0 where one of ``mounted`` was never called: nobody
+        knows what uses that module.
         """
         if not set(mounted) <= set(self.order):
             return 0
         index = 0
+        # A block is called before the modules inside it, so a mounted layer belongs to the block
+        # that was seen last. Embeddings are called before any block: nothing can be saved then.
         for module in self.order:
             if module in self.blocks:
                 index = self.blocks.index(module)
@@ -51,9 +57,11 @@ class ActivationCache:
 
     Exact where the frozen blocks are deterministic, that is without dropout. A client's states are
     computed from its texts alone, in batches of their own: they do not depend on what ran before,
-    and a resumed run sees the same bits. ``clients``: whose states are cached. ``rows``: texts in
-    such a batch. Nothing is cached for a model whose blocks form no chain (ALBERT uses one many
-    times), nor for one on which anything is mounted in a way that this package does not know.
+    and a resumed run sees the same bits.
+
+    ``clients``: whose states are cached. ``rows``: texts in such a batch. Nothing is cached for a
+    model whose blocks form no chain (ALBERT uses one block many times), nor for one that somebody
+    has changed in a way that this package does not know.
     """
 
     def __init__(self, clients: Collection[int] = (), rows: int = 32) -> None:
@@ -78,12 +86,14 @@ class ActivationCache:
         self._is_located = False
         if self._unmounted is not None and not changes(self._unmounted, trace(model)):
             return
+        # The model has changed: states of the old one are wrong for this one.
         self._states.clear()
         length = len(text.ids[0])
         rows = 2 if length != 2 else 3  # another number than the length, to tell these axes apart
         with _recorded(model) as calls, torch.no_grad():
             forward(text.take([0] * rows))
         self._chain = _chain(model, calls, torch.Size([rows, length]))
+        # Traced again: a first pass may itself set attributes of a model's modules.
         self._unmounted = trace(model)
 
     def get(
@@ -91,8 +101,8 @@ class ActivationCache:
     ) -> Sequence[Tensor] | None:
         """Return the hidden states of each of the client's ``texts``, (length, width).
 
-        They are computed where they are not cached yet. None where they cannot be, or are not to
-        be.
+        They are computed where they are not cached yet. None where the states of this client are
+        not to be cached, or of this model cannot be.
         """
         if self._unmounted is None or client not in self._clients:
             return None
@@ -101,6 +111,7 @@ class ActivationCache:
         if self._lowest == 0:
             return None
         cached_texts, states = self._states.get(client, (None, ()))
+        # Compared by identity: a client's encoded texts are one object for the length of a run.
         if cached_texts is not texts:
             states = _hidden_states(self._chain.blocks[self._lowest], forward, texts, self._rows)
             self._states[client] = texts, states
@@ -110,6 +121,8 @@ class ActivationCache:
     def reading(self) -> Iterator[None]:
         """Let passes in the ``with`` begin at the lowest mounted block if they are ``entering``."""
         with ExitStack() as undo:
+            # Blocks below hand on what they get, and the lowest mounted one takes the cached states
+            # instead. Whether a pass does so is decided as it runs, by its thread's ``entering``.
             if self._is_located and self._lowest > 0:
                 for block in self._chain.blocks[: self._lowest]:
                     undo.enter_context(overridden(block, partial(_skip_or_run, block.forward)))
@@ -118,7 +131,7 @@ class ActivationCache:
             yield
 
     def _locate(self, model: nn.Module, unmounted: Trace) -> None:
-        """Find the lowest mounted block; states that enter another one are forgotten."""
+        """Find the lowest mounted block; if it is another one, forget all cached states."""
         mounted = touched(model, unmounted)
         lowest = 0 if mounted is None else self._chain.lowest(mounted)
         if lowest != self._lowest:
@@ -131,9 +144,9 @@ _ENTERING: ContextVar[Sequence[Tensor] | None] = ContextVar("entering", default=
 
 @contextmanager
 def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
-    """Let a pass in the ``with`` begin with ``states``, or at the lowest block of all if None.
+    """Let a pass in the ``with`` begin with cached hidden states.
 
-    ``states``: the cached hidden states of each of its texts, (length, width).
+    ``states``: those of each of its texts, (length, width); None to begin at the first block.
     """
     token = _ENTERING.set(states)
     try:
@@ -152,13 +165,16 @@ def _skip_or_run(
 
 
 def _cached_or_computed(computed: Tensor) -> Tensor:
-    """Return the hidden states that enter the lowest mounted block.
+    """Return the hidden states that enter the lowest mounted block, (n, L, width).
 
-    They are the cached ones, padded as ``computed``, (n, L, width), or else those themselves.
+    They are the cached ones, padded to the shape of ``computed``. A pass without cached states has
+    ``computed`` themselves.
     """
     states = _ENTERING.get()
     if states is None:
         return computed
+    # Skipped blocks hand on the embeddings: these have the shape that is wanted. What padding holds
+    # does not matter, as attention masks it.
     padded = states[0].new_zeros(len(states), *computed.shape[1:])
     for row, text_states in zip(padded, states, strict=True):
         row[: len(text_states)] = text_states
@@ -166,9 +182,10 @@ def _cached_or_computed(computed: Tensor) -> Tensor:
 
 
 def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> list[int]:
-    """Return the clients whose states for all their ``texts`` fit into ``limit`` bytes together.
+    """Return clients whose states for all their ``texts`` fit into ``limit`` bytes together.
 
-    They are taken in order; one that does not fit is passed over.
+    Clients are taken in order, and one that does not fit is skipped: the choice depends on nothing
+    that happens in a run.
 
     >>> short, long = (Encoded([torch.zeros(size)], []) for size in (10, 90))
     >>> fitting({0: short, 1: long, 2: short}, bytes_per_token=4, limit=100)
@@ -177,7 +194,8 @@ def fitting(texts: Mapping[int, Encoded], bytes_per_token: int, limit: int) -> l
     left = limit
     clients: list[int] = []
     for client, client_texts in sorted(texts.items()):
-        size = bytes_per_token * sum(len(ids) for ids in client_texts.ids)
+        num_tokens = sum(len(ids) for ids in client_texts.ids)
+        size = bytes_per_token * num_tokens
         if size <= left:
             clients.append(client)
             left -= size
@@ -193,15 +211,17 @@ def _hidden_states(
 ) -> Sequence[Tensor]:
     """Return the hidden states that enter ``block`` for each of ``texts``, (length, width).
 
-    What is above is not computed. ``rows``: texts in a batch.
+    ``block`` and those above it are not computed. ``rows``: texts in a batch.
     """
+    # By length: little padding. The batches are the same whenever these texts come.
     by_length = sorted(range(len(texts)), key=lambda row: len(texts.ids[row]))
     states_of: dict[int, Tensor] = {}
 
     def record(hidden: Tensor) -> Tensor:
+        """Note what enters ``block``, (rows, L, width), and end the pass."""
         for row, padded in zip(batch, hidden, strict=True):
             length = len(texts.ids[row])
-            states_of[row] = padded[:length].clone()
+            states_of[row] = padded[:length].clone()  # a view would keep the whole batch
         raise _Stop
 
     with ExitStack() as undo:
@@ -215,11 +235,12 @@ def _hidden_states(
 
 
 def _change_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Replace the hidden states that ``block`` is given by ``change`` of them; return the undoing."""
+    """Give ``block`` the result of ``change`` instead of its input; return what undoes this."""
 
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Families differ in whether hidden states are passed by position or by name.
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
@@ -240,7 +261,7 @@ class _Call:
 def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
     """Yield a list that fills with the calls of all modules inside ``model``, as they begin."""
     calls: list[_Call] = []
-    open_calls: list[_Call] = []
+    open_calls: list[_Call] = []  # a stack: the call that began last ends first
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first_input = args[0] if args else kwargs.get("hidden_states")
@@ -252,14 +273,15 @@ def _recorded(model: nn.Module) -> Iterator[list[_Call]]:
         open_calls.pop().output = output
 
     with ExitStack() as undo:
-        for module in list(model.modules())[1:]:
+        inside = list(model.modules())[1:]  # the first is the model itself
+        for module in inside:
             undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(after).remove)
         yield calls
 
 
 def _chain(model: nn.Module, calls: Sequence[_Call], tokens: torch.Size) -> Chain:
-    """Return the longest list of blocks of ``model`` that form a chain, none if there is no such.
+    """Return the longest list of blocks of ``model`` that form a chain, an empty one if none do.
 
     Each is called once, with the output of the one before. ``tokens``: (rows, length) of the batch
     in which ``calls`` were recorded.
@@ -271,20 +293,33 @@ def _chain(model: nn.Module, calls: Sequence[_Call], tokens: torch.Size) -> Chai
             continue
         blocks = tuple(module)
         block_calls = [call for call in calls if call.module in blocks]
-        once_each = tuple(call.module for call in block_calls) == blocks
-        joined = all(_hands_on(one, following) for one, following in pairwise(block_calls))
-        by_token = all(_takes_vectors(call, tokens) for call in block_calls)
-        if once_each and joined and by_token and len(blocks) > len(longest.blocks):
+        if len(blocks) > len(longest.blocks) and _form_chain(blocks, block_calls, tokens):
             longest = Chain(blocks, order)
     return longest
 
 
+def _form_chain(
+    blocks: tuple[nn.Module, ...], block_calls: Sequence[_Call], tokens: torch.Size
+) -> bool:
+    """Return whether ``blocks`` form a chain; ``block_calls``: their calls, as they began."""
+    # A block that is called twice, or not at all, could not be skipped.
+    called = [call.module for call in block_calls]
+    if called != list(blocks):
+        return False
+    for one, following in pairwise(block_calls):
+        if not _hands_on(one, following):
+            return False
+    return all(_takes_vectors(call, tokens) for call in block_calls)
+
+
 def _hands_on(call: _Call, following: _Call) -> bool:
     """Return whether the output of one call is the very input of another."""
+    # The very tensor: anything that is computed between two blocks would be skipped with them.
     return isinstance(call.output, Tensor) and call.output is following.first_input
 
 
 def _takes_vectors(call: _Call, tokens: torch.Size) -> bool:
     """Return whether a call was given one vector for each of the ``tokens``, (rows, length)."""
+    # Models that turn the axes round, (length, rows, width), cannot be cut by text.
     hidden = call.first_input
     return isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == tokens

@@ -31,6 +31,7 @@ def predictions(
 
     Batches are formed by length, and as many are computed at once as there are threads.
     """
+    # A GPU takes a whole step of training at once, but an evaluation may have any number of texts.
     lengths = [len(ids) for ids in examples.ids]
     buckets = replace(hardware.buckets, max_tokens=min(hardware.tokens, EVALUATED))
     batches = buckets.cheapest(lengths)
@@ -40,11 +41,12 @@ def predictions(
         """Return the model's outputs for ``rows``, named tensors, (n, ...)."""
         chosen = examples.take(rows)
         batch = task.collate(chosen, hardware.torch_device, buckets.pad_to_multiple_of)
+        # Modes are a thread's own: they are set where the pass runs.
         with torch.inference_mode(), hardware.autocast():
             outputs = task.predict(model, batch)
         return {name: tensor.cpu() for name, tensor in outputs.items()}
 
-    in_order: list[Prediction] = [{}] * len(examples)
+    in_order: list[Prediction] = [{}] * len(examples)  # every entry is replaced below
     model.eval()
     with hardware.computing(model), thread_map(num_parallel) as parallel_map:
         for rows, outputs in zip(batches, parallel_map(forward, batches), strict=True):
@@ -68,10 +70,12 @@ def mounted_state(
     By default that is the whole state.
     """
     context = Context([client.id], state.round, seed)
+    # What the loop keeps in the same memory is not the method's to see.
     methods_part, _ = parted(memory or {})
-    down = _stack_of_one(method.send(state, as_told(client)), hardware.torch_device)
-    own = _stack_of_one(methods_part, hardware.torch_device)
-    with method.mount(model, down, own, context) as local:
+    sent = method.send(state, as_told(client))
+    down = _stack_of_one(sent, hardware.torch_device)
+    remembered = _stack_of_one(methods_part, hardware.torch_device)
+    with method.mount(model, down, remembered, context) as local:
         yield local
 
 

@@ -22,21 +22,22 @@ Kernel = Literal["eager", "sdpa"]
 Kernels = tuple[Kernel, ...]
 
 TOKENS = 1280
-"""Tokens that go through the model together on CPU, where products are soon large enough."""
+"""Tokens that go through the model together on CPU: matrix products are large enough with these."""
 GRAIN = 4
 """``pad_to_multiple_of`` for bf16 on CPU.
 
-Torch makes its kernels anew there for every shape: a twelfth of a step, unless shapes come again.
+Torch makes its kernels anew there for every shape. That takes a twelfth of a step, unless shapes
+come again.
 """
 EVERYTHING = 1 << 40
-"""On a GPU the whole stack goes through at once."""
+"""More tokens than any step has: on a GPU the whole stack goes through the model at once."""
 SHORT = 128
 """Tokens up to which eager attention beats torch's SDPA kernel on CPU."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What of the hardware is used; what is left to `auto` is resolved once and kept with the run."""
+    """What of the hardware is used; `auto` is resolved once, and kept with the run."""
 
     device: str = "auto"
     """Where the model computes, as torch names it: `cpu`, `cuda`, `cuda:1`; `auto` is a GPU if any."""
@@ -53,7 +54,7 @@ class Machine:
 
 
 OLD_NAMES: Final[Mapping[str, str]] = {"cohort": "stack", "grain": "pad_to_multiple_of"}
-"""What fields of ``hardware.json`` were called by older versions: name then -> name now."""
+"""Fields of ``hardware.json`` that older versions called by other names: name then -> name now."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Hardware:
 
     @classmethod
     def from_json(cls, text: str) -> "Hardware":
-        """Return the choice that ``describe`` of this version or an older one gave, from JSON.
+        """Return the choice that this version or an older one wrote as JSON (see ``describe``).
 
-        Raises ValueError or TypeError for what is no such choice, and for a field that is there
-        under its old name and its new one.
+        Raises ValueError or TypeError for anything else, and where a field has both its old name
+        and its new one.
 
         >>> then = '{"device": "cpu", "precision": "fp32", "attention": "eager", "threads": 1'
         >>> Hardware.from_json(then + ', "grain": 4, "cohort": 2}').stack
@@ -88,10 +89,12 @@ class Hardware:
         """
         fields: dict[str, Any] = {}
         for name, value in dict(json.loads(text)).items():
-            today = OLD_NAMES.get(name, name)
-            if today in fields:
-                raise ValueError(f"{today!r} is there twice, once by the name of an older version")
-            fields[today] = value
+            name_now = OLD_NAMES.get(name, name)
+            if name_now in fields:
+                raise ValueError(
+                    f"{name_now!r} is there twice, once by the name of an older version"
+                )
+            fields[name_now] = value
         return cls(**fields)
 
     @property
@@ -103,14 +106,13 @@ class Hardware:
         """Return the context in which forward passes run."""
         if self.precision == "fp32":
             return nullcontext()
+        # bf16 has float32's exponents: gradients need no scaling, unlike those of fp16.
         return torch.autocast(self.torch_device.type, dtype=torch.bfloat16)
 
     @property
     def buckets(self) -> Buckets:
-        """Return how examples are grouped.
-
-        What a pass costs by itself is a rough guess, and a GPU never splits a step.
-        """
+        """Return how examples are grouped; a GPU never splits a step."""
+        # What a pass costs by itself is a rough guess: a twelfth of a full bucket.
         return Buckets(self.tokens, self.tokens // 12, self.pad_to_multiple_of)
 
     def shared_by(self, processes: int) -> "Hardware":
@@ -133,8 +135,8 @@ def resolve(
 ) -> Hardware:
     """Return the choice for this machine and texts of up to ``max_length`` tokens.
 
-    ``kernels``: those that the model's family has for attention. Another one that was asked for by
-    name, a device that does not work and too many threads raise BadInput.
+    ``kernels``: those that the model's family has for attention. A kernel that the family lacks, a
+    device that does not work and too many threads raise BadInput.
     """
     cores = os.cpu_count() or 1
     most = 4 * cores
@@ -164,7 +166,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=name).item()
+        torch.ones(1, device=name).item()  # a device that is there may still be of no use
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         line = str(error).splitlines()[0]
         raise BadInput(
@@ -192,7 +194,9 @@ def use(hardware: Hardware) -> None:
 def _bf16_is_fast(device: torch.device) -> bool:
     """Return whether a bf16 matrix product takes at most 0.7 of a float32 one's time here."""
     if device.type == "cuda":
+        # Compute capability 8.0 is Ampere, the first with bf16 in its tensor cores.
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Measured: how fast a CPU is with bf16 differs from machine to machine.
     return _seconds(torch.bfloat16, device) < 0.7 * _seconds(torch.float32, device)
 
 

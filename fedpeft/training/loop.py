@@ -86,7 +86,8 @@ def plan(
     for epoch in range(epochs):
         random = generator(seed, "order", client, round_number, epoch)
         order = torch.randperm(examples, generator=random).tolist()
-        steps += [order[start : start + size] for start in range(0, examples, size)]
+        for start in range(0, examples, size):
+            steps.append(order[start : start + size])
     return steps[: training.steps]
 
 
@@ -101,9 +102,10 @@ def fit(
     cache: ActivationCache,
     optimizer: Optimizer | None = None,
 ) -> Tensor:
-    """Train ``local`` on K clients' shares, longest first; return their mean losses, (K,) float64.
+    """Train ``local`` on K clients' shares; return their mean losses over all steps, (K,) float64.
 
-    ``optimizer``: what steps it, by default a new one (see ``optimizer_of``).
+    ``shares``: the one with most steps first. ``optimizer``: by default a new one (see
+    ``optimizer_of``).
     """
     optimizer = optimizer or optimizer_of(local, training, head)
     device = hardware.torch_device
@@ -118,10 +120,13 @@ def fit(
             owners = owners.to(device)
         with entering(micro_batch.states), row_owners(owners, rows), hardware.autocast():
             batch = task.collate(micro_batch.examples, device, buckets.pad_to_multiple_of)
-            row_losses = task.losses(model, batch)
+            row_losses = task.losses(model, batch)  # (n,)
+        # Weights are 1 / rows of the client's batch: added up, these are each client's mean loss.
         weighted = row_losses * micro_batch.weights.to(device)
-        if not trained:
+        if not trained:  # a method may send nothing that is trained
             return _Gradients(micro_batch, weighted.detach(), ())
+        # The sum over rows of several clients mixes nothing: a row depends on the parameters of its
+        # own client alone. ``grad``, not ``backward``: threads must not add into one ``.grad``.
         gradients = torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
         return _Gradients(micro_batch, weighted.detach(), gradients)
 
@@ -132,22 +137,32 @@ def fit(
         thread_map(num_parallel, trained) as parallel_map,
     ):
         for step in range(len(shares[0].steps)):
-            num_active = sum(step < len(share.steps) for share in shares)
-            active = slice(0, num_active)
+            # The clients that still train are the first so many, as the longest share comes first.
+            active = slice(0, _num_active(shares, step))
+            # 1. Gradients of the clients' mean losses, added up over micro-batches.
             for parameter in trained:
                 parameter.grad = None
             batches = [(share, share.steps[step]) for share in shares[active]]
             stream = micro_batches(batches, buckets, num_parallel)
-            # Gradients are added in the order of the micro-batches, whichever thread is faster.
+            # In the order of the micro-batches, whichever thread is faster: the same bits come out.
             for done in parallel_map(forward_and_backward, stream):
                 clients = done.micro_batch.clients.to(device)
                 losses.index_add_(0, clients, done.losses.to(losses.dtype))
                 _add(trained, done.gradients)
+            # 2. What the method wants to see of the gradients, before they are scaled down.
             local.after_backward(active)
+            # 3. Clip each client's gradient by itself, and step.
             if training.clip is not None:
                 clip(local.trainable, active, training.clip)
             optimizer.step(active)
-    return losses.cpu() / torch.tensor([len(share.steps) for share in shares])
+    num_steps = [len(share.steps) for share in shares]
+    return losses.cpu() / torch.tensor(num_steps)
+
+
+def _num_active(shares: Sequence[Share], step: int) -> int:
+    """Return how many clients have not finished their steps before ``step``."""
+    active = [share for share in shares if step < len(share.steps)]
+    return len(active)
 
 
 @final
@@ -155,9 +170,9 @@ def fit(
 class MicroBatch:
     """Some rows of one step of a stack, which go through the model together.
 
-    ``clients``: the place in the stack of each row's client, (n,). ``owners``: the same for
-    ``row_owners``. ``weights``: of each row in its client's mean loss, (n,). ``states``: the cached
-    hidden states of each row, or None unless they are cached for the whole step.
+    ``clients``: the place in the stack of each row's client, (n,). ``owners``: the same in the form
+    that ``row_owners`` takes. ``weights``: the weight of each row in its client's mean loss, (n,).
+    ``states``: the cached hidden states of each row; None unless the whole step has them.
     """
 
     examples: Encoded
@@ -168,7 +183,10 @@ class MicroBatch:
 
 
 class _Gradients(NamedTuple):
-    """What a micro-batch gives: its rows' weighted losses, (n,), and a gradient a parameter."""
+    """The results of a micro-batch: weighted losses of its rows, (n,), and a gradient a parameter.
+
+    A gradient, (K, ...), is 0 for clients without rows here, and None if the parameter is not used.
+    """
 
     micro_batch: MicroBatch
     losses: Tensor
@@ -176,7 +194,7 @@ class _Gradients(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a step: its share, its client's place in the stack, which example it is."""
+    """One row of a step: its share, the place of its client in the stack, its example's index."""
 
     share: Share
     client: int
@@ -188,52 +206,62 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Yield the K clients' batches of one step in micro-batches of rows of like length.
 
-    A micro-batch may hold rows of several clients, those of one client together: gradients are per
-    client whatever the grouping. ``threads``: how many micro-batches are computed at once.
+    A micro-batch may hold rows of several clients, and those of one client are neighbours in it.
+    Gradients are per client whatever the grouping. ``threads``: how many micro-batches are computed
+    at once.
     """
     rows: list[Row] = []
     for client, (share, indices) in enumerate(batches):
         rows += [Row(share, client, example) for example in indices]
     lengths = [len(row.share.examples.ids[row.example]) for row in rows]
     weights = [1.0 / len(indices) for _, indices in batches]
+    # One pass begins at one block: with the states of some rows only, all begin at the first.
     cached = all(share.states is not None for share, _ in batches)
     for bucket in buckets.dealt(lengths, threads):
+        bucket_rows = [rows[index] for index in bucket]
         # A stable sort: the rows of a client stay in the order of the bucket.
-        by_client = sorted([rows[place] for place in bucket], key=attrgetter("client"))
+        by_client = sorted(bucket_rows, key=attrgetter("client"))
         yield _micro_batch(by_client, weights, cached)
 
 
 def _micro_batch(rows: Sequence[Row], weights: Sequence[float], cached: bool) -> MicroBatch:
     """Return ``rows``, sorted by client, as a micro-batch.
 
-    ``weights``: of a row of each client. ``cached``: whether every share has hidden states.
+    ``weights``: what a row of each client weighs, K numbers. ``cached``: whether every share has
+    hidden states.
     """
     ids: list[Tensor] = []
     labels: list[Tensor] = []
     states: list[Tensor] = []
-    for share, _, example in rows:
+    row_clients: list[int] = []
+    row_weights: list[float] = []
+    for share, client, example in rows:
+        row_clients.append(client)
+        row_weights.append(weights[client])
         ids.append(share.examples.ids[example])
         labels.append(share.examples.labels[example])
         if share.states is not None:
             states.append(share.states[example])
-    clients = torch.tensor([row.client for row in rows])
+    clients = torch.tensor(row_clients)
     return MicroBatch(
         examples=Encoded(ids, labels),
         states=states if cached else None,
         clients=clients,
         owners=_owners(clients),
-        weights=torch.tensor([weights[row.client] for row in rows]),
+        weights=torch.tensor(row_weights),
     )
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     """Add the gradients of one micro-batch to ``.grad`` of the ``parameters``.
 
-    None is that of a parameter which the micro-batch did not use. A new ``.grad`` is contiguous, as
-    fused optimizers take for granted: the gradient of what is used transposed comes transposed. And
-    it has memory of its own, as it is changed in place: of two parameters that enter as a sum, both
-    gradients are one tensor.
+    A gradient is None where the micro-batch did not use the parameter.
     """
+    # A new ``.grad`` has to be
+    # - contiguous, as fused optimizers take for granted: a parameter that is used transposed has a
+    #   gradient that is transposed;
+    # - in memory of its own, as it is changed in place: two parameters that are used as a sum have
+    #   one tensor as the gradient of both.
     taken: set[int] = set()  # addresses of memory that is some parameter's .grad already
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
@@ -251,7 +279,7 @@ def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None])
 
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into training mode for a ``with``, and then each module back into its own."""
+    """Put ``model`` into training mode for a ``with``; then give each module its own mode back."""
     before = {module: module.training for module in model.modules()}
     try:
         model.train()
@@ -264,16 +292,19 @@ def _training(model: nn.Module) -> Iterator[None]:
 def _grouping(shares: Sequence[Share], hardware: Hardware) -> tuple[Buckets, int]:
     """Return how a step is cut into micro-batches, and how many of these are computed at once.
 
-    A client alone may have whole weights, whose gradients are dear to add up and which stand in for
-    the model's, of which there is one set: its micro-batches are few, one after another.
+    A client alone has few micro-batches, one after another.
     """
     if len(shares) == 1:
+        # It may train whole weights. Their gradients take long to add up, so a bucket more costs as
+        # much as a full one. And they stand in for the model's own, of which there is one set, so
+        # two threads cannot go through the model at once.
         return replace(hardware.buckets, overhead_tokens=hardware.tokens), 1
     return hardware.buckets, _num_parallel(shares, hardware, hardware.buckets)
 
 
 def _num_parallel(shares: Sequence[Share], hardware: Hardware, buckets: Buckets) -> int:
     """Return how many micro-batches are computed at once: all, as far as there are threads."""
+    # Judged by the first step, in which all clients take part.
     lengths: list[int] = []
     for share in shares:
         lengths += [len(share.examples.ids[row]) for row in share.steps[0]]
@@ -281,10 +312,11 @@ def _num_parallel(shares: Sequence[Share], hardware: Hardware, buckets: Buckets)
 
 
 def _owners(clients: Tensor) -> slice | Tensor:
-    """Return whose rows they are in the form that ``row_owners`` takes.
+    """Return the clients of the rows in the form that ``row_owners`` takes.
 
-    ``clients``, (n,), ascending: the client of each row. A slice where they are neighbours in the
-    stack with equally many rows each, which needs no gathering; otherwise ``clients`` themselves.
+    ``clients``, (n,), ascending: the client of each row. The result is a slice where they are
+    neighbours in the stack and have equally many rows each: factors are then not gathered for every
+    row. Otherwise it is ``clients``.
     """
     present, counts = torch.unique_consecutive(clients, return_counts=True)
     first, last = int(present[0]), int(present[-1])
@@ -296,9 +328,9 @@ def _owners(clients: Tensor) -> slice | Tensor:
 
 @contextmanager
 def own_randomness(seed: int, client: int, round_number: int) -> Iterator[None]:
-    """Give a ``with`` a random stream of this client and round, and then restore torch's.
+    """Give a ``with`` a random stream of this client and round, and restore torch's after it.
 
-    Dropout above all draws from it.
+    It is mainly dropout that draws from it.
     """
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "client", client, round_number))
@@ -311,9 +343,10 @@ def optimizer_of(
     head: frozenset[str],
     kept: Payload | None = None,
 ) -> Optimizer:
-    """Return what steps ``local`` at its own rates, going on from the state ``kept``, if any.
+    """Return the optimizer of ``local`` at its own rates.
 
-    ``head``: names of the head's parameters, which have a rate of their own.
+    ``head``: names of the head's parameters, which have a rate of their own. ``kept``: the state of
+    an earlier optimizer, from which this one goes on.
     """
     head_lr = training.lr if training.head_lr is None else training.head_lr
     rates: dict[str, float] = {}

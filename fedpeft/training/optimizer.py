@@ -13,10 +13,10 @@ from fedpeft.types import Payload
 
 Kind = Literal["adamw", "sgd"]
 
-# Names in a state that is kept: of a client's steps, of a tensor's moves, of a tensor's moments.
-STEPS: Final = "@steps"
-MOVES: Final = "@moves/"
-MOMENT: Final = "@moment"
+# Names in a state that is kept. They begin with "@", so that no method takes them for its own.
+STEPS: Final = "@steps"  # how many steps each client has taken
+MOVES: Final = "@moves/"  # and a tensor's name: how many of these moved the tensor
+MOMENT: Final = "@moment"  # and a number and a tensor's name: that moment of the tensor
 
 
 @final
@@ -26,9 +26,9 @@ class Optimizer:
     A client that has stopped training must not move at all. Weight decay and Adam's moments would
     move it even with zero gradients, so every step works on the slice of clients that are active.
 
-    ``warmup``: steps over which the rates of a client rise linearly. ``kept``: what ``state`` gave
-    when the same clients last trained, (K, ...), from which they go on; a tensor that it lacks, or
-    has in another shape, starts anew.
+    ``warmup``: steps over which the rates of a client rise linearly. ``kept``: the ``state`` after
+    the same clients last trained, (K, ...), from which they go on. A tensor that it lacks, or has
+    in another shape, starts anew.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Optimizer:
         self._parameters, self._rates = parameters, rates
         self._weight_decay, self._momentum, self._warmup = weight_decay, momentum, warmup
         clients = max((len(p) for p in parameters.values()), default=0)
+        # AdamW keeps two moments of every tensor; SGD one, and none without momentum.
         slots = {"adamw": 2, "sgd": int(momentum > 0)}[kind]
         # How many steps each client has taken, and how many of them moved each tensor.
         self._steps: list[int] = kept[STEPS].tolist() if kept else [0] * clients
@@ -56,22 +57,26 @@ class Optimizer:
         self._runs = [(run, self._clocks(run)) for run in self._equal_neighbours(clients)]
 
     def _equal_neighbours(self, clients: int) -> list[slice]:
-        """Return the neighbours that have taken equally many steps: torch steps these at once."""
+        """Return runs of clients with equally many steps behind them: torch steps these at once."""
         starts: list[int] = []
-        before: list[int] | None = None
+        before: list[int] = []
         for k in range(clients):
-            counts = [self._steps[k], *(moves[k] for moves in self._moves.values())]
+            counts = [self._steps[k]]
+            for moves in self._moves.values():
+                counts.append(moves[k])
             if counts != before:
                 starts.append(k)
             before = counts
         return [slice(start, stop) for start, stop in pairwise([*starts, clients])]
 
     def _clocks(self, run: slice) -> dict[str, Tensor]:
-        """Return the step count of every tensor, 0-d float32, which AdamW's kernel raises."""
-        return {
-            name: torch.full((), float(self._moves[name][run.start]), device=parameter.device)
-            for name, parameter in self._parameters.items()
-        }
+        """Return the step count of every tensor, 0-d float32, for the clients of one run."""
+        # AdamW's kernel raises these by itself and corrects the bias of the moments by them.
+        clocks: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            moves = float(self._moves[name][run.start])
+            clocks[name] = torch.full((), moves, device=parameter.device)
+        return clocks
 
     def state(self) -> dict[str, Tensor]:
         """Return all that another optimizer needs to go on from here, (K, ...); see ``kept``."""
@@ -87,6 +92,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, active: slice) -> None:
         """Move the ``active`` clients, which are the first so many, by their gradients."""
+        # A client that has stopped does not start again, so those of a run that move stay equal.
         for run, clocks in self._runs:
             moving = slice(run.start, min(run.stop, active.stop))
             if moving.start < moving.stop:
@@ -94,8 +100,10 @@ class Optimizer:
 
     def _step_run(self, active: slice, clocks: Mapping[str, Tensor]) -> None:
         """Move clients that have taken equally many steps, and so have one rate and one clock."""
+        # Linear warm-up: 1 / (warmup + 1) at the first step, 1 from step ``warmup`` + 1 on.
         lr_factor = min(1.0, (self._steps[active.start] + 1) / (self._warmup + 1))
         for rate in sorted(set(self._rates.values())):
+            # A tensor that no micro-batch used does not move: weight decay would shrink it.
             names: list[str] = []
             for name, parameter in self._parameters.items():
                 if self._rates[name] == rate and parameter.grad is not None:
@@ -114,9 +122,15 @@ class Optimizer:
         clocks: Mapping[str, Tensor],
     ) -> None:
         """Let torch's kernel move the ``active`` clients' slices of the tensors ``names``."""
-        parameters = [self._parameters[name][active] for name in names]
-        gradients = [_gradient(self._parameters[name])[active] for name in names]
-        moments = [[moment[active] for moment in self._moments[name]] for name in names]
+        # Slices are views, (active, ...): the kernel changes the stack through them.
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        moments: list[list[Tensor]] = []
+        for name in names:
+            parameter = self._parameters[name]
+            parameters.append(parameter[active])
+            gradients.append(_gradient(parameter)[active])
+            moments.append([moment[active] for moment in self._moments[name]])
         if self._kind == "sgd":
             sgd(
                 parameters,
@@ -136,7 +150,7 @@ class Optimizer:
                 gradients,
                 [slots[0] for slots in moments],
                 [slots[1] for slots in moments],
-                [],
+                [],  # for AMSGrad alone
                 [clocks[name] for name in names],
                 fused=True,
                 amsgrad=False,
@@ -156,7 +170,7 @@ def _count(counts: list[int], active: slice) -> None:
 
 
 def _keys(name: str, slots: int) -> list[str]:
-    """Return what the moments of tensor ``name`` are called in a state that is kept."""
+    """Return the names of the moments of tensor ``name`` in a state that is kept."""
     return [f"{MOMENT}{slot}/{name}" for slot in range(slots)]
 
 
@@ -168,12 +182,17 @@ def _begin(
 ) -> tuple[list[Tensor], list[int]]:
     """Return the moments of one tensor and how often each client moved it.
 
-    They are those in ``kept`` where all are there and fit ``parameter``, (K, ...), and otherwise 0.
+    They are taken from ``kept`` where all are there and fit ``parameter``, (K, ...). Otherwise they
+    are 0.
     """
     keys, moves = _keys(name, slots), f"{MOVES}{name}"
-    fits = all(key in kept and kept[key].shape == parameter.shape for key in keys)
-    if fits and moves in kept:
-        return [kept[key].clone() for key in keys], kept[moves].tolist()
+    moments: list[Tensor] = []
+    for key in keys:
+        if key in kept and kept[key].shape == parameter.shape:
+            moments.append(kept[key].clone())  # steps change it in place
+    if len(moments) == slots and moves in kept:
+        return moments, kept[moves].tolist()
+    # FedARA's factors shrink with the ranks that die: moments of the larger ones mean nothing now.
     return [torch.zeros_like(parameter) for _ in keys], [0] * len(parameter)
 
 
@@ -183,11 +202,12 @@ def clip(parameters: Mapping[str, nn.Parameter], active: slice, limit: float) ->
     gradients = [p.grad[active] for p in parameters.values() if p.grad is not None]
     if not gradients:
         return
-    by_tensor = torch.stack([_norm_per_client(gradient) for gradient in gradients])
+    by_tensor = torch.stack([_norm_per_client(gradient) for gradient in gradients])  # (tensors, K)
     by_client = torch.linalg.vector_norm(by_tensor, dim=0)
     factors = (limit / (by_client + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     for gradient in gradients:
-        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+        one_axis_each = [1] * (gradient.ndim - 1)
+        gradient.mul_(factors.view(-1, *one_axis_each))  # (K, 1, ..., 1)
 
 
 def _norm_per_client(gradient: Tensor) -> Tensor:

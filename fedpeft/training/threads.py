@@ -1,6 +1,6 @@
-"""Forward passes at once in one process, each in a thread of its own.
+"""Several forward passes at once in one process, each in a thread of its own.
 
-They use the cores better than many threads within one pass.
+They use the cores better than many threads within one pass: small products leave threads idle.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+"""As Python's ``map`` of one iterable."""
 
 
 @contextmanager
@@ -20,8 +21,8 @@ def thread_map(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
     """Yield a ``map`` that computes ``count`` items at once and gives the results in order.
 
     The threads share torch's threads evenly. With a count of one it is Python's own ``map``, in the
-    calling thread. Other threads begin with torch's defaults: modes such as autocast or inference,
-    and context variables, are for the mapped function to set. ``leaves``: all the tensors by which
+    calling thread. New threads begin with torch's defaults: the mapped function itself has to set
+    modes such as autocast or inference, and context variables. ``leaves``: all the tensors by which
     the threads differentiate.
 
     >>> with thread_map(2) as parallel_map:
@@ -42,5 +43,5 @@ def thread_map(count: int, leaves: Sequence[Tensor] = ()) -> Iterator[Map]:
             yield pool.map
     finally:
         del views
-        # A thread that sets its number changes what threads to come begin with, too.
+        # A thread that sets its number of torch threads also sets that of all threads to come.
         torch.set_num_threads(torch_threads)
