@@ -1,4 +1,4 @@
-"""Only the head is trained: a whole federated method in one file, as CONTRIBUTING.md explains it."""
+"""Only the head is trained: a whole federated method in one file, explained in CONTRIBUTING.md."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from fedpeft.method_kit import (
 @final
 @dataclass(frozen=True)
 class HeadOnly:
-    """Train, send and average the head alone; the pre-trained model is a fixed feature extractor."""
+    """Train, send and average the head alone; the pre-trained model stays a feature extractor."""
 
     paper: ClassVar[str] = "linear probing, from no paper"
     weighting: Weighting = "examples"

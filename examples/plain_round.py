@@ -1,4 +1,4 @@
-"""FedAvg of LoRA in one page: no engine, no wire, no stack of clients. It ends where ``fedpeft run`` does.
+"""FedAvg of LoRA in one page, without engine, wire or stack; it ends where ``fedpeft run`` does.
 
     python -m examples.plain_round
 
@@ -27,7 +27,7 @@ Adapter = Mapping[str, Tensor]
 
 
 def start(loaded: Loaded, targets: str, rank: int, seed: int) -> dict[str, Tensor]:
-    """Return the first adapter: A drawn from the seed, B zero, so that the model starts unchanged."""
+    """Return the first adapter: A drawn from the seed, B zero, so the model starts unchanged."""
     adapter = dict(loaded.base.heads())
     for layer, weight in select(loaded.base, targets).items():
         adapter[f"{layer}:A"] = uniform(rank, weight.shape[1], seed, layer)

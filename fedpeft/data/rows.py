@@ -71,7 +71,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows to train on, to select models by (``validation``) and to judge them by (``test``)."""
+    """The rows to train on, to choose models by (``validation``), to judge them by (``test``)."""
 
     name: str
     train: Rows

@@ -54,7 +54,7 @@ def _loaded(point: EntryPoint) -> type[Method]:
             f"method {point.name!r} ({point.value}) cannot be loaded ({cause}); "
             "mend or uninstall it"
         ) from error
-    # A Protocol's class variables are not checked when a class is loaded; reports print this one.
+    # Loading does not check a Protocol's class variables, and `fedpeft methods` prints this one.
     if not isinstance(getattr(method, "paper", None), str):
         raise BadInput(
             f"method {point.name!r} ({point.value}) has no class variable 'paper', "

@@ -34,8 +34,8 @@ class SLoRA:
     rounds: Annotated[int, Ge(1)] = 20
     """Rounds of the whole run; where it is left out, `federation.rounds`."""
     targets: Targets = "all-linear"
-    """Which dense layers are adapted, in both stages: `attention`, `all-linear`, a pattern or a list
-    of endings."""
+    """Which dense layers are adapted, in both stages: `attention`, `all-linear`, a pattern or a
+    list of endings."""
     density: Annotated[float, Gt(0), Le(1)] = 0.10
     """Share of each matrix that stage 1 trains; the paper's 10 %."""
     stage1: Annotated[float, Ge(0), Le(1)] = 0.2
@@ -48,8 +48,8 @@ class SLoRA:
     pre_classifier: str = r"pooler\.dense$|pre_classifier$|classifier\.dense$"
     """Pattern that is searched in the names of layers, to find the one before the classifier."""
     split: Split = "left"
-    """Where the singular values go: `left` all to B, the paper's B = U S, A = V^T; `right` all to A;
-    `sqrt` gives half each."""
+    """Where the singular values go: `left` all to B, the paper's B = U S, A = V^T; `right` all to
+    A; `sqrt` gives half each."""
     scale: Annotated[float, Gt(0)] = 1.0
     """What B A is multiplied by: alpha / r; the paper's 1."""
     weighting: Weighting = "uniform"

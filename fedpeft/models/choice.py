@@ -26,7 +26,8 @@ class ModelSection:
     max_length: Annotated[int, Ge(1)] = 64
     """Tokens kept of a text."""
     trust_remote_code: bool = False
-    """Run the Python files that a model brings along; without it a model that needs them is refused."""
+    """Run the Python files that a model brings along; without it a model that needs them is
+    refused."""
 
 
 def locate(name: str) -> str:

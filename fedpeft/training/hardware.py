@@ -40,17 +40,18 @@ class Machine:
     """What of the hardware is used; `auto` is resolved once, and kept with the run."""
 
     device: str = "auto"
-    """Where the model computes, as torch names it: `cpu`, `cuda`, `cuda:1`; `auto` is a GPU if any."""
+    """Where the model computes, as torch names it: `cpu`, `cuda`, `cuda:1`; `auto` is a GPU if
+    any."""
     precision: Precision = "auto"
-    """Number format of the forward pass; `auto` is bf16 where it is much faster. Trained weights are
-    fp32 always."""
+    """Number format of the forward pass; `auto` is bf16 where it is much faster. Trained weights
+    are fp32 always."""
     attention: Attention = "auto"
     """Kernel of the attention layers; `auto` is the fastest that the model's family has."""
     threads: Annotated[int, Ge(0)] = 0
     """Threads of the process; 0 leaves torch's own choice."""
     cache: Annotated[int, Ge(0)] = 512
-    """Megabytes (10^6 bytes) of cached hidden states of frozen blocks, kept between rounds where the
-    base has no dropout and texts come again often enough; 0 keeps none."""
+    """Megabytes (10^6 bytes) of cached hidden states of frozen blocks, kept between rounds where
+    the base has no dropout and texts come again often enough; 0 keeps none."""
 
 
 OLD_NAMES: Final[Mapping[str, str]] = {"cohort": "stack", "grain": "pad_to_multiple_of"}
@@ -120,7 +121,7 @@ class Hardware:
         return replace(self, threads=max(1, self.threads // processes))
 
     def computing(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Return the context in which ``model`` computes many batches, its frozen part cast once."""
+        """Return the context in which ``model`` computes batches, its frozen part cast once."""
         return nullcontext() if self.precision == "fp32" else cast_once(model, torch.bfloat16)
 
     def describe(self) -> dict[str, object]:

@@ -43,8 +43,8 @@ class Training:
     warmup: Annotated[int, Ge(0)] = 0
     """Steps over which the learning rate rises linearly."""
     clip: Annotated[float, Gt(0)] | None = 1.0
-    """Largest norm of one client's gradient; longer ones are scaled down to it. Python's `None` clips
-    nothing; TOML has no word for it, so write a large number there."""
+    """Largest norm of one client's gradient; longer ones are scaled down to it. Python's `None`
+    clips nothing; TOML has no word for it, so write a large number there."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Weight decay: decoupled with AdamW, an L2 penalty with SGD."""
     momentum: Annotated[float, Ge(0)] = 0.0
