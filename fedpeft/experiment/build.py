@@ -72,7 +72,7 @@ class Federation:
         notes = list(self.partition.notes)
         for note in self.loaded.notes:
             notes.append(f"model.name = {self.config.model.name!r}: {note}")
-        return tuple(notes)
+        return (*notes, *self.train.notes, *self.test.notes)
 
     @property
     def clients(self) -> list[Client]:

@@ -50,12 +50,15 @@ class Example:
 class Encoded(Sequence[Example]):
     """The examples of a split, of a client or of a batch.
 
+    ``notes``: what the user should know of rows that were passed over, a line each.
+
     >>> first, second = (Example(torch.tensor([1]), torch.tensor(0), row) for row in (0, 1))
     >>> [example.row for example in Encoded([first, second]).of_rows([1])]
     [1]
     """
 
     examples: Sequence[Example]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -100,9 +100,7 @@ def test_predict_prints_an_answer_to_every_text(placed: Placed) -> None:
 
 
 @pytest.mark.parametrize("merge_it", [False, True])
-def test_what_is_exported_says_what_we_say(
-    placed: Placed, tmp_path: Path, merge_it: bool
-) -> None:
+def test_what_is_exported_says_what_we_say(placed: Placed, tmp_path: Path, merge_it: bool) -> None:
     """In transformers, and in peft on a base model that knows nothing of us."""
     trained = open_run(placed.run)
     trained.export(tmp_path / "exported", merge=merge_it)
