@@ -13,7 +13,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reord
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (about 90 seconds on 2 cores)
+demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (6 minutes on two old cores)
 	$(BIN)/fedpeft compare --overwrite
 
 compare: $(BIN)/.demo ## the longer form of the demo, two seeds; stop it and start it again as you like

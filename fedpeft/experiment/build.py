@@ -2,10 +2,9 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from importlib.metadata import version
 from typing import final
 
@@ -13,6 +12,7 @@ import torch
 
 from fedpeft import data, engines
 from fedpeft.errors import BadInput
+from fedpeft.experiment.agreement import agreement
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.sections import CLIENTS
 from fedpeft.experiment.stacking import apart, widest
@@ -372,27 +372,3 @@ def divide(config: Config, dataset: data.Dataset) -> data.Partition:
         case "file":
             assert choice.file is not None  # checked with the settings
             return data.from_file(dataset, choice.file)
-
-
-def agreement(config: Config, method: Method, labels: Sequence[str], weights: str) -> bytes:
-    """Return the digest of what server and clients must agree on: what changes a client's work.
-
-    ``method``: as built from ``config``; all its fields count. ``labels``: in their order.
-    ``weights``: digest of the pre-trained parameters. Paths do not count, so the same model may lie
-    in another folder on every machine. Of the section ``federation``, only the number of rounds
-    counts, and only where the method's schedule has it as a field.
-    """
-    fields_of_method = asdict(method)  # type: ignore[call-overload]  # every method is a dataclass
-    agreed = {
-        "task": asdict(config.task),
-        "method": {"name": config.method["name"], **fields_of_method},
-        "dropout": config.model.dropout,
-        "max_length": config.model.max_length,
-        "training": asdict(config.training),
-        "seed": config.seed,
-        "labels": list(labels),
-        "weights": weights,
-    }
-    # Sorted keys: the digest must not depend on the order of the fields in a class.
-    text = json.dumps(agreed, sort_keys=True, default=repr)
-    return blake2b(text.encode(), digest_size=16).digest()

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from fedpeft.models.checks import check_lengths, check_vocabulary, settle_padding, try_out
+from fedpeft.models.checks import check_lengths, check_vocabulary, try_out
 from fedpeft.models.choice import ModelSection
 from fedpeft.models.heads import fit, notes, reorder, same
+from fedpeft.models.padding import settle_padding
 from fedpeft.models.source import find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
 from fedpeft.mounting import describe

@@ -43,7 +43,7 @@ TENSORS: Final = 1 << 16
 """Tensors in a file at most; LoRA on a mixture of 128 experts in 48 layers has 36,864."""
 NAME: Final = 512
 """Characters of a tensor's name at most, as JSON escapes them."""
-DIMENSIONS: Final = 8
+AXES: Final = 8
 """Dimensions of a tensor at most."""
 EMPTY: Final = 1 << 16
 """What the other dimensions of an empty tensor multiply to at most.
@@ -64,7 +64,7 @@ _TENSOR: Final = re.compile(
     "(?P<name> {_TEXT} (?: \\. {_TEXT} ){{0,{NAME}}}+ )":
     {{
     "dtype":"(?P<format> \w{{1,8}} )",
-    "shape":\[ (?P<shape> (?: {_NUMBER} (?: ,{_NUMBER} ){{0,{DIMENSIONS - 1}}} )? ) \],
+    "shape":\[ (?P<shape> (?: {_NUMBER} (?: ,{_NUMBER} ){{0,{AXES - 1}}} )? ) \],
     "data_offsets":\[ (?P<start> {_NUMBER} ),(?P<stop> {_NUMBER} ) \]
     }}
     (?: ,(?=") | \Z )
@@ -205,8 +205,8 @@ def _place(entry: re.Match[bytes], data: int) -> Place:
 
 def _fault(shape: Sequence[int]) -> str:
     """Return why a tensor of ``shape`` is refused; empty where it is not."""
-    if len(shape) > DIMENSIONS:
-        return f"it has {len(shape)} dimensions, more than {DIMENSIONS}"
+    if len(shape) > AXES:
+        return f"it has {len(shape)} dimensions, more than {AXES}"
     if 0 not in shape:
         return ""
     others = math.prod(size for size in shape if size != 0)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedpeft.experiment.build import Federation, agreement, build
+from fedpeft.experiment.agreement import agreement
+from fedpeft.experiment.build import Federation, build
 from tests.e2e.builders import Ground, write_ground
 
 

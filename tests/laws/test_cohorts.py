@@ -1,8 +1,9 @@
 """Side by side equals one by one in every family that is promised to work, whatever the parts a step is cut into."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -45,13 +46,21 @@ SETTINGS = {
 }
 """SLoRA in its second stage."""
 
-PAIRS = [
-    (family, name)
-    for family in FAMILIES
-    for name in SETTINGS
-    if (family, name) != ("llama", "bitfit")
-]
-"""Llama has no biases for BitFit to train."""
+FORMS = ("lora", "fedara")
+"""Every family is always tried with these, on all its dense layers; with the others in ``make test-all``."""
+
+
+def tried(families: Iterable[str], without: tuple[str, str]) -> list[Any]:
+    """Return every family with every method but one pair, of a family that has no biases for BitFit."""
+    pairs: list[Any] = []
+    for pair in product(families, SETTINGS):
+        if pair != without:
+            marks = () if pair[1] in FORMS or pair[0] == "bert" else pytest.mark.slow
+            pairs.append(pytest.param(*pair, marks=marks))
+    return pairs
+
+
+PAIRS = tried(FAMILIES, without=("llama", "bitfit"))
 
 
 def requests(method: Method, base: Base) -> tuple[bytes, State]:
@@ -212,8 +221,7 @@ def test_models_that_want_whole_texts_are_known_to_keep_rows_apart(name: str) ->
     assert widest(playing, base, clients_of(playing), 3) in (1, 2, 3)
 
 
-TRIED = [(name, method) for name in ENCODER_DECODERS for method in SETTINGS]
-TRIED.remove(("t5", "bitfit"))  # has no biases
+TRIED = tried(ENCODER_DECODERS, without=("t5", "bitfit"))
 
 
 @pytest.mark.parametrize(("name", "chosen"), TRIED)

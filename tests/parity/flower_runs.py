@@ -19,7 +19,7 @@ from fedpeft.methods import METHODS
 from fedpeft.types import Engine, State
 from tests.e2e.builders import Ground, write_ground
 
-ROUNDS = 4
+ROUNDS = 3
 KEPT = ("lora", "federa")
 """Methods whose optimizers go on when they are played again: without a memory of its own, and with."""
 
