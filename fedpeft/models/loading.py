@@ -47,8 +47,8 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
 
     Parts of the head that the checkpoint lacks are drawn from ``seed`` alone. A classifier for the
     same label names is kept, with its rows in the data's order; of one for other names the rows are
-    drawn anew. A head whose outputs have no names is kept. A model that does not load or does not fit
-    raises BadInput.
+    drawn anew. A head whose outputs have no names is kept. A model that does not load or does not
+    fit raises BadInput.
     """
     # 1. The configuration, with the data's labels in place of the checkpoint's.
     labels = task.form.labels

@@ -1,7 +1,7 @@
 """Answers that stand in a context: how data write them, where they are, how two of them compare.
 
-Scores follow the script of SQuAD 2.0 (Rajpurkar, Jia and Liang 2018). That of SQuAD 1.1 differs only
-for answers of nothing but articles and punctuation.
+Scores follow the script of SQuAD 2.0 (Rajpurkar, Jia and Liang 2018). That of SQuAD 1.1 differs
+only for answers of nothing but articles and punctuation.
 """
 
 import re

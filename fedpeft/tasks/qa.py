@@ -175,9 +175,7 @@ class QuestionAnswering:
             source = Passage(contexts[row], right, window.first, window.offsets, window.null)
             segments = None if window.segments is None else torch.tensor(window.segments)
             labels = torch.tensor(_label(window, places[row]))
-            examples.append(
-                Example(torch.tensor(window.ids), labels, row, segments, source=source)
-            )
+            examples.append(Example(torch.tensor(window.ids), labels, row, segments, source=source))
         return Encoded(examples, self._notes(rows, lost))
 
     def _notes(self, rows: Rows, lost: Sequence[int]) -> tuple[str, ...]:
@@ -327,7 +325,7 @@ def _best_spans(logits: Tensor, passage: Passage, longest: int) -> list[Span]:
     if not count:
         return []
     starts, ends = logits[passage.first : passage.first + count].unbind(dim=1)  # (count,) each
-    # Row i, column k: the score of the span of k + 1 tokens that begins at token i, (count, longest).
+    # (count, longest): row i, column k has the score of the span of k + 1 tokens from token i on.
     beyond = ends.new_full((longest - 1,), -torch.inf)  # spans cannot end behind the window
     scores = starts.unsqueeze(1) + torch.cat([ends, beyond]).unfold(0, longest, 1)
     best = scores.flatten().topk(min(N_BEST, scores.numel()))

@@ -122,7 +122,9 @@ def _tokenised(
             row=row,
             # Two empty texts may have no token at all, but a model needs one position to read.
             ids=ids or [tokenizer.pad_token_id],
-            segments=tokens["token_type_ids"][number] if ids and "token_type_ids" in tokens else None,
+            segments=tokens["token_type_ids"][number]
+            if ids and "token_type_ids" in tokens
+            else None,
             first=first,
             offsets=torch.tensor(offsets, dtype=torch.int32).reshape(count, 2),
             null=_null(tokenizer, ids),

@@ -66,7 +66,10 @@ class Played:
         replies: list[Payload] = []
         for reply, memory in worker.handle(stack, blobs, [b""] * len(stack)):
             response = Response.decode(reply)
-            kept = {f"memory {name}": tensor for name, tensor in (decode(memory) if memory else {}).items()}
+            kept = {
+                f"memory {name}": tensor
+                for name, tensor in (decode(memory) if memory else {}).items()
+            }
             loss = torch.tensor(response.measured.loss)
             replies.append({**response.payload, **kept, "its loss": loss})
         return replies
@@ -116,7 +119,7 @@ def test_scores_of_a_client_add_up(name: str, kind: str) -> None:
     assert_equal(_added(played.task.no_counts(), counts), counts)
     assert int(counts["examples"]) == len(rows) == 6
     assert played.task.fault(counts) == ""
-    assert list(played.task.metrics(counts))[0] == played.task.metric.name
+    assert next(iter(played.task.metrics(counts))) == played.task.metric.name
 
 
 def _added(one: Counts, other: Counts) -> dict[str, Tensor]:

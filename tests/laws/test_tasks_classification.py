@@ -33,9 +33,7 @@ def test_metrics_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None
     task = TASK_CASES["classification"].task()
     true, predicted = [list(labels) for labels in zip(*pairs, strict=True)]
     ids = torch.tensor([1])
-    examples = Encoded(
-        [Example(ids, torch.tensor(label), row) for row, label in enumerate(true)]
-    )
+    examples = Encoded([Example(ids, torch.tensor(label), row) for row, label in enumerate(true)])
     counts = task.score([{"logits": logits} for logits in one_hot(predicted, 3)], examples)
     metrics = task.metrics(counts)
     correct = sum(one == other for one, other in pairs)
