@@ -329,13 +329,13 @@ def _best_spans(logits: Tensor, passage: Passage, longest: int) -> list[Span]:
     beyond = ends.new_full((longest - 1,), -torch.inf)  # spans cannot end behind the window
     scores = starts.unsqueeze(1) + torch.cat([ends, beyond]).unfold(0, longest, 1)
     best = scores.flatten().topk(min(N_BEST, scores.numel()))
+    offsets = passage.offsets.tolist()
     spans: list[Span] = []
     for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         if score == -torch.inf:
             break
         first, more = divmod(index, longest)
-        start, end = int(passage.offsets[first, 0]), int(passage.offsets[first + more, 1])
-        spans.append(Span(score, Place(start, end)))
+        spans.append(Span(score, Place(offsets[first][0], offsets[first + more][1])))
     return spans
 
 

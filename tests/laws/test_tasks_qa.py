@@ -400,6 +400,19 @@ def test_questions_are_labelled_by_their_question_word(question: str, word: str)
     assert question_word(question) == word
 
 
+def test_question_words_that_train_lacks_are_dealt_as_its_commonest(tmp_path: Path) -> None:
+    """No column holds them, so a new one in test is no mistake."""
+    for split, asked in (("train", ["What?", "Who?", "Who?"] * 4), ("test", ["What?", "Why?"])):
+        record = {"context": CONTEXT, "answers": "London"}
+        lines = [json.dumps({**record, "question": question}) for question in asked]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    columns = Columns(SCHEMA, NAMES)
+    dataset = data.from_files(train=train, validation=None, test=test, columns=columns)
+    assert dataset.test.labels == ("what", "who")
+    assert len(data.dirichlet(dataset, 2, 0, alpha=1.0, min_examples=1).test) == 2
+
+
 def squad(count: int = 6) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the same questions in the form of SQuAD 2.0 and as records."""
     articles: list[dict[str, Any]] = []
