@@ -242,7 +242,7 @@ def _says_nan(name: str) -> bool:
 def _as_in_train(written: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
     """Return ``written`` with the commonest label of train for those that train lacks.
 
-    Labels that no column holds only say how rows are dealt, and no client is dealt what train lacks.
+    Labels that no column holds only say how rows are dealt; no client is dealt what train lacks.
     """
     counts = Counter(known)
     commonest = max(sorted(counts), key=counts.__getitem__, default="")
