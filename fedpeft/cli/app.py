@@ -347,10 +347,13 @@ def predict(
     run: Folder,
     texts: Annotated[list[str], typer.Argument(help="Texts.", show_default=False)],
     context: Annotated[
-        str | None, typer.Option(help="The second text of each pair.", show_default=False)
+        str | None,
+        typer.Option(
+            help="The second text of each pair, or the one with the answers.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Answer texts with what a run has learnt: their labels, or the names in them."""
+    """Answer texts with what a run has learnt: their labels, the names in them, or answers."""
     from fedpeft.experiment.trained import open_run
     from fedpeft.report.names import literal
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -130,6 +131,8 @@ def read(pattern: Path, columns: Columns, train: Rows | None = None) -> Rows:
     written_keys = _written(KEY, first_keys, first_keys if train is None else train.keys)
     if train is not None and LABEL in names:
         _check_known(first_labels, written_labels, train.labels)
+    elif train is not None:
+        written_labels = _as_in_train(written_labels, train.labels)
     return Rows(
         columns={role: tuple(column) for role, column in values.items()},
         labels=tuple(written_labels[name] for name in labels),
@@ -234,6 +237,16 @@ def _are_whole_numbers(names: Collection[str]) -> bool:
 def _says_nan(name: str) -> bool:
     """Return whether ``name`` is what programs write where a number is missing."""
     return name.strip().lower() == "nan"
+
+
+def _as_in_train(written: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
+    """Return ``written`` with the commonest label of train for those that train lacks.
+
+    Labels that no column holds only say how rows are dealt; no client is dealt what train lacks.
+    """
+    counts = Counter(known)
+    commonest = max(sorted(counts), key=counts.__getitem__, default="")
+    return {name: label if label in counts else commonest for name, label in written.items()}
 
 
 def _check_known(

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedpeft.data.json_records import Located, json_records
 from fedpeft.data.paths import readable
 from fedpeft.data.separated import separated
+from fedpeft.data.squad import questions
 from fedpeft.errors import BadInput
 
 JSON = (".jsonl", ".ndjson", ".json")
@@ -37,7 +38,7 @@ def records(path: Path, columns: Collection[str], delimiter: str | None) -> Iter
         if suffix in SEPARATED:
             yield from separated(path, lines, columns, delimiter, SEPARATED[suffix])
         else:
-            yield from json_records(path, lines, columns)
+            yield from questions(json_records(path, lines, columns))
 
 
 def _lines(path: Path, stream: Iterable[bytes]) -> Iterator[str]:

@@ -234,6 +234,11 @@ def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientDa
     client_data: dict[int, ClientData] = {}
     for client_id, train_rows in enumerate(partition.train):
         train = model.train.of_rows(train_rows.tolist())
+        if len(train_rows) and not len(train):  # the task has passed over all of them
+            raise BadInput(
+                f"client {partition.names[client_id]!r}: none of its rows can be used; "
+                "choose fewer and larger clients with partition.clients"
+            )
         test = model.test.of_rows(partition.test[client_id].tolist())
         client_data[client_id] = ClientData(train, test)
     return client_data

@@ -33,11 +33,19 @@ class DataSection:
     label: str | None = None
     """The column that holds the label: the answer of a classification, there `label` where left
     out; otherwise what partitions by label divide by. Left out, `tagging` takes the type of most
-    names in a sentence."""
+    names in a sentence, `qa` the question word."""
     words: str = "tokens"
     """The column that holds the list of words, of `tagging`."""
     tags: str = "tags"
     """The column that holds the list of the words' tags, of `tagging`: BIO, BIOES, IOB1 or types."""
+    question: str = "question"
+    """The column that holds the question, of `qa`."""
+    context: str = "context"
+    """The column that holds the text with the answers, of `qa`."""
+    answers: str = "answers"
+    """The column that holds the right answers, of `qa`: `{"text": [...], "answer_start": [...]}`, a
+    list of `{"text": ..., "answer_start": ...}`, a list of texts or one text; empty where there is
+    none."""
     key: str | None = None
     """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None

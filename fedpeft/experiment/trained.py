@@ -43,8 +43,9 @@ class Trained:
     ) -> Sequence[tuple[Any, ...]]:
         """Return what the model says about every text, as named tuples of the task's own.
 
-        Of a classification these are (label, probability), of tagging the sentence with its names.
-        ``context``: the second text of every pair. A lone string raises TypeError.
+        Of a classification these are (label, probability), of tagging the sentence with its names,
+        of question answering (answer, start, end, score). ``context``: the second text of every
+        pair, or the one that holds the answers. A lone string raises TypeError.
         """
         if isinstance(texts, str):
             raise TypeError(f"predict takes a list of texts, not the text {texts!r}")

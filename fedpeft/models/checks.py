@@ -64,7 +64,8 @@ def try_out(
     choice: ModelSection,
 ) -> None:
     """Raise BadInput where the model cannot tell the labels of two short texts."""
-    texts = task.encode(task.unanswered(TRIAL))
+    context = TRIAL[0] if task.form.needs_context else None
+    texts = task.encode(task.unanswered(TRIAL, context))
     # 1. Does it run at all?
     try:
         with torch.no_grad():
@@ -74,9 +75,9 @@ def try_out(
         raise BadInput(f"model.name = {choice.name!r}: {why}") from error
     # 2. Has it a row for each text and a column for each label, (2, ..., outputs)?
     for name, tensor in outputs.items():
-        if len(tensor) != len(TRIAL) or tensor.shape[-1] != task.form.outputs:
+        if len(tensor) != len(texts) or tensor.shape[-1] != task.form.outputs:
             shape = f"{tuple(tensor.shape)} {name}"
-            why = f"it gives {shape} for {len(TRIAL)} texts and {task.form.outputs} labels"
+            why = f"it gives {shape} for {len(texts)} texts and {task.form.outputs} labels"
             raise BadInput(f"model.name = {choice.name!r}: {why}; choose a text classifier")
 
 

@@ -84,7 +84,11 @@ def notes(found: Fit, known: Sequence[str], labels: Sequence[str]) -> tuple[str,
     said = []
     if poolers := sorted(found.lacking - found.outside):
         said.append(f"the checkpoint lacks {some(poolers)}: drawn anew, and trained as the head is")
-    if found.has_rows and same(known, labels):
+    if found.has_rows and not labels:
+        said.append("the checkpoint has an output module for this task: it is trained further")
+    elif found.resized and not labels:
+        said.append("the checkpoint's output module has another number of outputs: drawn anew")
+    elif found.has_rows and same(known, labels):
         said.append("the checkpoint's classifier knows the data's labels: it is trained further")
     elif found.has_rows or found.resized:
         theirs = f"the checkpoint's classifier is for {len(known)} labels ({some(known)})"

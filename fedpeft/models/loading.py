@@ -48,7 +48,8 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
 
     Parts of the head that the checkpoint lacks are drawn from ``seed`` alone. A classifier for the
     same label names is kept, with its rows in the data's order; of one for other names the rows are
-    drawn anew. A model that does not load or does not fit raises BadInput.
+    drawn anew. A head whose outputs have no names is kept. A model that does not load or does not
+    fit raises BadInput.
     """
     # 1. The configuration, with the data's labels in place of the checkpoint's.
     labels = task.form.labels
@@ -57,13 +58,17 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     known = [name for _, name in sorted(config.id2label.items())]
     if labels:
         _set_labels(config, labels)
+    elif task.form.head_is_trained:
+        _set_outputs(config, task.form.outputs)
     _set_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
     model, report = source.weights(config, hardware.attention, draw)
     head_fit = fit(model, report, choice.name)
     drawn = head_fit.lacking
-    if head_fit.has_rows and same(known, labels):
+    if not labels:
+        pass  # outputs without names, as start and end of an answer: a head for them is kept
+    elif head_fit.has_rows and same(known, labels):
         reorder(model, head_fit.rows, known, labels)
     elif head_fit.has_rows:
         # As many labels, but other ones: rows that were trained for these mean nothing here.
@@ -91,6 +96,12 @@ def _set_labels(config: Any, labels: Sequence[str]) -> None:
     for part in (config, config.get_text_config()):
         part.id2label = dict(enumerate(labels))
         part.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _set_outputs(config: Any, outputs: int) -> None:
+    """Let a transformers configuration, and the text's part of it, know the number of outputs."""
+    for part in (config, config.get_text_config()):
+        part.num_labels = outputs
 
 
 def _set_dropout(config: Any, probability: float) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedpeft.tasks import classification, tagging
+from fedpeft.tasks import classification, qa, tagging
 from fedpeft.tasks.choice import TaskSection
 from fedpeft.tasks.classification import Classification
+from fedpeft.tasks.qa import QuestionAnswering
 from fedpeft.tasks.tagging import Tagging
 from fedpeft.tasks.task import (
     Batch,
@@ -22,6 +23,7 @@ from fedpeft.tasks.task import (
 TASKS: Mapping[str, TaskKind] = {
     "classification": classification.KIND,
     "tagging": tagging.KIND,
+    "qa": qa.KIND,
 }
 """Every task that ``task.kind`` can name."""
 
@@ -44,6 +46,7 @@ __all__ = [
     "Metric",
     "ModelForm",
     "Prediction",
+    "QuestionAnswering",
     "Tagging",
     "Task",
     "TaskKind",

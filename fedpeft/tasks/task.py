@@ -124,6 +124,7 @@ class ModelForm:
     which positions the head reads, where the model family lets one choose: one that summarises the
     text, or every one. ``head_is_trained``: whether the output module belongs to the task, which
     trains it; otherwise it belongs to the frozen base, as that of a language model does.
+    ``needs_context``: whether a text says nothing to the task without a context beside it.
     """
 
     auto_class: str
@@ -132,6 +133,7 @@ class ModelForm:
     peft_type: str
     reads: Literal["summary", "every"]
     head_is_trained: bool = True
+    needs_context: bool = False
 
 
 class Task(Protocol):

@@ -69,6 +69,29 @@ def sentences() -> list[Row]:
     return rows
 
 
+def questions() -> list[Row]:
+    """Return questions whose answers, of one or two words, are the only words of a label in their contexts.
+
+    Every eighth context needs more than one window.
+    """
+    draw = random.Random(3)
+    rows: list[Row] = []
+    for number in range(160):
+        label = ("birds", "fish")[number % 2]
+        answer = " ".join(draw.choices(OWN_WORDS[label], k=draw.randrange(1, 3)))
+        before = " ".join([*draw.sample(NOISE, draw.randrange(1, 4)), ""])
+        after = " ".join(["", *draw.sample(NOISE, 16 if number % 8 == 0 else 3)])
+        rows.append(
+            {
+                "title": f"site{number % 5}",
+                "question": draw.choice(["which", "where are"]) + f" {label}",
+                "context": before + answer + after,
+                "answers": {"text": [answer], "answer_start": [len(before)]},
+            }
+        )
+    return rows
+
+
 TASK_GROUNDS: Mapping[str, TaskGround] = {
     "classification": TaskGround(
         rows=examples,
@@ -94,5 +117,14 @@ TASK_GROUNDS: Mapping[str, TaskGround] = {
         auto_class="AutoModelForTokenClassification",
         texts=["word3 word4 birds0 birds1", "fish0"],
         answer="sentence",
+    ),
+    "qa": TaskGround(
+        rows=questions,
+        settings={"task": {"kind": "qa", "stride": 4}, "data": {"key": "title"}},
+        metric="f1",
+        auto_class="AutoModelForQuestionAnswering",
+        texts=["which birds", "where are fish"],
+        answer="answer",
+        context="word3 word4 birds0 birds1 word7",
     ),
 }
