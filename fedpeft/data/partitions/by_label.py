@@ -48,7 +48,7 @@ def label_skew(dataset: Dataset, clients: int, seed: int, *, alpha: float) -> Pa
     the prior. Where a label runs out, its last rows are dealt by lot among those who drew it, and
     the others draw again from what is left (see ``_drawn``). Of each label, a client's share of the
     test rows is its share of the train rows. Sources: Hsu et al. 2019, section 3; Lin et al. 2022
-    (FedNLP), section 3.2.
+    (FedNLP), "Non-IID Label Distributions".
 
     Raises BadInput for a number out of range, and where rows have no labels.
     """

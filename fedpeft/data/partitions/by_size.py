@@ -33,7 +33,7 @@ def quantity(
 
     The smaller ``beta``, the more sizes differ; what a client's rows are like does not depend on
     it. A client has the same share of train and of test, and at least ``min_examples`` train rows
-    (see ``data/dirichlet.py``). Source: Lin et al. 2022 (FedNLP), section 3.2.
+    (see ``data/dirichlet.py``). Source: Lin et al. 2022 (FedNLP), quantity shift.
 
     Raises BadInput for a number out of range, or so extreme that no draw gives every client
     ``min_examples``.

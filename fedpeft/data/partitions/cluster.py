@@ -43,8 +43,8 @@ def cluster(
 
     Clusters are those of k-means on the embeddings of the train rows, of length 1 each; a test row
     belongs to the cluster whose centre is nearest. Then they stand for labels, as in ``dirichlet``:
-    every client has ``min_examples`` train rows at least. Source: Lin et al. 2022 (FedNLP), section
-    3.2 (clusters of sentence embeddings).
+    every client has ``min_examples`` train rows at least. Source: Lin et al. 2022 (FedNLP),
+    "Controlling non-IID Features".
 
     Raises BadInput for a number out of range, for more clusters than train has examples, and
     without scikit-learn.
