@@ -251,7 +251,7 @@ def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> N
     expected = {"sizes", "label", "key"} | ({"cluster"} if kind == "cluster" else set())
     assert set(summary) == expected
     assert summary["sizes"]["clients"] == 5
-    assert 0 <= summary["label"]["entropy"] <= summary["label"]["entropy_of_all"] <= 2
+    assert 0 <= summary["label"]["entropy"] <= 2
     assert not (tmp_path / "not.png").exists()
 
 

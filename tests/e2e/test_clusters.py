@@ -93,5 +93,5 @@ def test_without_scikit_learn_the_remedy_is_told(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     outcome = cli_call("partition", ground.config, "--set", "partition.kind=cluster")
-    refused(outcome, "partition.kind = 'cluster' needs 'sklearn", "pip install 'fedpeft[data]'")
+    refused(outcome, "partition.kind = 'cluster' needs scikit-learn", "pip install 'fedpeft[data]'")
 

@@ -78,7 +78,7 @@ def _clusters(
         from threadpoolctl import threadpool_limits  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise BadInput(
-            f"partition.kind = 'cluster' needs {error.name!r}; "
+            "partition.kind = 'cluster' needs scikit-learn; "
             "get it with: pip install 'fedpeft[data]'"
         ) from error
     train, test = embed([dataset.train, dataset.test])
