@@ -51,5 +51,5 @@ $(BIN)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
-	$(PIP) --editable '.[flower,dev]'
+	$(PIP) --editable '.[data,flower,dev]'
 	@touch $@

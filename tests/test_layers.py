@@ -24,7 +24,7 @@ WINGS: Mapping[str, str] = {
     "method_kit": "algebra mounting seeds",
     "tasks": "data",
     "training": "mounting seeds tasks wire",
-    "models": "mounting seeds tasks training wire",
+    "models": "data mounting seeds tasks training wire",
     "federation": "ledger seeds tasks training wire",
     "engines": "federation wire",
     "experiment": "data engines federation ledger methods models mounting seeds tasks training wire wrappers",

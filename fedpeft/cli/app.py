@@ -1,5 +1,6 @@
 """The command line: thin commands over the same functions that the Python API offers."""
 
+import json
 import os
 import sys
 import traceback
@@ -310,17 +311,26 @@ def partition(
     config: Config,
     settings: Set = [],
     png: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("partition.png"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print how unlike clients are, as JSON, and no more.")
+    ] = False,
 ) -> None:
-    """Show who holds what, as a table and a PNG."""
+    """Show who holds what and how unlike clients are, as a table and a PNG."""
     from fedpeft.data import view as holdings
+    from fedpeft.data.heterogeneity import heterogeneity
     from fedpeft.experiment.build import divide, read_data
     from fedpeft.experiment.config import from_tree
 
     chosen = from_tree(_settings(config, settings))
     dataset = read_data(chosen)
     divided = divide(chosen, dataset)
+    summary = heterogeneity(dataset, divided)
+    if as_json:
+        typer.echo(json.dumps(summary.to_json()))
+        return
     holdings.picture(dataset, divided, png)
-    _wide().print(holdings.table(dataset, divided), Text(f"\n{png}"))
+    lines = "\n".join(summary.lines())
+    _wide().print(holdings.table(dataset, divided), Text(f"\n{lines}\n\n{png}"))
     for note in divided.notes:
         typer.echo(note)
 

@@ -4,10 +4,15 @@ from fedpeft.data.files import KEY, LABEL, Columns, from_files, read
 from fedpeft.data.partitions import (
     Partition,
     by_key,
+    cluster,
     dirichlet,
+    flower,
     from_file,
+    groupings,
     iid,
     label_counts,
+    label_skew,
+    quantity,
     shards,
 )
 from fedpeft.data.pydocs import pydocs
@@ -24,12 +29,17 @@ __all__ = [
     "Rows",
     "Schema",
     "by_key",
+    "cluster",
     "dirichlet",
+    "flower",
     "from_file",
     "from_files",
+    "groupings",
     "iid",
     "label_counts",
+    "label_skew",
     "pydocs",
+    "quantity",
     "read",
     "shards",
 ]

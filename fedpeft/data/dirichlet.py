@@ -26,13 +26,18 @@ ATTEMPTS = 10_000
 
 
 def shares(
-    sizes: NDArray[np.int64], clients: int, alpha: float, min_examples: int, seed: int
+    sizes: NDArray[np.int64],
+    clients: int,
+    alpha: float,
+    min_examples: int,
+    seed: int,
+    field: str = "alpha",
 ) -> NDArray[np.float64]:
     """Return each client's share of each label, (labels, clients); rows sum to 1.
 
     The rows are independent draws from Dir(alpha, ..., alpha), given that each client gets at least
-    ``min_examples`` of the ``sizes`` (labels,) examples, before and after rounding. Raises BadInput
-    after 10,000 attempts.
+    ``min_examples`` of the ``sizes`` (labels,) examples, before and after rounding. ``field``: the
+    setting that ``alpha`` is from. Raises BadInput after 10,000 attempts.
     """
     rng = np.random.default_rng(derive(seed, "dirichlet"))
     # The level s: a sum that all labels reach together in about half of the draws. Any other level
@@ -50,9 +55,9 @@ def shares(
         if min((sizes @ share).min(), counts(share, sizes).sum(axis=0).min()) >= min_examples:
             return share
     raise BadInput(
-        f"partition.alpha = {alpha}: {ATTEMPTS} draws of shares for partition.clients = {clients} "
+        f"partition.{field} = {alpha}: {ATTEMPTS} draws of shares for partition.clients = {clients} "
         f"left some client with less than partition.min_examples = {min_examples} "
-        f"of {sizes.sum()}; raise alpha or lower the other two"
+        f"of {sizes.sum()}; raise {field} or lower the other two"
     )
 
 

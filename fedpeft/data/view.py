@@ -7,7 +7,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.data import Dataset, Partition, label_counts
+from fedpeft.data import Dataset, Partition, groupings
+from fedpeft.data.partitions import Groups
 from fedpeft.errors import BadInput
 from fedpeft.report.names import MOST, literal, plain
 
@@ -16,12 +17,16 @@ MOST_NAMED = 240
 
 
 def table(dataset: Dataset, partition: Partition) -> Table:
-    """Return a row per client: examples, labels held, and the commonest ones with their shares."""
-    counts, labels = label_counts(dataset.train, partition), dataset.labels
+    """Return a row per client: examples, labels held, and the commonest ones with their shares.
+
+    Of data without labels it shows clusters or keys, see ``_groups``.
+    """
+    groups = _groups(dataset, partition)
+    counts, labels = groups.held, groups.names
     title = f"{dataset.name}: {len(partition.train)} clients, {int(counts.sum())} examples"
     shown = Table(title=Text(literal(title)), box=None)
     shown.add_column("client")
-    for name in ("train", "test", "labels"):
+    for name in ("train", "test", f"{groups.what}s"):
         shown.add_column(name, justify="right")
     shown.add_column("mostly")
     for name, test, row in zip(partition.names, partition.test, counts, strict=True):
@@ -48,10 +53,11 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
         raise BadInput(
             "the picture needs matplotlib; get it with: pip install 'fedpeft[plots]'"
         ) from error
-    counts = label_counts(dataset.train, partition)
+    groups = _groups(dataset, partition)
+    counts = groups.held
     clients, labels = counts.shape
     # Long names are cut, so that one of them does not squeeze the picture.
-    label_names = [literal(label, MOST) for label in dataset.labels]
+    label_names = [literal(label, MOST) for label in groups.names]
     client_names = [literal(name, MOST) for name in partition.names]
     largest = f"who holds what (largest circle: {int(counts.max())} examples)"
     title = f"{literal(dataset.name, MOST)}: {largest}"
@@ -83,6 +89,15 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: the picture cannot be written: {error}") from error
+
+
+def _groups(dataset: Dataset, partition: Partition) -> Groups:
+    """Return what rows are counted by: labels, else clusters, else keys, else nothing."""
+    found = groupings(dataset, partition)
+    if found:
+        return found[0]
+    sizes = np.array([[len(rows)] for rows in partition.train])  # (clients, 1)
+    return Groups("group", ("all rows",), sizes)
 
 
 def _beyond_a_dozen(names: Sequence[str]) -> float:

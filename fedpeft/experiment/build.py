@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import final
 
@@ -18,7 +18,7 @@ from fedpeft.experiment.sections import CLIENTS
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, kernels, load
+from fedpeft.models import Loaded, embed, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import TASKS, Encoded, Task, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
@@ -129,7 +129,7 @@ def build(
     # 1. What can be refused in a moment comes first; loading a model takes seconds.
     engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
     dataset = _dataset(config, reuse)
-    partition = divide(config, dataset)
+    partition = _partition(config, dataset, reuse)
     _check_partition(config, partition)
 
     # 2. The machine, and the model in the number format and with the kernels chosen for it.
@@ -359,21 +359,64 @@ def read_data(config: Config) -> data.Dataset:
 
 
 def divide(config: Config, dataset: data.Dataset) -> data.Partition:
-    """Return who holds what."""
+    """Return who holds what.
+
+    A partition by clusters of texts loads the model by itself, without a head and on the CPU.
+    """
     choice, seed = config.partition, config.seed
     clients = choice.clients or CLIENTS
     match choice.kind:
         case "iid":
             return data.iid(dataset, clients, seed)
+        case "quantity":
+            return data.quantity(
+                dataset, clients, seed, beta=choice.beta, min_examples=choice.min_examples
+            )
         case "dirichlet":
             return data.dirichlet(
                 dataset, clients, seed, alpha=choice.alpha, min_examples=choice.min_examples
             )
+        case "label_skew":
+            return data.label_skew(dataset, clients, seed, alpha=choice.alpha)
         case "shards":
             return data.shards(dataset, clients, seed, shards_per_client=choice.shards_per_client)
+        case "cluster":
+            names = TASKS[config.task.kind].names(dataset)
+            task = make_task(config.task, names, config.model.max_length)
+            return data.cluster(
+                dataset,
+                clients,
+                seed,
+                embed=partial(embed, config.model, task),
+                clusters=choice.clusters,
+                alpha=choice.alpha,
+                min_examples=choice.min_examples,
+            )
+        case "by_key" if choice.group:
+            return data.by_key(dataset, clients, group=True)
         case "by_key":
             # Left out, it means all keys: the usual number of clients is no limit here.
             return data.by_key(dataset, choice.clients)
         case "file":
             assert choice.file is not None  # checked with the settings
             return data.from_file(dataset, choice.file)
+        case "flower":
+            arguments = dict(choice.flower)
+            name = arguments.pop("name")  # checked with the settings
+            clients = choice.clients or arguments.get("num_partitions", CLIENTS)
+            return data.flower(dataset, clients, seed, name=name, arguments=arguments)
+
+
+def _partition(config: Config, dataset: data.Dataset, reuse: Federation | None) -> data.Partition:
+    """Divide the data, or take over who holds what; clusters of texts take seconds to find."""
+
+    def choices(config: Config) -> tuple[object, ...]:
+        return config.partition, config.seed, config.model, config.task
+
+    if (
+        reuse is not None
+        and reuse.dataset is dataset
+        and choices(reuse.config) == choices(config)
+    ):
+        return reuse.partition
+    return divide(config, dataset)

@@ -230,6 +230,7 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
 def _clients(config: Config) -> int:
     """Return how many clients there are; where the data or a file names them, by counting them."""
     partition = config.partition
-    if partition.kind == "file" or (partition.kind == "by_key" and partition.clients is None):
+    all_keys = partition.kind == "by_key" and partition.clients is None and not partition.group
+    if partition.kind in ("file", "flower") or all_keys:
         return len(divide(config, read_data(config)).train)
     return partition.clients or CLIENTS

@@ -238,6 +238,12 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             "partition.file is missing: with partition.kind = 'file', "
             "name the JSON file of client -> rows"
         )
+    flower_class = config.partition.flower.get("name")
+    if config.partition.kind == "flower" and not isinstance(flower_class, str):
+        raise BadInput(
+            "partition.flower.name is missing: with partition.kind = 'flower', "
+            "name the class of a partitioner, such as 'PathologicalPartitioner'"
+        )
     return config
 
 

@@ -65,20 +65,43 @@ CLIENTS = 20
 class PartitionSection:
     """Who holds which texts."""
 
-    kind: Literal["iid", "dirichlet", "shards", "by_key", "file"] = "dirichlet"
-    """How rows are dealt: evenly at random, by Dirichlet shares of each label, in shards sorted by
-    label, by the column `data.key`, or as a file says."""
+    kind: Literal[
+        "iid",
+        "quantity",
+        "dirichlet",
+        "label_skew",
+        "shards",
+        "cluster",
+        "by_key",
+        "file",
+        "flower",
+    ] = "dirichlet"
+    """How rows are dealt: evenly at random, in sizes that differ, by Dirichlet shares of each label,
+    by labels that each client draws, in shards sorted by label, by Dirichlet shares of clusters of
+    texts, by the column `data.key`, as a file says, or by a partitioner of Flower; see
+    docs/partitions.md."""
     clients: Annotated[int, Ge(1)] | None = None
     """How many clients. Left out: 20, or all that the data (`by_key`) or the file names. With
-    `by_key`, so many of the largest."""
+    `by_key`, so many of the largest, unless keys are grouped."""
     alpha: Annotated[float, Gt(0)] = 0.1
-    """Parameter of the Dirichlet law, at least 0.001: the smaller, the less alike the clients."""
+    """Parameter of the Dirichlet law of `dirichlet`, `label_skew` and `cluster`, at least 0.001:
+    the smaller, the less alike the clients."""
+    beta: Annotated[float, Gt(0)] = 1.0
+    """Parameter of the Dirichlet law of sizes, with `quantity`, at least 0.001: the smaller, the
+    more sizes differ."""
     min_examples: Annotated[int, Ge(1)] = 8
-    """Training rows that every client has at least, with `dirichlet`."""
+    """Training rows that every client has at least, with `dirichlet`, `quantity` and `cluster`."""
     shards_per_client: Annotated[int, Ge(1)] = 2
     """Shards that every client is dealt, with `shards`: the fewer, the fewer labels it sees."""
+    clusters: Annotated[int, Ge(1)] = 10
+    """Clusters of texts, with `cluster` (extra `data`)."""
+    group: bool = False
+    """With `by_key`, deal all keys to `clients` groups of like size, each a client."""
     file: Path | None = None
     """JSON object of client name -> row numbers in train's file, from 0; needed with `file`."""
+    flower: dict[str, Any] = field(default_factory=dict)
+    """With `flower` (extra `data`), the `name` of a partitioner's class, as
+    `PathologicalPartitioner`, and its arguments, such as `partition_by = "label"`."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from fedpeft.models.choice import ModelSection as ModelSection
 from fedpeft.models.choice import locate as locate
+from fedpeft.models.embedding import embed as embed
 from fedpeft.models.loading import Loaded as Loaded
 from fedpeft.models.loading import kernels as kernels
 from fedpeft.models.loading import load as load

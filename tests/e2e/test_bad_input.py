@@ -172,6 +172,34 @@ SETTINGS: dict[str, Wrong] = {
         ("partition.kind=by_key", "data.key=sites"), ('data.key = "sites"', "'site'")
     ),
     "partition without its file": Wrong(("partition.kind=file",), ("partition.file is missing",)),
+    "more examples a client than there are, by quantity": Wrong(
+        ("partition.kind=quantity", "partition.min_examples=100"),
+        ("partition.min_examples = 100", "at most 28 each"),
+    ),
+    "no share that could be drawn": Wrong(
+        ("partition.kind=label_skew", "partition.alpha=0.0001"),
+        ("partition.alpha = 0.0001: must be a number from 0.001",),
+    ),
+    "more clusters than examples": Wrong(
+        ("partition.kind=cluster", "partition.clusters=145"),
+        ("partition.clusters = 145", "choose 1 to 144 clusters"),
+    ),
+    "more groups than keys": Wrong(
+        ("partition.kind=by_key", "data.key=site", "partition.group=true", "partition.clients=6"),
+        ("partition.clients = 6: train has 5 keys", "choose 1 to 5 clients"),
+    ),
+    "partitioner without its name": Wrong(
+        ("partition.kind=flower",),
+        ("partition.flower.name is missing", "'PathologicalPartitioner'"),
+    ),
+    "partitioner mistyped": Wrong(
+        ("partition.kind=flower", "partition.flower.name=IidPartitoner"),
+        ("partition.flower.name = 'IidPartitoner'", "did you mean 'IidPartitioner'"),
+    ),
+    "argument of a partitioner mistyped": Wrong(
+        ("partition.kind=flower", "partition.flower={name='DirichletPartitioner', alfa=1}"),
+        ("'partition.flower.alfa' of DirichletPartitioner", "did you mean 'alpha'"),
+    ),
     "unknown device": Wrong(("machine.device=cud",), ("machine.device = 'cud'", "'cpu'")),
     "device that is not there": Wrong(
         ("machine.device=cuda:99",), ("machine.device = 'cuda:99'", "'cpu'")

@@ -218,7 +218,10 @@ def test_partition_shows_who_holds_what_as_table_and_picture(
     assert min(held) >= 8
 
 
-@pytest.mark.parametrize("kind", ["iid", "shards", "by_key", "file"])
+@pytest.mark.parametrize(
+    "kind",
+    ["iid", "quantity", "label_skew", "shards", "cluster", "by_key", "file", "flower"],
+)
 def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> None:
     own = tmp_path / "own.json"
     own.write_text(
@@ -231,6 +234,8 @@ def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> N
         "data.key=site",
         "--set",
         f"partition.file={own}",
+        "--set",
+        "partition.flower={name='ShardPartitioner', partition_by='label', num_shards_per_partition=2}",
     )
     outcome = cli_call("partition", ground.config, *sets, "--png", tmp_path / "who.png")
     assert outcome.code == 0, outcome
@@ -239,6 +244,15 @@ def test_partition_of_every_kind(ground: Ground, tmp_path: Path, kind: str) -> N
         assert "hospital [/3]" in outcome.out
     if kind == "by_key":
         assert "site3" in outcome.out
+    assert "total variation of two clients" in outcome.out
+    again = cli_call("partition", ground.config, *sets, "--json", "--png", tmp_path / "not.png")
+    assert again.code == 0, again
+    summary = json.loads(again.out)
+    expected = {"sizes", "label", "key"} | ({"cluster"} if kind == "cluster" else set())
+    assert set(summary) == expected
+    assert summary["sizes"]["clients"] == 5
+    assert 0 <= summary["label"]["entropy"] <= 2
+    assert not (tmp_path / "not.png").exists()
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl.gz", "json"])

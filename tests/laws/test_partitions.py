@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +18,14 @@ from fedpeft.data import (
     Partition,
     Rows,
     by_key,
+    cluster,
     dirichlet,
     from_file,
+    groupings,
     iid,
     label_counts,
+    label_skew,
+    quantity,
     shards,
 )
 from fedpeft.data.dirichlet import counts, shares
@@ -30,8 +34,37 @@ from fedpeft.errors import BadInput
 
 Deal = Callable[[Dataset, int, int], Partition]
 
+def vectors(splits: Sequence[Rows]) -> list[NDArray[np.float32]]:
+    """Embed rows so that those of one label lie together: a corner each, and a little beside it."""
+    embedded = []
+    for rows in splits:
+        place = np.zeros((len(rows), 12), dtype=np.float32)
+        for row, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+            place[row, int(label.split()[1])] = 1.0
+            place[row, 8 + int(text.split()[1]) % 4] = 0.1
+        embedded.append(place)
+    return embedded
+
+
+def clustered(
+    data: Dataset, clients: int, seed: int, *, alpha: float = 5.0, min_examples: int = 1
+) -> Partition:
+    return cluster(
+        data,
+        clients,
+        seed,
+        embed=vectors,
+        clusters=3,
+        alpha=alpha,
+        min_examples=min_examples,
+    )
+
+
 DEALS: dict[str, Deal] = {
     "iid": iid,
+    "quantity": lambda data, clients, seed: quantity(data, clients, seed, beta=5.0),
+    "label_skew": lambda data, clients, seed: label_skew(data, clients, seed, alpha=5.0),
+    "cluster": clustered,
     "dirichlet": lambda data, clients, seed: dirichlet(data, clients, seed, alpha=5.0),
     "shards": lambda data, clients, seed: shards(data, clients, seed, shards_per_client=2),
 }
@@ -113,7 +146,7 @@ def test_label_counts_counts(data: Dataset, clients: int) -> None:
         assert row.tolist() == [found[label] for label in data.labels]
 
 
-@pytest.mark.parametrize("name", ["dirichlet", "shards"])
+@pytest.mark.parametrize("name", ["dirichlet", "label_skew", "shards"])
 def test_test_rows_follow_the_shares_of_train(name: str) -> None:
     rows = cycle(600, 3)
     partition = DEALS[name](dataset(rows, rows), 7, 0)
@@ -385,6 +418,38 @@ def test_more_clients_than_examples_are_refused(deal: Deal) -> None:
             "partition.min_examples = 12: train has only 100",
         ),
         (
+            lambda data: label_skew(data, 10, 0, alpha=9e-4),
+            "partition.alpha = 0.0009: must be a number from 0.001",
+        ),
+        (
+            lambda data: quantity(data, 10, 0, beta=9e-4),
+            "partition.beta = 0.0009: must be a number from 0.001",
+        ),
+        (
+            lambda data: quantity(data, 3, 0, beta=0.01, min_examples=33),
+            "partition.beta = 0.01: 10000 draws of shares",
+        ),
+        (
+            lambda data: quantity(data, 9, 0, beta=1, min_examples=12),
+            "partition.min_examples = 12: train has only 100",
+        ),
+        (
+            lambda data: clustered(data, 10, 0, alpha=np.inf),
+            "partition.alpha = inf: must be a number from 0.001",
+        ),
+        (
+            lambda data: clustered(data, 10, 0, min_examples=11),
+            "partition.min_examples = 11: train has only 100",
+        ),
+        (
+            lambda data: cluster(data, 5, 0, embed=vectors, clusters=101, alpha=1),
+            "partition.clusters = 101: train has 100 examples; choose 1 to 100 clusters",
+        ),
+        (
+            lambda data: by_key(data, 8, group=True),
+            "partition.clients = 8: train has 7 keys; choose 1 to 7 clients",
+        ),
+        (
             lambda data: shards(data, 60, 0, shards_per_client=2),
             "partition.shards_per_client = 2: train has only 100",
         ),
@@ -404,3 +469,210 @@ def test_numbers_out_of_range_are_refused(
     with pytest.raises(BadInput) as caught:
         deal(dataset(cycle(100, 2), row_owners([0, 1])))
     assert str(caught.value).startswith(message)
+
+
+KINDS_BY_LABEL: dict[str, Deal] = {
+    "dirichlet": lambda data, clients, seed: dirichlet(data, clients, seed, alpha=1.0),
+    "label_skew": lambda data, clients, seed: label_skew(data, clients, seed, alpha=1.0),
+    "shards": shards,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_BY_LABEL)
+def test_rows_without_labels_cannot_be_divided_by_them(kind: str) -> None:
+    rows = Rows({"text": tuple(map(str, range(20)))})
+    with pytest.raises(BadInput) as caught:
+        KINDS_BY_LABEL[kind](dataset(rows, rows), 4, 0)
+    assert str(caught.value) == (
+        f"partition.kind = {kind!r}: the data has no labels; name a column in data.label, "
+        'or choose kind = "cluster", "by_key", "quantity" or "iid"'
+    )
+
+
+def test_rows_without_labels_can_be_divided_otherwise() -> None:
+    keys = tuple(f"key {number % 5}" for number in range(20))
+    rows = Rows({"text": tuple(map(str, range(20)))}, keys=keys)
+    data = dataset(rows, rows)
+    random = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    partitions = [
+        iid(data, 4, 0),
+        quantity(data, 4, 0, beta=1.0),
+        by_key(data),
+        by_key(data, 2, group=True),
+        cluster(data, 4, 0, embed=lambda _: [random, random], clusters=3, alpha=5.0),
+    ]
+    for partition in partitions:
+        assert_dealt(partition.train, 20)
+        assert_dealt(partition.test, 20)
+        assert [groups.what for groups in groupings(data, partition)][-1] == "key"
+
+
+def total_variations(data: Dataset, partition: Partition) -> NDArray[np.float64]:
+    """Return the total variation between each client's labels and those of all, (clients,)."""
+    held = label_counts(data.train, partition)
+    of_clients = held / held.sum(axis=1, keepdims=True)
+    return np.asarray(np.abs(of_clients - held.sum(axis=0) / held.sum()).sum(axis=1) / 2)
+
+
+FOUR_LABELS = dataset(cycle(8000, 4), row_owners([0, 1]))
+
+SKEWED: dict[str, Callable[[Dataset, int, float], Partition]] = {
+    "dirichlet": lambda data, seed, alpha: dirichlet(data, 40, seed, alpha=alpha),
+    "label_skew": lambda data, seed, alpha: label_skew(data, 40, seed, alpha=alpha),
+    "cluster": lambda data, seed, alpha: cluster(
+        data, 40, seed, embed=vectors, clusters=4, alpha=alpha
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SKEWED)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**62))
+def test_a_large_alpha_is_near_iid_and_a_small_one_near_one_label(kind: str, seed: int) -> None:
+    """Of 4 equal labels, a client of one label alone has a total variation of 3/4 to all."""
+    near = total_variations(FOUR_LABELS, SKEWED[kind](FOUR_LABELS, seed, 1000.0))
+    far = total_variations(FOUR_LABELS, SKEWED[kind](FOUR_LABELS, seed, 0.02))
+    # Of an IID client of 200 rows, four shares of 1/4 differ by 0.024 on average: together 0.05.
+    assert near.mean() < 0.08
+    # Not quite 3/4: what runs out is made up for from other labels.
+    assert far.mean() > 0.55
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=datasets,
+    clients=st.integers(1, 40),
+    alpha=st.sampled_from([0.001, 0.1, 1.0, 100.0]),
+    seed=st.integers(0, 2**62),
+)
+def test_label_skew_gives_everybody_equally_many_rows(
+    data: Dataset, clients: int, alpha: float, seed: int
+) -> None:
+    partition = label_skew(data, clients, seed, alpha=alpha)
+    sizes = list(map(len, partition.train))
+    assert max(sizes) - min(sizes) <= 1
+    assert_dealt(partition.train, len(data.train))
+    assert_dealt(partition.test, len(data.test))
+
+
+def test_label_skew_draws_labels_from_the_dirichlet_law() -> None:
+    """Where stock is enough, a client's share of a label has the moments of Dir(alpha p).
+
+    That is mean p and variance p (1 - p) / (1 + alpha), and p (1 - p) / n more for n drawn rows,
+    less as much of the former. Clients are many, so that little of what they wish runs out.
+    """
+    alpha, prior = 2.0, np.array([0.5, 0.3, 0.2])
+    data = dataset(row_owners([0] * 2000 + [1] * 1200 + [2] * 800), row_owners([0]))
+    drawn = []
+    for seed in range(60):
+        held = label_counts(data.train, label_skew(data, 100, seed, alpha=alpha))
+        drawn.append(held / held.sum(axis=1, keepdims=True))
+    shares_of_clients = np.concatenate(drawn)  # (clients, labels)
+    rows = 40
+    law = prior * (1 - prior) / (1 + alpha)
+    expected = law + (prior * (1 - prior) - law) / rows
+    assert np.abs(shares_of_clients.mean(axis=0) - prior).max() < 0.01
+    # What runs out is made up for, which takes some of the spread.
+    assert np.abs(shares_of_clients.var(axis=0) / expected - 1).max() < 0.15
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=datasets,
+    clients=st.integers(1, 4),
+    least=st.integers(1, 4),
+    beta=st.sampled_from([0.3, 1.0, 10.0]),
+    seed=st.integers(0, 2**62),
+)
+def test_nobody_has_less_than_the_minimum(
+    data: Dataset, clients: int, least: int, beta: float, seed: int
+) -> None:
+    by_size = quantity(data, clients, seed, beta=beta, min_examples=least)
+    by_cluster = clustered(data, clients, seed, alpha=1.0, min_examples=least)
+    for partition in (by_size, by_cluster):
+        assert min(map(len, partition.train)) >= least
+        assert_dealt(partition.train, len(data.train))
+        assert_dealt(partition.test, len(data.test))
+
+
+def test_quantity_looks_at_no_label() -> None:
+    """Sizes differ much, and everybody's labels are about those of all."""
+    data = dataset(cycle(4000, 4), cycle(400, 4))
+    partition = quantity(data, 8, 0, beta=1.0, min_examples=50)
+    sizes = np.array(list(map(len, partition.train)))
+    assert sizes.max() > 3 * sizes.min()
+    test_sizes = np.array(list(map(len, partition.test)))
+    assert np.abs(test_sizes - sizes / 10).max() <= 1  # the same shares of test
+    # Three standard deviations of a share of 1/4 among the fewest rows.
+    assert total_variations(data, partition).max() < 3 * np.sqrt(3 / 16 / sizes.min()) * 2
+    # The law of sizes: shares of Dir(beta) have the variance (K - 1) / (K^2 (K beta + 1)).
+    shares_of_first = []
+    for seed in range(400):
+        shares_of_first.append(len(quantity(data, 8, seed, beta=5.0).train[0]) / 4000)
+    assert np.var(shares_of_first) == pytest.approx(7 / 64 / 41, rel=0.25)
+
+
+def test_clusters_are_those_of_the_embeddings() -> None:
+    """Rows of a label lie together, so that clusters are labels under other names."""
+    data = dataset(cycle(90, 3), cycle(30, 3))
+    partition = clustered(data, 4, 0)
+    assert partition.clusters is not None
+    pairs = set(zip(data.train.labels, partition.clusters.tolist(), strict=True))
+    assert len(pairs) == 3
+    counted = {groups.what: groups for groups in groupings(data, partition)}
+    assert sorted(counted) == ["cluster", "key", "label"]
+    assert sorted(counted["cluster"].held.T.tolist()) == sorted(counted["label"].held.T.tolist())
+    # And a test row goes to the cluster whose centre is nearest.
+    on_test = Partition(partition.test, partition.train, partition.names)
+    test_held = label_counts(data.test, on_test)
+    assert np.abs(test_held - label_counts(data.train, partition) / 3).max() <= 1
+
+
+def test_rows_that_say_the_same_make_fewer_clusters() -> None:
+    same = np.ones((20, 4), dtype=np.float32)
+    data = dataset(cycle(20, 2), cycle(20, 2))
+    partition = cluster(data, 3, 0, embed=lambda _: [same, same], clusters=5, alpha=5.0)
+    assert_dealt(partition.train, 20)
+    assert_dealt(partition.test, 20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    fraction=st.floats(0.05, 1.0),
+    seed=st.integers(0, 999),
+)
+def test_grouped_keys_stay_whole_and_make_groups_of_like_size(
+    sizes: list[int], fraction: float, seed: int
+) -> None:
+    keys = [key for key, size in enumerate(sizes) for _ in range(size)]
+    order = np.random.default_rng(seed).permutation(len(keys))
+    rows = row_owners([0] * len(keys), [keys[row] for row in order])
+    clients = max(1, round(fraction * len(sizes)))
+    partition = by_key(dataset(rows, row_owners([0] * 3, [0, 0, 99])), clients, group=True)
+    assert_dealt(partition.train, len(keys))
+    holders = {
+        (rows.keys[row], client)
+        for client, held in enumerate(partition.train)
+        for row in held.tolist()
+    }
+    assert len(holders) == len(sizes)
+    held_sizes = list(map(len, partition.train))
+    assert min(held_sizes) >= 1
+    assert max(held_sizes) - min(held_sizes) <= max(sizes)
+    # Test rows lie where their key's train rows lie; key 99 has none.
+    owner = dict(holders)["key 0"]
+    assert [held.tolist() for held in partition.test] == [
+        [0, 1] if client == owner else [] for client in range(clients)
+    ]
+
+
+def test_grouped_keys_do_not_depend_on_the_order_of_rows() -> None:
+    keys = [0, 1, 1, 2, 2, 3, 3, 3]
+    held = []
+    for order in (keys, keys[::-1]):
+        rows = row_owners([0] * 8, order)
+        partition = by_key(dataset(rows, row_owners([0])), 3, group=True)
+        held.append([sorted({rows.keys[row] for row in client}) for client in partition.train])
+    # By size: key 3, then 1 and 2; key 0 joins the first of the smallest groups.
+    assert held == [[["key 3"], ["key 0", "key 1"], ["key 2"]]] * 2
