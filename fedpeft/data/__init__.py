@@ -1,6 +1,7 @@
 """Where texts come from (``pydocs``, ``files``) and which client holds which (``partitions``)."""
 
 from fedpeft.data.files import KEY, LABEL, Columns, from_files, read
+from fedpeft.data.hub import HubChoice, from_hub
 from fedpeft.data.partitions import (
     Partition,
     by_key,
@@ -20,6 +21,7 @@ __all__ = [
     "Column",
     "Columns",
     "Dataset",
+    "HubChoice",
     "Partition",
     "Rows",
     "Schema",
@@ -27,6 +29,7 @@ __all__ = [
     "dirichlet",
     "from_file",
     "from_files",
+    "from_hub",
     "iid",
     "label_counts",
     "pydocs",

@@ -183,7 +183,7 @@ def from_file(dataset: Dataset, path: Path) -> Partition:
 def label_counts(rows: Rows, partition: Partition) -> Indices:
     """Return how many train rows of each label each client holds, (clients, labels).
 
-    Labels are in the order of ``Dataset.labels``.
+    Labels are sorted as by ``ordered``.
     """
     labels = ordered(rows.labels)
     codes = _codes(rows, labels)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft.data import Dataset, Partition, label_counts
+from fedpeft.data.integers import ordered
 from fedpeft.errors import BadInput
 from fedpeft.report.names import MOST, literal, plain
 
@@ -17,7 +18,7 @@ MOST_NAMED = 240
 
 def table(dataset: Dataset, partition: Partition) -> Table:
     """Return a row per client: examples, labels held, and the commonest ones with their shares."""
-    counts, labels = label_counts(dataset.train, partition), dataset.labels
+    counts, labels = label_counts(dataset.train, partition), ordered(dataset.train.labels)
     title = f"{dataset.name}: {len(partition.train)} clients, {int(counts.sum())} examples"
     shown = Table(title=Text(literal(title)), box=None)
     shown.add_column("client")
@@ -51,7 +52,7 @@ def picture(dataset: Dataset, partition: Partition, path: Path) -> None:
     counts = label_counts(dataset.train, partition)
     clients, labels = counts.shape
     # Long names are cut, so that one of them does not squeeze the picture.
-    label_names = [literal(label, MOST) for label in dataset.labels]
+    label_names = [literal(label, MOST) for label in ordered(dataset.train.labels)]
     client_names = [literal(name, MOST) for name in partition.names]
     largest = f"who holds what (largest circle: {int(counts.max())} examples)"
     title = f"{literal(dataset.name, MOST)}: {largest}"

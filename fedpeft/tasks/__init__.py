@@ -18,6 +18,7 @@ from fedpeft.tasks.task import (
     TaskKind,
     examples_in,
 )
+from fedpeft.tasks.token_cache import TokenCache
 
 TASKS: Mapping[str, TaskKind] = {
     "classification": classification.KIND,
@@ -48,6 +49,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "TaskSection",
+    "TokenCache",
     "examples_in",
     "make_task",
 ]
