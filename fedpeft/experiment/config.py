@@ -243,17 +243,27 @@ def _check_source(data: DataSection) -> None:
         )
     if data.source == "hub" and data.name is None:
         raise BadInput(
-            "data.name is missing: with data.source = 'hub', name the set, such as 'fancyzhx/ag_news'"
+            "data.name is missing: with data.source = 'hub', name the set, as 'fancyzhx/ag_news'"
         )
-    unused = {"train": (data.train, "files"), "name": (data.name, "hub")}
-    for field, (setting, source) in unused.items():
-        if setting is not None and data.source != source:
+    others: list[tuple[str, str]] = []  # fields that the source does not use, and whose they are
+    if data.source == "pydocs":
+        others.append(("train", "files"))
+    if data.source == "hub":
+        others += [("train", "files"), ("validation", "files"), ("test", "files")]
+    else:
+        others += [("name", "hub"), ("config", "hub")]
+        others += [("validation_split", "hub"), ("test_split", "hub")]
+    for field, source in others:
+        setting = getattr(data, field)
+        if setting is not None:
             raise BadInput(
                 f"data.{field} = {str(setting)!r} is not used by data.source = {data.source!r}; "
                 f"did you mean {source!r}?"
             )
-    if data.source == "pydocs" and data.labels is not None:
+    if data.labels is not None and data.source == "pydocs":
         raise BadInput("data.labels is not used by data.source = 'pydocs', whose labels are known")
+    if data.labels == ():
+        raise BadInput("data.labels = []: name all labels, such as ['neg', 'pos'], or leave it out")
 
 
 def from_json(text: str, on_warning: OnWarning = lambda _: None) -> Config:
