@@ -72,7 +72,13 @@ def main(
         )
         kept = sum(path.stat().st_size for path in cache_folder().rglob("*") if path.is_file())
     rows = [
-        (name, one["read"], one["encode"], one["total"], ratio(found["cold"]["total"], one["total"]))
+        (
+            name,
+            one["read"],
+            one["encode"],
+            one["total"],
+            ratio(found["cold"]["total"], one["total"]),
+        )
         for name, one in found.items()
     ]
     columns = ("", "s to read the file", "s to encode", "s in all", "cold over it")

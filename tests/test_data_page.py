@@ -44,7 +44,7 @@ def shown(chapter: str, folder: Path) -> list[Dataset]:
             if tree["data"]["source"] == "hub":
                 tree["data"] |= {"validation_split": "train", "test_split": "train"}
             else:
-                tree["data"] |= {name: tree["data"]["train"] for name in ("validation", "test")}
+                tree["data"] |= dict.fromkeys(("validation", "test"), tree["data"]["train"])
             read.append(read_data(from_tree(beside(tree, folder))))
         else:
             assert info == "skip", f"{language} {info}"

@@ -6,7 +6,7 @@ from typing import Any
 from fedpeft.data.json_records import Located, Record
 
 Features = Mapping[str, Any]
-"""Column -> its feature as ``datasets`` writes it in JSON: ``{"_type": "ClassLabel", "names": ...}``."""
+"""Column -> its feature, as ``datasets`` writes it in JSON."""
 
 
 def with_names(located: Iterable[Located], features: Features) -> Iterator[Located]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -142,10 +142,11 @@ def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows,
 def read(pattern: Path, columns: Columns, train: Rows | None = None) -> Rows:
     """Return the rows of a file, a folder of texts, or all files that a pattern matches.
 
-    Formats are told by their endings, each also with ``.gz`` or ``.zst``; texts are UTF-8: JSON
-    (``.jsonl``, ``.ndjson``, ``.json``: an object a line, an array of objects, or an object with one
-    list of objects), separated columns (``.csv``, ``.tsv``), Parquet (``.parquet``), CoNLL's columns
-    (``.conll``, ``.bio``, ``.iob``), and a folder with a folder of ``.txt`` files for each label.
+    Formats are told by their endings, each also with ``.gz`` or ``.zst``; texts are UTF-8. They
+    are JSON (``.jsonl``, ``.ndjson``, ``.json``: an object a line, an array of objects, or one
+    object with a list of objects), separated columns (``.csv``, ``.tsv``), Parquet (``.parquet``), and
+    CoNLL's columns (``.conll``, ``.bio``, ``.iob``). A folder holds a folder of ``.txt`` files for
+    each label.
     Columns without a role are ignored, and so are blank lines.
 
     Labels and keys may be numbers; they become strings as JSON writes them (``1.5``, ``true``).
@@ -195,25 +196,15 @@ def read_source(source: Source, columns: Columns, train: Rows | None = None) -> 
         if KEY in names:
             keys.append(_name(record, KEY, names[KEY], where))
             first_keys.setdefault(keys[-1], where)
-        if columns.labels and schema.answers is not None:
-            for answer in schema.answers(parsed):
-                first_answers.setdefault(answer, where)
+        for answer in _answers(columns, parsed):
+            first_answers.setdefault(answer, where)
     if not values[roles[0]]:
         raise BadInput(f"{source.what}: holds no rows")
-    # 2. Unify how whole numbers are written. The list or train decides whether they are, for all
-    # splits.
-    deciding = first_labels if train is None else train.labels
-    if columns.labels and schema.answers is None:
-        deciding = columns.labels
-    written_labels = _written(LABEL, first_labels, deciding)
+    # 2. Unify how whole numbers are written, and refuse what the list or train does not know.
+    written_answers = {answer: answer for answer in first_answers}
+    _check_known(first_answers, written_answers, columns.labels, "data.labels")
+    written_labels = _written_labels(first_labels, columns, train)
     written_keys = _written(KEY, first_keys, first_keys if train is None else train.keys)
-    if schema.answers is not None:
-        written_answers = {answer: answer for answer in first_answers}
-        _check_known(first_answers, written_answers, columns.labels, "data.labels")
-    elif columns.labels and LABEL in names:
-        _check_known(first_labels, written_labels, columns.labels, "data.labels")
-    if train is not None and LABEL in names:
-        _check_known(first_labels, written_labels, train.labels, "train")
     return Rows(
         columns={role: tuple(column) for role, column in values.items()},
         labels=tuple(written_labels[name] for name in labels),
@@ -246,6 +237,31 @@ def _label(record: Record, columns: Columns, parsed: Mapping[str, Any], where: s
     if columns.schema.label is not None:
         return columns.schema.label(parsed)
     return None
+
+
+def _answers(columns: Columns, parsed: Mapping[str, Any]) -> Iterable[str]:
+    """Return the names in a record that the list of labels has to hold, besides its label."""
+    if columns.labels and columns.schema.answers is not None:
+        return columns.schema.answers(parsed)
+    return ()
+
+
+def _written_labels(
+    places: Mapping[str, str], columns: Columns, train: Rows | None
+) -> dict[str, str]:
+    """Return label -> how the data set writes it; BadInput for one that is not known.
+
+    The list of labels decides whether they are whole numbers, or else train, for all splits.
+    ``places``: where each label occurs first.
+    """
+    listed = columns.labels if columns.schema.answers is None else ()
+    deciding = listed or (places if train is None else train.labels)
+    written = _written(LABEL, places, deciding)
+    if listed and LABEL in columns.names:
+        _check_known(places, written, listed, "data.labels")
+    if train is not None and LABEL in columns.names:
+        _check_known(places, written, train.labels, "train")
+    return written
 
 
 def _of_one_kind(pattern: Path) -> list[Path]:

@@ -39,7 +39,7 @@ def folder_records(folder: Path) -> Iterator[Located]:
 
 
 def _texts(folder: Path) -> list[Path]:
-    """Return all texts anywhere below ``folder``, sorted; names with a dot in front are passed over."""
+    """Return all texts below ``folder``, sorted, without names that begin with a dot."""
     texts: list[Path] = []
     with readable(folder):
         for path in folder.rglob("*"):

@@ -136,8 +136,8 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
     ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str(_full(Path(tree[section][key]), folder))
-    # Names of a model and of a data set are paths only where they name a folder: else they are names
-    # on the hub, or ours.
+    # Names of a model and of a data set are paths only where they name a folder: else they are
+    # names on the hub, or ours.
     for section in ("model", "data"):
         name = tree[section].get("name") if isinstance(tree.get(section), dict) else None
         if isinstance(name, str) and _full(Path(name), folder).is_dir():
@@ -253,11 +253,11 @@ def _check_source(data: DataSection) -> None:
     else:
         others += [("name", "hub"), ("config", "hub")]
         others += [("validation_split", "hub"), ("test_split", "hub")]
-    for field, source in others:
-        setting = getattr(data, field)
+    for name, source in others:
+        setting = getattr(data, name)
         if setting is not None:
             raise BadInput(
-                f"data.{field} = {str(setting)!r} is not used by data.source = {data.source!r}; "
+                f"data.{name} = {str(setting)!r} is not used by data.source = {data.source!r}; "
                 f"did you mean {source!r}?"
             )
     if data.labels is not None and data.source == "pydocs":

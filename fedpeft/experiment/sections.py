@@ -15,9 +15,9 @@ class DataSection:
 
     Files are JSON (`.jsonl`, `.ndjson`, `.json`), separated columns (`.csv`, `.tsv`), Parquet
     (`.parquet`, extra `data`), CoNLL's columns (`.conll`, `.bio`, `.iob`), each also with `.gz` or
-    `.zst` (extra `data`), or a folder with a folder of `.txt` files for each label. A pattern such as
-    `data/*.jsonl` names several files. Relative paths start at the folder of the configuration file,
-    `~` is the user's home. docs/data.md has an example of each.
+    `.zst` (extra `data`), or a folder with a folder of `.txt` files for each label. A pattern such
+    as `data/*.jsonl` names several files. Relative paths start at the folder of the configuration
+    file, `~` is the user's home. docs/data.md has an example of each.
     """
 
     source: Literal["pydocs", "files", "hub"] = "pydocs"
@@ -30,14 +30,15 @@ class DataSection:
     test: Path | None = None
     """The file of the test texts; left out, a part of train is held out."""
     name: str | None = None
-    """The set of the hub, such as `fancyzhx/ag_news`, or a folder that the package `datasets` reads;
-    needed with `source = "hub"`."""
+    """The set of the hub, such as `fancyzhx/ag_news`, or a folder that the package `datasets`
+    reads; needed with `source = "hub"`."""
     config: str | None = None
     """The configuration of the hub's set, where it has several."""
     train_split: str = "train"
     """The split of the hub's set with the training texts."""
     validation_split: str | None = None
-    """The split of the hub's set with the validation texts; left out, a part of train is held out."""
+    """The split of the hub's set with the validation texts; left out, a part of train is held
+    out."""
     test_split: str | None = None
     """The split of the hub's set with the test texts; left out, a part of train is held out."""
     text: str = "text"
@@ -53,9 +54,9 @@ class DataSection:
     tags: str = "tags"
     """The column that holds the list of the words' tags, of `tagging`: BIO, BIOES, IOB1 or types."""
     labels: tuple[str, ...] | None = None
-    """All labels in the order of the model's outputs, such as `["neg", "pos"]`; of `tagging` all types
-    of names, such as `["PER", "LOC"]`. The data may lack some, but hold no others. Left out: those
-    of train, sorted."""
+    """All labels in the order of the model's outputs, such as `["neg", "pos"]`; of `tagging` all
+    types of names, such as `["PER", "LOC"]`. The data may lack some, but hold no others. Left out:
+    those of train, sorted."""
     key: str | None = None
     """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None

@@ -231,8 +231,8 @@ class TaskKind:
 
     ``schema``: the columns that it reads. ``names``: a data set -> the names of the possible
     answers, in the order of the model's outputs; BadInput where they make no task.
-    ``restore``: what JSON makes of an example's source -> the source, so that encodings can be kept;
-    None where examples have none, or none that JSON can hold.
+    ``restore``: what JSON makes of an example's source -> the source, so that encodings can be
+    kept; None where examples have none, or none that JSON can hold.
     """
 
     schema: Schema

@@ -1,4 +1,4 @@
-"""Encoded splits, kept between runs in the user's cache folder under a digest of all they depend on."""
+"""Encoded splits, kept between runs in the user's cache under a digest of all they depend on."""
 
 import json
 import os
@@ -35,8 +35,8 @@ Restore = Callable[[Any], Any]
 class TokenCache:
     """The encodings that a task and a tokenizer have made before.
 
-    ``choice``, ``names`` and ``max_length``: of the task. ``limit``: bytes of all files together, of
-    which the longest unused go first; 0 keeps none. ``restore``: what JSON made of an example's
+    ``choice``, ``names`` and ``max_length``: of the task. ``limit``: bytes of all files together,
+    of which the longest unused go first; 0 keeps none. ``restore``: what JSON made of an example's
     source -> the source; without it, splits whose examples have sources are not kept.
 
     A file is a digest, then tensors in the format of safetensors. One that is damaged is as good as
@@ -92,7 +92,13 @@ def _content(tokenizer: Any) -> list[object]:
     # Set anew in every call, so that they would tell what was tokenised before.
     del pipeline["truncation"], pipeline["padding"]
     sides = [tokenizer.truncation_side, tokenizer.padding_side]
-    return [type(tokenizer).__name__, pipeline, sides, tokenizer.model_input_names, tokenizer.chat_template]
+    return [
+        type(tokenizer).__name__,
+        pipeline,
+        sides,
+        tokenizer.model_input_names,
+        tokenizer.chat_template,
+    ]
 
 
 @cache
@@ -163,9 +169,7 @@ def unpacked(content: bytes, restore: Restore | None = None) -> Encoded:
     )
     examples: list[Example] = []
     for one_ids, one_labels, shape, row, one_segments, weight, source in columns:
-        examples.append(
-            Example(one_ids, one_labels.view(shape), row, one_segments, weight, source)
-        )
+        examples.append(Example(one_ids, one_labels.view(shape), row, one_segments, weight, source))
     return Encoded(examples, tuple(about["notes"]))
 
 
@@ -188,7 +192,7 @@ def _read(path: Path, restore: Restore | None) -> Encoded | None:
 
 
 def _write(path: Path, content: bytes, limit: int) -> None:
-    """Write a file whole or not at all, and remove others until all have ``limit`` bytes at most."""
+    """Write a file whole or not at all; remove others until all have ``limit`` bytes at most."""
     if len(content) > limit:
         return
     # Several processes may get here at once, so each writes a file of its own and renames it.

@@ -120,17 +120,16 @@ def test_what_was_written_is_read(ending: str, packing: str, rows: Rows) -> None
 @pytest.mark.parametrize("packing", PACKINGS)
 @settings(max_examples=15, deadline=None)
 @given(rows=st.lists(st.tuples(a_folder, a_text), min_size=1, max_size=8))
-def test_what_was_written_is_read_from_a_folder(
-    packing: str, rows: list[tuple[str, str]]
-) -> None:
-    columns = Columns(TASKS["classification"].schema, {"text": "text", "label": "label", "key": "file"})
+def test_what_was_written_is_read_from_a_folder(packing: str, rows: list[tuple[str, str]]) -> None:
+    columns = Columns(
+        TASKS["classification"].schema, {"text": "text", "label": "label", "key": "file"}
+    )
     with TemporaryDirectory() as folder:
         for number, (label, text) in enumerate(rows):
             put(Path(folder, label, f"{number}.txt{packing}"), ("\ufeff" + text).encode())
         found = data.read(Path(folder), columns)
     expected = {
-        (f"{label}/{number}.txt{packing}", label, text)
-        for number, (label, text) in enumerate(rows)
+        (f"{label}/{number}.txt{packing}", label, text) for number, (label, text) in enumerate(rows)
     }
     assert set(zip(found.keys, found.labels, found.texts, strict=True)) == expected
     assert list(found.keys) == sorted(found.keys)
@@ -331,7 +330,12 @@ BROKEN: dict[str, tuple[str, bytes, Columns, str]] = {
         "{path}:3: 2 columns where line 2, of the same sentence, has 3",
     ),
     "empty column": ("a.iob", b"Ada\t\tO\n", WORDS, "{path}:1: column 2 is empty"),
-    "no tag": ("a.conll", b"x O\n\nAda B-\n", WORDS, "{path}:3: the tags in column 'tags' holds 'B-'"),
+    "no tag": (
+        "a.conll",
+        b"x O\n\nAda B-\n",
+        WORDS,
+        "{path}:3: the tags in column 'tags' holds 'B-'",
+    ),
     "no sentence": ("a.conll", b"-DOCSTART- O\n\n", WORDS, "{path}: holds no rows"),
     "not UTF-8": ("a.conll", b"x O\n\xe9 O\n", WORDS, "{path}:2: not UTF-8: "),
     "no such column": (
@@ -455,4 +459,3 @@ def test_of_tagging_the_list_holds_types(tmp_path: Path) -> None:
         tagged(tmp_path, ("PER", "LOC"), b"Rome B-LOCC\n")
     with pytest.raises(BadInput, match=r"names the tag 'O'; list types alone"):
         tagged(tmp_path, ("O", "PER", "LOC"))
-

@@ -18,7 +18,12 @@ from fedpeft.tasks import TASKS
 NAMES = ["neg", "pos"]
 TEXTS = Columns(TASKS["classification"].schema, {"text": "x", "label": "y", "key": "who"})
 FEATURES = Features(
-    {"other": Value("int64"), "x": Value("string"), "y": ClassLabel(names=NAMES), "who": Value("int64")}
+    {
+        "other": Value("int64"),
+        "x": Value("string"),
+        "y": ClassLabel(names=NAMES),
+        "who": Value("int64"),
+    }
 )
 
 
@@ -102,7 +107,10 @@ def test_the_configuration_names_set_splits_and_columns(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": "trian"}, "data.train_split = 'trian': {name} has 'train', 'test'; did you mean 'train'?"),
+        (
+            {"train": "trian"},
+            "data.train_split = 'trian': {name} has 'train', 'test'; did you mean 'train'?",
+        ),
         ({"test": "dev"}, "data.test_split = 'dev': {name} has 'train', 'test'"),
         ({"validation": "tes"}, "data.validation_split = 'tes': "),
     ],
@@ -150,7 +158,9 @@ def test_a_configuration_that_is_not_there_is_named(folder: Path) -> None:
 
 def test_without_the_package_it_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadInput, match=r"needs datasets; get it with: pip install 'fedpeft\[data\]'"):
+    with pytest.raises(
+        BadInput, match=r"needs datasets; get it with: pip install 'fedpeft\[data\]'"
+    ):
         load("a/b")
 
 
@@ -158,10 +168,16 @@ def test_without_the_package_it_is_refused_with_the_remedy(monkeypatch: pytest.M
     ("section", "message"),
     [
         ({"source": "hub"}, "data.name is missing: with data.source = 'hub', name the set"),
-        ({"source": "hub", "name": "a", "train": "b"}, "not used by data.source = 'hub'; did you mean 'files'"),
+        (
+            {"source": "hub", "name": "a", "train": "b"},
+            "not used by data.source = 'hub'; did you mean 'files'",
+        ),
         ({"source": "hub", "name": "a", "test": "b"}, "data.test"),
         ({"source": "files", "train": "b", "name": "a"}, "data.name = 'a' is not used by"),
-        ({"name": "a"}, "data.name = 'a' is not used by data.source = 'pydocs'; did you mean 'hub'?"),
+        (
+            {"name": "a"},
+            "data.name = 'a' is not used by data.source = 'pydocs'; did you mean 'hub'?",
+        ),
         ({"test_split": "test"}, "data.test_split = 'test' is not used"),
         ({"labels": ["a", "b"]}, "data.labels is not used by data.source = 'pydocs'"),
         ({"source": "files", "train": "b", "labels": []}, "data.labels = []: name all labels"),
