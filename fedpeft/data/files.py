@@ -144,10 +144,9 @@ def read(pattern: Path, columns: Columns, train: Rows | None = None) -> Rows:
 
     Formats are told by their endings, each also with ``.gz`` or ``.zst``; texts are UTF-8. They
     are JSON (``.jsonl``, ``.ndjson``, ``.json``: an object a line, an array of objects, or one
-    object with a list of objects), separated columns (``.csv``, ``.tsv``), Parquet (``.parquet``), and
-    CoNLL's columns (``.conll``, ``.bio``, ``.iob``). A folder holds a folder of ``.txt`` files for
-    each label.
-    Columns without a role are ignored, and so are blank lines.
+    object with a list of objects), separated columns (``.csv``, ``.tsv``), Parquet
+    (``.parquet``), and CoNLL's columns (``.conll``, ``.bio``, ``.iob``). A folder holds a folder
+    of ``.txt`` files for each label. Columns without a role are ignored, and so are blank lines.
 
     Labels and keys may be numbers; they become strings as JSON writes them (``1.5``, ``true``).
     Where all labels are whole numbers, each is written without a point, whether the file says
