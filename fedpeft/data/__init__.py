@@ -1,6 +1,7 @@
 """Where texts come from (``pydocs``, ``files``) and which client holds which (``partitions``)."""
 
 from fedpeft.data.files import KEY, LABEL, Columns, from_files, read
+from fedpeft.data.hub import HubChoice, from_hub
 from fedpeft.data.partitions import (
     Partition,
     by_key,
@@ -25,6 +26,7 @@ __all__ = [
     "Column",
     "Columns",
     "Dataset",
+    "HubChoice",
     "Partition",
     "Rows",
     "Schema",
@@ -34,6 +36,7 @@ __all__ = [
     "flower",
     "from_file",
     "from_files",
+    "from_hub",
     "groupings",
     "iid",
     "label_counts",

@@ -1,15 +1,16 @@
-"""The user's own data: JSON or separated columns, plain or gzip, checked record by record."""
+"""The user's own data in any format, checked record by record."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, final
 
 from fedpeft.data.integers import integer
-from fedpeft.data.json_records import Record
+from fedpeft.data.json_records import Located, Record
 from fedpeft.data.paths import matching, nearest
 from fedpeft.data.records import ending, records
 from fedpeft.data.rows import Dataset, Rows, stratified
@@ -29,12 +30,24 @@ class Columns:
 
     ``names``: role -> name in the file, for every column of ``schema`` that is read, and also for
     ``label`` and ``key`` where a column holds these. ``delimiter``: what separates the columns of a
-    file of that kind; None for a comma in ``.csv`` and a tab in ``.tsv``.
+    file of that kind; None for a comma in ``.csv`` and a tab in ``.tsv``. ``labels``: all that may
+    occur, in the order of the model's outputs, or what the schema has in their place (see
+    ``Schema.answers``); empty where train decides.
     """
 
     schema: Schema
     names: Mapping[str, str]
     delimiter: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a split come from: ``what`` names it in errors."""
+
+    what: str
+    records: Callable[[], Iterator[Located]]
 
 
 def from_files(
@@ -60,18 +73,58 @@ def from_files(
     Raises BadInput as ``read`` does, and for a label of validation or test that train lacks, for a
     fraction not between 0 and 1, and when no label has a row to spare.
     """
-    train_file = read(train, columns)
+    return from_sources(
+        "/".join(train.parts[-2:]),
+        train=_files(train, columns),
+        validation=None if validation is None else _files(validation, columns),
+        test=None if test is None else _files(test, columns),
+        columns=columns,
+        validation_fraction=validation_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
+
+
+def from_sources(
+    name: str,
+    *,
+    train: Source,
+    validation: Source | None,
+    test: Source | None,
+    columns: Columns,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> Dataset:
+    """Return the data set ``name`` from a source per split; see ``from_files``."""
+    columns = replace(columns, labels=_listed(columns.labels))
+    train_rows = read_source(train, columns)
     # Numbered before any row is held out, since a partition file counts the rows of the file.
-    rows = replace(train_file, numbers=tuple(range(len(train_file))))
+    rows = replace(train_rows, numbers=tuple(range(len(train_rows))))
     if test is None:
         rows, test_rows = _held_out(rows, "test", test_fraction, seed)
     else:
-        test_rows = read(test, columns, train_file)
+        test_rows = read_source(test, columns, train_rows)
     if validation is None:
         rows, validation_rows = _held_out(rows, "validation", validation_fraction, seed)
     else:
-        validation_rows = read(validation, columns, train_file)
-    return Dataset("/".join(train.parts[-2:]), rows, validation_rows, test_rows)
+        validation_rows = read_source(validation, columns, train_rows)
+    return Dataset(name, rows, validation_rows, test_rows, columns.labels)
+
+
+def _listed(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the labels that the user lists as the data set writes them.
+
+    BadInput where one stands there twice, or is empty.
+    """
+    whole = _are_whole_numbers(labels)
+    written = [(integer(label) or label) if whole else label for label in labels]
+    for label in written:
+        if not label.strip():
+            raise BadInput(f"data.labels = {list(labels)}: holds an empty name")
+        if written.count(label) > 1:
+            raise BadInput(f"data.labels = {list(labels)}: names {label!r} twice")
+    return tuple(written)
 
 
 def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows, Rows]:
@@ -88,23 +141,41 @@ def _held_out(rows: Rows, split: str, fraction: float, seed: int) -> tuple[Rows,
 
 
 def read(pattern: Path, columns: Columns, train: Rows | None = None) -> Rows:
-    """Return the rows of a file, or of all files that a pattern such as ``data/*.jsonl`` matches.
+    """Return the rows of a file, a folder of texts, or all files that a pattern matches.
 
-    Two formats are read, each also with ``.gz``, in UTF-8: JSON (``.jsonl``, ``.ndjson``,
-    ``.json``: an object a line, an array of objects, or an object with one list of objects), and
-    separated columns (``.csv``, ``.tsv``). Columns without a role are ignored, and so are blank
-    lines.
+    Formats are told by their endings, each also with ``.gz`` or ``.zst``; texts are UTF-8. They
+    are JSON (``.jsonl``, ``.ndjson``, ``.json``: an object a line, an array of objects, or one
+    object with a list of objects), separated columns (``.csv``, ``.tsv``), Parquet
+    (``.parquet``), and CoNLL's columns (``.conll``, ``.bio``, ``.iob``). A folder holds a folder
+    of ``.txt`` files for each label. Columns without a role are ignored, and so are blank lines.
 
     Labels and keys may be numbers; they become strings as JSON writes them (``1.5``, ``true``).
     Where all labels are whole numbers, each is written without a point, whether the file says
     ``1``, ``1.0`` or ``"1"``; likewise keys. With ``train``, they are written as there.
 
     Raises BadInput, with file and line, for a missing file, an unknown ending, no rows, damaged
-    gzip, bytes that are not UTF-8, a broken line, a missing column, a value that the schema refuses,
-    a label or key that is empty or not a number (NaN), and a label that ``train`` lacks.
+    packing, bytes that are not UTF-8, a broken line, a missing column, a value that the schema
+    refuses, a label or key that is empty or not a number (NaN), and a label that ``train`` or the
+    list of labels lacks.
     """
-    schema, names = columns.schema, columns.names
+    return read_source(_files(pattern, columns), columns, train)
+
+
+def _files(pattern: Path, columns: Columns) -> Source:
+    """Return the source of a split that lies in files."""
+    return Source(str(pattern), partial(_records, pattern, columns))
+
+
+def _records(pattern: Path, columns: Columns) -> Iterator[Located]:
+    """Yield the records of all files of ``pattern``."""
     delimiter = delimiter_of(columns.delimiter)
+    for path in _of_one_kind(pattern):
+        yield from records(path, columns.names.values(), delimiter, only_these=True)
+
+
+def read_source(source: Source, columns: Columns, train: Rows | None = None) -> Rows:
+    """Return the rows of ``source``; see ``read``."""
+    schema, names = columns.schema, columns.names
     roles = [column.role for column in schema.columns if column.role in names]
     # 1. Collect the values of every column, record by record.
     values: dict[str, list[Any]] = {role: [] for role in roles}
@@ -113,26 +184,27 @@ def read(pattern: Path, columns: Columns, train: Rows | None = None) -> Rows:
     # Where each label and each key occurs first, for errors that show only when all is read.
     first_labels: dict[str, str] = {}
     first_keys: dict[str, str] = {}
-    for path in _of_one_kind(pattern):
-        for where, record in records(path, names.values(), delimiter):
-            parsed = _parsed(record, columns, where)
-            for role in roles:
-                values[role].append(parsed[role])
-            if (label := _label(record, columns, parsed, where)) is not None:
-                labels.append(label)
-                first_labels.setdefault(label, where)
-            if KEY in names:
-                keys.append(_name(record, KEY, names[KEY], where))
-                first_keys.setdefault(keys[-1], where)
+    # The same of what a list of labels names, where that is not the labels themselves.
+    first_answers: dict[str, str] = {}
+    for where, record in source.records():
+        parsed = _parsed(record, columns, where)
+        for role in roles:
+            values[role].append(parsed[role])
+        if (label := _label(record, columns, parsed, where)) is not None:
+            labels.append(label)
+            first_labels.setdefault(label, where)
+        if KEY in names:
+            keys.append(_name(record, KEY, names[KEY], where))
+            first_keys.setdefault(keys[-1], where)
+        for answer in _answers(columns, parsed):
+            first_answers.setdefault(answer, where)
     if not values[roles[0]]:
-        raise BadInput(f"{pattern}: holds no rows")
-    # 2. Unify how whole numbers are written. Train decides whether they are, for all splits.
-    written_labels = _written(LABEL, first_labels, first_labels if train is None else train.labels)
+        raise BadInput(f"{source.what}: holds no rows")
+    # 2. Unify how whole numbers are written, and refuse what the list or train does not know.
+    written_answers = {answer: answer for answer in first_answers}
+    _check_known(first_answers, written_answers, columns.labels, "data.labels")
+    written_labels = _written_labels(first_labels, columns, train)
     written_keys = _written(KEY, first_keys, first_keys if train is None else train.keys)
-    if train is not None and LABEL in names:
-        _check_known(first_labels, written_labels, train.labels)
-    elif train is not None:
-        written_labels = _as_in_train(written_labels, train.labels)
     return Rows(
         columns={role: tuple(column) for role, column in values.items()},
         labels=tuple(written_labels[name] for name in labels),
@@ -167,9 +239,38 @@ def _label(record: Record, columns: Columns, parsed: Mapping[str, Any], where: s
     return None
 
 
+def _answers(columns: Columns, parsed: Mapping[str, Any]) -> Iterable[str]:
+    """Return the names in a record that the list of labels has to hold, besides its label."""
+    if columns.labels and columns.schema.answers is not None:
+        return columns.schema.answers(parsed)
+    return ()
+
+
+def _written_labels(
+    places: Mapping[str, str], columns: Columns, train: Rows | None
+) -> dict[str, str]:
+    """Return label -> how the data set writes it; BadInput for one that is not known.
+
+    The list of labels decides whether they are whole numbers, or else train, for all splits.
+    ``places``: where each label occurs first.
+    """
+    listed = columns.labels if columns.schema.answers is None else ()
+    deciding = listed or (places if train is None else train.labels)
+    written = _written(LABEL, places, deciding)
+    if listed and LABEL in columns.names:
+        _check_known(places, written, listed, "data.labels")
+    if train is not None and LABEL in columns.names:
+        _check_known(places, written, train.labels, "train")
+    elif train is not None:
+        written = _as_in_train(written, train.labels)
+    return written
+
+
 def _of_one_kind(pattern: Path) -> list[Path]:
     """Return the files of ``pattern``; BadInput unless they all have the same ending."""
     files = matching(pattern)
+    if files[0].is_dir():
+        return files
     kinds = {ending(path) for path in files}
     if len(kinds) > 1:
         listed = ", ".join(sorted(kinds))
@@ -253,11 +354,12 @@ def _check_known(
     places: Mapping[str, str],
     written: Mapping[str, str],
     known: Collection[str],
+    who: str,
 ) -> None:
-    """Raise BadInput for the first label that is not among those ``known`` from train."""
-    train_labels = set(known)
+    """Raise BadInput for the first label that is not among those ``known`` to ``who``."""
+    known_labels = set(known)
     for name, where in places.items():
         label = written[name]
-        if label not in train_labels:
-            hint = nearest(label, train_labels)
-            raise BadInput(f"{where}: train has no label {label!r}{hint}")
+        if label not in known_labels:
+            hint = nearest(label, known_labels)
+            raise BadInput(f"{where}: {who} has no label {label!r}{hint}")

@@ -14,11 +14,11 @@ def matching(pattern: Path) -> list[Path]:
     """Return the file ``pattern``, or those that it matches by ``*``, ``?``, ``[...]`` or ``**``.
 
     They are sorted. Files and folders that exist are taken literally, so brackets in their names do
-    no harm. Raises BadInput where there is no file.
+    no harm; a folder stands for itself. Raises BadInput where there is no file.
     """
     with readable(pattern):
         if pattern.exists():
-            return [existing(pattern)]
+            return [pattern]
         # Only what lies below the deepest folder that exists can be a pattern.
         root = pattern.parent
         while not root.is_dir() and root != root.parent:

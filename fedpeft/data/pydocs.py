@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from fedpeft.data.rows import Dataset, Rows, stratified
+from fedpeft.data.user_cache import cache_folder
 from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
 
@@ -55,7 +56,7 @@ def _collect(library: Path) -> Rows:
             "give files of your own instead"
         )
     # 1. Take what an earlier run has cached. A damaged file is as good as none.
-    cached = _cache() / f"pydocs-{_stamp(sources)}.json"
+    cached = cache_folder() / f"pydocs-{_stamp(sources)}.json"
     with suppress(OSError, ValueError, TypeError):
         texts, labels, keys = json.loads(cached.read_bytes())
         if 0 < len(texts) == len(labels) == len(keys):
@@ -78,17 +79,6 @@ def _collect(library: Path) -> Rows:
         with suppress(OSError):
             temporary.unlink()
     return Rows.of_texts(tuple(chapter_and_module), labels, keys)
-
-
-def _cache() -> Path:
-    """Return our folder in the user's cache (XDG Base Directory Specification).
-
-    For a user without a home it is a path that nobody can create.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeft"
-    except RuntimeError:  # Path.home, of a user without a home
-        return Path(os.devnull) / "fedpeft"
 
 
 def _stamp(sources: Sequence[tuple[str, str, str]]) -> str:

@@ -71,20 +71,29 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows to train on, to choose models by (``validation``), to judge them by (``test``)."""
+    """The rows to train on, to choose models by (``validation``), to judge them by (``test``).
+
+    ``listed``: the names of the possible answers where the user lists them (``data.labels``), in
+    the order of the model's outputs; they may be more than occur.
+    """
 
     name: str
     train: Rows
     validation: Rows
     test: Rows
+    listed: tuple[str, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of train's labels; class ``i`` of a classifier is ``labels[i]``.
+        """The names of train's labels, by which partitions divide.
 
-        They are sorted, by value where all are whole numbers.
+        They stand in the order in which the user lists them, otherwise sorted, by value where all
+        are whole numbers.
         """
-        return ordered(self.train.labels)
+        present = set(self.train.labels)
+        if present <= set(self.listed):
+            return tuple(label for label in self.listed if label in present)
+        return ordered(present)
 
     def digest(self) -> str:
         """Return 16 hex digits of the SHA-256 of all rows in order.

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,15 @@ class Schema:
     ``label``: how a record gets the label that partitions divide by, where no column is named for
     it: from its parsed values. None where a column has to hold it. ``check``: says what is wrong
     between the values of a record, or returns an empty string; None where nothing can be wrong.
+
+    ``answers``: the names in a record that ``data.labels`` has to list, where these are not its
+    label; None where they are.
     """
 
     columns: tuple[Column, ...]
     label: Callable[[Values], str] | None = None
     check: Callable[[Values], str] | None = None
+    answers: Callable[[Values], Iterable[str]] | None = None
 
 
 def text(value: Any) -> str:
@@ -70,9 +74,9 @@ def words(value: Any) -> tuple[str, ...]:
 
 
 def shown(value: Any) -> str:
-    """Return the first characters of a value as JSON writes it, for an error.
+    """Return the first characters of a value as JSON writes it, or as text, for an error.
 
     >>> shown({"a": None})
     '{"a": null}'
     """
-    return f"{json.dumps(value):.40}"
+    return f"{json.dumps(value, default=str):.40}"

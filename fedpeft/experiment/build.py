@@ -20,7 +20,7 @@ from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, embed, kernels, load
 from fedpeft.seeds import generator
-from fedpeft.tasks import TASKS, Encoded, Task, make_task
+from fedpeft.tasks import TASKS, Encoded, Task, TokenCache, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
 from fedpeft.training.hardware import Hardware, resolve, use
 from fedpeft.types import Client, Method, State
@@ -61,7 +61,7 @@ class Federation:
         # Few commands score on validation, so that split is encoded only when it is needed.
         is_test = choice.split == "test"
         rows = self.dataset.test if is_test else self.dataset.validation
-        split = self.test if is_test else self.task.encode(rows)
+        split = self.test if is_test else _encoded(self.config, self.task, self.loaded, rows)
         # Seed 0, not the run's: runs with different seeds are scored on the same texts.
         order = torch.randperm(len(rows), generator=generator(0, "evaluation", choice.split))
         return split.of_rows(sorted(order[: choice.limit].tolist()))
@@ -224,9 +224,22 @@ def _model(
         return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
     loaded = load(config.model, task, hardware, config.seed)
     tokenizing_task = task.with_tokenizer(loaded.tokenizer)
-    train = tokenizing_task.encode(dataset.train)
-    test = tokenizing_task.encode(dataset.test)
+    train = _encoded(config, tokenizing_task, loaded, dataset.train)
+    test = _encoded(config, tokenizing_task, loaded, dataset.test)
     return _Model(loaded, tokenizing_task, train, test)
+
+
+def _encoded(config: Config, task: Task, loaded: Loaded, rows: data.Rows) -> Encoded:
+    """Return rows as numbers, from the user's cache where an earlier run has kept them."""
+    cache = TokenCache(
+        tokenizer=loaded.tokenizer,
+        choice=config.task,
+        names=tuple(task.labels),
+        max_length=config.model.max_length,
+        limit=10**6 * config.machine.token_cache,  # megabytes -> bytes
+        restore=TASKS[config.task.kind].restore,
+    )
+    return cache.encode(task, rows)
 
 
 def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientData]:
@@ -331,7 +344,7 @@ def _visits_per_text(config: Config, texts: Mapping[int, Encoded]) -> float:
 def read_data(config: Config) -> data.Dataset:
     """Return the data that the settings name, as their task reads it."""
     choice = config.data
-    if choice.train is None:  # with source "files" it is required, which the settings have checked
+    if choice.source == "pydocs":
         if config.task.kind != "classification":
             raise BadInput(
                 f"task.kind = {config.task.kind!r}: data.source = 'pydocs' holds texts with one "
@@ -348,17 +361,35 @@ def read_data(config: Config) -> data.Dataset:
         names[data.LABEL] = choice.label or data.LABEL
     if choice.key is not None:
         names[data.KEY] = choice.key
+    columns = data.Columns(schema, names, choice.delimiter, choice.labels or ())
+    if choice.source == "hub":
+        assert choice.name is not None  # checked with the settings
+        return data.from_hub(
+            data.HubChoice(
+                choice.name,
+                choice.config,
+                choice.train_split,
+                choice.validation_split,
+                choice.test_split,
+            ),
+            columns=columns,
+            validation_fraction=choice.validation_fraction,
+            test_fraction=choice.test_fraction,
+        )
+    assert choice.train is not None  # checked with the settings
     return data.from_files(
         train=choice.train,
         validation=choice.validation,
         test=choice.test,
-        columns=data.Columns(schema, names, choice.delimiter),
+        columns=columns,
         validation_fraction=choice.validation_fraction,
         test_fraction=choice.test_fraction,
     )
 
 
-def divide(config: Config, dataset: data.Dataset) -> data.Partition:
+def divide(  # noqa: C901, PLR0911 - one case a kind
+    config: Config, dataset: data.Dataset
+) -> data.Partition:
     """Return who holds what.
 
     A partition by clusters of texts loads the model by itself, without a head and on the CPU.
@@ -413,10 +444,6 @@ def _partition(config: Config, dataset: data.Dataset, reuse: Federation | None) 
     def choices(config: Config) -> tuple[object, ...]:
         return config.partition, config.seed, config.model, config.task
 
-    if (
-        reuse is not None
-        and reuse.dataset is dataset
-        and choices(reuse.config) == choices(config)
-    ):
+    if reuse is not None and reuse.dataset is dataset and choices(reuse.config) == choices(config):
         return reuse.partition
     return divide(config, dataset)

@@ -136,10 +136,12 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
     ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str(_full(Path(tree[section][key]), folder))
-    # A model's name is a path only where it names a folder: else it is one on the hub, or ours.
-    name = tree["model"].get("name") if isinstance(tree.get("model"), dict) else None
-    if isinstance(name, str) and _full(Path(name), folder).is_dir():
-        tree["model"]["name"] = str(_full(Path(name), folder))
+    # Names of a model and of a data set are paths only where they name a folder: else they are
+    # names on the hub, or ours.
+    for section in ("model", "data"):
+        name = tree[section].get("name") if isinstance(tree.get(section), dict) else None
+        if isinstance(name, str) and _full(Path(name), folder).is_dir():
+            tree[section]["name"] = str(_full(Path(name), folder))
     return tree
 
 
@@ -224,15 +226,7 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             f"choose at most {federation.clients_per_round}"
         )
     config.build_method()  # checks the fields of method and wrappers, which are mere tables so far
-    if config.data.source == "files" and config.data.train is None:
-        raise BadInput(
-            "data.train is missing: with data.source = 'files', name the file of the training texts"
-        )
-    if config.data.source == "pydocs" and config.data.train is not None:
-        raise BadInput(
-            f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; "
-            "did you mean 'files'?"
-        )
+    _check_source(config.data)
     if config.partition.kind == "file" and config.partition.file is None:
         raise BadInput(
             "partition.file is missing: with partition.kind = 'file', "
@@ -245,6 +239,37 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             "name the class of a partitioner, such as 'PathologicalPartitioner'"
         )
     return config
+
+
+def _check_source(data: DataSection) -> None:
+    """Raise BadInput where the source lacks what it needs, or there is what another one needs."""
+    if data.source == "files" and data.train is None:
+        raise BadInput(
+            "data.train is missing: with data.source = 'files', name the file of the training texts"
+        )
+    if data.source == "hub" and data.name is None:
+        raise BadInput(
+            "data.name is missing: with data.source = 'hub', name the set, as 'fancyzhx/ag_news'"
+        )
+    others: list[tuple[str, str]] = []  # fields that the source does not use, and whose they are
+    if data.source == "pydocs":
+        others.append(("train", "files"))
+    if data.source == "hub":
+        others += [("train", "files"), ("validation", "files"), ("test", "files")]
+    else:
+        others += [("name", "hub"), ("config", "hub")]
+        others += [("validation_split", "hub"), ("test_split", "hub")]
+    for name, source in others:
+        setting = getattr(data, name)
+        if setting is not None:
+            raise BadInput(
+                f"data.{name} = {str(setting)!r} is not used by data.source = {data.source!r}; "
+                f"did you mean {source!r}?"
+            )
+    if data.labels is not None and data.source == "pydocs":
+        raise BadInput("data.labels is not used by data.source = 'pydocs', whose labels are known")
+    if data.labels == ():
+        raise BadInput("data.labels = []: name all labels, such as ['neg', 'pos'], or leave it out")
 
 
 def from_json(text: str, on_warning: OnWarning = lambda _: None) -> Config:
@@ -334,6 +359,8 @@ def _absolute(config: Config) -> Config:
         validation=data.validation and _full(data.validation),
         test=data.test and _full(data.test),
     )
+    if data.name is not None and _full(Path(data.name)).is_dir():
+        data = replace(data, name=str(_full(Path(data.name))))
     partition = replace(partition, file=partition.file and _full(partition.file))
     folder = _full(Path(model.name))
     if folder.is_dir():

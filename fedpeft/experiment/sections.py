@@ -1,4 +1,4 @@
-"""The sections of a configuration besides method, task, model, training and machine, field by field."""
+"""The sections of a configuration besides method, task, model, training and machine."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +13,34 @@ from fedpeft.mounting import Targets
 class DataSection:
     """Which texts.
 
-    Files are JSON (`.jsonl`, `.ndjson`, `.json`) or separated columns (`.csv`, `.tsv`), each also
-    with `.gz`. A pattern such as `data/*.jsonl` names several. Relative paths start at the folder
-    of the configuration file, `~` is the user's home.
+    Files are JSON (`.jsonl`, `.ndjson`, `.json`), separated columns (`.csv`, `.tsv`), Parquet
+    (`.parquet`, extra `data`), CoNLL's columns (`.conll`, `.bio`, `.iob`), each also with `.gz` or
+    `.zst` (extra `data`), or a folder with a folder of `.txt` files for each label. A pattern such
+    as `data/*.jsonl` names several files. Relative paths start at the folder of the configuration
+    file, `~` is the user's home. docs/data.md has an example of each.
     """
 
-    source: Literal["pydocs", "files"] = "pydocs"
-    """Where the texts come from: the docstrings of Python's own library, or files of yours."""
+    source: Literal["pydocs", "files", "hub"] = "pydocs"
+    """Where the texts come from: the docstrings of Python's own library, files of yours, or the
+    Hugging Face hub (extra `data`)."""
     train: Path | None = None
-    """The file of the training texts; needed with `source = "files"`."""
+    """The file of the training texts, or their folder; needed with `source = "files"`."""
     validation: Path | None = None
     """The file of the validation texts; left out, a part of train is held out."""
     test: Path | None = None
     """The file of the test texts; left out, a part of train is held out."""
+    name: str | None = None
+    """The set of the hub, such as `fancyzhx/ag_news`, or a folder that the package `datasets`
+    reads; needed with `source = "hub"`."""
+    config: str | None = None
+    """The configuration of the hub's set, where it has several."""
+    train_split: str = "train"
+    """The split of the hub's set with the training texts."""
+    validation_split: str | None = None
+    """The split of the hub's set with the validation texts; left out, a part of train is held
+    out."""
+    test_split: str | None = None
+    """The split of the hub's set with the test texts; left out, a part of train is held out."""
     text: str = "text"
     """The column that holds the text, of a classification."""
     text2: str | None = None
@@ -37,7 +52,7 @@ class DataSection:
     words: str = "tokens"
     """The column that holds the list of words, of `tagging`."""
     tags: str = "tags"
-    """The column that holds the list of the words' tags, of `tagging`: BIO, BIOES, IOB1 or types."""
+    """The column that holds the list of the words' tags, of `tagging`: BIO, BIOES, IOB1, types."""
     question: str = "question"
     """The column that holds the question, of `qa`."""
     context: str = "context"
@@ -46,6 +61,10 @@ class DataSection:
     """The column that holds the right answers, of `qa`: `{"text": [...], "answer_start": [...]}`, a
     list of `{"text": ..., "answer_start": ...}`, a list of texts or one text; empty where there is
     none."""
+    labels: tuple[str, ...] | None = None
+    """All labels in the order of the model's outputs, such as `["neg", "pos"]`; of `tagging` all
+    types of names, such as `["PER", "LOC"]`. The data may lack some, but hold no others. Left out:
+    those of train, sorted."""
     key: str | None = None
     """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None
@@ -76,7 +95,7 @@ class PartitionSection:
         "file",
         "flower",
     ] = "dirichlet"
-    """How rows are dealt: evenly at random, in sizes that differ, by Dirichlet shares of each label,
+    """How rows are dealt: evenly at random, in sizes that differ, by Dirichlet shares of labels,
     by labels that each client draws, in shards sorted by label, by Dirichlet shares of clusters of
     texts, by the column `data.key`, as a file says, or by a partitioner of Flower; see
     docs/partitions.md."""

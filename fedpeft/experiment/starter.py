@@ -176,7 +176,7 @@ def _profiled(train: Path) -> tuple[list[Column], str | None]:
         return _columns(paths, None), None
     except BadInput:
         # Another delimiter may do. Where it does not, the first error is the one to report.
-        if not all(ending(path) in SEPARATED for path in paths):
+        if paths[0].is_dir() or not all(ending(path) in SEPARATED for path in paths):
             raise
         for mark in MARKS:
             try:

@@ -19,6 +19,7 @@ from fedpeft.tasks.task import (
     TaskKind,
     examples_in,
 )
+from fedpeft.tasks.token_cache import TokenCache
 
 TASKS: Mapping[str, TaskKind] = {
     "classification": classification.KIND,
@@ -51,6 +52,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "TaskSection",
+    "TokenCache",
     "examples_in",
     "make_task",
 ]

@@ -209,13 +209,13 @@ def _matthews(correct: Tensor, predicted: Tensor, true: Tensor) -> float:
 
 
 def _names(dataset: Dataset) -> tuple[str, ...]:
-    """Return the labels of train; BadInput where there is one only."""
-    if len(dataset.labels) == 1:
+    """Return the labels that the user lists, else those of train; BadInput for one only."""
+    names = dataset.listed or dataset.labels
+    if len(names) == 1:
         raise BadInput(
-            f"{dataset.name}: every row has label {dataset.labels[0]!r}; "
-            "a classifier needs two or more"
+            f"{dataset.name}: every row has label {names[0]!r}; a classifier needs two or more"
         )
-    return dataset.labels
+    return names
 
 
 def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Classification:

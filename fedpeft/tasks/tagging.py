@@ -86,8 +86,8 @@ class Tagging:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The types of names, sorted."""
-        return tuple(sorted({label[2:] for label in self.labels if label != OUTSIDE}))
+        """The types of names, in the order of the labels."""
+        return tuple(dict.fromkeys(label[2:] for label in self.labels if label != OUTSIDE))
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
         """Return the task with the tokenizer that was loaded with its model.
@@ -358,24 +358,35 @@ def _types(rows: Rows) -> set[str]:
     """Return the types of all names in ``rows``."""
     types: set[str] = set()
     for tags in rows.columns["tags"]:
-        types |= {_parted(tag)[1] for tag in tags}
-    return types - {""}
+        types |= _types_of(tags)
+    return types
+
+
+def _types_of(tags: Sequence[str]) -> set[str]:
+    """Return the types of a sentence's names."""
+    return {_parted(tag)[1] for tag in tags} - {""}
 
 
 def _names(dataset: Dataset) -> tuple[str, ...]:
-    """Return the tags of train in BIO: ``O``, then both of each type.
+    """Return all tags in BIO: ``O``, then both of each type.
 
-    BadInput where there is no name in train, or one of another type in the other splits.
+    The types are those that the user lists, in that order, or else those of train, sorted. BadInput
+    where there is no name in train, where one of the other splits has another type, and for a list
+    of tags.
     """
-    known = _types(dataset.train)
-    if not known:
+    if not _types(dataset.train):
         raise BadInput(f"{dataset.name}: every tag of train is O; there is nothing to learn")
+    for name in dataset.listed:
+        if _parted(name) != ("", name):
+            raise BadInput(f"data.labels names the tag {name!r}; list types alone, such as 'PER'")
+    types = dataset.listed or sorted(_types(dataset.train))
+    known = set(types)
     for split, rows in (("validation", dataset.validation), ("test", dataset.test)):
         for unknown in sorted(_types(rows) - known):
-            listed = ", ".join(sorted(known))
+            listed = ", ".join(types)
             raise BadInput(f"{dataset.name}: {split} has names of type {unknown!r}, train {listed}")
     names = [OUTSIDE]
-    for type_name in sorted(known):
+    for type_name in types:
         names += [f"B-{type_name}", f"I-{type_name}"]
     return tuple(names)
 
@@ -384,12 +395,20 @@ def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Taggi
     return Tagging(names, max_length, primary(choice, METRICS))
 
 
+def _restored(kept: Any) -> Sentence:
+    """Return a sentence of which JSON has made lists."""
+    sentence, tags, first_tokens = kept
+    return Sentence(tuple(sentence), tuple(tags), tuple(first_tokens))
+
+
 KIND: Final = TaskKind(
     schema=Schema(
         columns=(Column("words", words), Column("tags", _read_tags)),
         label=_commonest_type,
         check=_check_lengths,
+        answers=lambda values: sorted(_types_of(values["tags"])),
     ),
     names=_names,
     make=_make,
+    restore=_restored,
 )

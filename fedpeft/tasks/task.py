@@ -233,11 +233,14 @@ class TaskKind:
 
     ``schema``: the columns that it reads. ``names``: a data set -> the names of the possible
     answers, in the order of the model's outputs; BadInput where they make no task.
+    ``restore``: what JSON makes of an example's source -> the source, so that encodings can be
+    kept; None where examples have none, or none that JSON can hold.
     """
 
     schema: Schema
     names: Callable[[Dataset], tuple[str, ...]]
     make: MakeTask
+    restore: Callable[[Any], Any] | None = None
 
 
 def primary(choice: TaskSection, metrics: Sequence[Metric]) -> Metric:

@@ -52,6 +52,9 @@ class Machine:
     cache: Annotated[int, Ge(0)] = 512
     """Megabytes (10^6 bytes) of cached hidden states of frozen blocks, kept between rounds where
     the base has no dropout and texts come again often enough; 0 keeps none."""
+    token_cache: Annotated[int, Ge(0)] = 512
+    """Megabytes (10^6 bytes) of tokenised texts in the user's cache folder, kept between runs; 0
+    keeps none."""
 
 
 OLD_NAMES: Final[Mapping[str, str]] = {"cohort": "stack", "grain": "pad_to_multiple_of"}
