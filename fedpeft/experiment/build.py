@@ -326,13 +326,9 @@ def _visits_per_text(config: Config, texts: Mapping[int, Encoded]) -> float:
 def read_data(config: Config) -> data.Dataset:
     """Return the data that the settings name, as their task reads it."""
     choice = config.data
-    if choice.train is None:  # with source "files" it is required, which the settings have checked
-        if config.task.kind != "classification":
-            raise BadInput(
-                f"task.kind = {config.task.kind!r}: data.source = 'pydocs' holds texts with one "
-                "label each; name files of yours in data.train"
-            )
-        return data.pydocs()
+    if choice.source in data.BUILT_IN:
+        return _built_in(data.BUILT_IN[choice.source], config.task.kind)
+    assert choice.train is not None  # checked with the settings
     schema = TASKS[config.task.kind].schema
     names: dict[str, str] = {}
     for column in schema.columns:
@@ -351,6 +347,22 @@ def read_data(config: Config) -> data.Dataset:
         validation_fraction=choice.validation_fraction,
         test_fraction=choice.test_fraction,
     )
+
+
+def _built_in(source: data.Collection, kind: str) -> data.Dataset:
+    """Return data that come with Python; BadInput where a task of that kind does not read them."""
+    readers: list[str] = []
+    for name, task_kind in TASKS.items():
+        read = {column.role for column in task_kind.schema.columns}
+        if read.issuperset(source.columns):
+            readers.append(name)
+    if kind not in readers:
+        raise BadInput(
+            f"task.kind = {kind!r}: data.source = {source.name!r} has the columns "
+            f"{', '.join(source.columns)}, for {' or '.join(readers)}; "
+            "name files of yours in data.train"
+        )
+    return source.dataset(seed=0)
 
 
 def divide(config: Config, dataset: data.Dataset) -> data.Partition:

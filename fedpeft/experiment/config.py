@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 
 from annotated_types import Ge, Le
 
+from fedpeft.data import BUILT_IN
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import Tree, adapter, check_finite, checked, nearest
 from fedpeft.experiment.sections import (
@@ -228,9 +229,10 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
         raise BadInput(
             "data.train is missing: with data.source = 'files', name the file of the training texts"
         )
-    if config.data.source == "pydocs" and config.data.train is not None:
+    if config.data.source in BUILT_IN and config.data.train is not None:
         raise BadInput(
-            f"data.train = {str(config.data.train)!r} is not used by data.source = 'pydocs'; "
+            f"data.train = {str(config.data.train)!r} is not used by "
+            f"data.source = {config.data.source!r}; "
             "did you mean 'files'?"
         )
     if config.partition.kind == "file" and config.partition.file is None:
@@ -329,9 +331,9 @@ def _absolute(config: Config) -> Config:
         test=data.test and _full(data.test),
     )
     partition = replace(partition, file=partition.file and _full(partition.file))
-    folder = _full(Path(model.name))
-    if folder.is_dir():
-        model = replace(model, name=str(folder))
+    place = _full(Path(model.name))  # a folder or a GGUF file
+    if place.exists():
+        model = replace(model, name=str(place))
     return replace(config, data=data, partition=partition, model=model)
 
 

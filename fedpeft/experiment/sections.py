@@ -18,8 +18,9 @@ class DataSection:
     of the configuration file, `~` is the user's home.
     """
 
-    source: Literal["pydocs", "files"] = "pydocs"
-    """Where the texts come from: the docstrings of Python's own library, or files of yours."""
+    source: Literal["pydocs", "pycode", "files"] = "pydocs"
+    """Where the texts come from: the docstrings of Python's own library (`pydocs`), its functions with
+    what each one does (`pycode`, of `causal_lm`), or files of yours."""
     train: Path | None = None
     """The file of the training texts; needed with `source = "files"`."""
     validation: Path | None = None

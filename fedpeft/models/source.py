@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fedpeft.errors import BadInput
 from fedpeft.models.causes import absent, cause, chain, line, quiet
-from fedpeft.models.choice import ModelSection, locate
+from fedpeft.models.choice import ModelSection
+from fedpeft.models.gguf import located
 from fedpeft.models.hub import fetched, unfetched
 
 ADAPTER: Final = "adapter_config.json"
@@ -138,7 +139,7 @@ class Source:
 
 def find(choice: ModelSection, auto_class: str) -> Source:
     """Return where the files of the chosen model are; a name of none raises BadInput."""
-    location = locate(choice.name)
+    location = located(choice.name)
     folder = Path(location)
     if not folder.is_dir():  # an id on the hub
         return Source(choice.name, fetched(location), choice.trust_remote_code, auto_class)

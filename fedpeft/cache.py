@@ -1,0 +1,29 @@
+"""Our folder in the user's cache: what took long to make, and can be made again at any time."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return our folder in the user's cache (XDG Base Directory Specification).
+
+    For a user without a home it is a path that nobody can create.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeft"
+    except RuntimeError:  # Path.home, of a user without a home
+        return Path(os.devnull) / "fedpeft"
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file of the cache whole, or not at all where that is not possible."""
+    # Several processes may get here at once, so each writes a file of its own and renames it.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
