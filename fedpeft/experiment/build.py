@@ -330,12 +330,9 @@ def read_data(config: Config) -> data.Dataset:
         return _built_in(data.BUILT_IN[choice.source], config.task.kind)
     assert choice.train is not None  # checked with the settings
     schema = TASKS[config.task.kind].schema
-    names: dict[str, str] = {}
-    for column in schema.columns:
-        name = getattr(choice, column.role)
-        if name is not None:
-            names[column.role] = name
-    if choice.label is not None or schema.label is None:
+    named = {column.role: getattr(choice, column.role) for column in schema.columns}
+    names = schema.read(named)
+    if choice.label is not None or (schema.is_labelled and schema.label is None):
         names[data.LABEL] = choice.label or data.LABEL
     if choice.key is not None:
         names[data.KEY] = choice.key

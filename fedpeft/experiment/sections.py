@@ -34,11 +34,20 @@ class DataSection:
     label: str | None = None
     """The column that holds the label: the answer of a classification, there `label` where left
     out; otherwise what partitions by label divide by. Left out, `tagging` takes the type of most
-    names in a sentence."""
+    names in a sentence, and `causal_lm` has none."""
     words: str = "tokens"
     """The column that holds the list of words, of `tagging`."""
     tags: str = "tags"
     """The column that holds the list of the words' tags, of `tagging`: BIO, BIOES, IOB1 or types."""
+    prompt: str = "prompt"
+    """The column that holds the prompt, of `causal_lm`."""
+    input: str | None = None
+    """The column that holds what a prompt is about, appended to it, of `causal_lm`."""
+    response: str = "response"
+    """The column that holds the response to a prompt, of `causal_lm`."""
+    messages: str | None = None
+    """The column that holds a list of `{"role", "content"}`, of `causal_lm`, instead of prompt and
+    response; the last message of the assistant is the response."""
     key: str | None = None
     """The column that names each row's natural client, for `partition.kind = "by_key"`."""
     delimiter: str | None = None

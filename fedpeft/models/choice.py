@@ -34,6 +34,9 @@ class ModelSection:
     """Dropout in every layer of the base; 0 makes the frozen layers deterministic."""
     max_length: Annotated[int, Ge(1)] = 64
     """Tokens kept of a text."""
+    checkpointing: bool = False
+    """Compute every block once more in the backward pass instead of keeping what is inside it: a
+    third more work for much less memory (gradient checkpointing)."""
     trust_remote_code: bool = False
     """Run the Python files that a model brings along; without it a model that needs them is
     refused."""

@@ -92,7 +92,8 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
-    merged_model = copy.deepcopy(model)
+    # In float32, as the differences are: a large model may be kept in bf16.
+    merged_model = copy.deepcopy(model).float()
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
         merged_model.get_parameter(name).copy_(tensor)

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedpeft.tasks import classification, tagging
+from fedpeft.tasks import causal_lm, classification, tagging
+from fedpeft.tasks.causal_lm import CausalLM
 from fedpeft.tasks.choice import TaskSection
 from fedpeft.tasks.classification import Classification
 from fedpeft.tasks.tagging import Tagging
@@ -22,6 +23,7 @@ from fedpeft.tasks.task import (
 TASKS: Mapping[str, TaskKind] = {
     "classification": classification.KIND,
     "tagging": tagging.KIND,
+    "causal_lm": causal_lm.KIND,
 }
 """Every task that ``task.kind`` can name."""
 
@@ -37,6 +39,7 @@ def make_task(choice: TaskSection, names: Sequence[str], max_length: int) -> Tas
 __all__ = [
     "TASKS",
     "Batch",
+    "CausalLM",
     "Classification",
     "Counts",
     "Encoded",
