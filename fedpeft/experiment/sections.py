@@ -101,6 +101,8 @@ class EvaluationSection:
 
     every: Annotated[int, Ge(1)] = 5
     """Rounds between two evaluations; the last round is followed by one in any case."""
+    start: bool = False
+    """Also score what the first round starts from."""
     limit: Annotated[int, Ge(1)] | None = None
     """Texts that are scored; left out: all of the split."""
     split: Literal["validation", "test"] = "test"
