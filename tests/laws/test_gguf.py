@@ -90,20 +90,18 @@ def write(file: Path, kind: Kind = Kind.F32, arch: str = "llama", without: str =
     for name, parameter in plain.named_parameters():
         layer, _, part = name.rpartition(".")
         theirs = f"{names.get_name(layer)}.{part}"
-        values = parameter.detach().numpy()
+        values: np.ndarray[Any, Any] = parameter.detach().numpy()
+        packed, stored_as = values, Kind.F32
         if values.ndim == 2:
-            packed = gguf.quantize(values, kind)
+            packed, stored_as = gguf.quantize(values, kind), kind
             # What the file holds of them is what both models compute with.
             parameter.data = torch.tensor(gguf.dequantize(packed, kind))
             if "q_proj" in name:
                 packed = interleaved(packed, HEADS)
             if "k_proj" in name:
                 packed = interleaved(packed, KEY_VALUE_HEADS)
-        else:
-            packed, kind_here = values, Kind.F32
-        kind_here = kind if values.ndim == 2 else Kind.F32
         if theirs != without:
-            writer.add_tensor(theirs, packed, raw_dtype=kind_here)
+            writer.add_tensor(theirs, packed, raw_dtype=stored_as)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -129,7 +127,7 @@ def folders(cache: Path) -> list[str]:
 
 
 def refusal(file: Path, *needles: str) -> None:
-    """Assert that a file is refused in one line that holds ``needles``, and that nothing stays."""
+    """Assert that a file is refused in one line that holds ``needles``."""
     with pytest.raises(BadInput) as caught:
         located(str(file))
     line = str(caught.value)

@@ -10,6 +10,8 @@ import pytest
 import fedpeft.data
 from fedpeft.data import Dataset, pycode
 from fedpeft.errors import BadInput
+from fedpeft.experiment.build import read_data
+from fedpeft.experiment.config import from_tree
 
 CHAPTERS = tomllib.loads(
     Path(fedpeft.data.__file__).with_name("chapters.toml").read_text(encoding="utf-8")
@@ -177,3 +179,15 @@ def test_prompts_are_the_beginnings_of_code(data: Dataset) -> None:
             continue
         whole += 1
     assert whole >= 0.7 * len(data.test)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "reader"),
+    [("pycode", "classification", "causal_lm"), ("pydocs", "tagging", "classification")],
+)
+def test_data_of_another_task_is_refused_with_the_right_one(
+    source: str, kind: str, reader: str
+) -> None:
+    config = from_tree({"data": {"source": source}, "task": {"kind": kind}})
+    with pytest.raises(BadInput, match=f"task.kind = '{kind}': .*'{source}' .* for {reader}"):
+        read_data(config)
