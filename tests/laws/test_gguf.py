@@ -12,9 +12,10 @@ import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
 
 from fedpeft.errors import BadInput
 from fedpeft.models import ModelSection, choice, load, locate
@@ -26,7 +27,7 @@ from fedpeft.training.hardware import Hardware
 CPU = Hardware("cpu", "fp32", "eager", 1)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll"]
-TOKENS = [*SPECIAL, *bytes_to_unicode().values(), "he", "ll", "hell"]
+TOKENS = [*SPECIAL, *sorted(ByteLevel.alphabet()), "he", "ll", "hell"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 HEADS, KEY_VALUE_HEADS = 4, 2
 TEXT = "hello, wörld"
