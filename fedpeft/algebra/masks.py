@@ -1,18 +1,22 @@
 """Seeded masks: which entries of a matrix a sparse method trains; both sides know the seed."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fedpeft.seeds import generator
 
 
+@lru_cache(maxsize=1024)
 def positions(
     shape: torch.Size | tuple[int, ...], density: float, seed: int, module: str
 ) -> Tensor:
     """Return the sorted flat positions, (n,) int64, of the entries that are trained; at least one.
 
     ``density``: their share. One random, data-independent draw without replacement per matrix
-    (SLoRA, section 4: uniform density over layers).
+    (SLoRA, section 4: uniform density over layers). It is drawn once and kept for the rounds to
+    come: nobody may write into it.
 
     >>> len(positions((4, 5), density=0.1, seed=0, module="query"))
     2
@@ -20,8 +24,10 @@ def positions(
     # Every party draws the same mask from the seed, so positions never travel.
     size = shape[0] * shape[1]
     count = max(1, round(density * size))
-    order = torch.randperm(size, generator=generator(seed, "mask", module))
-    return order[:count].sort().values
+    # Whoever asks first, training needs it to be no inference tensor.
+    with torch.inference_mode(mode=False):
+        order = torch.randperm(size, generator=generator(seed, "mask", module))
+        return order[:count].sort().values
 
 
 def scatter(values: Tensor, where: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -31,7 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console(emoji=False)
-DEMO = Path(str(files("fedpeft") / "demo.toml"))
+DEMOS = {"encoder": "demo.toml", "llm": "demo_llm.toml"}
+"""The built-in comparisons: name -> file in the package."""
 
 Config = Annotated[Path, typer.Argument(help="A TOML file.", show_default=False)]
 Folder = Annotated[
@@ -173,8 +174,13 @@ def resume(run: Folder) -> None:
 @app.command()
 def compare(
     config: Annotated[
-        Path, typer.Argument(help="A TOML file; default: the built-in demo.", show_default=False)
-    ] = DEMO,
+        Path | None,
+        typer.Argument(help="A TOML file; default: the built-in demo.", show_default=False),
+    ] = None,
+    demo: Annotated[
+        Literal["encoder", "llm"] | None,
+        typer.Option(help="Which demo: MiniLM on docstrings (default), or SmolLM2 on functions."),
+    ] = None,
     methods: Annotated[str, typer.Option(help="Comma-separated, instead of compare.methods.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated, instead of compare.seeds.")] = "",
     settings: Set = [],
@@ -197,7 +203,10 @@ def compare(
         extra.append(f"compare.methods={arguments.names(methods)!r}")
     if seeds:
         extra.append(f"compare.seeds={arguments.seeds(seeds)}")
-    planned = plan(_settings(config, [*extra, *settings]))
+    if config and demo:
+        raise BadInput(f"--demo {demo}: is run instead of a file; leave out {config}, or --demo")
+    chosen = config or Path(str(files("fedpeft") / DEMOS[demo or "encoder"]))
+    planned = plan(_settings(chosen, [*extra, *settings]))
     root = runs / f"{planned[0].config.name}-compare"
     folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
@@ -362,16 +371,25 @@ def predict(
             help="The second text of each pair, or the one with the answers.", show_default=False
         ),
     ] = None,
+    before: Annotated[
+        bool, typer.Option("--before", help="Also what the model said before it was tuned.")
+    ] = False,
 ) -> None:
     """Answer texts with what a run has learnt: their labels, the names in them, or answers."""
     from fedpeft.experiment.trained import open_run
     from fedpeft.report.names import literal
 
-    answers: Sequence[Any] = open_run(run, _say).predict(texts, context)  # named tuples
-    table = Table(*answers[0]._fields, "text", box=None)
-    for text, answer in zip(texts, answers, strict=True):
+    trained = open_run(run, _say)
+    answers: Sequence[Any] = trained.predict(texts, context)  # named tuples
+    columns, rows = [*answers[0]._fields], [[*answer] for answer in answers]
+    if before:
+        columns += [f"{name} before" for name in columns]
+        for row, answer in zip(rows, trained.untuned().predict(texts, context), strict=True):
+            row.extend(answer)
+    table = Table(*columns, "text", box=None)
+    for text, row in zip(texts, rows, strict=True):
         cells: list[Text | str] = []
-        for value in answer:
+        for value in row:
             cells.append(f"{value:.3f}" if isinstance(value, float) else Text(literal(str(value))))
         table.add_row(*cells, Text(text))
     out.print(table)

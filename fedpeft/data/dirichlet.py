@@ -56,7 +56,8 @@ def shares(
             return share
     raise BadInput(
         f"partition.{field} = {alpha}: {ATTEMPTS} draws of shares for "
-        f"partition.clients = {clients} left some client with less than partition.min_examples = {min_examples} "
+        f"partition.clients = {clients} left some client with less than "
+        f"partition.min_examples = {min_examples} "
         f"of {sizes.sum()}; raise {field} or lower the other two"
     )
 

@@ -19,11 +19,13 @@ class Column:
 
     ``role``: what the task calls it; ``data.<role>`` of the configuration names it in the files.
     ``parse``: a value as JSON gives it -> what the task works with; a ValueError says what is wrong
-    with the value, as in ``must be a string, not 5``.
+    with the value, as in ``must be a string, not 5``. ``instead_of``: the roles of columns that are
+    not read where this one is named.
     """
 
     role: str
     parse: Callable[[Any], Any]
+    instead_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Schema:
     settled by the configuration, which gives a name to each that is read.
 
     ``label``: how a record gets the label that partitions divide by, where no column is named for
-    it: from its parsed values. None where a column has to hold it. ``check``: says what is wrong
+    it: from its parsed values. None where a column has to hold it.
+    ``is_labelled``: whether every record has a label; otherwise rows have one only where a column
+    is named for it. ``check``: says what is wrong
     between the values of a record, or returns an empty string; None where nothing can be wrong.
 
     ``answers``: the names in a record that ``data.labels`` has to list, where these are not its
@@ -43,8 +47,27 @@ class Schema:
 
     columns: tuple[Column, ...]
     label: Callable[[Values], str] | None = None
+    is_labelled: bool = True
     check: Callable[[Values], str] | None = None
     answers: Callable[[Values], Iterable[str]] | None = None
+
+    def read(self, names: Mapping[str, str | None]) -> dict[str, str]:
+        """Return role -> name of the columns that are read, of all ``names`` that there are.
+
+        >>> said = Column("messages", text, instead_of=("prompt",))
+        >>> Schema((Column("prompt", text), said)).read({"prompt": "p", "messages": "m"})
+        {'messages': 'm'}
+        """
+        replaced: set[str] = set()
+        for column in self.columns:
+            if names[column.role] is not None:
+                replaced.update(column.instead_of)
+        chosen: dict[str, str] = {}
+        for column in self.columns:
+            name = names[column.role]
+            if name is not None and column.role not in replaced:
+                chosen[column.role] = name
+        return chosen
 
 
 def text(value: Any) -> str:

@@ -1,6 +1,7 @@
-"""The folder in which this package keeps, between runs, what it can make again."""
+"""Our folder in the user's cache: what took long to make, and can be made again at any time."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,3 +14,16 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpeft"
     except RuntimeError:  # Path.home, of a user without a home
         return Path(os.devnull) / "fedpeft"
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write a file of the cache whole, or not at all where that is not possible."""
+    # Several processes may get here at once, so each writes a file of its own and renames it.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()

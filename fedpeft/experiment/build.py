@@ -344,20 +344,12 @@ def _visits_per_text(config: Config, texts: Mapping[int, Encoded]) -> float:
 def read_data(config: Config) -> data.Dataset:
     """Return the data that the settings name, as their task reads it."""
     choice = config.data
-    if choice.source == "pydocs":
-        if config.task.kind != "classification":
-            raise BadInput(
-                f"task.kind = {config.task.kind!r}: data.source = 'pydocs' holds texts with one "
-                "label each; name files of yours in data.train"
-            )
-        return data.pydocs()
+    if choice.source in data.BUILT_IN:
+        return _built_in(data.BUILT_IN[choice.source], config.task.kind)
     schema = TASKS[config.task.kind].schema
-    names: dict[str, str] = {}
-    for column in schema.columns:
-        name = getattr(choice, column.role)
-        if name is not None:
-            names[column.role] = name
-    if choice.label is not None or schema.label is None:
+    named = {column.role: getattr(choice, column.role) for column in schema.columns}
+    names = schema.read(named)
+    if choice.label is not None or (schema.is_labelled and schema.label is None):
         names[data.LABEL] = choice.label or data.LABEL
     if choice.key is not None:
         names[data.KEY] = choice.key
@@ -385,6 +377,22 @@ def read_data(config: Config) -> data.Dataset:
         validation_fraction=choice.validation_fraction,
         test_fraction=choice.test_fraction,
     )
+
+
+def _built_in(source: data.Collection, kind: str) -> data.Dataset:
+    """Return data that come with Python; BadInput where a task of that kind does not read them."""
+    readers: list[str] = []
+    for name, task_kind in TASKS.items():
+        read = {column.role for column in task_kind.schema.columns}
+        if read.issuperset(source.columns):
+            readers.append(name)
+    if kind not in readers:
+        raise BadInput(
+            f"task.kind = {kind!r}: data.source = {source.name!r} has the columns "
+            f"{', '.join(source.columns)}, for {' or '.join(readers)}; "
+            "name files of yours in data.train"
+        )
+    return source.dataset(seed=0)
 
 
 def divide(  # noqa: C901, PLR0911 - one case a kind

@@ -362,9 +362,9 @@ def _absolute(config: Config) -> Config:
     if data.name is not None and _full(Path(data.name)).is_dir():
         data = replace(data, name=str(_full(Path(data.name))))
     partition = replace(partition, file=partition.file and _full(partition.file))
-    folder = _full(Path(model.name))
-    if folder.is_dir():
-        model = replace(model, name=str(folder))
+    place = _full(Path(model.name))  # a folder or a GGUF file
+    if place.exists():
+        model = replace(model, name=str(place))
     return replace(config, data=data, partition=partition, model=model)
 
 

@@ -228,6 +228,8 @@ def _run_rounds(
     def body(engine: Engine) -> State:
         state = begin.state  # what is returned where no round is left
         with Recorder(federation, folder, begin, on_progress) as recorder:
+            if config.evaluation.start and begin.state.round == 0:
+                recorder.record(evaluation_row(federation, begin.state, engine, begin.memories))
             for state in federate(
                 federation.method,
                 begin.state,

@@ -20,9 +20,10 @@ class DataSection:
     file, `~` is the user's home. docs/data.md has an example of each.
     """
 
-    source: Literal["pydocs", "files", "hub"] = "pydocs"
-    """Where the texts come from: the docstrings of Python's own library, files of yours, or the
-    Hugging Face hub (extra `data`)."""
+    source: Literal["pydocs", "pycode", "files", "hub"] = "pydocs"
+    """Where the texts come from: the docstrings of Python's own library (`pydocs`), its functions
+    with what each one does (`pycode`, of `causal_lm`), files of yours, or the Hugging Face hub
+    (extra `data`)."""
     train: Path | None = None
     """The file of the training texts, or their folder; needed with `source = "files"`."""
     validation: Path | None = None
@@ -48,7 +49,7 @@ class DataSection:
     label: str | None = None
     """The column that holds the label: the answer of a classification, there `label` where left
     out; otherwise what partitions by label divide by. Left out, `tagging` takes the type of most
-    names in a sentence, `qa` the question word."""
+    names in a sentence, `qa` the question word, and `causal_lm` has none."""
     words: str = "tokens"
     """The column that holds the list of words, of `tagging`."""
     tags: str = "tags"
@@ -61,6 +62,15 @@ class DataSection:
     """The column that holds the right answers, of `qa`: `{"text": [...], "answer_start": [...]}`, a
     list of `{"text": ..., "answer_start": ...}`, a list of texts or one text; empty where there is
     none."""
+    prompt: str = "prompt"
+    """The column that holds the prompt, of `causal_lm`."""
+    input: str | None = None
+    """The column that holds what a prompt is about, appended to it, of `causal_lm`."""
+    response: str = "response"
+    """The column that holds the response to a prompt, of `causal_lm`."""
+    messages: str | None = None
+    """The column that holds a list of `{"role", "content"}`, of `causal_lm`, instead of prompt and
+    response; the last message of the assistant is the response."""
     labels: tuple[str, ...] | None = None
     """All labels in the order of the model's outputs, such as `["neg", "pos"]`; of `tagging` all
     types of names, such as `["PER", "LOC"]`. The data may lack some, but hold no others. Left out:
@@ -141,6 +151,8 @@ class EvaluationSection:
 
     every: Annotated[int, Ge(1)] = 5
     """Rounds between two evaluations; the last round is followed by one in any case."""
+    start: bool = False
+    """Also score what the first round starts from."""
     limit: Annotated[int, Ge(1)] | None = None
     """Texts that are scored; left out: all of the split."""
     split: Literal["validation", "test"] = "test"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -53,6 +53,10 @@ class Trained:
         with self.mounted():
             outputs = predictions(self.loaded.model, self.task, examples, self.hardware)
         return self.task.answers(outputs, examples)
+
+    def untuned(self) -> "Trained":
+        """Return the same model before the first round, with nothing learnt yet."""
+        return replace(self, state=self.method.init(self.loaded.base, self.config.seed))
 
     def export(self, folder: Path | str, *, merge: bool = False) -> None:
         """Write the adapters as a folder for peft.

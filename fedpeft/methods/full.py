@@ -30,7 +30,7 @@ class Full:
     def init(self, base: Base, seed: int) -> State:
         """Start from the pre-trained parameters and the head drawn from the seed."""
         del seed  # the head in ``base`` has been drawn from it already
-        return State(0, base.parameters)
+        return State(0, dict(base.parameters))
 
     def send(self, state: State, client: Client) -> Payload:
         """Send every parameter."""

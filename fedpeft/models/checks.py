@@ -10,11 +10,10 @@ from fedpeft.models.causes import cause
 from fedpeft.models.choice import ModelSection
 from fedpeft.models.padding import embedding_rows
 from fedpeft.tasks import Task
+from fedpeft.training.hardware import Hardware
 
 ROLES: Final = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """Special tokens that stand in texts; a family may name others, such as the place of an image."""
-TRIAL: Final = ("a", "some more words, so that the first text is padded")
-"""Texts on which a model is tried: two of unequal length, so that padding is tried as well."""
 
 
 def check_vocabulary(tokenizer: Any, model: nn.Module, choice: ModelSection) -> None:
@@ -60,25 +59,18 @@ def check_lengths(tokenizer: Any, model: nn.Module, choice: ModelSection) -> Non
 def try_out(
     task: Task,
     model: nn.Module,
-    device: torch.device,
+    hardware: Hardware,
     choice: ModelSection,
 ) -> None:
-    """Raise BadInput where the model cannot tell the labels of two short texts."""
-    context = TRIAL[0] if task.form.needs_context else None
-    texts = task.encode(task.unanswered(TRIAL, context))
-    # 1. Does it run at all?
+    """Raise BadInput where the model does not fit the task, as two short texts show."""
     try:
-        with torch.no_grad():
-            outputs = task.predict(model, task.collate(texts, device))
+        with torch.no_grad(), hardware.computing(model), hardware.autocast():
+            why = task.trial(model, hardware.torch_device)
     except Exception as error:  # whatever the code of a family raises
-        why = f"it cannot read a text: {cause(error)}"
-        raise BadInput(f"model.name = {choice.name!r}: {why}") from error
-    # 2. Has it a row for each text and a column for each label, (2, ..., outputs)?
-    for name, tensor in outputs.items():
-        if len(tensor) != len(texts) or tensor.shape[-1] != task.form.outputs:
-            shape = f"{tuple(tensor.shape)} {name}"
-            why = f"it gives {shape} for {len(texts)} texts and {task.form.outputs} labels"
-            raise BadInput(f"model.name = {choice.name!r}: {why}; choose a text classifier")
+        unread = f"it cannot read a text: {cause(error)}"
+        raise BadInput(f"model.name = {choice.name!r}: {unread}") from error
+    if why:
+        raise BadInput(f"model.name = {choice.name!r}: {why}")
 
 
 def _longest(tokenizer: Any, model: nn.Module) -> int:

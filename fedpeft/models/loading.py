@@ -1,24 +1,29 @@
-"""Load a classifier from a package, a folder or the hub: frozen, with its tokenizer and head."""
+"""Load a model from a package, a folder or the hub: frozen, with its tokenizer and head."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Final
 
+import torch
 from torch import nn
 
+from fedpeft.models.checkpointing import checkpoint_blocks
 from fedpeft.models.checks import check_lengths, check_vocabulary, try_out
 from fedpeft.models.choice import ModelSection
 from fedpeft.models.heads import fit, notes, reorder, same
 from fedpeft.models.padding import settle_padding
 from fedpeft.models.source import find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
-from fedpeft.mounting import describe
+from fedpeft.mounting import describe, keep_matrices_in
 from fedpeft.seeds import derive
 from fedpeft.tasks import ModelForm, Task
 from fedpeft.training.hardware import Hardware, Kernels
 from fedpeft.types import Base
+
+LARGE: Final = 100_000_000
+"""Parameters beyond which a model that computes in bf16 has no float32 copy beside it."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,9 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     _set_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
-    model, report = source.weights(config, hardware.attention, draw)
-    head_fit = fit(model, report, choice.name)
+    is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
+    model, report = source.weights(config, hardware.attention, draw, as_stored=is_large)
+    head_fit = fit(model, report, choice.name, head_is_trained=task.form.head_is_trained)
     drawn = head_fit.lacking
     if not labels:
         pass  # outputs without names, as start and end of an answer: a head for them is kept
@@ -81,14 +87,28 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     check_lengths(tokenizer, model, choice)
     # 4. Freeze it. The digest comes before the move: it reads the checkpoint's bytes on the CPU.
     model.requires_grad_(False)
+    digest = _digest(model, drawn)
+    if is_large:
+        keep_matrices_in(model, torch.bfloat16, head_fit.head)
+    if choice.checkpointing:
+        checkpoint_blocks(model, choice)
     if task.form.reads == "summary":
         spare_last_block(model)
         pad_on_the_left(model)
-    base = describe(model, head_fit.head)
-    digest = _digest(base, drawn)
+    base = describe(model, head_fit.head, without=_frozen_output(model, task.form))
     model = model.to(hardware.torch_device)
-    try_out(task.with_tokenizer(tokenizer), model, hardware.torch_device, choice)
+    try_out(task.with_tokenizer(tokenizer), model, hardware, choice)
     return Loaded(model, tokenizer, base, digest, task.form, said)
+
+
+def _frozen_output(model: Any, form: ModelForm) -> nn.Module | None:
+    """Return the output layer where it belongs to the frozen base; None where a task trains it."""
+    if form.head_is_trained:
+        return None
+    # It may share its weight with the embeddings, and has a row for every token: as in peft it is
+    # not adapted with all linear layers.
+    layer: nn.Module | None = model.get_output_embeddings()
+    return layer
 
 
 def _set_labels(config: Any, labels: Sequence[str]) -> None:
@@ -114,10 +134,15 @@ def _set_dropout(config: Any, probability: float) -> None:
                 setattr(part, name, probability)
 
 
-def _digest(base: Base, drawn: frozenset[str]) -> str:
-    """Return a digest of the checkpoint's parameters, without what was ``drawn`` from the seed."""
+def _digest(model: nn.Module, drawn: frozenset[str]) -> str:
+    """Return a digest of the checkpoint's parameters, without what was ``drawn`` from the seed.
+
+    Of their values in float32, whatever the number format in which they are stored.
+    """
     hasher = blake2b(digest_size=16)
-    for name in sorted(base.parameters.keys() - drawn):
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters.keys() - drawn):
         hasher.update(name.encode())
-        hasher.update(base.parameters[name].contiguous().numpy().tobytes())
+        values = parameters[name].detach().float().contiguous()
+        hasher.update(values.numpy().tobytes())
     return hasher.hexdigest()

@@ -1,5 +1,6 @@
 """Read configuration, weights and tokenizer with transformers; whatever fails becomes one line."""
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from fedpeft.errors import BadInput
 from fedpeft.models.causes import absent, cause, chain, line, quiet
-from fedpeft.models.choice import ModelSection, locate
+from fedpeft.models.choice import ModelSection
+from fedpeft.models.gguf import located
 from fedpeft.models.hub import fetched, unfetched
 
 ADAPTER: Final = "adapter_config.json"
@@ -61,15 +63,17 @@ class Source:
         elif type(config) in self._auto()._model_mapping:
             kind = self._auto()._model_mapping[type(config)]
         if kind is None:
-            why = f"transformers has no text classifier of type {config.model_type!r}"
+            why = f"transformers has no {_words(self.auto_class)} of type {config.model_type!r}"
             raise BadInput(f"model.name = {self.name!r}: {why}; choose another model")
         return bool(kind._supports_sdpa)
 
-    def weights(self, config: Any, attention: str, seed: int) -> tuple[Any, Mapping[str, Any]]:
-        """Return a classifier in float32, and transformers' report on what the checkpoint lacks.
+    def weights(
+        self, config: Any, attention: str, seed: int, *, as_stored: bool = False
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Return a model in float32, and transformers' report on what the checkpoint lacks.
 
         Missing parameters are drawn from ``seed``. A parameter that has another shape in the
-        checkpoint counts as missing.
+        checkpoint counts as missing. ``as_stored``: in the number format of the checkpoint instead.
         """
         # transformers draws from torch's global generator, which is put back afterwards.
         with self._reading("weights"), torch.random.fork_rng():
@@ -78,12 +82,19 @@ class Source:
                 self.place,
                 config=config,
                 attn_implementation=attention,
-                dtype=torch.float32,
+                dtype="auto" if as_stored else torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=self.trusted,
             )
         return model, report
+
+    def num_parameters(self, config: Any) -> int:
+        """Return how many parameters the model of a configuration has, without loading any."""
+        # On the meta device tensors have shapes and no memory.
+        with self._reading("configuration"), torch.random.fork_rng(), torch.device("meta"):
+            model = self._auto().from_config(copy.deepcopy(config), trust_remote_code=self.trusted)
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def redrawn(self, model: Any, names: Collection[str], seed: int) -> Any:
         """Return ``model`` with the parameters ``names`` drawn as if the checkpoint lacked them."""
@@ -138,7 +149,7 @@ class Source:
 
 def find(choice: ModelSection, auto_class: str) -> Source:
     """Return where the files of the chosen model are; a name of none raises BadInput."""
-    location = locate(choice.name)
+    location = located(choice.name)
     folder = Path(location)
     if not folder.is_dir():  # an id on the hub
         return Source(choice.name, fetched(location), choice.trust_remote_code, auto_class)
@@ -151,6 +162,17 @@ def find(choice: ModelSection, auto_class: str) -> Source:
         why = "holds no model, as it has no config.json"
         raise BadInput(f"model.name = {choice.name!r}: {why}; give another folder or a hub id")
     return Source(choice.name, location, choice.trust_remote_code, auto_class)
+
+
+def _words(auto_class: str) -> str:
+    """Return what a class of transformers loads, in words.
+
+    >>> _words("AutoModelForCausalLM")
+    'model for CausalLM'
+    """
+    if auto_class == "AutoModelForSequenceClassification":
+        return "text classifier"
+    return auto_class.replace("AutoModelFor", "model for ")
 
 
 def _base_of(folder: Path) -> str:

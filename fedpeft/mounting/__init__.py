@@ -11,7 +11,7 @@ from fedpeft.mounting.mount import (
     specs,
     trainable,
 )
-from fedpeft.mounting.precision import cast_once
+from fedpeft.mounting.precision import cast_once, keep_matrices_in
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
 
@@ -23,6 +23,7 @@ __all__ = [
     "dense_layer",
     "describe",
     "detached",
+    "keep_matrices_in",
     "mounted",
     "mounted_deltas",
     "oriented",

@@ -1,8 +1,9 @@
 """The dense layers of a model, found by type, and the choice of those that are adapted."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from typing import final
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -73,18 +74,38 @@ def oriented(model: nn.Module, name: str, difference: Tensor) -> Tensor:
     return difference.t() if isinstance(model.get_submodule(name), Conv1D) else difference
 
 
-def describe(model: nn.Module, head: Iterable[str]) -> Base:
-    """Return the server's view of ``model``; ``head`` names what every method trains in full."""
+def describe(model: nn.Module, head: Iterable[str], without: nn.Module | None = None) -> Base:
+    """Return the server's view of ``model``; ``head`` names what every method trains in full.
+
+    ``without``: a dense layer that is never adapted, such as the output layer of a language model.
+    """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     layers: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         weight = matrix(module)
-        if weight is not None:
+        if weight is not None and module is not without:
             layers[name] = weight.detach()
-    return Base(parameters, layers, frozenset(head))
+    return Base(_InFloat32(parameters), _InFloat32(layers), frozenset(head))
 
 
-def select(base: Base, targets: Targets) -> dict[str, Tensor]:
+@final
+class _InFloat32(Mapping[str, Tensor]):
+    """Tensors that are read as float32, each when it is asked for: no copy of all is kept."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].float()  # one in float32 is returned itself
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def select(base: Base, targets: Targets) -> Mapping[str, Tensor]:
     """Return the (out, in) matrices of the adapted layers by module name, in the model's order.
 
     Layers of the head are trained in full and so never chosen. A pattern that is malformed or
@@ -105,7 +126,26 @@ def select(base: Base, targets: Targets) -> dict[str, Tensor]:
             chosen = _searched(names, targets)
         case _:
             chosen = _ending(names, targets)
-    return {name: base.layers[name] for name in names if name in chosen}
+    return _Chosen(base.layers, [name for name in names if name in chosen])
+
+
+@final
+class _Chosen(Mapping[str, Tensor]):
+    """Those of ``tensors`` that are called ``names``, each looked up when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _searched(layers: Sequence[str], pattern: str) -> set[str]:

@@ -1,6 +1,6 @@
 """The frozen parameters of a model in the number format in which it computes, cast once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,18 @@ Copy = tuple[Entry, nn.Parameter]
 """What a parameter was when it was cast, and the copy."""
 
 _COPIES: WeakKeyDictionary[nn.Module, dict[torch.dtype, dict[str, Copy]]] = WeakKeyDictionary()
+
+
+def keep_matrices_in(model: nn.Module, dtype: torch.dtype, head: Container[str]) -> None:
+    """Keep the matrices of ``model`` in ``dtype`` for good, all else in float32.
+
+    For models so large that there should be no float32 copy of them. ``head``: names of what is
+    trained and stays float32. Vectors do, too: their modules may hold a mounted one beside them.
+    """
+    for name, parameter in model.named_parameters():
+        is_kept = parameter.ndim > 1 and name not in head
+        # The parameter itself stays, so tied modules share it as before.
+        parameter.data = parameter.data.to(dtype if is_kept else torch.float32)
 
 
 @contextmanager

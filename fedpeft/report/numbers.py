@@ -19,6 +19,7 @@ class Numbers:
 
     ``score``: the runs' metric; ``others``: the other metrics by name, as they are in the ledgers.
     ``over_majority``: by how much the score is better than an answer that ignores the text.
+    ``start_score``: the score before the first round.
     ``seconds_to_target``: the measured training of every round's slowest client, summed.
     ``network_...`` and ``modelled_...``: seconds at the comparison's bandwidth or at SLoRA's; the
     modelled training is that of clients that train alone. ``equal_rounds_...``: the evaluation
@@ -30,6 +31,7 @@ class Numbers:
     best_score: float | None = None
     others: Mapping[str, float | None] = field(default_factory=dict)
     over_majority: float | None = None
+    start_score: float | None = None
     # What it cost: counted (rounds, steps, weights, bytes), measured (seconds, peak memory) and
     # modelled (seconds on a network).
     rounds: float | None = None
@@ -103,6 +105,7 @@ def _scores(numbers: Numbers, run: Summary) -> Numbers:
         best_score=best.score,
         others={**numbers.others, **final.others},
         over_majority=None if majority is None else run.metric.gain(final.score, majority),
+        start_score=run.start and run.start.score,
     )
 
 

@@ -68,6 +68,11 @@ class Summary:
         return self.curve[-1] if self.curve else None
 
     @property
+    def start(self) -> Point | None:
+        """The evaluation before the first round."""
+        return self.after(0)
+
+    @property
     def best(self) -> Point | None:
         """The evaluation with the best score, of equal ones the first."""
         return min(self.curve, key=lambda point: self.metric.rank(point.score), default=None)

@@ -85,14 +85,23 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
 
 
 def _score_columns(compared: Comparison) -> list[Column]:
-    """Return what was reached: the metric, the first of the others, the gain over the majority."""
+    """Return what was reached: the metric, where it started from, the gain over the majority.
+
+    Where no start was scored, the first of the other metrics has its place.
+    """
     metric = compared.metric
 
     def score(line: Line) -> str:
         return _score(metric, line.mean.score, line.spread.score)
 
+    def start(line: Line) -> str:
+        return _score(metric, line.mean.start_score, line.spread.start_score)
+
     columns: list[Column] = [(_heading(metric.name, metric.share), score)]
-    if compared.others:  # one of them alone: there are 120 columns; the CSV files have all
+    # One more score alone: there are 120 columns; the CSV files have all.
+    if any(line.mean.start_score is not None for line in compared.lines):
+        columns.append(("at\nthe\nstart", start))
+    elif compared.others:
         other = compared.others[0]
         heading = _heading(other, metric.share)
         columns.append((heading, lambda line: _score(metric, line.mean.others[other])))

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedpeft.tasks import classification, qa, tagging
+from fedpeft.tasks import causal_lm, classification, qa, tagging
+from fedpeft.tasks.causal_lm import CausalLM
 from fedpeft.tasks.choice import TaskSection
 from fedpeft.tasks.classification import Classification
 from fedpeft.tasks.qa import QuestionAnswering
@@ -25,6 +26,7 @@ TASKS: Mapping[str, TaskKind] = {
     "classification": classification.KIND,
     "tagging": tagging.KIND,
     "qa": qa.KIND,
+    "causal_lm": causal_lm.KIND,
 }
 """Every task that ``task.kind`` can name."""
 
@@ -40,6 +42,7 @@ def make_task(choice: TaskSection, names: Sequence[str], max_length: int) -> Tas
 __all__ = [
     "TASKS",
     "Batch",
+    "CausalLM",
     "Classification",
     "Counts",
     "Encoded",

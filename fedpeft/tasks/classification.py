@@ -22,6 +22,7 @@ from fedpeft.tasks.task import (
     ModelForm,
     Prediction,
     TaskKind,
+    misfit,
     primary,
 )
 
@@ -184,6 +185,14 @@ class Classification:
         if self.metric.name != "accuracy":
             return None
         return dataset.majority([self.labels[int(example.labels)] for example in scored])
+
+    def to_score(self, examples: Encoded) -> Encoded:
+        """Return ``examples`` themselves."""
+        return examples
+
+    def trial(self, model: nn.Module, device: torch.device) -> str:
+        """Return what is wrong where ``model`` cannot tell the labels of two short texts."""
+        return misfit(self, model, device, "a text classifier")
 
     def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Label]:
         """Return the likeliest label of every text and its probability."""

@@ -20,6 +20,7 @@ from fedpeft.tasks.answers import Gold, Place, agreement, place_of, read_answers
 from fedpeft.tasks.choice import TaskSection
 from fedpeft.tasks.padding import inputs, width_of
 from fedpeft.tasks.task import (
+    TRIAL,
     Batch,
     Counts,
     Encoded,
@@ -28,6 +29,7 @@ from fedpeft.tasks.task import (
     ModelForm,
     Prediction,
     TaskKind,
+    misfit,
     primary,
 )
 from fedpeft.tasks.windows import Window, room_of, windows
@@ -101,14 +103,13 @@ class QuestionAnswering:
 
     @property
     def form(self) -> ModelForm:
-        """A model with two numbers for every token, which says nothing without a context."""
+        """A model with two numbers for every token."""
         return ModelForm(
             auto_class="AutoModelForQuestionAnswering",
             labels=(),
             outputs=2,
             peft_type="QUESTION_ANS",
             reads="every",
-            needs_context=True,
         )
 
     def with_tokenizer(self, tokenizer: Any) -> Self:
@@ -279,6 +280,10 @@ class QuestionAnswering:
             return None
         has_answer = {example.row: bool(example.source.answers) for example in scored}
         return 1 - sum(has_answer.values()) / len(has_answer)
+
+    def trial(self, model: nn.Module, device: torch.device) -> str:
+        """Return what is wrong where ``model`` has no start and end for two short questions."""
+        return misfit(self, model, device, "a model that answers questions", TRIAL[0])
 
     def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Answer]:
         """Return the likeliest answer to every question, in the order of their first windows."""

@@ -26,6 +26,7 @@ from fedpeft.tasks.task import (
     ModelForm,
     Prediction,
     TaskKind,
+    misfit,
     primary,
 )
 
@@ -226,6 +227,14 @@ class Tagging:
 
     def trivial(self, dataset: Dataset, scored: Encoded) -> None:
         """Return None: who finds no names has no score to compare with."""
+
+    def to_score(self, examples: Encoded) -> Encoded:
+        """Return ``examples`` themselves."""
+        return examples
+
+    def trial(self, model: nn.Module, device: torch.device) -> str:
+        """Return what is wrong where ``model`` cannot tell the labels of two short texts."""
+        return misfit(self, model, device, "a text classifier")
 
     def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Tagged]:
         """Return every sentence with the names that were found in it."""

@@ -19,6 +19,9 @@ Batch = Mapping[str, Tensor]
 Prediction = Mapping[str, Tensor]
 """What a model says about one example: named tensors of the task's own."""
 
+TRIAL = ("a", "some more words, so that the first text is padded")
+"""Texts on which a model is tried: two of unequal length, so that padding is tried as well."""
+
 Counts = Mapping[str, Tensor]
 """What scoring counts: named sums. The sums of two groups of examples add up to those of both."""
 
@@ -124,7 +127,6 @@ class ModelForm:
     which positions the head reads, where the model family lets one choose: one that summarises the
     text, or every one. ``head_is_trained``: whether the output module belongs to the task, which
     trains it; otherwise it belongs to the frozen base, as that of a language model does.
-    ``needs_context``: whether a text says nothing to the task without a context beside it.
     """
 
     auto_class: str
@@ -133,7 +135,6 @@ class ModelForm:
     peft_type: str
     reads: Literal["summary", "every"]
     head_is_trained: bool = True
-    needs_context: bool = False
 
 
 class Task(Protocol):
@@ -209,6 +210,20 @@ class Task(Protocol):
         """Return the primary metric of an answer that ignores the text, None if there is none."""
         ...
 
+    def to_score(self, examples: Encoded) -> Encoded:
+        """Return what is predicted and scored for ``examples``: these, and maybe others of theirs.
+
+        Such as prompts alone, where responses are generated.
+        """
+        ...
+
+    def trial(self, model: nn.Module, device: torch.device) -> str:
+        """Return what is wrong with what ``model`` says of two short texts, empty if nothing.
+
+        It tells users to choose another model. Errors of the model are raised.
+        """
+        ...
+
     def answers(
         self, predictions: Sequence[Prediction], examples: Encoded
     ) -> Sequence[tuple[Any, ...]]:
@@ -250,6 +265,23 @@ def primary(choice: TaskSection, metrics: Sequence[Metric]) -> Metric:
             return metric
     names = ", ".join(metric.name for metric in metrics)
     raise BadInput(f"task.metric = {choice.metric!r}: a {choice.kind} task has {names}")
+
+
+def misfit(
+    task: Task, model: nn.Module, device: torch.device, kind: str, context: str | None = None
+) -> str:
+    """Return what is wrong where ``model`` has no output for each answer, of two short texts.
+
+    ``kind``: of the model that the task needs. ``context``: beside the texts, where it needs one.
+    """
+    examples = task.encode(task.unanswered(TRIAL, context))
+    # Has it a row for each text and a column for each answer, (2, ..., outputs)?
+    for name, tensor in task.predict(model, task.collate(examples, device)).items():
+        if len(tensor) != len(examples) or tensor.shape[-1] != task.form.outputs:
+            shape = f"{tuple(tensor.shape)} {name}"
+            why = f"it gives {shape} for {len(examples)} texts and {task.form.outputs} labels"
+            return f"{why}; choose {kind}"
+    return ""
 
 
 def examples_in(counts: Counts) -> int:

@@ -21,6 +21,7 @@ FULL_CLIENT = Client(NO_MEMORY)
 
 def score(model: nn.Module, task: Task, examples: Encoded, hardware: Hardware) -> Counts:
     """Count how good the predictions of ``model``, as it is mounted now, are for ``examples``."""
+    examples = task.to_score(examples)
     return task.score(predictions(model, task, examples, hardware), examples)
 
 

@@ -19,6 +19,7 @@ from transformers import (
     GPT2Config,
     GPT2Model,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
 )
@@ -142,6 +143,23 @@ def write_llama(folder: Path) -> Path:
         eos_token_id=3,
     )
     return _write(folder, LlamaModel, config, special=False)
+
+
+def write_causal_lm(folder: Path) -> Path:
+    """Save a Llama with its output layer, a language model without a chat template."""
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.2,
+        bos_token_id=3,
+        eos_token_id=3,
+    )
+    return _write(folder, LlamaForCausalLM, config, special=False)
 
 
 def _write(folder: Path, kind: Any, config: Any, special: bool) -> Path:

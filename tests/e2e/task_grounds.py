@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .builders import NOISE, OWN_WORDS, examples
+from .builders import NOISE, OWN_WORDS, examples, write_causal_lm
 
 Row = Mapping[str, Any]
 
@@ -19,7 +19,7 @@ class TaskGround:
     ``rows``: of the data, easy to learn. ``settings``: what of the configuration differs from that
     of ``Ground``. ``metric``: its primary metric. ``texts`` and ``context``: what is predicted.
     ``auto_class``: of transformers, which loads what is exported. ``answer``: a column of what is
-    predicted.
+    predicted. ``model``: writes one to a folder, where the usual one does not fit.
     """
 
     rows: Callable[[], Sequence[Row]]
@@ -29,13 +29,17 @@ class TaskGround:
     texts: Sequence[str]
     answer: str
     context: str | None = None
+    model: Callable[[Path], Path] | None = None
 
     def tree(self, folder: Path) -> dict[str, Any]:
         """Write the data to ``folder``, and return the settings that name them."""
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows()))
         data = {"source": "files", "train": str(path), **self.settings.get("data", {})}
-        return {**self.settings, "data": data}
+        tree = {**self.settings, "data": data}
+        if self.model is not None:
+            tree["model"] = {"name": str(self.model(folder / "model"))}
+        return tree
 
 
 def pairs() -> list[Row]:
@@ -92,6 +96,22 @@ def questions() -> list[Row]:
     return rows
 
 
+def instructions() -> list[Row]:
+    """Return prompts that name a label, whose responses are words of that label."""
+    draw = random.Random(3)
+    rows: list[Row] = []
+    for number in range(160):
+        topic = ("birds", "fish")[number % 2]
+        rows.append(
+            {
+                "prompt": " ".join([*draw.sample(NOISE, draw.randrange(1, 4)), f"{topic}0"]),
+                "response": " ".join([f"{topic}1"] * draw.randrange(1, 4)),
+                "topic": topic,
+            }
+        )
+    return rows
+
+
 TASK_GROUNDS: Mapping[str, TaskGround] = {
     "classification": TaskGround(
         rows=examples,
@@ -126,5 +146,17 @@ TASK_GROUNDS: Mapping[str, TaskGround] = {
         texts=["which birds", "where are fish"],
         answer="answer",
         context="word3 word4 birds0 birds1 word7",
+    ),
+    "causal_lm": TaskGround(
+        rows=instructions,
+        settings={
+            "task": {"kind": "causal_lm", "generate": 4, "generate_limit": 8},
+            "data": {"label": "topic"},
+        },
+        metric="perplexity",
+        auto_class="AutoModelForCausalLM",
+        texts=["word3 word4 birds0", "fish0"],
+        answer="response",
+        model=write_causal_lm,
     ),
 }

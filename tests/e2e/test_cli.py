@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 from fedpeft.cli import app as cli
 from fedpeft.cli import parsing as arguments
 from fedpeft.experiment.build import read_data
+from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.trained import open_run
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
+from fedpeft.training.evaluation import predictions
 
 from .builders import LABELS, OWN_WORDS, Ground, Outcome, cli_call, examples, refused, to_toml
 from .reading import PNG, SHEETS, SHORT, about, assert_reported, evaluations, rows_of, table
@@ -146,6 +149,53 @@ def test_predict_labels_texts_with_what_was_learnt(trained: Finished) -> None:
     said = [line.split()[0] for line in lines if line.split()[0] in LABELS]
     assert len(said) == len(LABELS)
     assert sum(one == label for one, label in zip(said, LABELS, strict=True)) >= 3
+
+
+def test_predict_also_tells_what_the_model_said_before(trained: Finished) -> None:
+    """Adapters start at nothing: before is what the model says with nothing mounted."""
+    folder, _ = trained
+    texts = [" ".join(OWN_WORDS[label] * 3) for label in LABELS]
+    opened = open_run(folder)
+    examples = opened.task.encode(opened.task.unanswered(texts))
+    said = predictions(opened.loaded.model, opened.task, examples, opened.hardware)
+    plain = opened.task.answers(said, examples)
+    assert opened.untuned().predict(texts) == plain
+    outcome = cli_call("predict", folder, "--before", *texts)
+    assert outcome.code == 0, outcome
+    heading, *lines = outcome.out.splitlines()
+    assert heading.split() == [
+        "label",
+        "probability",
+        "label",
+        "before",
+        "probability",
+        "before",
+        "text",
+    ]
+    now = opened.predict(texts)
+    for line, (label, share), (label_before, share_before) in zip(lines, now, plain, strict=True):
+        shown = [label, f"{share:.3f}", label_before, f"{share_before:.3f}"]
+        assert line.split()[:4] == shown
+
+
+def test_the_start_is_scored_where_the_settings_ask_for_it(ground: Ground, tmp_path: Path) -> None:
+    outcome = cli_call(
+        *("run", ground.config, "--runs", tmp_path, "--set", "name=mine", *SHORT),
+        *("--set", "evaluation.start=true", "--set", "evaluation.every=1"),
+    )
+    assert outcome.code == 0, outcome
+    scored = evaluations(tmp_path / "mine")
+    assert [row.round for row in scored] == [0, 1, 2]
+    assert "start" in outcome.out
+    [line] = table(tmp_path / "mine" / "report" / "summary.csv")
+    assert float(line["start_accuracy"]) == scored[0].metrics["accuracy"]
+
+
+def test_a_demo_is_run_instead_of_a_file(ground: Ground) -> None:
+    refused(cli_call("compare", ground.config, "--demo", "llm"), "--demo llm", "leave out")
+    for name in cli.DEMOS.values():
+        planned = plan(arguments.tree(Path(cli.__file__).parent.parent / name, []))
+        assert len(planned) >= 3
 
 
 def test_predict_takes_a_text_as_it_is(trained: Finished) -> None:

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpeft.algebra import lowrank
 from fedpeft.algebra.lowrank import (
     LowRank,
     Split,
     by_module,
     check_ranks,
     deltas,
+    leading,
     orthogonality,
     principal,
     uniform,
@@ -155,3 +157,45 @@ def test_a_rank_that_a_layer_cannot_hold_is_refused_with_both_numbers(rank: int)
         BadInput, match=rf"method.rank = {rank}: layer 'm' is 4 x 9; choose a rank from 1 to 4"
     ):
         check_ranks({"m": torch.zeros(4, 9)}, rank)
+
+
+def falling(size: tuple[int, int], fall: float) -> Tensor:
+    """Return a random matrix whose singular values are 1, ``fall``, ``fall``^2 and so on."""
+    left, _, right = torch.linalg.svd(drawn(*size).double(), full_matrices=False)
+    return (left * fall ** torch.arange(min(size), dtype=torch.float64)) @ right
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(
+    "matrix",
+    [falling((320, 400), 0.9), falling((400, 320), 0.7)],
+    ids=["wide", "high"],
+)
+@pytest.mark.parametrize("split", ["sqrt", "left", "right"])
+def test_of_a_large_matrix_the_leading_part_is_that_of_the_whole_svd(
+    matrix: Tensor, rank: int, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = principal(matrix, rank, split)
+    monkeypatch.setattr(lowrank, "LARGE", 64)
+    assert leading(matrix.double(), rank) is not None
+    ours = principal(matrix, rank, split)
+    for factor, other in zip(ours, exact, strict=True):
+        assert factor.shape == other.shape
+        assert factor.dtype == other.dtype
+    torch.testing.assert_close(ours[0] @ ours[1], exact[0] @ exact[1], atol=1e-4, rtol=1e-4)
+    again = principal(matrix, rank, split)
+    assert torch.equal(again[0], ours[0])
+
+
+def test_a_small_matrix_has_the_whole_svd_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = principal(drawn(60, 40), 4, "sqrt")
+    monkeypatch.setattr(lowrank, "leading", lambda *_: pytest.fail("too small for that"))
+    for factor, other in zip(principal(drawn(60, 40), 4, "sqrt"), small, strict=True):
+        assert torch.equal(factor, other)
+
+
+def test_values_that_cannot_be_told_apart_take_the_whole_svd() -> None:
+    """All of an orthonormal matrix are 1, as those of nothing are 0: any directions do."""
+    found = leading(torch.eye(200, dtype=torch.float64), 4)
+    assert found is None or torch.allclose(found[1], torch.ones(4, dtype=torch.float64))
+    assert leading(falling((80, 80), 0.999), 16) is None  # a basis would have more than a quarter

@@ -285,3 +285,12 @@ def test_all_clients_train_the_same_entries() -> None:
             inside[positions((32, 32), 0.2, SEED, name)] = True
             same = dense_layer(model, name) == dense_layer(bert(), name)
             assert torch.equal(same.flatten(), ~inside)
+
+
+def test_a_mask_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks first: training may read what an evaluation drew."""
+    with torch.inference_mode():
+        first = positions((4, 90), 0.5, 1, "drawn once")
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: pytest.fail("drawn again"))
+    assert positions((4, 90), 0.5, 1, "drawn once") is first
+    assert not first.is_inference()

@@ -106,7 +106,7 @@ def sheet(path: Path) -> list[dict[str, str]]:
 
 
 HEADINGS = """
-accuracy best_accuracy macro_f1 over_majority rounds client_steps trained_first trained_last
+accuracy best_accuracy macro_f1 over_majority start_accuracy rounds client_steps trained_first trained_last
 down_bytes up_bytes seconds_per_client_round peak_memory_bytes lost network_seconds
 network_seconds_slora rounds_to_target bytes_to_target seconds_to_target
 modelled_seconds_to_target modelled_seconds_to_target_slora equal_rounds_accuracy
@@ -219,6 +219,7 @@ def test_the_numbers_of_a_run_follow_the_terms(tmp_path: Path) -> None:
     numbers = compared.lines[0].mean
     assert (numbers.score, numbers.best_score, numbers.others) == (0.4, 0.5, {"macro_f1": 0.2})
     assert numbers.over_majority == pytest.approx(0.15)
+    assert numbers.start_score == 0.1
     assert (numbers.rounds_to_target, numbers.bytes_to_target, numbers.seconds_to_target) == (
         1,
         6 * MB,
