@@ -202,6 +202,10 @@ class QuestionAnswering:
             )
         return tuple(notes)
 
+    def to_score(self, examples: Encoded) -> Encoded:
+        """Return ``examples`` as they are."""
+        return examples
+
     def collate(
         self, examples: Encoded, device: torch.device, pad_to_multiple_of: int = 1
     ) -> Batch:
