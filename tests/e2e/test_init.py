@@ -79,7 +79,7 @@ def test_what_is_written_runs_as_it_is(name: str, toml: Path, ground: Ground, ru
     ran = cli_call("run", toml, "--runs", runs, *tiny)
     assert ran.code == 0, ran
     assert evaluations(runs / "mine")[-1].examples > 0
-    dataset = read_data(from_tree(read(toml)).data)
+    dataset = read_data(from_tree(read(toml)))
     assert {*dataset.train.texts} < {row["text"] for row in examples()}
     assert set(dataset.labels) == {row["label"] for row in examples()}
 
@@ -104,7 +104,7 @@ def test_natural_clients_are_offered_in_a_comment_that_works(toml: Path) -> None
     toml.write_text(f"{before}kind = {offered}\n{''.join(others)}", encoding="utf-8")
     chosen = from_tree(read(toml))
     assert chosen.partition.kind == "by_key"
-    partition = divide(chosen, read_data(chosen.data))
+    partition = divide(chosen, read_data(chosen))
     assert partition.names == tuple(f"site{number}" for number in range(5))
     assert chosen.federation.clients_per_round <= 5
 
@@ -125,7 +125,7 @@ def test_there_are_as_many_clients_as_the_rows_allow(toml: Path, rows: int) -> N
     outcome = cli_call("init", toml, "--train", train)
     assert outcome.code == 0, outcome
     chosen = from_tree(read(toml))
-    held = divide(chosen, read_data(chosen.data)).train
+    held = divide(chosen, read_data(chosen)).train
     assert min(map(len, held)) >= chosen.partition.min_examples == 8
     assert chosen.federation.clients_per_round <= len(held)
     assert len(held) == {18: 1, 32: 2, 60: 2, 200: 3}[rows]

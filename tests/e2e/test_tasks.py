@@ -137,6 +137,6 @@ def _outputs(trained: Trained, placed: Placed, model: Any, *, mount: bool) -> li
 def test_python_trains_it(placed: Placed, tmp_path: Path) -> None:
     settings = merge(placed.tree, {"federation": {"rounds": 1}})
     trained = train(settings, tmp_path / "run")
-    answers = trained.predict(list(placed.row.texts), placed.row.context)
+    answers: Any = trained.predict(list(placed.row.texts), placed.row.context)
     assert [placed.row.answer in answer._fields for answer in answers] == [True] * len(answers)
     assert json.loads((tmp_path / "run" / "labels.json").read_text()) == list(trained.task.labels)
