@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedpeft.data import Rows
-from fedpeft.models.checks import settle_padding
 from fedpeft.models.choice import ModelSection
+from fedpeft.models.padding import settle_padding
 from fedpeft.models.source import find
 from fedpeft.tasks import Encoded, Task
 from fedpeft.tasks.padding import inputs
