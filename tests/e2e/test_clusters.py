@@ -94,4 +94,3 @@ def test_without_scikit_learn_the_remedy_is_told(
     monkeypatch.setattr(builtins, "__import__", missing)
     outcome = cli_call("partition", ground.config, "--set", "partition.kind=cluster")
     refused(outcome, "partition.kind = 'cluster' needs scikit-learn", "pip install 'fedpeft[data]'")
-

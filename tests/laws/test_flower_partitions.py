@@ -68,7 +68,9 @@ PARTITIONERS: dict[str, Row] = {
 
 
 def divided(name: str, seed: int = 0, **arguments: Any) -> Partition:
-    return flower(made(), 4, seed, name=name, arguments={**PARTITIONERS[name].arguments, **arguments})
+    return flower(
+        made(), 4, seed, name=name, arguments={**PARTITIONERS[name].arguments, **arguments}
+    )
 
 
 def test_every_class_that_flower_exports_is_here() -> None:
@@ -124,7 +126,9 @@ def test_arguments_reach_the_partitioner() -> None:
 
 def test_what_numbers_of_labels_a_partitioner_sees() -> None:
     """InnerDirichlet wants labels from 0 without gaps, whatever their names are."""
-    rows = Rows.of_texts([str(row) for row in range(40)], [["-1", "10", "9"][row % 3] for row in range(40)])
+    rows = Rows.of_texts(
+        [str(row) for row in range(40)], [["-1", "10", "9"][row % 3] for row in range(40)]
+    )
     data = Dataset("made", rows, rows.take([]), rows)
     arguments = {"partition_by": "label", "alpha": 1.0, "partition_sizes": [20, 20]}
     partition = flower(data, 2, 0, name="InnerDirichletPartitioner", arguments=arguments)
@@ -217,5 +221,7 @@ def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(BadInput, match=r"needs 'flwr_datasets'.*pip install 'fedpeft\[data\]'"):
+    with pytest.raises(
+        BadInput, match=r"needs 'flwr_datasets'.*pip install 'fedpeft\[flower-data\]'"
+    ):
         flower(made(), 2, 0, name="IidPartitioner", arguments={})

@@ -37,7 +37,9 @@ def variation(one: list[str], other: list[str]) -> float:
     return sum(abs(first.get(x, 0) - second.get(x, 0)) for x in {*first, *second}) / 2
 
 
-clients = st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=20), min_size=1, max_size=8)
+clients = st.lists(
+    st.lists(st.sampled_from("abcd"), min_size=1, max_size=20), min_size=1, max_size=8
+)
 
 
 @settings(max_examples=60, deadline=None)

@@ -34,6 +34,7 @@ from fedpeft.errors import BadInput
 
 Deal = Callable[[Dataset, int, int], Partition]
 
+
 def vectors(splits: Sequence[Rows]) -> list[NDArray[np.float32]]:
     """Embed rows so that those of one label lie together: a corner each, and a little beside it."""
     embedded = []

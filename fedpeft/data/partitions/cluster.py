@@ -69,9 +69,7 @@ def cluster(
     return Partition(divided.train, divided.test, divided.names, divided.notes, train)
 
 
-def _clusters(
-    dataset: Dataset, embed: Embed, clusters: int, seed: int
-) -> tuple[Indices, Indices]:
+def _clusters(dataset: Dataset, embed: Embed, clusters: int, seed: int) -> tuple[Indices, Indices]:
     """Return the cluster of every row, of train and of test."""
     try:
         from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # noqa: PLC0415

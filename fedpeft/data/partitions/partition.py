@@ -57,9 +57,7 @@ def ascending(
     return Partition(tuple(map(np.sort, train)), tuple(map(np.sort, test)), tuple(names))
 
 
-def check_numbers(
-    dataset: Dataset, clients: int, field: str = "clients", each: int = 1
-) -> None:
+def check_numbers(dataset: Dataset, clients: int, field: str = "clients", each: int = 1) -> None:
     """Raise BadInput for numbers below 1 and for more clients than train has rows for.
 
     ``field``: the setting that says how many rows, or shards, every client needs; ``each``: its
@@ -85,7 +83,9 @@ def check_numbers(
 def check_concentration(field: str, value: float) -> None:
     """Raise BadInput for a parameter of a Dirichlet law that is too small, infinite or NaN."""
     if not 0.001 <= value < np.inf:  # smaller Gamma numbers vanish in float64
-        raise BadInput(f"partition.{field} = {value}: must be a number from 0.001 up, as 0.1 or 1.0")
+        raise BadInput(
+            f"partition.{field} = {value}: must be a number from 0.001 up, as 0.1 or 1.0"
+        )
 
 
 def codes(values: Sequence[str], names: Sequence[str]) -> Indices:
