@@ -406,23 +406,25 @@ def divide(  # noqa: C901, PLR0911 - one case a kind
     clients = choice.clients or CLIENTS
     match choice.kind:
         case "iid":
-            return data.iid(dataset, clients, seed)
+            divided = data.iid(dataset, clients, seed)
         case "quantity":
-            return data.quantity(
+            divided = data.quantity(
                 dataset, clients, seed, beta=choice.beta, min_examples=choice.min_examples
             )
         case "dirichlet":
-            return data.dirichlet(
+            divided = data.dirichlet(
                 dataset, clients, seed, alpha=choice.alpha, min_examples=choice.min_examples
             )
         case "label_skew":
-            return data.label_skew(dataset, clients, seed, alpha=choice.alpha)
+            divided = data.label_skew(dataset, clients, seed, alpha=choice.alpha)
         case "shards":
-            return data.shards(dataset, clients, seed, shards_per_client=choice.shards_per_client)
+            divided = data.shards(
+                dataset, clients, seed, shards_per_client=choice.shards_per_client
+            )
         case "cluster":
             names = TASKS[config.task.kind].names(dataset)
             task = make_task(config.task, names, config.model.max_length)
-            return data.cluster(
+            divided = data.cluster(
                 dataset,
                 clients,
                 seed,
@@ -431,19 +433,19 @@ def divide(  # noqa: C901, PLR0911 - one case a kind
                 alpha=choice.alpha,
                 min_examples=choice.min_examples,
             )
-        case "by_key" if choice.group:
-            return data.by_key(dataset, clients, group=True)
         case "by_key":
-            # Left out, it means all keys: the usual number of clients is no limit here.
-            return data.by_key(dataset, choice.clients)
+            # Left out, it means all keys, unless they are grouped.
+            number = clients if choice.group else choice.clients
+            divided = data.by_key(dataset, number, group=choice.group)
         case "file":
             assert choice.file is not None  # checked with the settings
-            return data.from_file(dataset, choice.file)
+            divided = data.from_file(dataset, choice.file)
         case "flower":
             arguments = dict(choice.flower)
             name = arguments.pop("name")  # checked with the settings
-            clients = choice.clients or arguments.get("num_partitions", CLIENTS)
-            return data.flower(dataset, clients, seed, name=name, arguments=arguments)
+            number = choice.clients or arguments.get("num_partitions", CLIENTS)
+            divided = data.flower(dataset, number, seed, name=name, arguments=arguments)
+    return divided
 
 
 def _partition(config: Config, dataset: data.Dataset, reuse: Federation | None) -> data.Partition:

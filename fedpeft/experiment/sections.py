@@ -105,9 +105,9 @@ class PartitionSection:
         "file",
         "flower",
     ] = "dirichlet"
-    """How rows are dealt: evenly at random, in sizes that differ, by Dirichlet shares of labels,
-    by labels that each client draws, in shards sorted by label, by Dirichlet shares of clusters of
-    texts, by the column `data.key`, as a file says, or by a partitioner of Flower; see
+    """How rows are dealt: evenly at random, in sizes that differ, by Dirichlet shares of each
+    label, by labels that each client draws, in shards sorted by label, by Dirichlet shares of
+    clusters of texts, by the column `data.key`, as a file says, or by a partitioner of Flower; see
     docs/partitions.md."""
     clients: Annotated[int, Ge(1)] | None = None
     """How many clients. Left out: 20, or all that the data (`by_key`) or the file names. With
@@ -129,7 +129,7 @@ class PartitionSection:
     file: Path | None = None
     """JSON object of client name -> row numbers in train's file, from 0; needed with `file`."""
     flower: dict[str, Any] = field(default_factory=dict)
-    """With `flower` (extra `data`), the `name` of a partitioner's class, as
+    """With `flower` (extra `flower-data`), the `name` of a partitioner's class, as
     `PathologicalPartitioner`, and its arguments, such as `partition_by = "label"`."""
 
 

@@ -221,5 +221,7 @@ def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(BadInput, match=r"needs 'flwr_datasets'.*pip install 'fedpeft\[data\]'"):
+    with pytest.raises(
+        BadInput, match=r"needs 'flwr_datasets'.*pip install 'fedpeft\[flower-data\]'"
+    ):
         flower(made(), 2, 0, name="IidPartitioner", arguments={})

@@ -71,7 +71,7 @@ def partitioners() -> Mapping[str, Any]:
     except ModuleNotFoundError as error:
         raise BadInput(
             f"partition.kind = 'flower' needs {error.name!r}; "
-            "get it with: pip install 'fedpeft[data]'"
+            "get it with: pip install 'fedpeft[flower-data]'"
         ) from error
     known: dict[str, Any] = {}
     for name in partitioner.__all__:
