@@ -56,6 +56,7 @@ def tokenizer() -> Any:
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
@@ -139,21 +140,21 @@ class TaskCase:
 
     def make(self) -> nn.Module:
         """Return a frozen model of two blocks, without dropout."""
-        config = BertConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=64,
-            num_labels=len(self.names) or 2,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            attn_implementation="eager",
-        )
+        settings: dict[str, Any] = {
+            "vocab_size": len(VOCABULARY),
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 64,
+            "num_labels": len(self.names) or 2,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "attn_implementation": "eager",
+        }
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            return shaken(self.model(config))
+            return shaken(self.model(BertConfig(**settings)))
 
 
 TASK_CASES: Mapping[str, TaskCase] = {

@@ -87,7 +87,7 @@ def test_scores_follow_the_official_rules(said: str, known: list[str]) -> None:
     golds = [answer for answer in known if official_normalisation(answer)] or [""]
     exact = max(official_normalisation(said) == official_normalisation(gold) for gold in golds)
     f1 = max(official_f1(gold, said) for gold in golds)
-    assert agreement(said, known) == pytest.approx((f1, exact))
+    assert agreement(said, known) == pytest.approx((f1, float(exact)))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_windows_cover_every_token_of_the_context(
     pairs: list[tuple[str, str]], max_length: int, stride: int
 ) -> None:
     """Against windows that are cut by hand from the tokens of question and context alone."""
-    found = windows(tokenizer(), *map(list, zip(*pairs, strict=True)), max_length, stride)
+    all_questions, all_contexts = zip(*pairs, strict=True)
+    found = windows(tokenizer(), all_questions, all_contexts, max_length, stride)
     expected: list[tuple[int, list[int], list[int], int, list[list[int]]]] = []
     cls, sep = tokenizer().cls_token_id, tokenizer().sep_token_id
     for row, (question, context) in enumerate(pairs):
@@ -272,7 +273,8 @@ def test_the_loss_of_a_batch_is_that_of_transformers() -> None:
         loss: torch.Tensor = call(**batch, start_positions=start, end_positions=end).loss
         return loss
 
-    largest = examples.take(max(by_length.values(), key=len))
+    commonest: list[int] = max(by_length.values(), key=len)
+    largest = examples.take(commonest)
     assert len(largest) > 4
     ours = task.losses(model, task.collate(largest, CPU)).mean()
     torch.testing.assert_close(ours, theirs(largest), rtol=1e-5, atol=1e-5)
