@@ -120,6 +120,7 @@ TASK_GROUNDS: Mapping[str, TaskGround] = {
         settings={
             "task": {"kind": "causal_lm", "generate": 4, "generate_limit": 8},
             "data": {"label": "topic"},
+            "compare": {"targets": "q_proj|v_proj"},
         },
         metric="perplexity",
         auto_class="AutoModelForCausalLM",

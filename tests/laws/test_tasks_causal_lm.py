@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -556,7 +557,8 @@ def test_a_large_model_is_trained_in_float32(
     exact_blob, _ = asked(method, exact.model)
     ours, theirs = answers(playing, [0], blob)[0], answers(exact, [0], exact_blob)[0]
     assert ours.measured.loss == pytest.approx(theirs.measured.loss, rel=0.02)
-    assert {tensor.dtype for tensor in ours.payload.values()} == {torch.float32}
+    for tensor in ours.payload.values():  # FedARA's votes are bytes
+        assert tensor.dtype in {torch.float32, torch.uint8}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -585,7 +587,9 @@ def test_what_is_exported_has_our_logits(name: str, merge: bool, tmp_path: Path)
         export.adapter(found, local, str(tmp_path / name), out)
         base = auto.from_pretrained(tmp_path / name, attn_implementation="eager")
         peft: Any = PeftModel
-        model = peft.from_pretrained(base, out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+            model = peft.from_pretrained(base, out)
         assert model.peft_config["default"].task_type == "CAUSAL_LM"
     with torch.no_grad():
         theirs = model.eval()(**inputs).logits
