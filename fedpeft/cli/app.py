@@ -371,8 +371,8 @@ def predict(
     columns, rows = [*answers[0]._fields], [[*answer] for answer in answers]
     if before:
         columns += [f"{name} before" for name in columns]
-        for row, answer in zip(rows, trained.untuned().predict(texts, context), strict=True):
-            row += answer
+        earlier = trained.untuned().predict(texts, context)
+        rows = [[*row, *answer] for row, answer in zip(rows, earlier, strict=True)]
     table = Table(*columns, "text", box=None)
     for text, row in zip(texts, rows, strict=True):
         cells: list[Text | str] = []

@@ -20,10 +20,10 @@ def pycode(seed: int = 0) -> Dataset:
     A row's prompt is the signature of a function with the first lines of its body, without the
     docstring, as far as they have at most ``LONGEST`` characters; its response is the first line of
     the docstring. Its label is the chapter of the Library Reference that documents the module
-    (``chapters.toml``), its key the top-level module. No prompt occurs twice. The splits depend only
-    on ``seed`` and the set of rows. The functions differ a little between versions of Python;
-    ``digest`` shows that. Raises BadInput where the standard library is installed without its source
-    files.
+    (``chapters.toml``), its key the top-level module. No prompt occurs twice. The splits depend
+    only on ``seed`` and the set of rows. The functions differ a little between versions of Python;
+    ``digest`` shows that. Raises BadInput where the standard library is installed without its
+    source files.
     """
     return PYCODE.dataset(seed)
 

@@ -27,8 +27,8 @@ class Collection:
     """What is taken from the sources.
 
     ``name``: as ``data.source`` names it. ``columns``: the roles of a row's columns. ``extract``:
-    the source of a module -> the values of its rows, one for each column, in source order. ``code``:
-    the file in which ``extract`` is written.
+    the source of a module -> the values of its rows, one for each column, in source order.
+    ``code``: the file in which ``extract`` is written.
     """
 
     name: str
@@ -44,9 +44,7 @@ class Collection:
         """
         rows = self._collect(Path(sysconfig.get_path("stdlib")))
         # Each row draws its own place, so a row more or less leaves the order of the others alone.
-        order = sorted(
-            range(len(rows)), key=lambda row: derive(seed, self.name, rows.name_of(row))
-        )
+        order = sorted(range(len(rows)), key=lambda row: derive(seed, self.name, rows.name_of(row)))
         mixed = rows.take(order)
         not_test, test = stratified(mixed, 0.2, derive(seed, self.name, "test"))
         # An eighth of the 80 % that are left is 10 % of all.
@@ -56,8 +54,8 @@ class Collection:
     def _collect(self, library: Path) -> Rows:
         """Return every row whose first value is new, under the first module, by name, that has it.
 
-        The code is parsed, never run. The result is cached in the user's cache folder until a source
-        file changes.
+        The code is parsed, never run. The result is cached in the user's cache folder until a
+        source file changes.
         """
         sources: list[tuple[str, str, str]] = []  # (file, chapter, module)
         for module, chapter in _chapters():

@@ -19,8 +19,8 @@ class DataSection:
     """
 
     source: Literal["pydocs", "pycode", "files"] = "pydocs"
-    """Where the texts come from: the docstrings of Python's own library (`pydocs`), its functions with
-    what each one does (`pycode`, of `causal_lm`), or files of yours."""
+    """Where the texts come from: the docstrings of Python's own library (`pydocs`), its functions
+    with what each one does (`pycode`, of `causal_lm`), or files of yours."""
     train: Path | None = None
     """The file of the training texts; needed with `source = "files"`."""
     validation: Path | None = None

@@ -163,7 +163,15 @@ def test_predict_also_tells_what_the_model_said_before(trained: Finished) -> Non
     outcome = cli_call("predict", folder, "--before", *texts)
     assert outcome.code == 0, outcome
     heading, *lines = outcome.out.splitlines()
-    assert heading.split() == "label probability label before probability before text".split()
+    assert heading.split() == [
+        "label",
+        "probability",
+        "label",
+        "before",
+        "probability",
+        "before",
+        "text",
+    ]
     now = opened.predict(texts)
     for line, (label, share), (label_before, share_before) in zip(lines, now, plain, strict=True):
         shown = [label, f"{share:.3f}", label_before, f"{share_before:.3f}"]

@@ -40,7 +40,9 @@ def functions(topic: str, number: int) -> str:
     """Return the code of so many functions."""
     code = ""
     for n in range(number):
-        code += f'def f{n}():\n    """Return number {n} of {topic}."""\n    return {n}, {topic!r}\n\n'
+        code += (
+            f'def f{n}():\n    """Return number {n} of {topic}."""\n    return {n}, {topic!r}\n\n'
+        )
     return code
 
 
@@ -105,9 +107,7 @@ def test_a_prompt_is_signature_and_body_without_docstring_and_blank_lines(librar
         "        # why\n\n"
         "        return await load(name)\x0c\n"
     )
-    prompt = (
-        "async def load(\n    name: str,\n) -> int:\n    # why\n    return await load(name)"
-    )
+    prompt = "async def load(\n    name: str,\n) -> int:\n    # why\n    return await load(name)"
     assert only(library, code) == {prompt: "Load the thing of that name."}
 
 
