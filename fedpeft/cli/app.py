@@ -373,7 +373,9 @@ def predict(
         columns += [f"{name} before" for name in columns]
         earlier = trained.untuned().predict(texts, context)
         rows = [[*row, *answer] for row, answer in zip(rows, earlier, strict=True)]
-    table = Table(*columns, "text", box=None)
+    table = Table(box=None)
+    for heading in (*columns, "text"):
+        table.add_column(heading, overflow="fold")  # nothing of a long answer is cut off
     for text, row in zip(texts, rows, strict=True):
         cells: list[Text | str] = []
         for value in row:
