@@ -18,7 +18,9 @@ demo: $(BIN)/.demo ## train 20 clients with seven methods and compare them (6 mi
 
 demo-llm: $(BIN)/.llm ## tune SmolLM2, a language model, with three methods (about 10 minutes on 2 cores)
 	$(BIN)/fedpeft compare --demo llm --overwrite
-	$(BIN)/fedpeft predict runs/demo-llm-compare/federa-0 --before "$$QUESTION_1" "$$QUESTION_2"
+	$(BIN)/fedpeft predict runs/demo-llm-compare/federa-s0 --before \
+		"def area(width, height): return width * height" \
+		"def lines(path): return open(path).read().splitlines()"
 
 compare: $(BIN)/.demo ## the longer form of the demo, two seeds; stop it and start it again as you like
 	$(BIN)/fedpeft compare experiments/compare.toml --resume

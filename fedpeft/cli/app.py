@@ -384,9 +384,11 @@ def predict(
     columns, rows = [*answers[0]._fields], [[*answer] for answer in answers]
     if before:
         columns += [f"{name} before" for name in columns]
-        for row, answer in zip(rows, trained.untuned().predict(texts, context), strict=True):
-            row.extend(answer)
-    table = Table(*columns, "text", box=None)
+        earlier = trained.untuned().predict(texts, context)
+        rows = [[*row, *answer] for row, answer in zip(rows, earlier, strict=True)]
+    table = Table(box=None)
+    for heading in (*columns, "text"):
+        table.add_column(heading, overflow="fold")  # nothing of a long answer is cut off
     for text, row in zip(texts, rows, strict=True):
         cells: list[Text | str] = []
         for value in row:

@@ -1,7 +1,6 @@
 """A data set inside every Python: the standard library's functions, and what each one does."""
 
 import ast
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -55,10 +54,11 @@ def _prompt(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) 
         return ""
     signature = _written(lines[node.lineno - 1 : docstring.lineno - 1])
     body = _written(lines[docstring.end_lineno : node.end_lineno])
-    code = textwrap.dedent("\n".join([*signature, *body])).split("\n")
+    indent = " " * node.col_offset
     beginning: list[str] = []
     room = LONGEST
-    for line in code:
+    for indented in [*signature, *body]:
+        line = indented.removeprefix(indent)  # a comment may begin further to the left
         room -= len(line) + 1  # with its end
         if room < 0:
             break
