@@ -42,8 +42,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     """
     packing = path.suffix.lower()
     if packing == ".gz":
-        with gzip.open(path) as stream:
-            yield stream
+        with gzip.open(path) as unpacked:
+            yield io.BufferedReader(unpacked, CHUNK)
     elif packing == ".zst":
         decompressor = _decompressor(path)
         with path.open("rb") as packed:

@@ -128,7 +128,9 @@ def packed(encoded: Encoded, restore: Restore | None = None) -> bytes | None:
         "ids": _joined([example.ids for example in examples]),
         "lengths": torch.tensor(encoded.lengths),
         "labels": _joined([example.labels.flatten() for example in examples]),
-        "label_shapes": torch.tensor([example.labels.shape for example in examples]),
+        "label_shapes": torch.tensor(
+            [list(example.labels.shape) for example in examples], dtype=torch.int64
+        ),
         "rows": torch.tensor([example.row for example in examples]),
         "weights": torch.tensor([example.weight for example in examples]),
         "about": torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8),
@@ -148,12 +150,12 @@ def unpacked(content: bytes, restore: Restore | None = None) -> Encoded:
     tensors = load(tensor_bytes)
     about = json.loads(tensors["about"].numpy().tobytes())
     lengths = tensors["lengths"].tolist()
-    ids = tensors["ids"].long().split(lengths)
+    ids = torch.split_with_sizes(tensors["ids"].long(), lengths)
     shapes = tensors["label_shapes"]
-    labels = tensors["labels"].long().split(shapes.prod(dim=1).tolist())
+    labels = torch.split_with_sizes(tensors["labels"].long(), shapes.prod(dim=1).tolist())
     segments: Sequence[Tensor | None] = [None] * len(ids)
     if "segments" in tensors:
-        segments = tensors["segments"].long().split(lengths)
+        segments = torch.split_with_sizes(tensors["segments"].long(), lengths)
     sources: list[Any] = about.get("sources") or [None] * len(ids)
     if restore is not None:
         sources = [None if source is None else restore(source) for source in sources]

@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -407,7 +406,7 @@ BROKEN = {
     "ending": (
         "a.txt",
         GOOD,
-        "{path}: unknown ending '.txt'; known are .jsonl, .ndjson, .json, .csv, .tsv, each",
+        "{path}: unknown ending '.txt'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
     ),
 }
 
@@ -597,7 +596,7 @@ def test_digest_tells_data_apart_and_ignores_the_name() -> None:
     others = [
         Dataset("one", *splits)
         for other in changed
-        for splits in set(permutations([rows, rows, other]))
+        for splits in ((other, rows, rows), (rows, other, rows), (rows, rows, other))
     ]
     assert len({data.digest(), *(other.digest() for other in others)}) == 1 + 3 * 3
 

@@ -177,10 +177,11 @@ def test_sentences_are_the_same_in_every_format(tmp_path: Path) -> None:
     """IOB1, as CoNLL-2003 has it, in columns; lists in JSON and in Parquet."""
     tokens, tags = ["U.N.", "official", "Ekeus"], ["I-ORG", "O", "I-PER"]
     record = {"tokens": tokens, "tags": tags}
+    columns = b"U.N. NNP I-NP I-ORG\nofficial NN I-NP O\nEkeus NNP I-NP I-PER\n\n"
     paths = [
-        put(tmp_path / "a.jsonl", as_lines([record])),
-        put(tmp_path / "a.parquet.zst", as_parquet([record])),
-        put(tmp_path / "a.conll", b"U.N. NNP I-NP I-ORG\nofficial NN I-NP O\nEkeus NNP I-NP I-PER"),
+        put(tmp_path / "a.jsonl", as_lines([record] * 2)),
+        put(tmp_path / "a.parquet.zst", as_parquet([record] * 2)),
+        put(tmp_path / "a.conll", columns * 2),
     ]
     read = [data.read(path, WORDS) for path in paths]
     assert read[0] == read[1] == read[2]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fedpeft.data import Columns, Rows, read
+from fedpeft.data import Columns, Dataset, Rows, read
 from fedpeft.tasks import TASKS, Encoded, Example, Task, TaskSection, TokenCache, make_task
 from fedpeft.tasks import token_cache as module
 from fedpeft.tasks.token_cache import packed, unpacked
@@ -70,8 +70,8 @@ def rows_of(size: int = 6, label: str = "a") -> Rows:
     return Rows.of_texts(texts, (label, "b") * (size // 2))
 
 
-def cache_of(tokenizer: Any, **changes: Any) -> TokenCache:
-    usual = TokenCache(tokenizer, TaskSection(), ("a", "b", "c"), 16, PLENTY)
+def cache_of(usual_tokenizer: Any, **changes: Any) -> TokenCache:
+    usual = TokenCache(usual_tokenizer, TaskSection(), ("a", "b", "c"), 16, PLENTY)
     return replace(usual, **changes)
 
 
@@ -83,10 +83,11 @@ def task_of(tokenizer: Any, max_length: int = 16) -> Counting:
 @pytest.mark.parametrize("kind", TASK_GROUNDS)
 def test_what_is_kept_is_what_is_encoded(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     """For every task whose examples can be kept, to the last type; others are encoded each time."""
-    ground, task_kind = TASK_GROUNDS[kind], TASKS[kind]
+    ground = TASK_GROUNDS[kind]
+    choice = TaskSection(**ground.settings.get("task", {}))  # type: ignore[arg-type]
+    task_kind = TASKS[choice.kind]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ground.rows()))
-    choice = TaskSection(**{"kind": kind, **ground.settings.get("task", {})})
     given = ground.settings.get("data", {})
     roles = {column.role: column.role for column in task_kind.schema.columns}
     roles |= {"words": "tokens"} if "words" in roles else {}
@@ -98,8 +99,7 @@ def test_what_is_kept_is_what_is_encoded(kind: str, tokenizer: Any, tmp_path: Pa
     if names.get("label") not in present:
         names.pop("label", None)
     rows = read(path, Columns(task_kind.schema, names))
-    dataset = dataclasses.replace(_dataset(rows))
-    answers = task_kind.names(dataset)
+    answers = task_kind.names(Dataset("made", rows, rows, rows))
     counting = Counting(make_task(choice, answers, 16).with_tokenizer(tokenizer))
     cache = TokenCache(tokenizer, choice, tuple(answers), 16, PLENTY, task_kind.restore)
     cold = cache.encode(counting, rows)  # type: ignore[arg-type]
@@ -108,12 +108,6 @@ def test_what_is_kept_is_what_is_encoded(kind: str, tokenizer: Any, tmp_path: Pa
     assert same(warm, counting.task.encode(rows))
     has_sources = any(example.source is not None for example in cold)
     assert counting.calls == (2 if has_sources and task_kind.restore is None else 1)
-
-
-def _dataset(rows: Rows) -> Any:
-    from fedpeft.data import Dataset
-
-    return Dataset("made", rows, rows, rows)
 
 
 an_example = st.builds(
