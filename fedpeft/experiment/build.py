@@ -395,9 +395,7 @@ def _built_in(source: data.Collection, kind: str) -> data.Dataset:
     return source.dataset(seed=0)
 
 
-def divide(  # noqa: C901, PLR0911 - one case a kind
-    config: Config, dataset: data.Dataset
-) -> data.Partition:
+def divide(config: Config, dataset: data.Dataset) -> data.Partition:
     """Return who holds what.
 
     A partition by clusters of texts loads the model by itself, without a head and on the CPU.

@@ -67,10 +67,9 @@ PARTITIONERS: dict[str, Row] = {
 }
 
 
-def divided(name: str, seed: int = 0, **arguments: Any) -> Partition:
-    return flower(
-        made(), 4, seed, name=name, arguments={**PARTITIONERS[name].arguments, **arguments}
-    )
+def divided(name: str, seed: int = 0, arguments: Mapping[str, Any] | None = None) -> Partition:
+    chosen = {**PARTITIONERS[name].arguments, **(arguments or {})}
+    return flower(made(), 4, seed, name=name, arguments=chosen)
 
 
 def test_every_class_that_flower_exports_is_here() -> None:
@@ -101,8 +100,10 @@ def test_a_partitioner_deals_our_rows(name: str) -> None:
             assert {data.test.keys[index] for index in test_rows.tolist()} <= keys
     else:
         on_test = Partition(partition.test, partition.train, partition.names)
-        held = label_counts(data.train, partition)
-        expected = held / held.sum(axis=0) * label_counts(data.test, on_test).sum(axis=0)
+        trained_on = label_counts(data.train, partition)
+        expected = (
+            trained_on / trained_on.sum(axis=0) * label_counts(data.test, on_test).sum(axis=0)
+        )
         assert np.abs(label_counts(data.test, on_test) - expected).max() <= 1
 
 
@@ -120,7 +121,10 @@ def test_arguments_reach_the_partitioner() -> None:
     assert sizes == [24, 48, 72, 96]
     assert list(map(len, divided("SizePartitioner").train)) == [100, 80, 60]
     # A seed of their own decides the shares; which rows lie at which place follows ours.
-    own = [list(map(len, divided("DirichletPartitioner", run, seed=7).train)) for run in (0, 0)]
+    own: list[list[int]] = []
+    for seed in (0, 1):
+        made_with_seven = divided("DirichletPartitioner", seed, arguments={"seed": 7})
+        own.append([len(rows) for rows in made_with_seven.train])
     assert own[0] == own[1]
 
 

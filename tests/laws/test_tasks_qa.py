@@ -131,7 +131,8 @@ def test_counts_are_sums_of_these_scores_and_their_metrics_means() -> None:
     assert replace(task, unanswerable=True).trivial(NOTHING, examples) == pytest.approx(1 / 3)
 
 
-NOTHING = Dataset("", *[Rows({"question": (), "context": (), "answers": ()})] * 3)
+NO_ROWS = Rows({"question": (), "context": (), "answers": ()})
+NOTHING = Dataset("", NO_ROWS, NO_ROWS, NO_ROWS)
 
 
 @pytest.mark.parametrize(
