@@ -60,7 +60,7 @@ def sets(*assignments: str) -> list[str | Path]:
 
 def says(loaded: Loaded, texts: list[str], labels: tuple[str, ...] = ANIMALS) -> Tensor:
     """Return the logits of ``texts``, all in one batch."""
-    task = Classification(labels, 16, loaded.tokenizer)
+    task = Classification(labels, 16, tokenizer=loaded.tokenizer)
     examples = task.encode(task.unanswered(texts))
     with torch.no_grad():
         return task.logits(loaded.model, task.collate(examples, torch.device("cpu")))
