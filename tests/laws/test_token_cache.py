@@ -84,7 +84,7 @@ def task_of(tokenizer: Any, max_length: int = 16) -> Counting:
 def test_what_is_kept_is_what_is_encoded(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     """For every task whose examples can be kept, to the last type; others are encoded each time."""
     ground = TASK_GROUNDS[kind]
-    choice = TaskSection(**ground.settings.get("task", {}))  # type: ignore[arg-type]
+    choice = TaskSection(**ground.settings.get("task", {}))
     task_kind = TASKS[choice.kind]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ground.rows()))
