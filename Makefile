@@ -67,5 +67,5 @@ $(BIN)/.llm: pyproject.toml constraints.txt | $(BIN)/.demo
 # flwr-datasets asks for an older datasets than ours, and works with it.
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
 	$(PIP) --editable '.[data,flower,dev]'
-	$(PIP) --no-deps flwr-datasets
+	$(PIP) --no-deps flwr-datasets seaborn
 	@touch $@

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Final, final
+from typing import IO, Any, Final, cast, final
 
 from fedpeft.errors import BadInput
 
@@ -43,7 +43,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     packing = path.suffix.lower()
     if packing == ".gz":
         with gzip.open(path) as unpacked:
-            yield io.BufferedReader(unpacked, CHUNK)
+            yield cast(IO[bytes], unpacked)
     elif packing == ".zst":
         decompressor = _decompressor(path)
         with path.open("rb") as packed:
