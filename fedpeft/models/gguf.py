@@ -114,11 +114,11 @@ def _convert(file: Path, folder: Path, digest: str) -> None:
 def _write(file: Path, folder: Path) -> None:
     """Write what transformers reads from ``file`` as a folder of its own."""
     place, asked = str(file.parent), {"gguf_file": file.name}
+    models: Any = AutoModelForCausalLM  # without types
     with quiet():
         config: Any = AutoConfig.from_pretrained(place, **asked)
         tokenizer: Any = AutoTokenizer.from_pretrained(place, **asked)
-        auto: Any = AutoModelForCausalLM
-        model, report = auto.from_pretrained(
+        model, report = models.from_pretrained(
             place, config=config, dtype=torch.float32, output_loading_info=True, **asked
         )
         # transformers would draw what is missing at random, without a word.
@@ -127,7 +127,7 @@ def _write(file: Path, folder: Path) -> None:
             raise ValueError(f"{len(missing)} parameters are missing in it, such as {few}")
         # A model that was read from GGUF refuses to be saved; one made of its parameters does not.
         with torch.device("meta"):
-            plain: Any = auto.from_config(config, dtype=torch.float32)
+            plain = models.from_config(config, dtype=torch.float32)
         plain.load_state_dict(model.state_dict(), assign=True)
         plain.tie_weights()
         plain.save_pretrained(folder)

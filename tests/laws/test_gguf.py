@@ -50,9 +50,8 @@ def model() -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model: Any = LlamaForCausalLM(config)
-        model.eval()
-        return model
+        made: Any = LlamaForCausalLM(config)
+    return made.eval()
 
 
 def interleaved(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -146,8 +145,8 @@ def test_a_converted_file_computes_as_the_weights_in_it_do(tmp_path: Path, kind:
     """The reference is transformers' own model, set to the dequantised weights."""
     expected = write(tmp_path / "tiny.gguf", kind)
     folder = located(str(tmp_path / "tiny.gguf"))
-    auto: Any = AutoModelForCausalLM
-    loaded, report = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    models: Any = AutoModelForCausalLM  # without types
+    loaded, report = models.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     found = logits(loaded, [TOKENS.index(token) for token in ("hell", "o")])

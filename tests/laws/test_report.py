@@ -428,7 +428,7 @@ def test_the_cells_of_a_table(tmp_path: Path) -> None:
     table = tables.comparison(compare([summarise(run(tmp_path, ROUNDS))], target=0.45))
     modelled = "modelled min to target: per round the slowest client's bytes / bandwidth"
     assert cells(table, "lora") == [
-        *("lora", "40.0", "20.0", "+15.0", "120→60.0", "8.00", "5.00"),
+        *("lora", "40.0", "10.0", "+15.0", "120→60.0", "8.00", "5.00"),
         *("1", "6.00", "0.142", "0.177", "3.33", "0.000700", "1"),
     ]
     assert {
