@@ -19,7 +19,7 @@ def questions(located: Iterable[Located]) -> Iterator[Located]:
     """Yield a record for each question of every article, and all records that are none.
 
     Such a record has the columns ``id``, ``title`` (of the article), ``context``, ``question`` and
-    ``answers``, which are empty where it ``is_impossible``. Raises BadInput for a part of an
+    ``answers``, an empty list where there is none. Raises BadInput for a part of an
     article that lacks something.
 
     >>> about = {"question": "Where?", "id": "q1", "answers": [{"text": "here", "answer_start": 0}]}
@@ -51,7 +51,6 @@ def _of_article(where: str, article: Record) -> Iterator[Located]:
     for paragraph_number, paragraph in enumerate(_objects(where, article, PARAGRAPHS), 1):
         place = f"{where}, paragraph {paragraph_number}"
         for question_number, asked in enumerate(_objects(place, paragraph, QUESTIONS), 1):
-            impossible = asked.get("is_impossible", False)
             question_place = f"{place}, question {question_number}"
             yield (
                 question_place,
@@ -60,7 +59,7 @@ def _of_article(where: str, article: Record) -> Iterator[Located]:
                     "title": article.get("title", ""),
                     "context": _part(place, paragraph, CONTEXT),
                     "question": _part(question_place, asked, "question"),
-                    "answers": [] if impossible else _part(question_place, asked, "answers"),
+                    "answers": _part(question_place, asked, "answers"),
                 },
             )
 
