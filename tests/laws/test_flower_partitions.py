@@ -100,7 +100,9 @@ def test_a_partitioner_deals_our_rows(name: str) -> None:
     else:
         on_test = Partition(partition.test, partition.train, partition.names)
         trained_on = label_counts(data.train, partition)
-        expected = trained_on / trained_on.sum(axis=0) * label_counts(data.test, on_test).sum(axis=0)
+        expected = (
+            trained_on / trained_on.sum(axis=0) * label_counts(data.test, on_test).sum(axis=0)
+        )
         assert np.abs(label_counts(data.test, on_test) - expected).max() <= 1
 
 
