@@ -114,7 +114,8 @@ def entropy(distributions: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     # The logarithm of 1 stands in where there is nothing.
     logs = np.log2(np.where(distributions > 0, distributions, 1.0))
-    return np.abs((distributions * logs).sum(axis=-1))  # abs, not minus: it gives no -0.0
+    bits: NDArray[np.float64] = np.abs((distributions * logs).sum(axis=-1))  # minus gives -0.0
+    return bits
 
 
 def total_variation(distributions: NDArray[np.float64], seed: int = 0) -> float:

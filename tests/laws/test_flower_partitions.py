@@ -74,7 +74,7 @@ def divided(name: str, seed: int = 0, **arguments: Any) -> Partition:
 
 
 def test_every_class_that_flower_exports_is_here() -> None:
-    from flwr_datasets import partitioner
+    from flwr_datasets import partitioner  # type: ignore[import-untyped]
 
     assert {*PARTITIONERS, *OF_COLUMNS, ABSTRACT} == set(partitioner.__all__)
     assert partitioners().keys() == PARTITIONERS.keys()
@@ -101,8 +101,8 @@ def test_a_partitioner_deals_our_rows(name: str) -> None:
             assert {data.test.keys[index] for index in test_rows.tolist()} <= keys
     else:
         on_test = Partition(partition.test, partition.train, partition.names)
-        held = label_counts(data.train, partition)
-        expected = held / held.sum(axis=0) * label_counts(data.test, on_test).sum(axis=0)
+        counts = label_counts(data.train, partition)
+        expected = counts / counts.sum(axis=0) * label_counts(data.test, on_test).sum(axis=0)
         assert np.abs(label_counts(data.test, on_test) - expected).max() <= 1
 
 

@@ -73,7 +73,9 @@ def _clusters(dataset: Dataset, embed: Embed, clusters: int, seed: int) -> tuple
     """Return the cluster of every row, of train and of test."""
     try:
         from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # noqa: PLC0415
-        from threadpoolctl import threadpool_limits  # noqa: PLC0415
+        from threadpoolctl import (  # type: ignore[import-untyped]  # noqa: PLC0415
+            threadpool_limits,
+        )
     except ModuleNotFoundError as error:
         raise BadInput(
             "partition.kind = 'cluster' needs scikit-learn; "
@@ -95,4 +97,5 @@ def _clusters(dataset: Dataset, embed: Embed, clusters: int, seed: int) -> tuple
 def _of_length_1(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return vectors, (rows, width), scaled to length 1, so that distances are those of angles."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return vectors / np.maximum(lengths, 1e-12)
+    scaled: NDArray[np.float64] = vectors / np.maximum(lengths, 1e-12)
+    return scaled
