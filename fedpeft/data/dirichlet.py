@@ -55,8 +55,9 @@ def shares(
         if min((sizes @ share).min(), counts(share, sizes).sum(axis=0).min()) >= min_examples:
             return share
     raise BadInput(
-        f"partition.{field} = {alpha}: {ATTEMPTS} draws of shares "
-        f"for partition.clients = {clients} left some client with less than partition.min_examples = {min_examples} "
+        f"partition.{field} = {alpha}: {ATTEMPTS} draws of shares for "
+        f"partition.clients = {clients} left some client with less than "
+        f"partition.min_examples = {min_examples} "
         f"of {sizes.sum()}; raise {field} or lower the other two"
     )
 
