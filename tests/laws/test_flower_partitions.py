@@ -72,7 +72,7 @@ def divided(name: str, seed: int = 0) -> Partition:
 
 
 def test_every_class_that_flower_exports_is_here() -> None:
-    from flwr_datasets import partitioner  # type: ignore[import-untyped]
+    from flwr_datasets import partitioner
 
     assert {*PARTITIONERS, *OF_COLUMNS, ABSTRACT} == set(partitioner.__all__)
     assert partitioners().keys() == PARTITIONERS.keys()

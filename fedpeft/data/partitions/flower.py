@@ -67,9 +67,7 @@ def partitioners() -> Mapping[str, Any]:
     # Read once, when the package is imported: otherwise it reports its use over the network.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:
-        from flwr_datasets import (  # type: ignore[import-untyped]  # noqa: PLC0415
-            partitioner,
-        )
+        from flwr_datasets import partitioner  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise BadInput(
             f"partition.kind = 'flower' needs {error.name!r}; "
@@ -166,7 +164,7 @@ def _divided(
     columns: Mapping[str, Any], order: Indices, partitioner_class: Any, chosen: Mapping[str, Any]
 ) -> list[Indices]:
     """Return for each client the places in ``order`` whose rows a partitioner gives it."""
-    import datasets  # type: ignore[import-untyped]  # noqa: PLC0415
+    import datasets  # noqa: PLC0415
 
     table: dict[str, Any] = {"place": list(range(len(order)))}
     for column, values in columns.items():
