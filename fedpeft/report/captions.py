@@ -13,7 +13,7 @@ REASONS = 3
 
 
 def setting(runs: Sequence[Summary]) -> str:
-    """Return data, model, federation and, if the settings have it, the partition's alpha.
+    """Return data, model, federation and, if the settings have it, the partition.
 
     Paths are shortened to their last part. References are left out where there are federated runs:
     they may have another federation, such as one client with all data.
@@ -23,18 +23,18 @@ def setting(runs: Sequence[Summary]) -> str:
     models: list[object] = []
     clients: list[object] = []
     sampled: list[object] = []
-    alphas: list[object] = []
+    partitions: list[object] = []
     for run in described:
         row = run.run
         data.append(PurePath(row.data).name)
         models.append(PurePath(row.model).name)
         clients.append(row.clients)
         sampled.append(row.clients_per_round)
-        alphas.extend(_alphas(row.settings))
+        partitions.extend(_partitions(row.settings))
     federation = f"{_listed(clients)} clients, {_listed(sampled)} a round"
     parts = [_listed(data), _listed(models), federation]
-    if alphas:
-        parts.append(f"partition alpha {_listed(alphas)}")
+    if partitions:
+        parts.append(f"partition {_listed(partitions)}")
     return " · ".join(parts)
 
 
@@ -128,13 +128,26 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def _alphas(settings: Mapping[str, object]) -> Iterator[object]:
-    """Yield ``alpha`` of every table named ``partition``, at any depth.
+def _partitions(settings: Mapping[str, object]) -> Iterator[object]:
+    """Yield what is to be said of every table named ``partition``, at any depth.
 
-    Other tables are passed over: adapters have an alpha of another meaning.
+    That is ``alpha`` of a Dirichlet law over labels, and otherwise its kind, with ``alpha`` where
+    that kind uses it.
     """
     for name, value in settings.items():
         if isinstance(value, Mapping):
             if name == "partition" and "alpha" in value:
-                yield value["alpha"]
-            yield from _alphas(value)
+                yield _partition(value)
+            yield from _partitions(value)
+
+
+def _partition(section: Mapping[str, object]) -> str:
+    """Return what is to be said of one section ``partition``.
+
+    >>> _partition({"alpha": 0.1}), _partition({"kind": "iid", "alpha": 0.1})
+    ('alpha 0.1', 'iid')
+    """
+    kind, alpha = section.get("kind", "dirichlet"), f"alpha {section['alpha']}"
+    if kind == "dirichlet":
+        return alpha
+    return f"{kind} {alpha}" if kind in ("label_skew", "cluster") else str(kind)
