@@ -101,7 +101,7 @@ def test_no_two_wings_import_each_other_even_by_way_of_others() -> None:
 
 def test_few_modules_stand_outside_a_wing() -> None:
     loose = {file for file in FILES if "/" not in file}
-    assert loose - {"__init__.py", "types.py", "errors.py", "seeds.py", "cache.py"} <= {
+    assert loose - {"__init__.py", "types.py", "errors.py", "seeds.py"} <= {
         "api.py",
         "method_kit.py",
     }

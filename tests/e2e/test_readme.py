@@ -102,14 +102,15 @@ def test_the_tree_names_every_file_and_no_other() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     [tree] = re.findall(r"```\nfedpeft/\n(.*?)```", text, re.DOTALL)
     named: set[str] = set()
-    wing = ""
+    folders: list[str] = []  # around the line, the outermost first
     for line in tree.splitlines():
-        words = re.findall(r"^  (\S+/)|(\w+\.(?:py|toml))(?= |$)", line)
-        for folder, file in words:
-            if folder:
-                wing = folder
-            else:
-                named.add(file if not line.startswith("    ") else wing + file)
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        folder = re.match(r" *(\w+/)", line)
+        if folder:
+            folders[depth:] = [folder[1]]
+        else:
+            above = "".join(folders[:depth])
+            named |= {above + file for file in re.findall(r"(\w+\.(?:py|toml))(?= |$)", line)}
     package = ROOT / "fedpeft"
     there = {
         path.relative_to(package).as_posix()
