@@ -15,7 +15,8 @@ def positions(
     """Return the sorted flat positions, (n,) int64, of the entries that are trained; at least one.
 
     ``density``: their share. One random, data-independent draw without replacement per matrix
-    (SLoRA, section 4: uniform density over layers). It is drawn once and kept for the rounds to come: nobody may write into it.
+    (SLoRA, section 4: uniform density over layers). It is drawn once and kept for the rounds to
+    come: nobody may write into it.
 
     >>> len(positions((4, 5), density=0.1, seed=0, module="query"))
     2

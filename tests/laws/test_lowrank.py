@@ -162,7 +162,9 @@ def test_a_rank_that_a_layer_cannot_hold_is_refused_with_both_numbers(rank: int)
 def falling(size: tuple[int, int], fall: float) -> Tensor:
     """Return a random matrix whose singular values are 1, ``fall``, ``fall``^2 and so on."""
     left, _, right = torch.linalg.svd(drawn(*size).double(), full_matrices=False)
-    return (left * fall ** torch.arange(min(size), dtype=torch.float64)) @ right
+    values = fall ** torch.arange(min(size), dtype=torch.float64)
+    matrix: Tensor = (left * values) @ right
+    return matrix
 
 
 @pytest.mark.parametrize("rank", [1, 8])

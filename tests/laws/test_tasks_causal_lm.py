@@ -295,9 +295,8 @@ def generated_by_transformers(
     model: Any, prompts: Sequence[Tensor], tokens: int
 ) -> list[list[int]]:
     """Return what ``model.generate`` says to each prompt alone, up to its end."""
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=tokens, eos_token_id=2, pad_token_id=0
-    )
+    make: Any = GenerationConfig  # its constructor is untyped
+    settings = make(do_sample=False, max_new_tokens=tokens, eos_token_id=2, pad_token_id=0)
     found: list[list[int]] = []
     for prompt in prompts:
         whole = model.generate(
