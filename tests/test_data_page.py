@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedpeft.data import Dataset
-from fedpeft.experiment.build import read_data
 from fedpeft.experiment.config import beside, from_tree
+from fedpeft.experiment.reading import read_data
 from fedpeft.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -327,8 +327,8 @@ def partition(
     """Show who holds what and how unlike clients are, as a table and a PNG."""
     from fedpeft.data import view as holdings
     from fedpeft.data.heterogeneity import heterogeneity
-    from fedpeft.experiment.build import divide, read_data
     from fedpeft.experiment.config import from_tree
+    from fedpeft.experiment.reading import divide, read_data
 
     chosen = from_tree(_settings(config, settings))
     dataset = read_data(chosen)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final, final, get_args
 
 from fedpeft.errors import BadInput
-from fedpeft.experiment.build import divide, read_data
 from fedpeft.experiment.checking import Tree, nearest
 from fedpeft.experiment.config import METHOD, Config, from_tree, merge, nested
+from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.sections import CLIENTS, CompareSection, Reference
 from fedpeft.methods import constructors
 

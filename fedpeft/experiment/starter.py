@@ -21,8 +21,8 @@ from fedpeft.data.records import SEPARATED, ending, records
 from fedpeft.data.separated import MARKS
 from fedpeft.errors import BadInput
 from fedpeft.experiment import config
-from fedpeft.experiment.build import divide, read_data
 from fedpeft.experiment.checking import Tree
+from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.sections import CLIENTS, FederationSection, PartitionSection
 
 TEXTS: Final = ("text", "sentence", "content", "review", "question")

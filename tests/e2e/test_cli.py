@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from fedpeft.cli import app as cli
 from fedpeft.cli import parsing as arguments
-from fedpeft.experiment.build import read_data
 from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.reading import read_data
 from fedpeft.experiment.trained import open_run
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from fedpeft.data import Rows
-from fedpeft.experiment.build import build, divide, read_data
+from fedpeft.experiment.build import build
+from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.run import resume, start
 from fedpeft.models import ModelSection, embed
 from fedpeft.tasks import Encoded, Example, TaskSection, make_task

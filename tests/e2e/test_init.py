@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedpeft.experiment.build import divide, read_data
 from fedpeft.experiment.config import from_tree, read
+from fedpeft.experiment.reading import divide, read_data
 from fedpeft.methods import METHODS
 
 from .builders import Ground, cli_call, examples, refused

@@ -10,9 +10,9 @@ from datasets import ClassLabel, DatasetDict, Features, Sequence, Value
 
 from fedpeft.data import Columns, Dataset, HubChoice, Rows, from_hub
 from fedpeft.errors import BadInput
-from fedpeft.experiment.build import read_data
 from fedpeft.experiment.config import from_tree
 from fedpeft.experiment.config import read as read_toml
+from fedpeft.experiment.reading import read_data
 from fedpeft.tasks import TASKS
 
 NAMES = ["neg", "pos"]

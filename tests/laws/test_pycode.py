@@ -10,8 +10,8 @@ import pytest
 import fedpeft.data
 from fedpeft.data import Dataset, pycode
 from fedpeft.errors import BadInput
-from fedpeft.experiment.build import read_data
 from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.reading import read_data
 
 CHAPTERS = tomllib.loads(
     Path(fedpeft.data.__file__).with_name("chapters.toml").read_text(encoding="utf-8")

@@ -1,0 +1,115 @@
+"""Settings -> the data set, and which client holds what of it."""
+
+from functools import partial
+
+from fedpeft import data
+from fedpeft.errors import BadInput
+from fedpeft.experiment.config import Config
+from fedpeft.experiment.sections import CLIENTS
+from fedpeft.models import embed
+from fedpeft.tasks import TASKS, make_task
+
+
+def read_data(config: Config) -> data.Dataset:
+    """Return the data that the settings name, as their task reads it."""
+    choice = config.data
+    if choice.source in data.BUILT_IN:
+        return _built_in(data.BUILT_IN[choice.source], config.task.kind)
+    schema = TASKS[config.task.kind].schema
+    named = {column.role: getattr(choice, column.role) for column in schema.columns}
+    names = schema.read(named)
+    if choice.label is not None or (schema.is_labelled and schema.label is None):
+        names[data.LABEL] = choice.label or data.LABEL
+    if choice.key is not None:
+        names[data.KEY] = choice.key
+    columns = data.Columns(schema, names, choice.delimiter, choice.labels or ())
+    if choice.source == "hub":
+        assert choice.name is not None  # checked with the settings
+        return data.from_hub(
+            data.HubChoice(
+                choice.name,
+                choice.config,
+                choice.train_split,
+                choice.validation_split,
+                choice.test_split,
+            ),
+            columns=columns,
+            validation_fraction=choice.validation_fraction,
+            test_fraction=choice.test_fraction,
+        )
+    assert choice.train is not None  # checked with the settings
+    return data.from_files(
+        train=choice.train,
+        validation=choice.validation,
+        test=choice.test,
+        columns=columns,
+        validation_fraction=choice.validation_fraction,
+        test_fraction=choice.test_fraction,
+    )
+
+
+def _built_in(source: data.Collection, kind: str) -> data.Dataset:
+    """Return data that come with Python; BadInput where a task of that kind does not read them."""
+    readers: list[str] = []
+    for name, task_kind in TASKS.items():
+        read = {column.role for column in task_kind.schema.columns}
+        if read.issuperset(source.columns):
+            readers.append(name)
+    if kind not in readers:
+        raise BadInput(
+            f"task.kind = {kind!r}: data.source = {source.name!r} has the columns "
+            f"{', '.join(source.columns)}, for {' or '.join(readers)}; "
+            "name files of yours in data.train"
+        )
+    return source.dataset(seed=0)
+
+
+def divide(config: Config, dataset: data.Dataset) -> data.Partition:
+    """Return who holds what.
+
+    A partition by clusters of texts loads the model by itself, without a head and on the CPU.
+    """
+    choice, seed = config.partition, config.seed
+    clients = choice.clients or CLIENTS
+    match choice.kind:
+        case "iid":
+            divided = data.iid(dataset, clients, seed)
+        case "quantity":
+            divided = data.quantity(
+                dataset, clients, seed, beta=choice.beta, min_examples=choice.min_examples
+            )
+        case "dirichlet":
+            divided = data.dirichlet(
+                dataset, clients, seed, alpha=choice.alpha, min_examples=choice.min_examples
+            )
+        case "label_skew":
+            divided = data.label_skew(dataset, clients, seed, alpha=choice.alpha)
+        case "shards":
+            divided = data.shards(
+                dataset, clients, seed, shards_per_client=choice.shards_per_client
+            )
+        case "cluster":
+            names = TASKS[config.task.kind].names(dataset)
+            task = make_task(config.task, names, config.model.max_length)
+            divided = data.cluster(
+                dataset,
+                clients,
+                seed,
+                embed=partial(embed, config.model, task),
+                clusters=choice.clusters,
+                alpha=choice.alpha,
+                min_examples=choice.min_examples,
+            )
+        case "by_key":
+            # Left out, it means all keys, unless they are grouped.
+            number = clients if choice.group else choice.clients
+            divided = data.by_key(dataset, number, group=choice.group)
+        case "file":
+            assert choice.file is not None  # checked with the settings
+            divided = data.from_file(dataset, choice.file)
+        case "flower":
+            arguments = dict(choice.flower)
+            name = arguments.pop("name")  # checked with the settings
+            number = choice.clients or arguments.get("num_partitions", CLIENTS)
+            divided = data.flower(dataset, number, seed, name=name, arguments=arguments)
+    return divided
