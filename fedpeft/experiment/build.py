@@ -129,11 +129,11 @@ def build(
     # 1. What can be refused in a moment comes first; loading a model takes seconds.
     engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
     dataset = _dataset(config, reuse)
+    names = TASKS[config.task.kind].names(dataset)
     partition = _partition(config, dataset, reuse)
     _check_partition(config, partition)
 
     # 2. The machine, and the model in the number format and with the kernels chosen for it.
-    names = TASKS[config.task.kind].names(dataset)
     task = make_task(config.task, names, config.model.max_length)
     chosen = hardware or _hardware(config, task, reuse)
     use(chosen)

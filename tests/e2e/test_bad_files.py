@@ -109,7 +109,7 @@ FILES = {
         "x.jsonl", lambda: _rows(5, '{"text": "a", "label": ""}'), ("x.jsonl:5", "empty")
     ),
     "no rows": Broken("x.jsonl", lambda: b"\n\n", ("x.jsonl", "no rows")),
-    "unknown ending": Broken("x.parquet", lambda: b"", ("x.parquet", ".csv")),
+    "unknown ending": Broken("x.xlsx", lambda: b"", ("x.xlsx", ".csv")),
     "damaged gzip": Broken(
         "x.jsonl.gz", lambda: gzip.compress(_rows(1, "{}"))[:100], ("x.jsonl.gz",)
     ),
@@ -137,7 +137,7 @@ FILES = {
         "x.csv", lambda: b"text,label\na,1.0\nb,0.0\nc,nan\n", ("x.csv:4", "'nan'", "whole numbers")
     ),
     "one label only": Broken(
-        "x.csv", lambda: b"text,label\na,fish\nb,fish\n", ("x.csv", "'fish'", "two or more")
+        "x.csv", lambda: b"text,label\n" + 9 * b"a,fish\n", ("x.csv", "'fish'", "two or more")
     ),
 }
 
@@ -200,7 +200,7 @@ FIELDS = {
     "data.delimiter=ab": ("data.delimiter = 'ab'", "one character"),
     "data.train=~nobody-of-that-name/x.csv": ("~nobody-of-that-name", "no home folder"),
     "data.train=nothing/*.jsonl": ("nothing/*.jsonl", "no file matches this pattern"),
-    "data.test=.": ("is a folder", "*.csv"),
+    "data.test=.": ("is a folder", "/*"),
 }
 
 
