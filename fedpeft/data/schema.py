@@ -36,10 +36,10 @@ class Schema:
     settled by the configuration, which gives a name to each that is read.
 
     ``label``: how a record gets the label that partitions divide by, where no column is named for
-    it: from its parsed values. None where a column has to hold it.
-    ``is_labelled``: whether every record has a label; otherwise rows have one only where a column
-    is named for it. ``check``: says what is wrong
-    between the values of a record, or returns an empty string; None where nothing can be wrong.
+    it: from its parsed values. None where a column has to hold it. ``is_labelled``: whether every
+    record has a label; otherwise rows have one only where a column is named for it. ``check``: says
+    what is wrong between the values of a record, or returns an empty string; None where nothing can
+    be wrong.
 
     ``answers``: the names in a record that ``data.labels`` has to list, where these are not its
     label; None where they are.

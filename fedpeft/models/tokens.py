@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedpeft.tasks.padding import padded_left
+
 READS_FIRST = {
     "bert": ("encoder.layer", "attention.output"),
     "roberta": ("encoder.layer", "attention.output"),
@@ -14,6 +16,8 @@ READS_FIRST = {
 
 For each its blocks, and the module of a block through which its attention leaves.
 """
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids")
+"""What tasks give to a model that has a number for each token."""
 READS_LAST = ("xlnet",)
 """Families whose head reads the last position, as their own tokenizers pad on the left."""
 
@@ -53,12 +57,6 @@ def _turned(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Move the padding of ``input_ids`` and ``attention_mask``, (n, L), from right to left."""
-    ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-    length = ids.shape[1]
-    padding = length - mask.sum(dim=1, keepdim=True)  # (n, 1)
-    # Position p of a row with q paddings takes what was at p - q, modulo the length: the paddings
-    # from the end come to the front. (n, L)
-    before = (torch.arange(length, device=ids.device) - padding) % length
-    turned = {"input_ids": ids.gather(1, before), "attention_mask": mask.gather(1, before)}
-    return args, {**kwargs, **turned}
+    """Move the padding of all that has a number for each token, (n, L), from right to left."""
+    batch = {name: kwargs[name] for name in PER_TOKEN if name in kwargs}
+    return args, {**kwargs, **padded_left(batch)}

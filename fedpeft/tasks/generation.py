@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpeft.tasks.padding import padded_left
+
 NOTHING = -1
 """What stands in the place of a token behind the end of a response."""
 
@@ -26,7 +28,9 @@ def continued(
     """
     device = ids.device
     end_tokens = torch.tensor(list(ends), device=device)
-    ids, mask = _turned(ids, mask)
+    # The next token follows all of a row, so the padding goes to the left.
+    prompts = padded_left({"input_ids": ids, "attention_mask": mask})
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
     takes_positions = _takes(model, "position_ids")
     # Of the first token of each row, not of its padding; padding gets any position.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -53,15 +57,6 @@ def continued(
         if cache is not None:  # a family without a cache reads everything again
             read, read_positions = ids[:, -1:], positions[:, -1:]
     return tokens
-
-
-def _turned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, (n, L), with the padding on the left, as the next token follows all."""
-    length = ids.shape[1]
-    padding = length - mask.sum(dim=1, keepdim=True)  # (n, 1)
-    # What is at p - padding comes to p; modulo the length the padding comes to the front.
-    before = (torch.arange(length, device=ids.device) - padding) % length  # (n, L)
-    return ids.gather(1, before), mask.gather(1, before)
 
 
 def _takes(model: nn.Module, argument: str) -> bool:

@@ -1,6 +1,6 @@
 """Examples of different lengths as one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ def padded(tensors: Sequence[Tensor], width: int, value: int) -> Tensor:
     """Return n tensors of up to ``width`` numbers as one, (n, width), filled up with ``value``."""
     together = pad_sequence(list(tensors), batch_first=True, padding_value=value)
     return functional.pad(together, (0, width - together.shape[1]), value=value)
+
+
+def padded_left(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a number a token, (n, L) each, with their padding moved to the left.
+
+    Among them is ``attention_mask``, which tells what is padding.
+
+    >>> mask, ids = torch.tensor([[1, 1, 0]]), torch.tensor([[7, 8, 0]])
+    >>> padded_left({"attention_mask": mask, "input_ids": ids})["input_ids"].tolist()
+    [[0, 7, 8]]
+    """
+    mask = batch["attention_mask"]
+    length = mask.shape[1]
+    padding = length - mask.sum(dim=1, keepdim=True)  # (n, 1)
+    # Position p of a row with q paddings takes what was at p - q, modulo the length: the paddings
+    # from the end come to the front. (n, L)
+    before = (torch.arange(length, device=mask.device) - padding) % length
+    return {name: tensor.gather(1, before) for name, tensor in batch.items()}
 
 
 def inputs(examples: Sequence[Example], width: int, padding: int) -> dict[str, Tensor]:

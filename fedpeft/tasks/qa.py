@@ -241,16 +241,17 @@ class QuestionAnswering:
         ``loss`` is the sum over ``windows``.
         """
         agreements = torch.zeros(2, dtype=torch.float64)
-        said = self.answers(predictions, examples)
-        for answer, asked in zip(said, _questions(predictions, examples), strict=True):
-            right = asked[0][1].answers
-            agreements += torch.tensor(agreement(answer.answer, right), dtype=torch.float64)
+        questions = _questions(predictions, examples)
+        for asked in questions:
+            _, passage = asked[0]  # the right answers stand in every window
+            said = self._answer(asked).answer
+            agreements += torch.tensor(agreement(said, passage.answers), dtype=torch.float64)
         loss = torch.tensor(0.0, dtype=torch.float64)
         for prediction, example in zip(predictions, examples, strict=True):
             logits = prediction["logits"][: len(example)]
             loss += _window_losses(logits.unsqueeze(0), example.labels.unsqueeze(0)).sum()
         return {
-            "examples": torch.tensor(len(said)),
+            "examples": torch.tensor(len(questions)),
             "agreement": agreements,
             "windows": torch.tensor(len(examples)),
             "loss": loss,

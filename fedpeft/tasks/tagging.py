@@ -179,13 +179,15 @@ class Tagging:
             tokens += example.weight
             predicted_tags = self._tags(prediction, example.source)
             predicted, true = set(spans(predicted_tags)), set(spans(example.source.tags))
-            for count, found in zip(names, (predicted & true, predicted, true), strict=True):
-                for span in found:
+            for count, counted_spans in zip(
+                names, (predicted & true, predicted, true), strict=True
+            ):
+                for span in counted_spans:
                     count[type_of[span.type]] += 1
-            pairs = zip(predicted_tags, example.source.tags, strict=True)
-            words_counted += torch.tensor(
-                [sum(said == is_so for said, is_so in pairs), len(predicted_tags)]
-            )
+            num_right = 0
+            for predicted_tag, tag in zip(predicted_tags, example.source.tags, strict=True):
+                num_right += predicted_tag == tag
+            words_counted += torch.tensor([num_right, len(predicted_tags)])
         return {
             "examples": torch.tensor(examples.num_rows),
             "names": names,

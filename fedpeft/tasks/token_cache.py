@@ -18,7 +18,7 @@ from torch import Tensor
 from xxhash import xxh3_128_digest
 
 from fedpeft.data.rows import Rows
-from fedpeft.data.user_cache import cache_folder
+from fedpeft.data.user_cache import cache_folder, keep
 from fedpeft.tasks.choice import TaskSection
 from fedpeft.tasks.task import Encoded, Example, Task
 
@@ -197,16 +197,8 @@ def _write(path: Path, content: bytes, limit: int) -> None:
     """Write a file whole or not at all; remove others until all have ``limit`` bytes at most."""
     if len(content) > limit:
         return
-    # Several processes may get here at once, so each writes a file of its own and renames it.
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            return
+    keep(path, content)
+    with suppress(OSError):  # a folder that cannot be read has no room to make
         _make_room(path.parent, limit)
 
 

@@ -7,8 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import XLNetConfig, XLNetForSequenceClassification
 
-from fedpeft.tasks import Encoded, Example
+from fedpeft.models.tokens import pad_on_the_left
+from fedpeft.tasks import Classification, Encoded, Example
+from tests.tiny import Padding
 from tests.tiny_tasks import TASK_CASES, one_hot
 
 CPU = torch.device("cpu")
@@ -23,6 +26,29 @@ def test_the_loss_of_a_batch_is_that_of_transformers(kind: str) -> None:
     assert ("token_type_ids" in batch) == (kind == "pairs")
     expected = call(**batch).loss
     torch.testing.assert_close(task.losses(model, batch).mean(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_nothing_for_a_family_that_pads_on_the_left() -> None:
+    """XLNet reads the last position, and of a pair which of the two texts a token belongs to."""
+    config = XLNetConfig(
+        vocab_size=60,
+        d_model=16,
+        n_layer=2,
+        n_head=2,
+        d_inner=24,
+        dropout=0.0,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    model: Any = XLNetForSequenceClassification(config).eval()
+    pad_on_the_left(model)
+    short = Example(torch.tensor([5, 6, 7]), torch.tensor(0), 0, torch.tensor([0, 0, 1]))
+    longer = Example(torch.tensor([8, 9, 10, 11]), torch.tensor(1), 1, torch.tensor([0, 1, 1, 2]))
+    task = Classification(("a", "b"), 16, tokenizer=Padding())
+    with torch.no_grad():
+        alone = task.logits(model, task.collate(Encoded([short]), CPU))
+        together = task.logits(model, task.collate(Encoded([short, longer]), CPU))
+    torch.testing.assert_close(together[:1], alone, rtol=1e-5, atol=1e-5)
 
 
 pairs_of_labels = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ def cluster(
     share[~filled, 0] = 1.0  # of no row
     rng = np.random.default_rng(derive(seed, "cluster", "rows"))
     divided = ascending(deal(train, share, rng), deal(test, share, rng))
-    return Partition(divided.train, divided.test, divided.names, divided.notes, train)
+    return replace(divided, clusters=train)
 
 
 def _clusters(dataset: Dataset, embed: Embed, clusters: int, seed: int) -> tuple[Indices, Indices]:

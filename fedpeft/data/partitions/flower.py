@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -58,8 +59,7 @@ def flower(
     if unused := len(dataset.train) - sum(map(len, train)):
         notes = (f"{name} leaves {unused} of {len(dataset.train)} train rows to nobody",)
     group, test_group = _groups(dataset, chosen.get("partition_by") == "key")
-    divided = ascending(train, follow(train, group, test_group, rng))
-    return Partition(divided.train, divided.test, divided.names, notes)
+    return replace(ascending(train, follow(train, group, test_group, rng)), notes=notes)
 
 
 def partitioners() -> Mapping[str, Any]:

@@ -37,7 +37,7 @@ def groupings(dataset: Dataset, partition: Partition) -> list[Groups]:
 def label_counts(rows: Rows, partition: Partition) -> Indices:
     """Return how many train rows of each label each client holds, (clients, labels).
 
-    Labels are in the order of ``Dataset.labels``.
+    Labels are those of ``rows``, sorted as by ``ordered``.
     """
     return _count("label", rows.labels, partition).held
 
