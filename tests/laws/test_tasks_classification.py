@@ -40,7 +40,8 @@ def test_padding_changes_nothing_for_a_family_that_pads_on_the_left() -> None:
         initializer_range=0.5,
     )
     torch.manual_seed(0)
-    model: Any = XLNetForSequenceClassification(config).eval()
+    model: Any = XLNetForSequenceClassification(config)
+    model.eval()
     pad_on_the_left(model)
     short = Example(torch.tensor([5, 6, 7]), torch.tensor(0), 0, torch.tensor([0, 0, 1]))
     longer = Example(torch.tensor([8, 9, 10, 11]), torch.tensor(1), 1, torch.tensor([0, 1, 1, 2]))
