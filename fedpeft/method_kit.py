@@ -10,7 +10,14 @@ whole method made of it, and CONTRIBUTING.md explains it.
 1
 """
 
-from fedpeft.algebra.averaging import Mean, Weighting, averaged, mean
+from fedpeft.algebra.averaging import (
+    Mean,
+    MeanMerge,
+    Weighting,
+    averaged,
+    mean,
+    plain_mean,
+)
 from fedpeft.algebra.lowrank import (
     LowRank,
     Split,
@@ -58,6 +65,7 @@ __all__ = [
     "LocalTask",
     "LowRank",
     "Mean",
+    "MeanMerge",
     "Method",
     "NotStackable",
     "Payload",
@@ -79,6 +87,7 @@ __all__ = [
     "mounted",
     "mounted_deltas",
     "oriented",
+    "plain_mean",
     "positions",
     "principal",
     "replaced",

@@ -54,6 +54,8 @@ class Update:
 class Context:
     """What ``mount`` knows beside the messages: its clients' ids, the round and the run's seed.
 
+    ``phase``: exchanges of this round that are done (see ``State``).
+
     >>> len(Context(clients=[4, 7], round=0, seed=0).clients)  # K
     2
     """
@@ -61,6 +63,7 @@ class Context:
     clients: Sequence[int]
     round: int
     seed: int
+    phase: int = 0
 
 
 class Delta(Protocol):
@@ -91,6 +94,8 @@ class LocalTask:
     ``after_backward``: called after every backward pass with the slice of the clients that are
     still training; gradients are in ``.grad``.
     ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
+    ``steps``: the most optimizer steps that a client takes, None for all that are configured; 0
+    trains nothing, as in a phase that only exchanges keys.
     ``personal``: names of the tensors in ``trainable`` that never leave the client. Where there
     are any, there is no global model, and scores are those of each client's own model.
 
@@ -108,6 +113,7 @@ class LocalTask:
     after_backward: Callable[[slice], None] = _nothing
     rate: float = 1.0
     personal: frozenset[str] = frozenset()
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ class State:
 
     ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``:
     what the method keeps for itself. ``memories``: client -> version of the memory that it is known
-    to hold (see ``wire/versions.py``).
+    to hold (see ``wire/versions.py``). ``phase``: exchanges of the round under way that are done;
+    0 for most methods, whose rounds have one exchange each.
 
     >>> State(0, shared={}).server
     {}
@@ -149,6 +156,7 @@ class State:
     shared: Payload
     server: Payload = field(default_factory=dict)
     memories: Mapping[int, int] = field(default_factory=dict)
+    phase: int = 0
 
     def slice_of(self, owner: str) -> dict[str, Tensor]:
         """Return what ``owner`` keeps in ``server``, under its own names.
@@ -224,6 +232,10 @@ class Method(Protocol):
         ``updates`` is a stream in client order. It can be read once, and its payloads are
         read-only. Updates that this leaves unread are still collected, checked and recorded after
         it has returned.
+
+        The next state is that of the next round, in phase 0. A method whose round has several
+        exchanges returns one of the same round in the next phase instead: then the clients that
+        have answered are asked again. Without any updates, it returns that of the next round.
         """
         ...
 

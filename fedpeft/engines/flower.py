@@ -38,6 +38,7 @@ from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput, WireError
 from fedpeft.federation.client import Worker
+from fedpeft.federation.memory import still_needed
 from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Reply
 from fedpeft.wire.messages import Response, forgotten
 
@@ -211,19 +212,21 @@ class ClientHandler:
         request = blob(content, "request")
         worker = self._worker(config)
         versions = arrays(state, config)  # version -> memory
-        assumed: dict[str, Array] = {}
+        memory = b""
         if version != str(NO_MEMORY):
             if version not in versions:
                 return forgotten(request, worker.config)
-            assumed[version] = versions[version]
-        memory = assumed[version].data if assumed else b""
+            memory = versions[version].data
         # 2. Do the work: a stack of one client.
         [(reply, new_memory)] = worker.handle([client], [request], [memory])
         if new_memory:
             # 3. Store the new memory. The assumed one stays beside it: should this reply be lost,
             # the server goes on to assume that one.
-            new_version = str(Response.decode(reply).memory)
-            state[config] = ArrayRecord({**assumed, new_version: record(new_memory)["blob"]})
+            new_version = Response.decode(reply).memory
+            kept: dict[str, Array] = {}
+            for needed in still_needed(map(int, versions), int(version), new_version):
+                kept[str(needed)] = versions[str(needed)]
+            state[config] = ArrayRecord({**kept, str(new_version): record(new_memory)["blob"]})
         return reply
 
     def _worker(self, config: str) -> Worker:

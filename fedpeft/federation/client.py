@@ -16,7 +16,7 @@ from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response, decode, encode
-from fedpeft.wire.versions import carried, joined, parted
+from fedpeft.wire.versions import carried, joined, parted, stamp
 
 Item = TypeVar("Item")
 
@@ -70,10 +70,10 @@ class Worker:
         """
         # 1. Decode. What cannot be read is refused before anything touches the model.
         decoded = [Request.decode(blob, self.config) for blob in requests]
-        kinds = {(request.kind, request.round) for request in decoded}
+        kinds = {(request.kind, request.round, request.phase) for request in decoded}
         if len(kinds) != 1:
-            raise WireError("the requests of one stack differ in kind or round")
-        [(kind, round_number)] = kinds
+            raise WireError("the requests of one stack differ in kind, round or phase")
+        [(kind, round_number, _)] = kinds
         for client in clients:
             if client not in self.client_data:
                 raise WireError(f"client {client} is not held here")
@@ -105,7 +105,7 @@ class Worker:
         self, clients: Sequence[int], requests: Sequence[Request], memories: Sequence[Payload]
     ) -> "_Stack":
         """Return requests and memories as one stack, the client with the most steps first."""
-        round_number = requests[0].round
+        round_number, phase = requests[0].round, requests[0].phase
         shares = [self._share(client, round_number) for client in clients]
         for client, share in zip(clients, shares, strict=True):
             if not share.steps:
@@ -118,7 +118,7 @@ class Worker:
         methods_part, optimizer_state = parted(memory)
         return _Stack(
             order=longest_first,
-            context=Context(_reordered(clients, longest_first), round_number, self.seed),
+            context=Context(_reordered(clients, longest_first), round_number, self.seed, phase),
             shares=_reordered(shares, longest_first),
             versions=[request.memory for request in sorted_requests],
             down=down,
@@ -136,16 +136,17 @@ class Worker:
             own_randomness(self.seed, context.clients[0], context.round),
             self.method.mount(self.model, stack.down, stack.methods_part, context) as local,
         ):
-            shares = self._with_states(context.clients, stack.shares)
+            shares = self._with_states(context.clients, _cut(stack.shares, local.steps))
             losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
             up, stays = local.reply()
             remembered = joined(stays, stack.methods_part, optimizer_state)
             num_trained = _num_trained(local.trainable)
         # Outside of `measured`: the trial step is no part of the stack's seconds.
         step_alone = None
-        if len(shares) > 1:
+        if len(shares) > 1 and shares[0].steps:
             step_alone = self._seconds_alone(stack, shares[0])
         return _Trained(
+            steps=[len(share.steps) for share in shares],
             up=up,
             remembered=remembered,
             news=bool(stays),
@@ -161,16 +162,15 @@ class Worker:
         The seconds of the stack are shared out by steps.
         """
         # 1. What was measured.
-        share = stack.shares[row]
-        steps = len(share.steps)
-        all_steps = sum(len(other.steps) for other in stack.shares)
-        seconds = trained.meter.seconds * steps / all_steps
-        seconds_alone = seconds
+        share, steps = stack.shares[row], trained.steps
+        # Without any steps, as in a phase that only exchanges keys, all have an equal part.
+        part = steps[row] / sum(steps) if any(steps) else 1 / len(steps)
+        seconds = seconds_alone = trained.meter.seconds * part
         if trained.step_alone is not None:
-            seconds_alone = steps * trained.step_alone
+            seconds_alone = steps[row] * trained.step_alone
         figures = Measured(
             examples=share.examples.num_rows,
-            steps=steps,
+            steps=steps[row],
             trained=trained.num_trained,
             loss=float(trained.losses[row]),
             seconds=seconds,
@@ -179,9 +179,12 @@ class Worker:
             shared_by=len(stack.shares),
         )
         # 2. The reply, and the memory under the version that the reply tells the server.
-        round_number, before = stack.context.round, stack.versions[row]
-        version = _version(round_number, before, trained.news, trained.remembered)
-        response = Response(round_number, _row(trained.up, row), figures, memory=version)
+        round_number, phase = stack.context.round, stack.context.phase
+        now, before = stamp(round_number, phase), stack.versions[row]
+        version = _version(now, before, trained.news, trained.remembered)
+        response = Response(
+            round_number, _row(trained.up, row), figures, memory=version, phase=phase
+        )
         memory = b""  # nothing new to store
         if trained.remembered:
             memory = encode(_row(trained.remembered, row))
@@ -197,6 +200,8 @@ class Worker:
 
         ``kept``: that state from the rounds before, (K, ...); empty for none.
         """
+        if not shares[0].steps:  # nobody trains in this phase
+            return torch.zeros(len(shares), dtype=torch.float64), dict(kept)
         optimizer = optimizer_of(local, self.training, self.head, kept)
         losses = fit(
             self.model,
@@ -242,7 +247,7 @@ class Worker:
         """Score what each of ``clients`` was sent on its own test examples, one after another."""
         results: list[tuple[bytes, bytes]] = []
         for client, request, memory in zip(clients, requests, memories, strict=True):
-            context = Context([client], request.round, self.seed)
+            context = Context([client], request.round, self.seed, request.phase)
             down = self._stack([request.payload])
             methods_part, _ = parted(self._stack([memory]))
             # The loop's part of the memory plays no role here: no optimizer runs.
@@ -259,7 +264,9 @@ class Worker:
                 peak_memory=meter.peak_memory,
             )
             # Nothing was learnt: the client keeps the memory that the request assumes.
-            response = Response(request.round, counts, figures, memory=request.memory)
+            response = Response(
+                request.round, counts, figures, memory=request.memory, phase=request.phase
+            )
             results.append((response.encode(), b""))
         return results
 
@@ -328,11 +335,13 @@ class _Stack:
 class _Trained:
     """The outcome of training a stack.
 
-    ``up`` and ``remembered``: what goes up and what is remembered, (K, ...). ``news``: whether the
-    method keeps anything new. ``losses``: (K,). ``num_trained``: numbers that each client
-    trained. ``step_alone``: seconds of a step of one client alone, None if unknown.
+    ``steps``: of each client. ``up`` and ``remembered``: what goes up and what is remembered,
+    (K, ...). ``news``: whether the method keeps anything new. ``losses``: (K,). ``num_trained``:
+    numbers that each client trained. ``step_alone``: seconds of a step of one client alone, None if
+    unknown.
     """
 
+    steps: Sequence[int]
     up: Payload
     remembered: Payload
     news: bool
@@ -342,16 +351,20 @@ class _Trained:
     step_alone: float | None
 
 
-def _version(round_number: int, before: int, news: bool, remembered: Payload) -> int:
-    """Return the version of a client's memory after a round.
+def _cut(shares: Sequence[Share], steps: int | None) -> list[Share]:
+    """Return the shares with at most so many ``steps`` each; None for all of them."""
+    return [replace(share, steps=share.steps[:steps]) for share in shares]
 
-    ``before``: the version after the rounds before it. ``news``: whether the method keeps anything
-    new.
+
+def _version(now: int, before: int, news: bool, remembered: Payload) -> int:
+    """Return the version of a client's memory after an exchange with stamp ``now``.
+
+    ``before``: the version after those before it. ``news``: whether the method keeps anything new.
     """
     if news:
-        return round_number
+        return now
     # Where only the loop wrote, the version holds the round of the method's older part, too.
-    return carried(round_number, before) if remembered else before
+    return carried(now, before) if remembered else before
 
 
 def _num_trained(trainable: Mapping[str, Tensor]) -> int:

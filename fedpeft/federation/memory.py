@@ -1,5 +1,6 @@
 """What clients keep between rounds: bytes by client and by version (see ``wire/versions.py``)."""
 
+from collections.abc import Iterable
 from typing import final
 
 from fedpeft.errors import Forgotten
@@ -12,7 +13,7 @@ class Memories:
     """The memories of the clients of one process.
 
     A reply may be lost after its client has stored a new memory; the server then still assumes the
-    old one. So a client keeps two versions: the newest, and the one from which it was made.
+    old one. So a client keeps the newest version and those that ``still_needed`` names.
 
     >>> memories = Memories()
     >>> memories.put(3, version=0, blob=b"first")
@@ -40,8 +41,25 @@ class Memories:
         return version in self._versions.get(client, {})
 
     def put(self, client: int, version: int, blob: bytes, assumed: int = NO_MEMORY) -> None:
-        """Store a new memory; forget all others but the ``assumed`` one, from which it was made."""
+        """Store a new memory, made from the ``assumed`` one; forget those that it makes useless."""
         before = self._versions.get(client, {})
-        versions = {assumed: before[assumed]} if assumed in before else {}
+        versions = {kept: before[kept] for kept in still_needed(before, assumed, version)}
         versions[version] = blob
         self._versions[client] = versions
+
+
+def still_needed(held: Iterable[int], assumed: int, version: int) -> list[int]:
+    """Return which of the ``held`` versions a server may still assume once ``version`` is there.
+
+    That is the ``assumed`` one, from which it was made. Where both are of one round, so that round
+    has several phases, it is also the newest one of an earlier round: a round without enough
+    replies is undone as a whole.
+
+    >>> still_needed([3, 4], assumed=4, version=5), still_needed([4, 5], assumed=5, version=5)
+    ([4], [4, 5])
+    """
+    held = sorted(held)
+    needed = {assumed}
+    if written(assumed) == written(version):
+        needed.add(max((one for one in held if written(one) < written(version)), default=assumed))
+    return [one for one in held if one in needed]

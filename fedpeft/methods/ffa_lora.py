@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, uniform
 from fedpeft.mounting import Targets, dense_layer, detached, mounted, select, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
@@ -79,3 +79,8 @@ class FFALoRA:
         """Average B and head."""
         # Exact: sum_k p_k (B_k A_0) = (sum_k p_k B_k) A_0, as all clients share A_0.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
@@ -56,3 +56,8 @@ class Full:
         """Average the parameters."""
         # Algorithm 1, last line of a round: w_{t+1} = sum_k n_k / n * w_{t+1}^k.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.algebra.masks import positions, scatter
 from fedpeft.errors import NotStackable
@@ -137,6 +137,11 @@ class Sparse:
         """Average the differences and the head."""
         # All clients train the same entries: the mean of the values is that of the matrices.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
 
 def _tuned(model: nn.Module, name: str, delta: Masked, weight: Tensor) -> Tensor:
