@@ -19,7 +19,7 @@ WINGS: Mapping[str, str] = {
     "data": "seeds report",
     "report": "ledger",
     "mounting": "algebra",
-    "wrappers": "",
+    "wrappers": "algebra",
     "methods": "algebra mounting seeds wrappers",
     "method_kit": "algebra mounting seeds",
     "tasks": "data",

@@ -56,12 +56,11 @@ def test_it_makes_no_difference_who_sums(name: str, begin: int) -> None:
     first, second, third = [merge.contribution(reply.payload) for reply in replies]
     both = {}
     for entry, tensor in first.items():
-        both[entry] = (weights[0] * tensor.double() + weights[1] * second[entry].double()) / (
-            weights[0] + weights[1]
-        )
+        together = weights[0] * tensor.double() + weights[1] * second[entry].double()
+        both[entry] = (together / (weights[0] + weights[1])).to(tensor.dtype)
     total = Mean()
     total.add(both, weights[0] + weights[1])
-    total.add({entry: tensor.double() for entry, tensor in third.items()}, weights[2])
+    total.add(third, weights[2])
     due = method.receive(state, replies)
     merged = merge.merge(state, total)
     close(merged.shared, due.shared, 1e-6)

@@ -474,15 +474,17 @@ def test_a_request_for_another_configuration_is_refused_and_both_are_named() -> 
 FIELDS = {
     "@kind": torch.tensor(0),
     "@round": torch.tensor(0),
+    "@phase": torch.tensor(0),
     "@memory": torch.tensor(NO_MEMORY),
     "@config": torch.tensor(list(CONFIG), dtype=torch.uint8),
-    "@about": torch.zeros(3, dtype=torch.int64),
+    "@about": torch.zeros(4, dtype=torch.int64),
     "@counts": torch.zeros(len(COUNTS), dtype=torch.int64),
     "@measures": torch.zeros(len(REALS), dtype=torch.float64),
 }
 READERS: dict[str, Callable[[bytes], object]] = {
     **dict.fromkeys(
-        ["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)
+        ["@kind", "@round", "@phase", "@memory", "@config"],
+        lambda blob: Request.decode(blob, CONFIG),
     ),
     **dict.fromkeys(["@about", "@counts", "@measures"], Response.decode),
 }
