@@ -17,7 +17,7 @@ from fedpeft.tasks.choice import Chat, TaskSection
 from fedpeft.tasks.dialogue import Message, Writer, fitted, messages, writer
 from fedpeft.tasks.generation import NOTHING, continued
 from fedpeft.tasks.logits import logits_at
-from fedpeft.tasks.padding import IGNORED, inputs, padded, width_of
+from fedpeft.tasks.padding import IGNORED, inputs, padded, read_by_model, width_of
 from fedpeft.tasks.task import (
     TRIAL,
     Batch,
@@ -334,8 +334,8 @@ def _rows(batch: Batch, chosen: Tensor) -> dict[str, Tensor]:
 
 def _token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross-entropy of every label, (n, R), 0 where there is none."""
-    read = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits, labels = logits_at(model, read, batch["positions"]), batch["labels"]
+    labels = batch["labels"]
+    logits = logits_at(model, read_by_model(batch), batch["positions"])
     losses = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )

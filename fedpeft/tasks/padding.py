@@ -1,6 +1,7 @@
 """Examples of different lengths as one batch."""
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from fedpeft.tasks.task import Example
 
 IGNORED = -100
 """The label of a token that has none, as everywhere in transformers."""
+READ: Final = ("input_ids", "attention_mask", "token_type_ids")
+"""What models read of a batch, as ``inputs`` makes it; the rest belongs to the task."""
 
 
 def width_of(longest: int, pad_to_multiple_of: int, max_length: int) -> int:
@@ -66,3 +69,12 @@ def inputs(examples: Sequence[Example], width: int, padding: int) -> dict[str, T
     if segments:
         batch["token_type_ids"] = padded(segments, width, 0)
     return batch
+
+
+def read_by_model(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the model itself reads of a batch; labels and the like are left out.
+
+    >>> sorted(read_by_model({"labels": torch.ones(1), "input_ids": torch.ones(1, 1)}))
+    ['input_ids']
+    """
+    return {name: batch[name] for name in READ if name in batch}

@@ -267,6 +267,18 @@ def primary(choice: TaskSection, metrics: Sequence[Metric]) -> Metric:
     raise BadInput(f"task.metric = {choice.metric!r}: a {choice.kind} task has {names}")
 
 
+def check_fast(tokenizer: Any, kind: str, knows: str) -> None:
+    """Raise BadInput for a tokenizer without a fast version.
+
+    ``kind``: the task that needs one, as it alone says what ``knows`` names.
+    """
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"task.kind = {kind!r}: {type(tokenizer).__name__} has no fast version, which alone "
+            f"says {knows}; choose another model"
+        )
+
+
 def misfit(
     task: Task, model: nn.Module, device: torch.device, kind: str, context: str | None = None
 ) -> str:

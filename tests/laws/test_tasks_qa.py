@@ -21,7 +21,8 @@ from fedpeft.data import Columns, Dataset, Rows
 from fedpeft.errors import BadInput
 from fedpeft.tasks import TASKS, Encoded
 from fedpeft.tasks.answers import Gold, Place, agreement, normalised, place_of, read_answers
-from fedpeft.tasks.qa import N_BEST, QuestionAnswering, question_word
+from fedpeft.tasks.qa import QuestionAnswering, question_word
+from fedpeft.tasks.spans import N_BEST
 from fedpeft.tasks.windows import windows
 from tests.tiny_tasks import CHARACTERS, TASK_CASES, WORDS, slow_tokenizer, tokenizer
 
