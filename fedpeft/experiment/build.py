@@ -237,7 +237,7 @@ def _encoded(config: Config, task: Task, loaded: Loaded, rows: data.Rows) -> Enc
         names=tuple(task.labels),
         max_length=config.model.max_length,
         limit=10**6 * config.machine.token_cache,  # megabytes -> bytes
-        restore=TASKS[config.task.kind].restore,
+        sources=TASKS[config.task.kind].sources,
     )
     return cache.encode(task, rows)
 

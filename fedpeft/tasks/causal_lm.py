@@ -17,7 +17,7 @@ from fedpeft.tasks.choice import Chat, TaskSection
 from fedpeft.tasks.dialogue import Message, Writer, fitted, messages, writer
 from fedpeft.tasks.generation import NOTHING, continued
 from fedpeft.tasks.logits import logits_at
-from fedpeft.tasks.padding import IGNORED, inputs, padded, read_by_model, width_of
+from fedpeft.tasks.padding import IGNORED, inputs, joined, padded, read_by_model, width_of
 from fedpeft.tasks.task import (
     TRIAL,
     Batch,
@@ -27,6 +27,7 @@ from fedpeft.tasks.task import (
     Metric,
     ModelForm,
     Prediction,
+    SourceForm,
     TaskKind,
     primary,
 )
@@ -382,6 +383,25 @@ def _check_pattern(pattern: str) -> None:
         )
 
 
+def _pack(turns: Sequence[Turn]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return prompts as tensors, responses as JSON."""
+    prompts = [torch.tensor(turn.prompt, dtype=torch.int64) for turn in turns]
+    parts = {
+        "prompts": joined(prompts),
+        "lengths": torch.tensor([len(prompt) for prompt in prompts]),
+    }
+    return [turn.response for turn in turns], parts
+
+
+def _unpack(kept: Any, parts: Mapping[str, Tensor]) -> list[Turn]:
+    """Return the turns that ``_pack`` was given."""
+    prompts = torch.split_with_sizes(parts["prompts"], parts["lengths"].tolist())
+    turns: list[Turn] = []
+    for prompt, response in zip(prompts, kept, strict=True):
+        turns.append(Turn(prompt.tolist(), response))
+    return turns
+
+
 KIND: Final = TaskKind(
     schema=Schema(
         columns=(
@@ -394,4 +414,5 @@ KIND: Final = TaskKind(
     ),
     names=_no_names,
     make=_make,
+    sources=SourceForm(_pack, _unpack),
 )

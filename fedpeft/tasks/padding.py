@@ -28,6 +28,17 @@ def width_of(longest: int, pad_to_multiple_of: int, max_length: int) -> int:
     return min(rounded, max(longest, max_length))
 
 
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return 1-D tensors as one, in 32 bits where its numbers fit.
+
+    >>> joined([torch.tensor([1]), torch.tensor([2, 3])]).dtype
+    torch.int32
+    """
+    whole = torch.cat(list(tensors))
+    narrow = whole.int()
+    return narrow if bool((narrow == whole).all()) else whole
+
+
 def padded(tensors: Sequence[Tensor], width: int, value: int) -> Tensor:
     """Return n tensors of up to ``width`` numbers as one, (n, width), filled up with ``value``."""
     together = pad_sequence(list(tensors), batch_first=True, padding_value=value)

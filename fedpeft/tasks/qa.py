@@ -18,7 +18,7 @@ from fedpeft.data.schema import Column, Schema, Values, text
 from fedpeft.errors import BadInput
 from fedpeft.tasks.answers import Gold, Place, agreement, place_of, read_answers
 from fedpeft.tasks.choice import TaskSection
-from fedpeft.tasks.padding import inputs, read_by_model, width_of
+from fedpeft.tasks.padding import inputs, joined, read_by_model, width_of
 from fedpeft.tasks.spans import N_BEST, Span, best_spans, trimmed
 from fedpeft.tasks.task import (
     TRIAL,
@@ -29,6 +29,7 @@ from fedpeft.tasks.task import (
     Metric,
     ModelForm,
     Prediction,
+    SourceForm,
     TaskKind,
     check_fast,
     misfit,
@@ -385,6 +386,47 @@ def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Quest
     )
 
 
+def _pack(passages: Sequence[Passage]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return passages as JSON and tensors.
+
+    A context is written once, however many windows and questions it has.
+    """
+    contexts: dict[str, int] = {}  # context -> its number
+    for passage in passages:
+        contexts.setdefault(passage.context, len(contexts))
+    numbers = [contexts[passage.context] for passage in passages]
+    kept = {
+        "contexts": list(contexts),
+        "answers": [passage.answers for passage in passages],
+    }
+    parts = {
+        "contexts": torch.tensor(numbers),
+        "firsts": torch.tensor([passage.first for passage in passages]),
+        "nulls": torch.tensor([passage.null for passage in passages]),
+        "counts": torch.tensor([len(passage.offsets) for passage in passages]),
+        "offsets": joined([passage.offsets.flatten() for passage in passages]),
+    }
+    return kept, parts
+
+
+def _unpack(kept: Any, parts: Mapping[str, Tensor]) -> list[Passage]:
+    """Return the passages that ``_pack`` was given."""
+    offsets = parts["offsets"].int().view(-1, 2)
+    columns = zip(
+        parts["contexts"].tolist(),
+        kept["answers"],
+        parts["firsts"].tolist(),
+        torch.split_with_sizes(offsets, parts["counts"].tolist()),
+        parts["nulls"].tolist(),
+        strict=True,
+    )
+    passages: list[Passage] = []
+    for number, answers, first, its_offsets, null in columns:
+        context = kept["contexts"][number]
+        passages.append(Passage(context, tuple(answers), first, its_offsets, null))
+    return passages
+
+
 KIND: Final = TaskKind(
     schema=Schema(
         columns=(
@@ -396,4 +438,5 @@ KIND: Final = TaskKind(
     ),
     names=_names,
     make=_make,
+    sources=SourceForm(_pack, _unpack),
 )

@@ -26,6 +26,7 @@ from fedpeft.tasks.task import (
     Metric,
     ModelForm,
     Prediction,
+    SourceForm,
     TaskKind,
     check_fast,
     misfit,
@@ -331,10 +332,18 @@ def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Taggi
     return Tagging(names, max_length, primary(choice, METRICS))
 
 
-def _restored(kept: Any) -> Sentence:
-    """Return a sentence of which JSON has made lists."""
-    sentence, tags, first_tokens = kept
-    return Sentence(tuple(sentence), tuple(tags), tuple(first_tokens))
+def _pack(sentences: Sequence[Sentence]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return sentences as JSON has them: lists of lists."""
+    return sentences, {}
+
+
+def _unpack(kept: Any, parts: Mapping[str, Tensor]) -> list[Sentence]:
+    """Return the sentences of which JSON has made lists."""
+    del parts  # there are none
+    sentences: list[Sentence] = []
+    for sentence, tags, first_tokens in kept:
+        sentences.append(Sentence(tuple(sentence), tuple(tags), tuple(first_tokens)))
+    return sentences
 
 
 KIND: Final = TaskKind(
@@ -346,5 +355,5 @@ KIND: Final = TaskKind(
     ),
     names=_names,
     make=_make,
-    restore=_restored,
+    sources=SourceForm(_pack, _unpack),
 )
