@@ -62,8 +62,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the
     layer's matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the
     client axis is the same for all clients, and one product serves the whole batch. A name that the
-    model lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises
-    WireError.
+    model lacks, a shape or dtype that does not fit, or a parameter that cannot carry K > 1 clients
+    raises WireError.
 
     >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
     >>> x = torch.ones(1, 3)
@@ -74,6 +74,7 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     [[6.0, 6.0]]
     """
     plain = plain_parameters(tensors)
+    _check_forms(model, tensors, plain)
     clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
         for name, factors in by_module(tensors).items():
@@ -96,6 +97,24 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
         else:
             undo.enter_context(_side_by_side(model, plain))
         yield
+
+
+def _check_forms(model: nn.Module, tensors: Payload, plain: Payload) -> None:
+    """Raise WireError for a dtype that the model cannot compute with, or a parameter's wrong shape.
+
+    ``plain``: what of ``tensors`` stands in for parameters, (K, ...).
+    """
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    # What is trained is float32 also where the base is kept in fewer bits.
+    dtypes = {torch.float32, *(parameter.dtype for parameter in everywhere.values())}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes or not tensor.is_floating_point():
+            raise WireError(f"{name} is of {tensor.dtype}, with which this model does not compute")
+    for name, stack in plain.items():
+        parameter = everywhere.get(name)
+        if parameter is not None and stack.shape[1:] != parameter.shape:
+            size, fitting = tuple(stack.shape), tuple(parameter.shape)
+            raise WireError(f"{name} is {size}; {fitting} after a client axis would fit")
 
 
 @contextmanager
