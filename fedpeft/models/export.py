@@ -47,11 +47,11 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
     """Write the adapters of ``local`` as a peft LoRA folder, with head, tokenizer and label names.
 
     ``name``: the base model's. ``adapter_config.json`` has the place where peft finds that on this
-    machine, ``README.md`` says how to get and load it on any. The scale is inside B, so every alpha equals its rank. Ranks may
-    differ, and a module of rank 0 is left out. peft 0.4 and later load the folder; where ranks
-    differ (``rank_pattern``), 0.6 and later. What is trained beside factors, the head above all, is
-    saved as whole modules, as peft does. Methods without factors (full, bitfit, sparse) and a
-    folder that exists raise BadInput.
+    machine, ``README.md`` says how to get and load it on any. The scale is inside B, so every alpha
+    equals its rank. Ranks may differ, and a module of rank 0 is left out. peft 0.4 and later load
+    the folder; where ranks differ (``rank_pattern``), 0.6 and later. What is trained beside
+    factors, the head above all, is saved as whole modules, as peft does. Methods without factors
+    (full, bitfit, sparse) and a folder that exists raise BadInput.
     """
     # 1. Which modules are saved whole, and which as factors.
     deltas = local.deltas()

@@ -11,8 +11,7 @@ _PAGE = """\
 Written by fedpeft {version}. Its base model is {origin}.
 
 ```python
-{imports}
-from peft import PeftModel
+{imports}from peft import PeftModel
 from transformers import AutoConfig, {auto_class}, AutoTokenizer
 
 adapter = "."  # this folder
@@ -23,8 +22,9 @@ tokenizer = AutoTokenizer.from_pretrained(adapter)
 ```
 {remark}"""
 _CONVERTED = """
-`base_model_name_or_path` in `adapter_config.json` is the copy of that file that fedpeft has converted on this machine, so that
-peft loads adapter and base by themselves here. Elsewhere the lines above read the file itself (they need the package `gguf`).
+`base_model_name_or_path` in `adapter_config.json` is the copy of that file that fedpeft has
+converted on the machine where this was written; there peft loads adapter and base by itself. The
+lines above read the file itself (they need the package `gguf`).
 """
 
 
@@ -38,7 +38,7 @@ def readme(name: str, auto_class: str) -> str:
     if name in PACKAGED:
         package, inside, remedy = PACKAGED[name]
         origin = f"`{inside}` in the package `{package}` ({remedy})"
-        imports = "from importlib.util import find_spec\n"  # it is found without being imported
+        imports = "from importlib.util import find_spec\n\n"  # it is found without being imported
         root = f'find_spec("{package}").submodule_search_locations[0]'
         place = f'{root}, gguf_file="{inside}"' if location.is_file() else f'{root} + "/{inside}"'
     elif location.is_file():
@@ -56,4 +56,4 @@ def readme(name: str, auto_class: str) -> str:
         auto_class=auto_class,
         place=place,
         remark=_CONVERTED if location.is_file() else "",
-    ).replace("```python\n\n", "```python\n")
+    )
