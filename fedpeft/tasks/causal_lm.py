@@ -93,8 +93,13 @@ class CausalLM:
         """Return the task with the tokenizer that was loaded with its model.
 
         One that names no end of text raises BadInput, and so does one without a chat template where
-        the settings want it.
+        the settings want it, and a ``max_length`` without room for a prompt and a response.
         """
+        if self.max_length < 2:
+            raise BadInput(
+                f"model.max_length = {self.max_length}: leaves no room for a prompt and a "
+                "response; choose 2 or more"
+            )
         return replace(self, writer=writer(tokenizer, self.chat))
 
     def unanswered(self, texts: Sequence[str], context: str | None = None) -> Rows:
@@ -116,18 +121,22 @@ class CausalLM:
         if not len(rows):
             return Encoded([])
         dialogues, references = self._dialogues(rows)
-        prompts = self._writer.prompts(dialogues)
+        records = [rows.record_of(row) for row in range(len(rows))]
+        prompts = self._writer.prompts(dialogues, records)
         if not references:
             return Encoded(
                 [self._prompt(row, Turn(prompt, None)) for row, prompt in enumerate(prompts)]
             )
         responses = self._writer.responses(references)
         examples: list[Example] = []
+        passed_over: list[int] = []
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             example = self._example(row, Turn(prompt, references[row]), response)
             if response and example.weight:
                 examples.append(example)
-        return Encoded(examples, self._notes(len(rows) - len(examples), len(rows)))
+            else:
+                passed_over.append(records[row])
+        return Encoded(examples, self._notes(passed_over, len(rows)))
 
     def to_score(self, examples: Encoded) -> Encoded:
         """Return ``examples`` and, where responses are generated, the prompts of the first rows.
@@ -305,13 +314,16 @@ class CausalLM:
         nothing = torch.tensor([], dtype=torch.int64)
         return Example(torch.tensor(kept), nothing, row, weight=0, source=turn)
 
-    def _notes(self, passed_over: int, total: int) -> tuple[str, ...]:
-        """Return what to say of rows that have no token to learn; BadInput where they are many."""
+    def _notes(self, passed_over: Sequence[int], total: int) -> tuple[str, ...]:
+        """Return what to say of rows that have no token to learn; BadInput where they are many.
+
+        ``passed_over``: the numbers of their records.
+        """
         if not passed_over:
             return ()
-        limit = f"model.max_length = {self.max_length}"
-        said = f"{passed_over} of {total} rows have no token of a response within {limit}"
-        if passed_over > TOO_MANY * total:
+        limit = f"model.max_length = {self.max_length}, such as record {passed_over[0]}"
+        said = f"{len(passed_over)} of {total} rows have no token of a response within {limit}"
+        if len(passed_over) > TOO_MANY * total:
             raise BadInput(f"{said}; raise it, or look at the column that data.response names")
         return (f"{said}: they are passed over",)
 

@@ -177,7 +177,8 @@ class QuestionAnswering:
         notes: list[str] = []
         if lost:
             question, answers = (rows.columns[role][lost[0]] for role in ("question", "answers"))
-            example = f"such as {answers[0].text!r:.60} to {question!r:.60}"
+            record = rows.record_of(lost[0])
+            example = f"such as {answers[0].text!r:.60} to {question!r:.60} in record {record}"
             said = f"{len(lost)} of {len(rows)} questions have no answer that is in their context"
             if len(lost) > LOST * len(rows):
                 raise BadInput(

@@ -225,7 +225,7 @@ class Tagging:
 
     def trial(self, model: nn.Module, device: torch.device) -> str:
         """Return what is wrong where ``model`` cannot tell the labels of two short texts."""
-        return misfit(self, model, device, "a text classifier")
+        return misfit(self, model, device, "a model that tags tokens")
 
     def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Tagged]:
         """Return every sentence with the names that were found in it."""
@@ -293,7 +293,9 @@ def _commonest_type(values: Values) -> str:
 def _check_lengths(values: Values) -> str:
     """Return what is wrong where words and tags of a sentence are not equally many."""
     num_words, num_tags = len(values["words"]), len(values["tags"])
-    return "" if num_words == num_tags else f"{num_words} words have {num_tags} tags"
+    if num_words == num_tags:
+        return ""
+    return f"{num_words} words have {num_tags} tags; every word needs one, O outside of names"
 
 
 def _types(rows: Rows) -> set[str]:

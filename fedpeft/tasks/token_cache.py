@@ -69,7 +69,9 @@ class TokenCache:
 
     def _key(self, rows: Rows) -> str:
         """Return a digest of all that the encoding of ``rows`` depends on."""
-        held = json.dumps([list(rows.columns.items()), rows.labels], ensure_ascii=False)
+        # The numbers, too: notes name rows by them.
+        parts = [list(rows.columns.items()), rows.labels, rows.numbers]
+        held = json.dumps(parts, ensure_ascii=False)
         hashed = blake2b(held.encode("utf-8", "surrogatepass"), digest_size=DIGEST)
         hashed.update(self._about)
         return hashed.hexdigest()
