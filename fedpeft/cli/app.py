@@ -312,11 +312,18 @@ def init(
         Path | None, typer.Option(help="That of the test texts; default: a part of train.")
     ] = None,
     method: Annotated[str, typer.Option(help="The method's name.")] = "lora",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, tagging, qa or causal_lm; default: told from the columns.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write a short configuration for your own texts, which runs as it is."""
+    """Write a short configuration for your own data, which runs as it is."""
     from fedpeft.experiment.starter import write_starter
 
-    for line in write_starter(config, train=train, test=test, method=method):
+    for line in write_starter(config, train=train, test=test, method=method, task=task):
         _say(line)
 
 
