@@ -235,7 +235,7 @@ def _summary(
     columns = ", ".join(f"{role} from column {name!r}" for role, name in found.roles.items())
     lines = [
         f"{path}: written for {data['train']}: {rows}, {len(dataset.test)} to test on",
-        f"task: {found.task}: {columns}; the first {checked.model.max_length} tokens of each",
+        f"task: {found.task}: {columns}; {checked.model.max_length} tokens of a text at most",
     ]
     clients = f"clients: {checked.partition.clients}"
     if dataset.labels:
