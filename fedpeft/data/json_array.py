@@ -90,10 +90,9 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise self.fault(str(error)) from error
             # The digits of a number may go on, too.
-            is_last = end == len(self.text)
-            if is_last and self._more():
+            if end == len(self.text) and self._more():
                 continue
-            self.position = len(self.text) if is_last else end
+            self.position = end
             return value
 
     def fault(self, why: str, position: int | None = None) -> BadInput:
@@ -105,21 +104,23 @@ class _Window:
         return BadInput(f"{self.path}:{line}: not JSON: {why}")
 
     def _more(self) -> bool:
-        """Let go of what was taken and read on; return whether anything came.
+        """Let go of what was taken and read on; where nothing comes, change nothing and say so.
 
         As many characters come as are held, so that a long element is parsed a few times, each time
         twice as much of it, and not once for every part.
         """
-        held = self.text[self.position :]
-        self.line += self.text.count("\n", 0, self.position)
-        pieces, wanted = [held], max(CHUNK, len(held))
+        pieces: list[str] = []
+        wanted = max(CHUNK, len(self.text) - self.position)
         for part in self.parts:
             pieces.append(part)
             wanted -= len(part)
             if wanted <= 0:
                 break
-        self.text, self.position = "".join(pieces), 0
-        return len(self.text) > len(held)
+        if not pieces:
+            return False
+        self.line += self.text.count("\n", 0, self.position)
+        self.text, self.position = "".join([self.text[self.position :], *pieces]), 0
+        return True
 
 
 def _unique(pairs: Sequence[tuple[str, object]]) -> Mapping[str, object]:

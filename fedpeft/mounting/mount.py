@@ -74,7 +74,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     [[6.0, 6.0]]
     """
     plain = plain_parameters(tensors)
-    _check_forms(model, tensors, plain)
+    check_dtypes(model, tensors)
+    _check_shapes(model, plain)
     clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
         for name, factors in by_module(tensors).items():
@@ -99,17 +100,23 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
         yield
 
 
-def _check_forms(model: nn.Module, tensors: Payload, plain: Payload) -> None:
-    """Raise WireError for a dtype that the model cannot compute with, or a parameter's wrong shape.
+def check_dtypes(model: nn.Module, tensors: Payload) -> None:
+    """Raise WireError for a tensor of a dtype with which ``model`` does not compute.
 
-    ``plain``: what of ``tensors`` stands in for parameters, (K, ...).
+    >>> check_dtypes(nn.Linear(2, 1), {"bias": torch.ones(1, 1, dtype=torch.float64)})
+    Traceback (most recent call last):
+    fedpeft.errors.WireError: bias is of torch.float64, with which this model does not compute
     """
-    everywhere = dict(model.named_parameters(remove_duplicate=False))
     # What is trained is float32 also where the base is kept in fewer bits.
-    dtypes = {torch.float32, *(parameter.dtype for parameter in everywhere.values())}
+    dtypes = {torch.float32, *(parameter.dtype for parameter in model.parameters())}
     for name, tensor in tensors.items():
         if tensor.dtype not in dtypes or not tensor.is_floating_point():
             raise WireError(f"{name} is of {tensor.dtype}, with which this model does not compute")
+
+
+def _check_shapes(model: nn.Module, plain: Payload) -> None:
+    """Raise WireError where tensors that stand in for parameters, (K, ...), have other shapes."""
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
     for name, stack in plain.items():
         parameter = everywhere.get(name)
         if parameter is not None and stack.shape[1:] != parameter.shape:
