@@ -187,7 +187,7 @@ def test_data_that_do_not_work_are_refused_with_their_place(
     assert not runs.exists()
 
 
-FEW = {
+FEW: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "answers": ("qa", {"answers": NOWHERE}, "1 of 160 questions have no answer"),
     "responses": ("causal_lm", {"response": ""}, "1 of 160 rows have no token of a response"),
 }

@@ -307,7 +307,8 @@ def test_smollm2_is_found_in_its_package_which_is_not_imported(
 def exported(name: str, folder: Path) -> tuple[Tensor, str]:
     """Export an adapter of ``name`` that changes something; return our logits, and the Python of its page."""
     loaded = load(ModelSection(name, max_length=16), CausalLM(16), CPU, 0)
-    method: Method = METHODS["lora"](targets="q_proj|v_proj", rank=2)
+    constructor: Callable[..., Method] = METHODS["lora"]
+    method = constructor(targets="q_proj|v_proj", rank=2)
     state = method.init(loaded.base, 0)
     moved = {part: tensor + 0.1 for part, tensor in state.shared.items()}
     with mounted_state(method, replace(state, shared=moved), loaded.model, CPU, 0) as local:
