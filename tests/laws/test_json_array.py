@@ -79,6 +79,12 @@ def test_an_error_stands_in_its_line_however_much_was_read_before(chunk: int) ->
         read(text, 7, chunk)
 
 
+@pytest.mark.parametrize("size", range(1, 12))
+def test_a_number_is_read_to_its_end(size: int) -> None:
+    with pytest.raises(BadInput, match="record 2: must be a JSON object, not 12345;"):
+        read("[{}, 12345]", size, 1)
+
+
 def test_a_wrong_element_is_refused_before_the_rest_is_read() -> None:
     parts = iter(['[{"x": ' + "?" * 100, *["y"] * 5])
     with mock.patch.object(json_array, "CHUNK", 50), pytest.raises(BadInput, match="Expecting val"):

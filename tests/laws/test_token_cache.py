@@ -210,7 +210,8 @@ def test_tokens_are_encoded_anew_once_anything_changes(
     wordy.add_tokens(["brandnew"])
     left: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     left.truncation_side = "left"
-    ending: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="[CLS]")
+    ending: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="[SEP]")
+    ending.eos_token = "[PAD]"  # which is a special token of both, so that only the role differs
     chatting: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="[SEP]")
     chatting.chat_template = "{{ messages[0].content }}"
     asked: list[Callable[[], Encoded]] = []
