@@ -52,7 +52,10 @@ Jobs = Annotated[
 ]
 Target = Annotated[
     float | None,
-    typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's."),
+    typer.Option(
+        help="Score to reach in the runs' metric, shares as 0 to 1; default: 90 % of the median "
+        "method's."
+    ),
 ]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
@@ -193,11 +196,10 @@ def compare(
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
     from fedpeft.cli import parsing as arguments
-    from fedpeft.experiment.compare import plan
+    from fedpeft.experiment.compare import metric_of, plan
     from fedpeft.experiment.run_folder import runs_in
-    from fedpeft.report import check
+    from fedpeft.report import Metric, check
 
-    check(target, bandwidth)  # before hours of training, not after
     extra: list[str] = []  # what the options say, as assignments of ``--set``
     if methods:
         extra.append(f"compare.methods={arguments.names(methods)!r}")
@@ -207,6 +209,9 @@ def compare(
         raise BadInput(f"--demo {demo}: is run instead of a file; leave out {config}, or --demo")
     chosen = config or Path(str(files("fedpeft") / DEMOS[demo or "encoder"]))
     planned = plan(_settings(chosen, [*extra, *settings]))
+    metric = metric_of(planned[0].config)
+    # Before hours of training, not after.
+    check(target, bandwidth, Metric(metric.name, metric.higher_is_better, metric.share))
     root = runs / f"{planned[0].config.name}-compare"
     folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
@@ -307,11 +312,18 @@ def init(
         Path | None, typer.Option(help="That of the test texts; default: a part of train.")
     ] = None,
     method: Annotated[str, typer.Option(help="The method's name.")] = "lora",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, tagging, qa or causal_lm; default: told from the columns.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write a short configuration for your own texts, which runs as it is."""
+    """Write a short configuration for your own data, which runs as it is."""
     from fedpeft.experiment.starter import write_starter
 
-    for line in write_starter(config, train=train, test=test, method=method):
+    for line in write_starter(config, train=train, test=test, method=method, task=task):
         _say(line)
 
 

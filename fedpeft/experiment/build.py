@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import final
+from typing import Literal, final
 
 import torch
 
@@ -61,7 +61,9 @@ class Federation:
         # Few commands score on validation, so that split is encoded only when it is needed.
         is_test = choice.split == "test"
         rows = self.dataset.test if is_test else self.dataset.validation
-        split = self.test if is_test else _encoded(self.config, self.task, self.loaded, rows)
+        split = self.test
+        if not is_test:
+            split = _encoded(self.config, self.task, self.loaded, self.dataset, "validation")
         # Seed 0, not the run's: runs with different seeds are scored on the same texts.
         order = torch.randperm(len(rows), generator=generator(0, "evaluation", choice.split))
         return split.of_rows(sorted(order[: choice.limit].tolist()))
@@ -224,22 +226,35 @@ def _model(
         return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
     loaded = load(config.model, task, hardware, config.seed)
     tokenizing_task = task.with_tokenizer(loaded.tokenizer)
-    train = _encoded(config, tokenizing_task, loaded, dataset.train)
-    test = _encoded(config, tokenizing_task, loaded, dataset.test)
+    train = _encoded(config, tokenizing_task, loaded, dataset, "train")
+    test = _encoded(config, tokenizing_task, loaded, dataset, "test")
     return _Model(loaded, tokenizing_task, train, test)
 
 
-def _encoded(config: Config, task: Task, loaded: Loaded, rows: data.Rows) -> Encoded:
-    """Return rows as numbers, from the user's cache where an earlier run has kept them."""
+def _encoded(
+    config: Config,
+    task: Task,
+    loaded: Loaded,
+    dataset: data.Dataset,
+    split: Literal["train", "validation", "test"],
+) -> Encoded:
+    """Return a split as numbers, from the user's cache where an earlier run has kept them.
+
+    What the task cannot work with raises BadInput that names data set and split.
+    """
+    rows: data.Rows = getattr(dataset, split)
     cache = TokenCache(
         tokenizer=loaded.tokenizer,
         choice=config.task,
         names=tuple(task.labels),
         max_length=config.model.max_length,
         limit=10**6 * config.machine.token_cache,  # megabytes -> bytes
-        restore=TASKS[config.task.kind].restore,
+        sources=TASKS[config.task.kind].sources,
     )
-    return cache.encode(task, rows)
+    try:
+        return cache.encode(task, rows)
+    except BadInput as error:
+        raise BadInput(f"{dataset.name}, {split}: {error}") from error
 
 
 def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientData]:

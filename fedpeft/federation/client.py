@@ -1,6 +1,7 @@
 """A worker does the work of clients: bytes in, bytes out, no I/O."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, final
 
@@ -65,8 +66,9 @@ class Worker:
 
         ``memories``: each client's memory, in the version that its request assumes; empty for none.
         Returns (reply, new memory) of each client; an empty memory means that it has not changed.
-        Requests of different kinds or rounds, or for clients that are not held here, raise
-        WireError. An error of any kind carries a note that names clients and round.
+        Requests of different kinds or rounds, for clients that are not held here, or with what the
+        method cannot mount, raise WireError. An error of any kind carries a note that names clients
+        and round.
         """
         # 1. Decode. What cannot be read is refused before anything touches the model.
         decoded = [Request.decode(blob, self.config) for blob in requests]
@@ -134,7 +136,7 @@ class Worker:
         with (
             measured(self.hardware.torch_device) as meter,
             own_randomness(self.seed, context.clients[0], context.round),
-            self.method.mount(self.model, stack.down, stack.methods_part, context) as local,
+            self._mounted(stack.down, stack.methods_part, context) as local,
         ):
             shares = self._with_states(context.clients, _cut(stack.shares, local.steps))
             losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
@@ -234,7 +236,7 @@ class Worker:
             # Seeded as the client's own training, and the generators are put back afterwards.
             with (
                 own_randomness(self.seed, context.clients[0], context.round),
-                self.method.mount(self.model, down, methods_part, context) as local,
+                self._mounted(down, methods_part, context) as local,
                 measured(self.hardware.torch_device) as meter,
             ):
                 self._fit(local, [one_step], {})
@@ -253,7 +255,7 @@ class Worker:
             # The loop's part of the memory plays no role here: no optimizer runs.
             with (
                 measured(self.hardware.torch_device) as meter,
-                self.method.mount(self.model, down, methods_part, context),
+                self._mounted(down, methods_part, context),
             ):
                 counts = score(self.model, self.task, self.client_data[client].test, self.hardware)
             figures = Measured(
@@ -269,6 +271,27 @@ class Worker:
             )
             results.append((response.encode(), b""))
         return results
+
+    @contextmanager
+    def _mounted(
+        self, down: Payload, methods_part: Payload, context: Context
+    ) -> Iterator[LocalTask]:
+        """Mount what was sent and what is remembered, (K, ...), for the length of a ``with``.
+
+        What cannot be mounted raises WireError: the bytes were whole, but a tensor is missing, or
+        has another shape or dtype than the method works with. The error behind it says where.
+        """
+        with ExitStack() as undo:
+            try:
+                mount = self.method.mount(self.model, down, methods_part, context)
+                local = undo.enter_context(mount)
+            except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the message
+                raise
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                name = type(self.method).__name__
+                why = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise WireError(f"the message is none that {name} can mount: {why}") from error
+            yield local
 
     def _share(self, client: int, round_number: int) -> Share:
         """Return the examples of ``client`` and the rows of its steps in a round."""

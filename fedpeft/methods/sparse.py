@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.algebra.masks import positions, scatter
-from fedpeft.errors import NotStackable
+from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
+    check_dtypes,
     dense_layer,
     detached,
     mounted,
@@ -113,6 +114,7 @@ class Sparse:
             raise NotStackable(
                 "sparse values cannot carry several clients at once; use a stack of 1"
             )
+        check_dtypes(model, down)
         trained = trainable(down)  # values (1, n), head (1, ...)
         masked: dict[str, Masked] = {}
         weights: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -121,6 +123,9 @@ class Sparse:
             shape = dense_layer(model, name).shape
             # Redrawn from the run's seed this is the server's mask, and no indices travel.
             where = positions(shape, self.density, context.seed, name).to(values.device)
+            if values.shape[1:] != where.shape:
+                size, fitting = tuple(values.shape), tuple(where.shape)
+                raise WireError(f"{name}:values is {size}; {fitting} after a client axis would fit")
             masked[name] = Masked(values, where, shape)
             weights[f"{name}.weight"] = partial(_tuned, model, name, masked[name])
         head = plain_parameters(trained)

@@ -3,6 +3,7 @@
 from fedpeft.mounting.deltas import mounted_deltas
 from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select
 from fedpeft.mounting.mount import (
+    check_dtypes,
     detached,
     mounted,
     overridden,
@@ -20,6 +21,7 @@ __all__ = [
     "Trace",
     "cast_once",
     "changes",
+    "check_dtypes",
     "dense_layer",
     "describe",
     "detached",

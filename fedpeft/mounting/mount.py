@@ -62,8 +62,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the
     layer's matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the
     client axis is the same for all clients, and one product serves the whole batch. A name that the
-    model lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises
-    WireError.
+    model lacks, a shape or dtype that does not fit, or a parameter that cannot carry K > 1 clients
+    raises WireError.
 
     >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
     >>> x = torch.ones(1, 3)
@@ -74,6 +74,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     [[6.0, 6.0]]
     """
     plain = plain_parameters(tensors)
+    check_dtypes(model, tensors)
+    _check_shapes(model, plain)
     clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
         for name, factors in by_module(tensors).items():
@@ -96,6 +98,30 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
         else:
             undo.enter_context(_side_by_side(model, plain))
         yield
+
+
+def check_dtypes(model: nn.Module, tensors: Payload) -> None:
+    """Raise WireError for a tensor of a dtype with which ``model`` does not compute.
+
+    >>> check_dtypes(nn.Linear(2, 1), {"bias": torch.ones(1, 1, dtype=torch.float64)})
+    Traceback (most recent call last):
+    fedpeft.errors.WireError: bias is of torch.float64, with which this model does not compute
+    """
+    # What is trained is float32 also where the base is kept in fewer bits.
+    dtypes = {torch.float32, *(parameter.dtype for parameter in model.parameters())}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes or not tensor.is_floating_point():
+            raise WireError(f"{name} is of {tensor.dtype}, with which this model does not compute")
+
+
+def _check_shapes(model: nn.Module, plain: Payload) -> None:
+    """Raise WireError where tensors that stand in for parameters, (K, ...), have other shapes."""
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    for name, stack in plain.items():
+        parameter = everywhere.get(name)
+        if parameter is not None and stack.shape[1:] != parameter.shape:
+            size, fitting = tuple(stack.shape), tuple(parameter.shape)
+            raise WireError(f"{name} is {size}; {fitting} after a client axis would fit")
 
 
 @contextmanager

@@ -1,21 +1,24 @@
 """Every method on every task: side by side as one by one, kept states as none, scores that add up."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.methods import METHODS
-from fedpeft.mounting import describe
+from fedpeft.mounting import describe, mounted, trainable
 from fedpeft.tasks import Counts, Encoded, Task
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import mounted_state, score
-from fedpeft.training.loop import Training
-from fedpeft.types import Client, Method, Payload, State
+from fedpeft.training.loop import Share, Training, fit
+from fedpeft.types import Client, LocalTask, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
+from tests import causal_lms
 from tests.tiny import CONFIG, CPU, FIELDS, SEED, close, small
 from tests.tiny_tasks import TASK_CASES
 
@@ -140,3 +143,76 @@ def test_an_empty_split_is_nothing(kind: str) -> None:
     assert len(task.encode(case.rows(3, 0).take([]))) == 0
     assert_equal(task.score([], Encoded([])), task.no_counts())
     assert set(task.metrics(task.no_counts()).values()) == {0.0}
+
+
+def _tagging() -> tuple[Task, nn.Module, Encoded, dict[str, Tensor]]:
+    """Return a task, a model, sentences of 1 to 6 words, and these as one batch of transformers."""
+    case = TASK_CASES["tagging"]
+    task = case.task()
+    examples = task.encode(case.rows(9, 3))
+    return task, case.make(), examples, dict(task.collate(examples, CPU.torch_device))
+
+
+def _causal_lm() -> tuple[Task, nn.Module, Encoded, dict[str, Tensor]]:
+    """Return the same of responses of 1 to 6 tokens."""
+    task = causal_lms.task()
+    examples = task.encode(causal_lms.rows(9, 3))
+    ids: list[Tensor] = []
+    labels: list[Tensor] = []
+    for example in examples:
+        whole = torch.cat([example.ids, example.labels[-1:]])
+        prompt = torch.full((len(whole) - len(example.labels),), -100)
+        ids.append(whole)
+        labels.append(torch.cat([prompt, example.labels]))
+    lengths = torch.tensor([len(one) for one in ids]).unsqueeze(1)
+    mask = (torch.arange(int(lengths.max())) < lengths).long()
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": mask,
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+    return task, causal_lms.causal_lm("llama"), examples, batch
+
+
+@pytest.mark.parametrize("make", [_tagging, _causal_lm])
+def test_a_step_in_micro_batches_has_the_gradient_of_transformers(
+    make: Callable[[], tuple[Task, nn.Module, Encoded, dict[str, Tensor]]],
+) -> None:
+    """Its loss is the mean over all tokens with a label, not over rows or micro-batches."""
+    task, model, examples, batch = make()
+    assert len({example.weight for example in examples}) > 3
+    # 1. The gradient of the whole batch, by transformers.
+    model.requires_grad_(True)
+    theirs: Any = model
+    loss = theirs(**batch).loss
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(loss, parameters)
+    model.requires_grad_(False)
+    # 2. That of a step, of which no pass sees more than two rows or so.
+    trained = trainable({name: value.unsqueeze(0) for name, value in model.named_parameters()})
+    found: dict[str, Tensor] = {}
+
+    def look(_: slice) -> None:
+        for name, parameter in trained.items():
+            assert parameter.grad is not None
+            found[name] = parameter.grad[0].clone()
+
+    sizes: list[int] = []
+    model.register_forward_hook(
+        lambda _, __, read, ___: sizes.append(len(read["input_ids"])), with_kwargs=True
+    )
+    with mounted(model, trained):
+        losses = fit(
+            model,
+            LocalTask(trained, lambda: ({}, {}), after_backward=look),
+            task,
+            [Share(examples, [list(range(len(examples)))])],
+            Training(optimizer="sgd", clip=None),
+            frozenset(),
+            replace(CPU, tokens=24),
+            ActivationCache(),
+        )
+    assert max(sizes) < len(examples) / 2
+    torch.testing.assert_close(losses[0].float(), loss.detach(), rtol=1e-5, atol=1e-6)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

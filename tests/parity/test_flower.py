@@ -54,13 +54,24 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return answer
 
 
-@pytest.mark.parametrize("name", [*METHODS, "lora, optimizer kept", "federa, optimizer kept"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *METHODS,
+        "lora, optimizer kept",
+        "federa, optimizer kept",
+        "tagging",
+        "qa",
+        "causal_lm",
+    ],
+)
 def test_flower_ends_where_the_local_engine_does(
     name: str, told: dict[str, dict[str, Any]]
 ) -> None:
     assert told[name]["differences"] == []
     assert told[name]["rows"] == 6
     assert told[name]["lost"] == [None] * 6
+    assert told[name]["scored"] == 5
 
 
 CLIENTS = [Client(0, examples=7), Client(1, examples=11), Client(2, examples=9)]
