@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,13 +129,14 @@ NO_BIASES = ("modernbert", "llama", "t5")
 PAIRS = [(family, kind) for family in FAMILIES for kind in KINDS if (family, kind) not in REFUSED]
 
 
-def opened(family: str, kind: str) -> Loaded:
+def opened(family: str, kind: str, **changes: Any) -> Loaded:
     """Return a fresh tiny checkpoint of a family, loaded for a task; BadInput where it is refused.
 
     It is what pre-training leaves: a language model, without a head for any task but its own.
+    ``changes``: of its configuration.
     """
     with TemporaryDirectory() as folder:
-        _write(Path(folder), family, kind)
+        _write(Path(folder), family, kind, changes)
         choice = ModelSection(folder, max_length=MAX_LENGTH)
         return load(choice, _task(kind), CPU, SEED)
 
@@ -159,18 +159,17 @@ def _task(kind: str) -> Task:
     return TASK_CASES[kind].task()
 
 
-def _write(folder: Path, family: str, kind: str) -> None:
+def _write(folder: Path, family: str, kind: str, changes: Mapping[str, Any]) -> None:
     """Write a checkpoint with the tokenizer that ``kind`` is tried with."""
     chosen = FAMILIES[family]
     settings, _ = zoo.FAMILIES[family]
-    changes = dict(chosen.changes)
     if kind == "causal_lm":
         words = causal_lms.tokenizer()
-        changes |= {"vocab_size": len(words), "bos_token_id": None, "eos_token_id": 2}
+        marks = {"vocab_size": len(words), "bos_token_id": None, "eos_token_id": 2}
     else:
         words = tokenizer()
-        changes |= {"vocab_size": len(VOCABULARY)}
-    config = AutoConfig.for_model(family, **{**settings, **changes})
+        marks = {"vocab_size": len(VOCABULARY)}
+    config = AutoConfig.for_model(family, **{**settings, **chosen.changes, **marks, **changes})
     zoo.save(folder, chosen.auto.from_config, config)
     words.save_pretrained(folder)
     if not chosen.segments:

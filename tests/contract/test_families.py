@@ -146,6 +146,11 @@ def test_what_a_task_does_not_run_on_is_refused(family: str, kind: str) -> None:
     assert len(line.splitlines()) == 1
 
 
+def test_an_encoder_that_reads_from_left_to_right_is_a_language_model() -> None:
+    """So which one it is has been tried, and no list of names was asked."""
+    assert not opened("bert", "causal_lm", is_decoder=True).base.head
+
+
 @pytest.mark.parametrize("family", NO_BIASES)
 def test_bitfit_refuses_what_has_no_biases(family: str) -> None:
     with pytest.raises(BadInput, match="no biases"):
