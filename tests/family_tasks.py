@@ -1,29 +1,53 @@
 """Every model family on every task: tiny checkpoints, opened as a user's own are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
 )
 
-from fedpeft.models import Loaded, ModelSection, load
+from fedpeft.models import Loaded, ModelSection, kernels, load
 from fedpeft.tasks import CausalLM, Task
 from tests import causal_lms
 from tests.e2e import zoo
 from tests.tiny import CPU, SEED
-from tests.tiny_tasks import MAX_LENGTH, TASK_CASES, VOCABULARY, Ground, tokenizer
+from tests.tiny_tasks import MAX_LENGTH, TASK_CASES, WORDS, Ground, tokenizer
 
 BLOCKS = 3
 SLIDING = 4
 """Tokens of a sliding window, fewer than most texts here have."""
+
+
+def _marked(kind: str) -> Any:
+    """Return the tokenizer with which others try the task ``kind``."""
+    return causal_lms.tokenizer() if kind == "causal_lm" else tokenizer()
+
+
+def _of_bytes(kind: str) -> Any:
+    """Return a tokenizer of pieces of UTF-8 without marks, for which transformers takes any of Qwen2's."""
+    del kind
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+    )
+    # With a blank before and without: these are two pieces.
+    words.train_from_iterator([f"{word} {word}" for word in (*WORDS, *causal_lms.WORDS)], trainer)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=words, eos_token=end, pad_token=end)
 
 
 @dataclass(frozen=True)
@@ -33,7 +57,7 @@ class Family:
     ``title``: as people call it. ``auto``: the class of transformers whose checkpoints of it people
     have. ``attention`` and ``linear``: how many dense layers of a text classifier ``attention`` and
     ``all-linear`` choose. ``segments``: whether its tokenizer tells two texts apart. ``changes``: of
-    the configuration in ``zoo``.
+    the configuration in ``zoo``. ``words``: the task -> a tokenizer.
     """
 
     title: str
@@ -42,6 +66,7 @@ class Family:
     linear: int
     segments: bool = False
     changes: Mapping[str, Any] = field(default_factory=lambda: {"num_hidden_layers": BLOCKS})
+    words: Callable[[str], Any] = _marked
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -90,6 +115,7 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window": SLIDING,
             "max_window_layers": 1,
         },
+        words=_of_bytes,
     ),
     "t5": Family("T5", AutoModelForSeq2SeqLM, 36, 48, changes={"num_layers": BLOCKS}),
 }
@@ -138,6 +164,7 @@ def opened(family: str, kind: str, **changes: Any) -> Loaded:
     with TemporaryDirectory() as folder:
         _write(Path(folder), family, kind, changes)
         choice = ModelSection(folder, max_length=MAX_LENGTH)
+        kernels(choice, _task(kind))  # comes first in a run, too
         return load(choice, _task(kind), CPU, SEED)
 
 
@@ -163,12 +190,10 @@ def _write(folder: Path, family: str, kind: str, changes: Mapping[str, Any]) -> 
     """Write a checkpoint with the tokenizer that ``kind`` is tried with."""
     chosen = FAMILIES[family]
     settings, _ = zoo.FAMILIES[family]
+    words = chosen.words(kind)
+    marks: dict[str, Any] = {"vocab_size": len(words)}
     if kind == "causal_lm":
-        words = causal_lms.tokenizer()
-        marks = {"vocab_size": len(words), "bos_token_id": None, "eos_token_id": 2}
-    else:
-        words = tokenizer()
-        marks = {"vocab_size": len(VOCABULARY)}
+        marks |= {"bos_token_id": None, "eos_token_id": words.eos_token_id}
     config = AutoConfig.for_model(family, **{**settings, **chosen.changes, **marks, **changes})
     zoo.save(folder, chosen.auto.from_config, config)
     words.save_pretrained(folder)

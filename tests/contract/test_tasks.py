@@ -1,5 +1,6 @@
 """Every method on every task: side by side as one by one, kept states as none, scores that add up."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +30,15 @@ TABLE = [(name, kind) for name in METHODS for kind in TASK_CASES]
 class Played:
     """A worker of a method on some ground, and what its clients are asked at the start."""
 
-    def __init__(self, name: str, ground: Ground, **fields: Any) -> None:
+    def __init__(
+        self, name: str, ground: Ground, sizes: Mapping[int, int] = SIZES, **fields: Any
+    ) -> None:
         if name == "slora":
             fields["stage1"] = 0.0  # its first stage is that of ``sparse``
         self.task: Task = ground.task
         self.method: Method = small(name, **fields)
         held: dict[int, ClientData] = {}
-        for client, size in SIZES.items():
+        for client, size in sizes.items():
             train = self.task.encode(ground.rows(size, client))
             held[client] = ClientData(train, self.task.encode(ground.rows(6, client + 50)))
         self.state: State = self.method.init(ground.base, SEED)
