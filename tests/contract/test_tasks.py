@@ -92,7 +92,9 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), TABLE)
 def test_kept_hidden_states_change_nothing(name: str, kind: str) -> None:
     """Methods that choose their layers adapt the last block, so that the first is never run again."""
-    chosen = {"targets": r"layer\.1\..*(query|value)"} if "targets" in FIELDS[name] else {}
+    chosen: dict[str, Any] = (
+        {"targets": r"layer\.1\..*(query|value)"} if "targets" in FIELDS[name] else {}
+    )
     played = Played(name, TASK_CASES[kind].ground(), **chosen)
     rows: list[int] = []  # that go through the first block, pass by pass
     first = played.worker.model.get_submodule("bert.encoder.layer.0.attention.self.key")
