@@ -12,7 +12,7 @@ from torch import nn
 from fedpeft.models.checkpointing import checkpoint_blocks
 from fedpeft.models.checks import check_lengths, check_vocabulary, try_out
 from fedpeft.models.choice import ModelSection
-from fedpeft.models.heads import fit, notes, reorder, same
+from fedpeft.models.heads import fit, notes, reorder
 from fedpeft.models.padding import settle_padding
 from fedpeft.models.source import find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
@@ -53,33 +53,35 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
 
     Parts of the head that the checkpoint lacks are drawn from ``seed`` alone. A classifier for the
     same label names is kept, with its rows in the data's order; of one for other names the rows are
-    drawn anew. A head whose outputs have no names is kept. A model that does not load or does not
-    fit raises BadInput.
+    drawn anew. A head whose outputs have no names is kept. Of a head for another task the rows are
+    drawn anew, whatever their names. A model that does not load or does not fit raises BadInput.
     """
     # 1. The configuration, with the data's labels in place of the checkpoint's.
     labels = task.form.labels
     source = find(choice, task.form.auto_class)
     config = source.configuration()
     known = [name for _, name in sorted(config.id2label.items())]
+    saved_by = (config.architectures or [""])[0]
     if labels:
         _set_labels(config, labels)
     elif task.form.head_is_trained:
         _set_outputs(config, task.form.outputs)
-    _set_dropout(config, choice.dropout)
+    _configure_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
     is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
     model, report = source.weights(config, hardware.attention, draw, as_stored=is_large)
-    head_fit = fit(model, report, choice.name, head_is_trained=task.form.head_is_trained)
+    trained = task.form.head_is_trained
+    head_fit = fit(model, report, choice.name, saved_by=saved_by, head_is_trained=trained)
     drawn = head_fit.lacking
-    if not labels:
-        pass  # outputs without names, as start and end of an answer: a head for them is kept
-    elif head_fit.has_rows and same(known, labels):
+    if not head_fit.is_known(known, labels):
+        if head_fit.kept_rows:
+            # Of as many labels, but other ones: what was trained for these means nothing here.
+            model = source.redrawn(model, head_fit.rows, draw)
+            drawn |= head_fit.rows
+    elif labels:
         reorder(model, head_fit.rows, known, labels)
-    elif head_fit.has_rows:
-        # As many labels, but other ones: rows that were trained for these mean nothing here.
-        model = source.redrawn(model, head_fit.rows, draw)
-        drawn |= head_fit.rows
+    _set_dropout(model, choice.dropout)
     # 3. The tokenizer, and whether the two belong together.
     tokenizer = source.tokenizer(config)
     said = (*notes(head_fit, known, labels), *settle_padding(tokenizer, model, choice))
@@ -124,7 +126,7 @@ def _set_outputs(config: Any, outputs: int) -> None:
         part.num_labels = outputs
 
 
-def _set_dropout(config: Any, probability: float) -> None:
+def _configure_dropout(config: Any, probability: float) -> None:
     """Set every dropout probability of a configuration, whatever the family calls it."""
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
@@ -132,6 +134,14 @@ def _set_dropout(config: Any, probability: float) -> None:
             # flag, are no probabilities.
             if re.search(r"dropout|pdrop", name) and isinstance(value, float):
                 setattr(part, name, probability)
+
+
+def _set_dropout(model: nn.Module, probability: float) -> None:
+    """Set the probability of every dropout layer: some heads have one that no field names."""
+    # The taggers of GPT-2, Llama and Qwen2 have 0.1 where the configuration says nothing.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
 
 
 def _digest(model: nn.Module, drawn: frozenset[str]) -> str:

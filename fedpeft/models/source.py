@@ -67,6 +67,21 @@ class Source:
             raise BadInput(f"model.name = {self.name!r}: {why}; choose another model")
         return bool(kind._supports_sdpa)
 
+    def _renamed(self, config: Any) -> dict[str, str]:
+        """Return a pattern and what stands in its place, where names of parameters must change.
+
+        A checkpoint has the name of the base model in front of its names. In some families one
+        task's class has another for it: Llamas call it ``model``, to answer questions
+        ``transformer``.
+        """
+        classes = self._auto()._model_mapping
+        if not config.architectures or type(config) not in classes:
+            return {}
+        saved_by = getattr(transformers, config.architectures[0], None)
+        theirs = getattr(saved_by, "base_model_prefix", "")
+        ours = classes[type(config)].base_model_prefix
+        return {rf"^{theirs}\.": f"{ours}."} if theirs and theirs != ours else {}
+
     def weights(
         self, config: Any, attention: str, seed: int, *, as_stored: bool = False
     ) -> tuple[Any, Mapping[str, Any]]:
@@ -86,6 +101,7 @@ class Source:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=self.trusted,
+                key_mapping=self._renamed(config) or None,
             )
         return model, report
 

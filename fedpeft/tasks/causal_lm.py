@@ -16,7 +16,7 @@ from fedpeft.errors import BadInput
 from fedpeft.tasks.choice import Chat, TaskSection
 from fedpeft.tasks.dialogue import Message, Writer, fitted, messages, writer
 from fedpeft.tasks.generation import NOTHING, continued
-from fedpeft.tasks.logits import logits_at
+from fedpeft.tasks.logits import logits_at, looks_ahead
 from fedpeft.tasks.padding import IGNORED, inputs, joined, padded, read_by_model, width_of
 from fedpeft.tasks.task import (
     TRIAL,
@@ -262,6 +262,10 @@ class CausalLM:
     def trial(self, model: nn.Module, device: torch.device) -> str:
         """Return what is wrong with what ``model`` says of two short texts, empty if nothing."""
         examples = self.encode(Rows({"prompt": TRIAL, "response": TRIAL}))
+        longest = max(examples, key=len)
+        if looks_ahead(model, longest.ids.unsqueeze(0).to(device)):
+            why = "it reads texts from both sides, so it would see the response that it has to give"
+            return f"{why}; choose a language model that reads from left to right"
         losses = self.predict(model, self.collate(examples, device))["losses"]
         finite = bool(torch.isfinite(losses).all())
         return "" if finite else "its loss of a short text is no number; choose another model"

@@ -1,6 +1,6 @@
 """Every method on every task: side by side as one by one, kept states as none, scores that add up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.methods import METHODS
-from fedpeft.mounting import describe, mounted, trainable
+from fedpeft.mounting import mounted, trainable
 from fedpeft.tasks import Counts, Encoded, Task
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import mounted_state, score
@@ -20,7 +20,7 @@ from fedpeft.types import Client, LocalTask, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests import causal_lms
 from tests.tiny import CONFIG, CPU, FIELDS, SEED, close, small
-from tests.tiny_tasks import TASK_CASES
+from tests.tiny_tasks import TASK_CASES, Ground
 
 SIZES = {0: 5, 1: 9, 2: 7}
 """Client -> rows of training; batches of 4 are ragged, and clients have unequal numbers of steps."""
@@ -31,28 +31,28 @@ TABLE = [(name, kind) for name in METHODS for kind in TASK_CASES]
 
 
 class Played:
-    """A worker of a method on a task, and what its clients are asked at the start."""
+    """A worker of a method on some ground, and what its clients are asked at the start."""
 
-    def __init__(self, name: str, kind: str, **fields: Any) -> None:
-        case = TASK_CASES[kind]
+    def __init__(
+        self, name: str, ground: Ground, sizes: Mapping[int, int] = SIZES, **fields: Any
+    ) -> None:
         if name == "slora":
             fields["stage1"] = 0.0  # its first stage is that of ``sparse``
-        self.task: Task = case.task()
+        self.task: Task = ground.task
         self.method: Method = small(name, **fields)
         held: dict[int, ClientData] = {}
-        for client, size in SIZES.items():
-            train = self.task.encode(case.rows(size, client))
-            held[client] = ClientData(train, self.task.encode(case.rows(6, client + 50)))
-        model = case.make()
-        self.state: State = self.method.init(describe(model, case.head), SEED)
+        for client, size in sizes.items():
+            train = self.task.encode(ground.rows(size, client))
+            held[client] = ClientData(train, self.task.encode(ground.rows(6, client + 50)))
+        self.state: State = self.method.init(ground.base, SEED)
         self.worker = Worker(
             method=self.method,
-            model=model,
+            model=ground.model,
             task=self.task,
             client_data=held,
             training=SGD,
             hardware=CPU,
-            head=case.head,
+            head=ground.base.head,
             seed=SEED,
             config=CONFIG,
             step_alone=None,
@@ -86,7 +86,7 @@ def assert_equal(one: Counts, other: Counts) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [row for row in TABLE if row[0] not in SINGLE])
 def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
-    played = Played(name, kind)
+    played = Played(name, TASK_CASES[kind].ground())
     together = played.handled([0, 1, 2])
     for client in SIZES:
         close(together[client], played.handled([client])[0], 2e-5)
@@ -95,8 +95,10 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), TABLE)
 def test_kept_hidden_states_change_nothing(name: str, kind: str) -> None:
     """Methods that choose their layers adapt the last block, so that the first is never run again."""
-    chosen = {"targets": r"layer\.1\..*(query|value)"} if "targets" in FIELDS[name] else {}
-    played = Played(name, kind, **chosen)
+    chosen: dict[str, Any] = (
+        {"targets": r"layer\.1\..*(query|value)"} if "targets" in FIELDS[name] else {}
+    )
+    played = Played(name, TASK_CASES[kind].ground(), **chosen)
     rows: list[int] = []  # that go through the first block, pass by pass
     first = played.worker.model.get_submodule("bert.encoder.layer.0.attention.self.key")
     first.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
@@ -115,7 +117,10 @@ def test_kept_hidden_states_change_nothing(name: str, kind: str) -> None:
 @pytest.mark.parametrize(("name", "kind"), TABLE)
 def test_scores_of_a_client_add_up(name: str, kind: str) -> None:
     """What a client counts is what its mounted model scores, and the halves of its rows add up to it."""
-    played = Played(name, kind)
+    assert_scores_add_up(Played(name, TASK_CASES[kind].ground()))
+
+
+def assert_scores_add_up(played: Played) -> None:
     test = played.worker.client_data[1].test
     [said] = played.handled([1], Kind.EVALUATE)
     counts = {part: tensor for part, tensor in said.items() if part != "its loss"}
