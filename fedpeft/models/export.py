@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.errors import BadInput
 from fedpeft.models import Loaded
 from fedpeft.models.gguf import located
-from fedpeft.mounting import oriented
+from fedpeft.mounting import oriented, unpack_layers
 from fedpeft.types import Delta, LocalTask
 from fedpeft.wire.durable import sync
 
@@ -92,8 +92,9 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
-    # In float32, as the differences are: a large model may be kept in bf16.
+    # In float32, as the differences are: a large model may be kept in bf16, or packed.
     merged_model = copy.deepcopy(model).float()
+    unpack_layers(merged_model)
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
         merged_model.get_parameter(name).copy_(tensor)
