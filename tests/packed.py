@@ -1,7 +1,9 @@
 """Tiny models with a base of 4 or 8 bits, loaded as the product loads them, and workers on them."""
 
+import atexit
 import contextlib
 import io
+import shutil
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -43,7 +45,9 @@ def rows_of(kind: str, count: int, seed: int) -> Any:
 @cache
 def folder(kind: str) -> Path:
     """Return a folder with the checkpoint of a tiny model, and its tokenizer."""
-    place = Path(mkdtemp(prefix="fedpeft-tests-")) / kind
+    parent = Path(mkdtemp(prefix="fedpeft-tests-"))
+    atexit.register(shutil.rmtree, parent)
+    place = parent / kind
     model: Any = (
         causal_lms.causal_lm("llama")
         if kind == "llama"

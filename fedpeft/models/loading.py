@@ -20,7 +20,7 @@ from fedpeft.models.quantising import (
     pack_layers,
     quantisation,
 )
-from fedpeft.models.source import find
+from fedpeft.models.source import Source, find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
 from fedpeft.mounting import describe, keep_matrices_in, packed_layers
 from fedpeft.seeds import derive
@@ -77,11 +77,7 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     # 2. Weights and head.
     draw = derive(seed, "head")
     is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
-    packing: Any = None
-    if choice.bits:
-        outline = source.outline(config)
-        whole = never_packed(outline, head_is_trained=task.form.head_is_trained)
-        packing = quantisation(choice.bits, whole)
+    packing = _packing(choice, source, config, task.form)
     model, report = source.weights(
         config,
         hardware.attention,
@@ -121,6 +117,14 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     model = model.to(hardware.torch_device)
     try_out(task.with_tokenizer(tokenizer), model, hardware, choice)
     return Loaded(model, tokenizer, base, digest, task.form, said)
+
+
+def _packing(choice: ModelSection, source: Source, config: Any, form: ModelForm) -> Any:
+    """Return what transformers packs while it reads the weights; None for nothing."""
+    if not choice.bits:
+        return None
+    whole = never_packed(source.outline(config), head_is_trained=form.head_is_trained)
+    return quantisation(choice.bits, whole)
 
 
 def _frozen_output(model: Any, form: ModelForm) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Dense layers of which the frozen matrix takes 4 or 8 bits a number, as bitsandbytes packs them."""
+"""Dense layers whose frozen matrix takes 4 or 8 bits a number, as bitsandbytes packs them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,9 +42,7 @@ def _nf4(packed: Packed, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit  # noqa: PLC0415  (optional)
 
     state: Any = QuantState  # its constructor is untyped
-    about = state(
-        packed.scales, shape=packed.shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype
-    )
+    about = state(packed.scales, shape=packed.shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
     return dequantize_4bit(packed.codes, about)
 
 

@@ -142,7 +142,6 @@ def says(model: Any) -> Tensor:
     return logits
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("bits", BITS)
 def test_a_model_computes_what_bitsandbytes_own_layers_do(bits: int) -> None:
     """Those of 8 bits unpack the matrix, too, on a CPU in training; there is no dropout."""
