@@ -56,16 +56,17 @@ def pack_layers(model: Any, choice: ModelSection) -> None:
 
     A model in which there are none raises BadInput.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # noqa: PLC0415  (optional)
+    from bitsandbytes import nn as bitsandbytes_nn  # noqa: PLC0415  (optional)
 
+    theirs: Any = bitsandbytes_nn  # does not say what it exports
     layers: dict[str, PackedLinear] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, theirs.Linear4bit):
             state = module.weight.quant_state
             if state is None or state.blocksize != BLOCK or state.nested:
                 raise ValueError(f"bitsandbytes has packed {name!r} in another way")
             layers[name] = _layer(module, state.absmax, 4)
-        elif isinstance(module, Linear8bitLt):
+        elif isinstance(module, theirs.Linear8bitLt):
             layers[name] = _layer(module, module.weight.SCB, 8)
     if not layers:
         why = f"{choice.name} has no dense layers for that below its head"

@@ -115,10 +115,11 @@ class PackedLinear(nn.Module):
     def unpacked(self) -> nn.Module:
         """Return an ordinary layer with the same matrix and bias in float32, of its own kind."""
         matrix = self.packed.float()
+        conv1d: Any = Conv1D  # its constructor is untyped
         layer: nn.Module
         with torch.device("meta"):  # nothing is drawn
             if self.is_conv1d:  # GPT-2 stores (in, out)
-                layer = Conv1D(self.out_features, self.in_features)
+                layer = conv1d(self.out_features, self.in_features)
                 matrix = matrix.t().contiguous()
             else:
                 layer = nn.Linear(self.in_features, self.out_features, bias=False)

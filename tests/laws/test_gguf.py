@@ -178,7 +178,7 @@ def test_it_is_packed_like_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "tiny.gguf")
     found: dict[int, Tensor] = {}
     for bits in (0, 4):
-        section = ModelSection(str(tmp_path / "tiny.gguf"), max_length=16, bits=bits)  # type: ignore[arg-type]
+        section = ModelSection(str(tmp_path / "tiny.gguf"), max_length=16, bits=bits)
         loaded = load(section, CausalLM(16), CPU, 0)
         assert len(packed_layers(loaded.model)) == (14 if bits else 0)
         found[bits] = logits(loaded.model, [3, 4, 5])
