@@ -66,6 +66,6 @@ $(BIN)/.llm: pyproject.toml constraints.txt | $(BIN)/.demo
 
 # flwr-datasets asks for an older datasets than ours, and works with it.
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
-	$(PIP) --editable '.[data,flower,dev]'
+	$(PIP) --editable '.[data,flower,quant,dev]'
 	$(PIP) --no-deps flwr-datasets seaborn
 	@touch $@

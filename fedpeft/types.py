@@ -122,7 +122,8 @@ class Base:
 
     ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer,
     (out, in), by module name, also where the model stores the transpose. ``head``: names of the
-    parameters of the task's output module, and of all others that the checkpoint lacks.
+    parameters of the task's output module, and of all others that the checkpoint lacks. ``packed``:
+    the dense layers of which the matrix is kept in a few bits: it can be read, and no more.
 
     >>> import torch
     >>> base = Base({"w": torch.ones(2), "head.bias": torch.ones(3)}, {}, frozenset({"head.bias"}))
@@ -133,6 +134,7 @@ class Base:
     parameters: Payload
     layers: Mapping[str, Tensor]
     head: frozenset[str]
+    packed: frozenset[str] = frozenset()
 
     def heads(self) -> dict[str, Tensor]:
         """Return the parameters of the head; every method trains and sends them in full."""

@@ -18,7 +18,7 @@ from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, kernels, load
+from fedpeft.models import Loaded, check_bits, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import TASKS, Encoded, Task, TokenCache, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
@@ -130,6 +130,7 @@ def build(
     """
     # 1. What can be refused in a moment comes first; loading a model takes seconds.
     engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
+    check_bits(config.model)  # likewise
     dataset = _dataset(config, reuse)
     names = TASKS[config.task.kind].names(dataset)
     partition = _partition(config, dataset, reuse)

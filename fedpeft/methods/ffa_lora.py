@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, uniform
-from fedpeft.mounting import Targets, dense_layer, detached, mounted, select, specs, trainable
+from fedpeft.mounting import Targets, dense_shape, detached, mounted, select, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -60,7 +60,7 @@ class FFALoRA:
         for name, factors in by_module(down).items():
             B = factors["B"]
             clients, _, rank = B.shape
-            width = dense_layer(model, name).shape[1]
+            width = dense_shape(model, name)[1]
             # The draw depends on the seed and the layer alone: every client has the same A_0.
             A = uniform(rank, width, context.seed, name).to(B)  # (r, in)
             drawn[f"{name}:A"] = A.expand(clients, -1, -1)  # (K, r, in), without a copy

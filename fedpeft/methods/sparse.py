@@ -20,13 +20,12 @@ from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
     check_dtypes,
-    dense_layer,
+    dense_shape,
     detached,
     mounted,
-    oriented,
     plain_parameters,
-    replaced,
     select,
+    shifted,
     specs,
     trainable,
 )
@@ -117,20 +116,20 @@ class Sparse:
         check_dtypes(model, down)
         trained = trainable(down)  # values (1, n), head (1, ...)
         masked: dict[str, Masked] = {}
-        weights: dict[str, Callable[[Tensor], Tensor]] = {}
+        differences: dict[str, Callable[[], Tensor]] = {}
         for name in by_module(down):
             values = trained[f"{name}:values"]
-            shape = dense_layer(model, name).shape
+            shape = dense_shape(model, name)
             # Redrawn from the run's seed this is the server's mask, and no indices travel.
             where = positions(shape, self.density, context.seed, name).to(values.device)
             if values.shape[1:] != where.shape:
                 size, fitting = tuple(values.shape), tuple(where.shape)
                 raise WireError(f"{name}:values is {size}; {fitting} after a client axis would fit")
             masked[name] = Masked(values, where, shape)
-            weights[f"{name}.weight"] = partial(_tuned, model, name, masked[name])
+            differences[name] = partial(_matrix, masked[name])
         head = plain_parameters(trained)
         # W_0 + difference is made anew in every pass, so the gradient comes to the values alone.
-        with replaced(model, weights), mounted(model, head):
+        with shifted(model, differences), mounted(model, head):
             yield LocalTask(trained, lambda: (detached(trained), {}), lambda: masked)
 
     def expects(self, state: State, down: Payload) -> Payload:
@@ -149,6 +148,6 @@ class Sparse:
         return plain_mean(self.weighting)
 
 
-def _tuned(model: nn.Module, name: str, delta: Masked, weight: Tensor) -> Tensor:
-    """Return W_0 + difference, the way round in which the layer stores its ``weight`` W_0."""
-    return weight + oriented(model, name, delta.dense()[0])
+def _matrix(delta: Masked) -> Tensor:
+    """Return a difference as a matrix, (out, in)."""
+    return delta.dense()[0]

@@ -6,5 +6,6 @@ from fedpeft.models.embedding import embed as embed
 from fedpeft.models.loading import Loaded as Loaded
 from fedpeft.models.loading import kernels as kernels
 from fedpeft.models.loading import load as load
+from fedpeft.models.quantising import check_bits as check_bits
 from fedpeft.models.tokens import READS_FIRST as READS_FIRST
 from fedpeft.models.tokens import spare_last_block as spare_last_block

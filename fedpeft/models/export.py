@@ -20,7 +20,7 @@ from fedpeft.errors import BadInput
 from fedpeft.models import Loaded
 from fedpeft.models.gguf import located
 from fedpeft.models.readme import readme
-from fedpeft.mounting import oriented
+from fedpeft.mounting import oriented, unpack_layers
 from fedpeft.types import Delta, LocalTask
 from fedpeft.wire.durable import sync
 
@@ -96,8 +96,9 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
-    # In float32, as the differences are: a large model may be kept in bf16.
+    # In float32, as the differences are: a large model may be kept in bf16, or packed.
     merged_model = copy.deepcopy(model).float()
+    unpack_layers(merged_model)
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
         merged_model.get_parameter(name).copy_(tensor)

@@ -107,6 +107,21 @@ def fit(
     return Fit(outside, lacking, rows, bool(rows & shapes.keys()), of_another_task)
 
 
+def never_packed(model: Any, *, head_is_trained: bool) -> list[str]:
+    """Return the modules whose dense layers keep their numbers: head, poolers, output embeddings.
+
+    A pooler is trained where the checkpoint lacks it. Output embeddings may be tied to others.
+    """
+    parameters = [key for key, _ in model.named_parameters()]
+    outside = _outside(model, parameters) if head_is_trained else frozenset[str]()
+    output = model.get_output_embeddings()
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if f"{name}.weight" in outside or POOLER.search(f"{name}.") or module is output:
+            names.append(name)
+    return names
+
+
 def notes(found: Fit, known: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
     """Return notes for the user on a head; ``known``: the label names of the checkpoint's rows."""
     said = []

@@ -12,11 +12,17 @@ from torch import nn
 from fedpeft.models.checkpointing import checkpoint_blocks
 from fedpeft.models.checks import check_lengths, check_vocabulary, try_out
 from fedpeft.models.choice import ModelSection
-from fedpeft.models.heads import fit, notes, reorder
+from fedpeft.models.heads import fit, never_packed, notes, reorder
 from fedpeft.models.padding import settle_padding
-from fedpeft.models.source import find
+from fedpeft.models.quantising import (
+    check_bits,
+    check_unquantised,
+    pack_layers,
+    quantisation,
+)
+from fedpeft.models.source import Source, find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
-from fedpeft.mounting import describe, keep_matrices_in
+from fedpeft.mounting import describe, keep_matrices_in, packed_layers
 from fedpeft.seeds import derive
 from fedpeft.tasks import ModelForm, Task
 from fedpeft.training.hardware import Hardware, Kernels
@@ -57,9 +63,11 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     drawn anew, whatever their names. A model that does not load or does not fit raises BadInput.
     """
     # 1. The configuration, with the data's labels in place of the checkpoint's.
+    check_bits(choice)
     labels = task.form.labels
     source = find(choice, task.form.auto_class)
     config = source.configuration()
+    check_unquantised(config, choice)
     known = [name for _, name in sorted(config.id2label.items())]
     saved_by = (config.architectures or [""])[0]
     if labels:
@@ -70,7 +78,15 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     # 2. Weights and head.
     draw = derive(seed, "head")
     is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
-    model, report = source.weights(config, hardware.attention, draw, as_stored=is_large)
+    packing = _packing(choice, source, config, task.form)
+    model, report = source.weights(
+        config,
+        hardware.attention,
+        draw,
+        # What is packed is read in float32, so that its bits do not depend on the machine.
+        as_stored=is_large and packing is None,
+        quantisation=packing,
+    )
     trained = task.form.head_is_trained
     head_fit = fit(model, report, choice.name, saved_by=saved_by, head_is_trained=trained)
     drawn = head_fit.lacking
@@ -82,6 +98,8 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     elif labels:
         reorder(model, head_fit.rows, known, labels)
     _set_dropout(model, choice.dropout)
+    if packing is not None:
+        pack_layers(model, choice)
     # 3. The tokenizer, and whether the two belong together.
     tokenizer = source.tokenizer(config)
     said = (*notes(head_fit, known, labels), *settle_padding(tokenizer, model, choice))
@@ -101,6 +119,14 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     model = model.to(hardware.torch_device)
     try_out(task.with_tokenizer(tokenizer), model, hardware, choice)
     return Loaded(model, tokenizer, base, digest, task.form, said)
+
+
+def _packing(choice: ModelSection, source: Source, config: Any, form: ModelForm) -> Any:
+    """Return what transformers packs while it reads the weights; None for nothing."""
+    if not choice.bits:
+        return None
+    whole = never_packed(source.outline(config), head_is_trained=form.head_is_trained)
+    return quantisation(choice.bits, whole)
 
 
 def _frozen_output(model: Any, form: ModelForm) -> nn.Module | None:
@@ -147,7 +173,8 @@ def _set_dropout(model: nn.Module, probability: float) -> None:
 def _digest(model: nn.Module, drawn: frozenset[str]) -> str:
     """Return a digest of the checkpoint's parameters, without what was ``drawn`` from the seed.
 
-    Of their values in float32, whatever the number format in which they are stored.
+    Of their values in float32, whatever the number format in which they are stored; of packed
+    matrices, of their bits.
     """
     hasher = blake2b(digest_size=16)
     parameters = dict(model.named_parameters())
@@ -155,4 +182,8 @@ def _digest(model: nn.Module, drawn: frozenset[str]) -> str:
         hasher.update(name.encode())
         values = parameters[name].detach().float().contiguous()
         hasher.update(values.numpy().tobytes())
+    for name, layer in sorted(packed_layers(model).items()):
+        hasher.update(name.encode())
+        for part in (layer.packed.codes, layer.packed.scales):
+            hasher.update(part.contiguous().numpy().tobytes())
     return hasher.hexdigest()

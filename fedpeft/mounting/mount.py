@@ -7,11 +7,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting.branches import branches, check_branch, stackable, stacked
-from fedpeft.mounting.layers import dense_layer
+from fedpeft.mounting.layers import dense_shape, oriented
+from fedpeft.mounting.packed import PackedLinear
 from fedpeft.mounting.tracing import Place, claimed
 from fedpeft.types import Payload
 
@@ -79,7 +81,7 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
         for name, factors in by_module(tensors).items():
-            clients |= check_branch(name, factors, dense_layer(model, name).shape)
+            clients |= check_branch(name, factors, dense_shape(model, name))
             module = model.get_submodule(name)
             for branch in branches(factors, scale):
                 handle = module.register_forward_hook(branch)
@@ -164,6 +166,46 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
         handle.remove()
         for name in makers:
             put(name, everywhere[name])
+
+
+@contextmanager
+def shifted(model: nn.Module, makers: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Let W + ``makers[name]()`` stand in for the matrix W, (out, in), of each dense layer named.
+
+    The difference is made anew in every forward pass. A packed W is left alone: the product with
+    the difference is added to the layer's output.
+
+    >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    >>> x = torch.ones(1, 2)
+    >>> with shifted(model, {"0": lambda: torch.ones(1, 2)}):
+    ...     more = model(x)
+    >>> (more - model(x)).round().item()
+    2.0
+    """
+    weights: dict[str, Callable[[Tensor], Tensor]] = {}
+    with ExitStack() as undo:
+        for name, make in makers.items():
+            module = model.get_submodule(name)
+            if isinstance(module, PackedLinear):
+                handle = module.register_forward_hook(partial(_add_product, make))
+                undo.callback(handle.remove)
+                undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
+            else:
+                weights[f"{name}.weight"] = partial(_sum, model, name, make)
+        undo.enter_context(replaced(model, weights))
+        yield
+
+
+def _sum(model: nn.Module, name: str, make: Callable[[], Tensor], weight: Tensor) -> Tensor:
+    """Return W + difference, the way round in which the layer stores its ``weight`` W."""
+    return weight + oriented(model, name, make())
+
+
+def _add_product(
+    make: Callable[[], Tensor], _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Return the output of a layer with the product of its input and the difference added."""
+    return output + functional.linear(args[0], make())
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from fedpeft.methods import METHODS
 from fedpeft.models import ModelSection, choice, export, load, locate
 from fedpeft.models import gguf as ours
 from fedpeft.models.gguf import converted, located
+from fedpeft.mounting import packed_layers
 from fedpeft.tasks import CausalLM, Classification
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.training.hardware import Hardware
@@ -177,6 +178,19 @@ def test_any_task_loads_it_like_a_folder(tmp_path: Path) -> None:
     loaded = load(section, Classification(("ant", "bee"), 16), CPU, 0)
     base = model().state_dict()
     assert torch.equal(loaded.model.state_dict()["model.norm.weight"], base["model.norm.weight"])
+
+
+def test_it_is_packed_like_a_folder(tmp_path: Path) -> None:
+    """Its output layer, tied to the embeddings, is not; what was read from the file is rounded once more."""
+    write(tmp_path / "tiny.gguf")
+    found: dict[int, Tensor] = {}
+    for bits in (0, 4):
+        section = ModelSection(str(tmp_path / "tiny.gguf"), max_length=16, bits=bits)
+        loaded = load(section, CausalLM(16), CPU, 0)
+        assert len(packed_layers(loaded.model)) == (14 if bits else 0)
+        found[bits] = logits(loaded.model, [3, 4, 5])
+    off = float((found[4] - found[0]).norm() / found[0].norm())
+    assert 0.01 < off < 0.5
 
 
 def test_a_file_is_converted_once_and_again_when_it_changes(
