@@ -16,6 +16,8 @@ from .builders import Ground
 from .task_grounds import TASK_GROUNDS
 
 CPU = torch.device("cpu")
+# peft asks a model of transformers by a name that is going.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def work_of(kind: str, ground: Ground, folder: Path) -> Work:
