@@ -23,8 +23,6 @@ def run(work: Work) -> dict[str, Any]:
     state = whole.first_state()
     worker = replace(whole.worker, step_alone=None)
     round_of(replace(worker, training=replace(worker.training, steps=1)), state, 1, 1)
-    with measured() as before:
-        pass
     with measured() as meter:
         responses = round_of(worker, state, work.clients, work.stack)
     # The worker's own measurement begins the mark of memory anew.
@@ -33,7 +31,6 @@ def run(work: Work) -> dict[str, Any]:
         "seconds": meter.seconds / sum(response.measured.steps for response in responses),
         "losses": [response.measured.loss for response in responses],
         "peak": max(meter.peak_memory, *peaks),
-        "before": before.peak_memory,
         "hardware": whole.hardware.describe(),
     }
 

@@ -126,21 +126,18 @@ def _trained(net: Any) -> dict[str, Tensor]:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Do the work in ``folder``, after a step that does not count: seconds, losses, and bytes of memory."""
+    """Do the work in ``folder``, after a step that does not count: seconds, losses, bytes of memory."""
     work = json.loads((folder / "work.json").read_text())
     first = load_file(folder / "first.safetensors")
     net = adapted(loaded(work), work)
     clients: list[list[list[Row]]] = work["clients"]
     train(net, first, clients[0][:1], work)
-    with measured() as before:
-        pass
     with measured() as meter:
         losses = [train(net, first, steps, work) for steps in clients]
     return {
         "seconds": meter.seconds / sum(map(len, clients)),
         "losses": losses,
         "peak": meter.peak_memory,
-        "before": before.peak_memory,
     }
 
 
