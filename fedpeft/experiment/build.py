@@ -18,7 +18,7 @@ from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, check_bits, kernels, load
+from fedpeft.models import Loaded, check_bits, is_large, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import TASKS, Encoded, Task, TokenCache, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
@@ -203,7 +203,12 @@ def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
 
     if reuse is not None and choices(reuse.config) == choices(config):
         return reuse.hardware
-    return resolve(config.machine, config.model.max_length, kernels(config.model, task))
+    return resolve(
+        config.machine,
+        config.model.max_length,
+        kernels(config.model, task),
+        is_large(config.model, task),
+    )
 
 
 def _model(

@@ -29,7 +29,8 @@ from fedpeft.training.hardware import Hardware, Kernels
 from fedpeft.types import Base
 
 LARGE: Final = 100_000_000
-"""Parameters beyond which a model that computes in bf16 has no float32 copy beside it."""
+"""Parameters beyond which a model is large: of one that computes in bf16 there is then no float32
+copy, and fewer tokens go through it together."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ def kernels(choice: ModelSection, task: Task) -> Kernels:
     """Return the attention kernels that the chosen model has; every family has the first."""
     source = find(choice, task.form.auto_class)
     return ("eager", "sdpa") if source.supports_sdpa(source.configuration()) else ("eager",)
+
+
+def is_large(choice: ModelSection, task: Task) -> bool:
+    """Return whether the chosen model has more than ``LARGE`` parameters."""
+    source = find(choice, task.form.auto_class)
+    return source.num_parameters(source.configuration()) > LARGE
 
 
 def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loaded:
@@ -77,14 +84,14 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     _configure_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
-    is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
+    kept_once = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
     packing = _packing(choice, source, config, task.form)
     model, report = source.weights(
         config,
         hardware.attention,
         draw,
         # What is packed is read in float32, so that its bits do not depend on the machine.
-        as_stored=is_large and packing is None,
+        as_stored=kept_once and packing is None,
         quantisation=packing,
     )
     trained = task.form.head_is_trained
@@ -108,7 +115,7 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     # 4. Freeze it. The digest comes before the move: it reads the checkpoint's bytes on the CPU.
     model.requires_grad_(False)
     digest = _digest(model, drawn)
-    if is_large:
+    if kept_once:
         keep_matrices_in(model, torch.bfloat16, head_fit.head)
     if choice.checkpointing:
         checkpoint_blocks(model, choice)
