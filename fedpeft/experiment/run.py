@@ -8,7 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
-from fedpeft.engines import ClientPool, launch
+from fedpeft.engines import launch
+from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed

@@ -257,7 +257,8 @@ def test_overwrite_never_deletes_what_is_no_run(ground: Ground, runs: Path, fore
 def test_an_engine_that_is_not_installed_is_named_with_its_remedy(
     ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "fedpeft.engines.flower", raising=False)
+    for name in [name for name in sys.modules if name.startswith("fedpeft.engines.flower")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flwr", None)
     for name in [name for name in sys.modules if name.startswith("flwr.")]:
         monkeypatch.setitem(sys.modules, name, None)

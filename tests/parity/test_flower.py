@@ -22,9 +22,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpeft.engines import flower
-from fedpeft.engines.flower import FlowerEngine, connect
-from fedpeft.engines.grid import BYTES, blob, record
+from fedpeft.engines.flower import app, simulation
+from fedpeft.engines.flower.engine import FlowerEngine, connect
+from fedpeft.engines.flower.grid import BYTES, blob, record
 from fedpeft.engines.local import LocalEngine
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
@@ -72,7 +72,7 @@ def inside_flower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages can be made here, and no worker is left from another test."""
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    monkeypatch.setattr(flower, "_workers", {})
+    monkeypatch.setattr(app, "_workers", {})
 
 
 def engine(here: Here, joining: float = 0.05, patience: float = 60.0) -> FlowerEngine:
@@ -254,10 +254,12 @@ def test_the_end_of_the_simulation_ends_the_run() -> None:
 def test_a_simulation_that_ends_before_the_run_begins_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flower, "run_simulation", lambda *_, **__: None)
+    monkeypatch.setattr(simulation, "run_simulation", lambda *_, **__: None)
     playing = worker(small("lora"), bert())
     with pytest.raises(RuntimeError, match="before the run began"):
-        flower.launch(ClientPool(3, playing, "a configuration", lambda _: playing), lambda _: None)
+        simulation.launch(
+            ClientPool(3, playing, "a configuration", lambda _: playing), lambda _: None
+        )
 
 
 @pytest.mark.parametrize("held", [None, "1", "one", 7, -1, 0, 2.0, b"1", [1]])
@@ -404,7 +406,7 @@ def test_a_node_that_has_lost_its_memory_is_lost_once_and_then_begins_anew() -> 
     """As one that was set up again: the server's belief in its memory is reset."""
     here = grid()
     keeping = Training(steps=1, keep_optimizer=True)
-    here._app = flower.client_app(lambda _: worker(small("lora"), bert(), keeping))
+    here._app = app.client_app(lambda _: worker(small("lora"), bert(), keeping))
     through, method, rows = engine(here), small("lora"), list[ClientRow]()
     states = federate(
         method,

@@ -1,0 +1,143 @@
+"""Flower carries the bytes: an engine for the server.
+
+A message holds the request as one raw ``uint8`` array, and names the client, the configuration and
+the version of the memory that it is for. The answer holds the reply as one raw array.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.engines.flower.grid import blob, pull, push, record
+from fedpeft.engines.flower.nodes import Nodes
+from fedpeft.errors import BadInput, WireError
+from fedpeft.types import Client, Lost, Reply
+
+
+@final
+@dataclass(frozen=True)
+class Pending:
+    """A client that has until ``deadline`` to answer, in seconds of the monotonic clock."""
+
+    client: Client
+    deadline: float
+
+
+@final
+@dataclass(frozen=True)
+class FlowerEngine:
+    """An engine whose clients sit behind a Flower grid.
+
+    ``ended``: set when the grid is gone. ``nodes``: the node of each client. ``config``: what a
+    node builds its worker from. ``patience``: seconds until a request is lost. ``window``: requests
+    under way at once, which bounds memory. ``poll``: seconds between two looks for answers (1 or
+    more over a network).
+    """
+
+    grid: Grid
+    ended: threading.Event
+    nodes: Nodes
+    config: str
+    patience: float = 3600.0
+    window: int = 2
+    poll: float = 0.02
+
+    def exchange(
+        self, clients: Sequence[Client], request: Callable[[Client], bytes]
+    ) -> Iterator[Reply | Lost]:
+        """Send every client its request, ``window`` at a time, and yield the answers as they come.
+
+        A client is lost, with the reason, if it has no node, if Flower refuses its request, or if
+        no readable answer comes within ``patience``; later and second answers are ignored. Nodes
+        that have joined since the last exchange are asked which client they are, and take part from
+        the next exchange on. RuntimeError where the grid is gone; the grid's own error where it is
+        out of reach.
+        """
+        self.nodes.look()
+        # Message id -> who is asked. Refilled one by one: a slow client holds up one slot only.
+        under_way: dict[str, Pending] = {}
+        for client in clients:
+            yield from self._ask(client, request, under_way)
+            while len(under_way) >= self.window:
+                yield from self._look(under_way)
+        while under_way:
+            yield from self._look(under_way)
+
+    def _ask(
+        self,
+        client: Client,
+        request: Callable[[Client], bytes],
+        under_way: dict[str, Pending],
+    ) -> Iterator[Lost]:
+        """Send ``client`` its request and add it to ``under_way``, or yield the client as lost."""
+        node = self.nodes.get(client.id)
+        if node is None:
+            yield Lost(client, "no node has joined for this client")
+            return
+        message = self._message(client, node, request(client))
+        pending = Pending(client, time.monotonic() + self.patience)
+        try:
+            under_way[push(self.grid, message)] = pending
+        except WireError as error:
+            yield Lost(client, str(error))
+
+    def _message(self, client: Client, node: int, request: bytes) -> Message:
+        """Return the message to ``node`` that holds a request and names its client."""
+        # Past our patience the answer is of no use, and Flower need not keep the message either.
+        to = ConfigRecord({"config": self.config, "client": client.id, "memory": client.memory})
+        content = RecordDict({"to": to, "request": record(request)})
+        return Message(content, node, MessageType.TRAIN, ttl=self.patience)
+
+    def _look(self, under_way: dict[str, Pending]) -> Iterator[Reply | Lost]:
+        """Wait a moment; yield the outcomes so far, and take their requests off ``under_way``."""
+        # The event doubles as the clock: the wait ends early when the simulation does.
+        if self.ended.wait(self.poll):
+            raise RuntimeError("the Flower simulation ended while clients were at work")
+        for sent, pending in list(under_way.items()):  # a copy, as entries are removed
+            try:
+                content = pull(self.grid, sent)
+                reply = None if content is None else blob(content, "answer")
+                # The clock is read after the look: an answer that is there is never too late.
+                if reply is None and time.monotonic() >= pending.deadline:
+                    raise WireError(f"no answer within {self.patience:g} s")
+            except WireError as error:
+                del under_way[sent]
+                yield Lost(pending.client, str(error))
+                continue
+            if reply is not None:
+                del under_way[sent]
+                yield Reply(pending.client, reply)
+
+
+def connect(
+    grid: Grid,
+    ended: threading.Event,
+    clients: int,
+    config: str,
+    joining: float = 300.0,
+) -> FlowerEngine:
+    """Return the engine once all ``clients`` have a node, or after ``joining`` seconds.
+
+    A client that is missing then neither holds up the run nor ends it: its replies are lost, each
+    with a line in the ledger, until its node joins after all. ``min_replies`` decides whether the
+    other clients are enough. Only a run without any node ends with BadInput: it could record
+    nothing but losses.
+    """
+    nodes = Nodes(grid, clients)
+    deadline = time.monotonic() + joining
+    nodes.look()
+    while len(nodes) < clients and time.monotonic() < deadline:
+        if ended.wait(0.05):
+            raise RuntimeError(f"the Flower simulation ended with {len(nodes)} of {clients} nodes")
+        nodes.look()
+    if len(nodes) == 0:
+        raise BadInput(
+            f"engine.kind = 'flower': no node joined within {joining:g} s; "
+            "start the nodes first, each with the partition-id of its client"
+        )
+    return FlowerEngine(grid, ended, nodes, config)
