@@ -35,6 +35,8 @@ def find(kind: str) -> Any:
     >>> find("local").__name__
     'fedpeft.engines.local'
     """
+    if kind not in ENGINES:
+        raise BadInput(f"engine.kind = {kind!r}: start such a run with: fedpeft serve")
     # Imported on demand: Flower and Ray are an optional extra, and take seconds to import.
     try:
         return import_module(ENGINES[kind])
