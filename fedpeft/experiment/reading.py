@@ -63,7 +63,8 @@ def read_test(config: Config) -> data.Dataset:
     choice, kind = config.data, config.task.kind
     if choice.source in data.BUILT_IN:
         whole = read_data(config)
-        return replace(whole, train=whole.train.take([]), listed=whole.listed or whole.labels)
+        names = TASKS[kind].names(whole)
+        return replace(whole, train=whole.train.take([]), listed=names)
     columns = columns_of(choice, kind)
     schema = columns.schema
     if not columns.labels and (schema.answers is not None or data.LABEL in columns.names):

@@ -7,13 +7,13 @@ the version of the memory that it is for. The answer holds the reply as one raw 
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.engines.flower.grid import blob, pull, push, record
+from fedpeft.engines.flower.grid import Unavailable, blob, pull, push, record
 from fedpeft.engines.flower.nodes import Nodes
 from fedpeft.errors import BadInput, WireError
 from fedpeft.types import Client, Lost, Reply
@@ -22,10 +22,32 @@ from fedpeft.types import Client, Lost, Reply
 @final
 @dataclass(frozen=True)
 class Pending:
-    """A client that has until ``deadline`` to answer, in seconds of the monotonic clock."""
+    """A client that has until ``deadline`` to answer, in seconds of the monotonic clock.
+
+    ``until``: how long its node may be away, before it counts as lost.
+    """
 
     client: Client
     deadline: float
+    until: float = 0.0
+
+
+@final
+@dataclass
+class _Round:
+    """Who has been asked in an exchange and has not answered.
+
+    ``asked``: id of the message -> who was asked. ``away``: clients whose nodes have left, or have
+    not come yet, with the reason. ``looked``: when nodes were looked for.
+    """
+
+    request: Callable[[Client], bytes]
+    asked: dict[str, Pending] = field(default_factory=dict)
+    away: list[tuple[Pending, str]] = field(default_factory=list)
+    looked: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.asked) + len(self.away)
 
 
 @final
@@ -36,7 +58,8 @@ class FlowerEngine:
     ``ended``: set when the grid is gone. ``nodes``: the node of each client. ``config``: what a
     node builds its worker from. ``patience``: seconds until a request is lost. ``window``: requests
     under way at once, which bounds memory. ``poll``: seconds between two looks for answers (1 or
-    more over a network).
+    more over a network). ``away``: seconds for which a node that has left may come back, and is
+    then asked again; 0 where a client without a node is lost at once.
     """
 
     grid: Grid
@@ -46,6 +69,7 @@ class FlowerEngine:
     patience: float = 3600.0
     window: int = 2
     poll: float = 0.02
+    away: float = 0.0
 
     def exchange(
         self, clients: Sequence[Client], request: Callable[[Client], bytes]
@@ -59,59 +83,83 @@ class FlowerEngine:
         out of reach.
         """
         self.nodes.look()
-        # Message id -> who is asked. Refilled one by one: a slow client holds up one slot only.
-        under_way: dict[str, Pending] = {}
+        under_way = _Round(request, looked=time.monotonic())
+        # Refilled one by one: a slow client holds up one slot only.
         for client in clients:
-            yield from self._ask(client, request, under_way)
+            now = time.monotonic()
+            yield from self._ask(Pending(client, now + self.patience, now + self.away), under_way)
             while len(under_way) >= self.window:
                 yield from self._look(under_way)
-        while under_way:
+        while len(under_way):
             yield from self._look(under_way)
 
-    def _ask(
-        self,
-        client: Client,
-        request: Callable[[Client], bytes],
-        under_way: dict[str, Pending],
-    ) -> Iterator[Lost]:
-        """Send ``client`` its request and add it to ``under_way``, or yield the client as lost."""
+    def _ask(self, pending: Pending, under_way: _Round) -> Iterator[Lost]:
+        """Send a client its request and note it as asked, or as away, or yield it as lost."""
+        client = pending.client
         node = self.nodes.get(client.id)
         if node is None:
-            yield Lost(client, "no node has joined for this client")
+            yield from self._put_off(pending, under_way, "no node has joined for this client")
             return
-        message = self._message(client, node, request(client))
-        pending = Pending(client, time.monotonic() + self.patience)
+        left = pending.deadline - time.monotonic()
+        message = self._message(client, node, under_way.request(client), left)
         try:
-            under_way[push(self.grid, message)] = pending
+            under_way.asked[push(self.grid, message)] = pending
         except WireError as error:
-            yield Lost(client, str(error))
+            yield from self._put_off(pending, under_way, str(error))
 
-    def _message(self, client: Client, node: int, request: bytes) -> Message:
+    def _put_off(self, pending: Pending, under_way: _Round, reason: str) -> Iterator[Lost]:
+        """Note a client as away, or yield it as lost where it has been away for too long."""
+        if time.monotonic() < min(pending.until, pending.deadline):
+            under_way.away.append((pending, reason))
+        else:
+            yield Lost(pending.client, reason)
+
+    def _message(self, client: Client, node: int, request: bytes, seconds: float) -> Message:
         """Return the message to ``node`` that holds a request and names its client."""
         # Past our patience the answer is of no use, and Flower need not keep the message either.
         to = ConfigRecord({"config": self.config, "client": client.id, "memory": client.memory})
         content = RecordDict({"to": to, "request": record(request)})
-        return Message(content, node, MessageType.TRAIN, ttl=self.patience)
+        return Message(content, node, MessageType.TRAIN, ttl=max(1.0, seconds))
 
-    def _look(self, under_way: dict[str, Pending]) -> Iterator[Reply | Lost]:
+    def _look(self, under_way: _Round) -> Iterator[Reply | Lost]:
         """Wait a moment; yield the outcomes so far, and take their requests off ``under_way``."""
         # The event doubles as the clock: the wait ends early when the simulation does.
         if self.ended.wait(self.poll):
             raise RuntimeError("the Flower simulation ended while clients were at work")
-        for sent, pending in list(under_way.items()):  # a copy, as entries are removed
+        yield from self._ask_again(under_way)
+        for sent, pending in list(under_way.asked.items()):  # a copy, as entries are removed
             try:
                 content = pull(self.grid, sent)
                 reply = None if content is None else blob(content, "answer")
                 # The clock is read after the look: an answer that is there is never too late.
                 if reply is None and time.monotonic() >= pending.deadline:
                     raise WireError(f"no answer within {self.patience:g} s")
+            except Unavailable as error:
+                del under_way.asked[sent]
+                begins = replace(pending, until=time.monotonic() + self.away)
+                yield from self._put_off(begins, under_way, str(error))
+                continue
             except WireError as error:
-                del under_way[sent]
+                del under_way.asked[sent]
                 yield Lost(pending.client, str(error))
                 continue
             if reply is not None:
-                del under_way[sent]
+                del under_way.asked[sent]
                 yield Reply(pending.client, reply)
+
+    def _ask_again(self, under_way: _Round) -> Iterator[Lost]:
+        """Once a second, look for the nodes that are away, and ask those that are back."""
+        if not under_way.away or time.monotonic() - under_way.looked < 1.0:
+            return
+        self.nodes.look()
+        under_way.looked = time.monotonic()
+        waiting, under_way.away = under_way.away, []
+        online = set(self.nodes.online())
+        for pending, reason in waiting:
+            if pending.client.id in online:
+                yield from self._ask(pending, under_way)
+            else:
+                yield from self._put_off(pending, under_way, reason)
 
 
 def connect(

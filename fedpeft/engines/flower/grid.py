@@ -17,6 +17,14 @@ REASON: Final = 300
 """Characters of a node's error text that reach the ledger: nodes could send megabytes."""
 
 
+GONE: Final = frozenset({3, 5})
+"""Flower's codes where a message was lost, or its node has left, with nobody at fault."""
+
+
+class Unavailable(WireError):
+    """A node has left, or its message was lost on the way: it may be asked again."""
+
+
 def record(content: bytes) -> ArrayRecord:
     """Return a record that holds ``content`` as its one array.
 
@@ -83,7 +91,9 @@ def pull(grid: Grid, sent: str) -> RecordDict | None:
     if answer is None:
         return None
     if answer.has_error():
-        raise WireError(_line(answer.error.reason or "") or f"Flower's error {answer.error.code}")
+        code = answer.error.code
+        kind = Unavailable if code in GONE else WireError
+        raise kind(_line(answer.error.reason or "") or f"Flower's error {code}")
     if not answer.has_content():
         raise WireError("the answer is empty")
     return answer.content

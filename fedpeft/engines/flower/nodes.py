@@ -1,13 +1,27 @@
 """Which of Flower's nodes is which client."""
 
 import contextlib
+from collections.abc import Callable, Mapping
 from typing import final
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.engines.flower.grid import pull, push
 from fedpeft.errors import WireError
+
+Said = Mapping[str, ConfigRecordValues]
+"""What a node says of itself."""
+Admit = Callable[[int, Said], int]
+"""Returns which client a node is, told its number and what it says; WireError where it is none."""
+
+
+def _partition(_node: int, said: Said) -> int:
+    """Return the partition that a node says it holds; WireError where it names none."""
+    partition = said.get("partition-id")
+    if not isinstance(partition, int):
+        raise WireError("the node does not say which partition it holds")
+    return partition
 
 
 @final
@@ -15,12 +29,23 @@ class Nodes:
     """Which node is which client: every node that joins is asked which partition it holds.
 
     A node is no client if it names no partition of this federation, or one that another node holds
-    which is still connected.
+    which is still connected. ``question``: what nodes are asked. ``admit``: makes of an answer a
+    client. ``on_fault`` is told why a node is none.
     """
 
-    def __init__(self, grid: Grid, clients: int) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        clients: int,
+        question: ConfigRecord | None = None,
+        admit: Admit = _partition,
+        on_fault: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.question = question
         self._grid = grid
         self._clients = range(clients)
+        self._admit = admit
+        self._on_fault = on_fault
         self._present: set[int] = set()
         self._asked: dict[str, int] = {}  # id of the question -> the node that was asked
         self._node_of: dict[int, int] = {}
@@ -32,23 +57,32 @@ class Nodes:
         """Return the node of ``client``, None where none has joined."""
         return self._node_of.get(client)
 
+    def online(self) -> list[int]:
+        """Return the clients whose nodes were there at the last look, in order."""
+        return sorted(client for client, node in self._node_of.items() if node in self._present)
+
     def look(self) -> None:
         """Ask the nodes that have joined since the last look, and read the answers so far."""
         # 1. Ask newcomers. One that left and came back is asked again.
         before, self._present = self._present, set(self._grid.get_node_ids())
         for node in sorted(self._present - before):
             with contextlib.suppress(WireError):
-                self._asked[push(self._grid, Message(RecordDict(), node, MessageType.QUERY))] = node
+                self._asked[push(self._grid, self._message(node))] = node
         # 2. Read answers. A node that answers with nonsense is asked no more: it stays no client.
         for question, node in list(self._asked.items()):
             try:
                 content = pull(self._grid, question)
                 if content is None:
                     continue
-                self._assign(node, _partition(content))
-            except WireError:
-                pass
+                self._assign(node, self._admit(node, _said(content)))
+            except WireError as error:
+                self._on_fault(str(error))
             del self._asked[question]
+
+    def _message(self, node: int) -> Message:
+        """Return the question to ``node``."""
+        content = RecordDict() if self.question is None else RecordDict({"to": self.question})
+        return Message(content, node, MessageType.QUERY)
 
     def _assign(self, node: int, client: int) -> None:
         """Make ``node`` the node of ``client``, if that client exists and has no other node."""
@@ -58,10 +92,7 @@ class Nodes:
             self._node_of[client] = node
 
 
-def _partition(content: RecordDict) -> int:
-    """Return the partition that a node says it holds; WireError where it names none."""
+def _said(content: RecordDict) -> Said:
+    """Return what a node says of itself; nothing where it says nothing that can be read."""
     about = content.get("node")
-    partition = about.get("partition-id") if isinstance(about, ConfigRecord) else None
-    if not isinstance(partition, int):
-        raise WireError("the node does not say which partition it holds")
-    return partition
+    return about if isinstance(about, ConfigRecord) else {}
