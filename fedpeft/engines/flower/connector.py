@@ -38,6 +38,7 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.date import now
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -52,7 +53,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -73,6 +74,9 @@ DOWN: Final = frozenset({502, 503, 504})
 """Statuses of a gate or a SuperLink that is being restarted."""
 KEY_ROUTE: Final = "/v1/fedpeft/key"
 """Where the embedded gate tells whether a key is registered."""
+
+OFFER_ROUTE: Final = "/v1/fedpeft/offer"
+"""Where the embedded gate tells registered sites what is offered."""
 
 Say = Callable[[str], None]
 
@@ -433,15 +437,59 @@ def tls_fault(error: BaseException) -> str:
 def key_is_known(gate: Gate) -> bool | None:
     """Return whether the server knows the site's key; None where its gate does not tell."""
     try:
-        with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
-            response = client.get(
-                f"https://{gate.address}{KEY_ROUTE}",
-                headers={"flwr-public-key": b64encode(public_bytes(gate.key)).decode("ascii")},
-            )
-            known = response.json()["registered"]
+        known = _asked(gate, KEY_ROUTE)["registered"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
     return known if isinstance(known, bool) else None
+
+
+def offered(gate: Gate) -> Mapping[str, Any]:
+    """Return what the server offers now; empty where it offers nothing, or its gate is another."""
+    try:
+        content = _asked(gate, OFFER_ROUTE)
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def probe(gate: Gate) -> httpx.Response:
+    """Return the gate's answer to a question that it answers to everybody; errors are httpx's."""
+    with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
+        return client.get(f"https://{gate.address}{KEY_ROUTE}")
+
+
+def _asked(gate: Gate, route: str) -> Any:
+    """Return what the embedded gate says, as JSON; the question is signed as Flower does it."""
+    said = now().isoformat()
+    headers = {
+        "flwr-public-key": b64encode(public_bytes(gate.key)).decode("ascii"),
+        "flwr-timestamp": said,
+        "flwr-signature": b64encode(sign_message(gate.key, said.encode("ascii"))).decode("ascii"),
+    }
+    with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
+        response = client.get(f"https://{gate.address}{route}", headers=headers)
+        response.raise_for_status()
+        return response.json()
+
+
+def is_online(gate: Gate) -> bool:
+    """Return whether a site with this key is online; if none is, this one is for a moment.
+
+    BadInput where the key is refused for another reason.
+    """
+    request = ActivateNodeRequest(
+        public_key=public_bytes(gate.key), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+    )
+    with _client(gate) as client:
+        try:
+            node = client.ActivateNode(request).node_id
+        except httpx.HTTPStatusError as error:
+            if error_code(error.response) == NOT_ACTIVATED:
+                return True
+            _refused(error.response, gate, AGAIN)
+            raise
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    return False
 
 
 def forever(

@@ -24,12 +24,14 @@ from fedpeft.types import Client, Lost, Reply
 class Pending:
     """A client that has until ``deadline`` to answer, in seconds of the monotonic clock.
 
-    ``until``: how long its node may be away, before it counts as lost.
+    ``until``: how long its node may be away, before it counts as lost. ``session``: that of its
+    node when it was asked.
     """
 
     client: Client
     deadline: float
     until: float = 0.0
+    session: str | None = None
 
 
 @final
@@ -103,7 +105,8 @@ class FlowerEngine:
         left = pending.deadline - time.monotonic()
         message = self._message(client, node, under_way.request(client), left)
         try:
-            under_way.asked[push(self.grid, message)] = pending
+            sent = push(self.grid, message)
+            under_way.asked[sent] = replace(pending, session=self.nodes.session(client.id))
         except WireError as error:
             yield from self._put_off(pending, under_way, str(error))
 
@@ -131,6 +134,8 @@ class FlowerEngine:
             try:
                 content = pull(self.grid, sent)
                 reply = None if content is None else blob(content, "answer")
+                if reply is None and self._has_restarted(pending):
+                    raise Unavailable("its node has left and come back")
                 # The clock is read after the look: an answer that is there is never too late.
                 if reply is None and time.monotonic() >= pending.deadline:
                     raise WireError(f"no answer within {self.patience:g} s")
@@ -147,9 +152,15 @@ class FlowerEngine:
                 del under_way.asked[sent]
                 yield Reply(pending.client, reply)
 
+    def _has_restarted(self, pending: Pending) -> bool:
+        """Return whether a client's node is in another session than when it was asked."""
+        # Flower delivers no message twice, and tells of a lost one only when its time is over.
+        now = self.nodes.session(pending.client.id)
+        return self.away > 0 and now is not None and now != pending.session
+
     def _ask_again(self, under_way: _Round) -> Iterator[Lost]:
         """Once a second, look for the nodes that are away, and ask those that are back."""
-        if not under_way.away or time.monotonic() - under_way.looked < 1.0:
+        if self.away <= 0 or time.monotonic() - under_way.looked < 1.0:
             return
         self.nodes.look()
         under_way.looked = time.monotonic()

@@ -8,8 +8,9 @@ has no authentication and cannot be reached through here.
 import base64
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from ssl import create_default_context
 from typing import Any, Final
@@ -18,13 +19,18 @@ import httpx
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_public_key,
+    public_key_to_bytes,
+    verify_signature,
+)
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedpeft.engines.flower.connector import DOWN, KEY_ROUTE
+from fedpeft.engines.flower.connector import DOWN, KEY_ROUTE, OFFER_ROUTE
 
 CALLS: Final = (
     "register-node",
@@ -59,14 +65,17 @@ HEADERS: Final = frozenset(
 """Headers that go on."""
 BACK: Final = frozenset({"content-type", "flwr-version-incompatibility-message"})
 """Headers that come back."""
+MOMENT: Final = 300.0
+"""Seconds for which a signed time is taken for now, as Flower does."""
 KEYS: Final = 4096
 """Bytes of a file with a public key at most."""
 
 
-def gate(link: str, ca: str, sites: Path) -> Starlette:
+def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
     """Return the gate in front of the SuperLink at address ``link``.
 
     ``ca``: file of the CA of its certificate. ``sites``: folder of the public keys of sites.
+    ``offer``: file with what is offered to sites, for those that ask before they join.
     """
 
     @asynccontextmanager
@@ -105,13 +114,35 @@ def gate(link: str, ca: str, sites: Path) -> Starlette:
         asked = request.headers.get("flwr-public-key", "")
         return JSONResponse({"registered": asked in known_keys(sites)})
 
+    async def offered(request: Request) -> Response:
+        """Tell a site what is offered, if it signs with a key that is registered."""
+        if not is_signed(request.headers, known_keys(sites)):
+            return PlainTextResponse("forbidden", 403)
+        content = offer.read_bytes() if offer.exists() else b"{}"
+        return Response(content, media_type="application/json")
+
     return Starlette(
         routes=[
             Route(KEY_ROUTE, key, methods=["GET"]),
+            Route(OFFER_ROUTE, offered, methods=["GET"]),
             Route("/{path:path}", forward, methods=["GET", "POST"]),
         ],
         lifespan=life,
     )
+
+
+def is_signed(headers: Mapping[str, str], known: set[str]) -> bool:
+    """Return whether a request's time is now, and signed by one of the ``known`` keys."""
+    asked, said = headers.get("flwr-public-key", ""), headers.get("flwr-timestamp", "")
+    if asked not in known:
+        return False
+    try:
+        age = abs((now() - datetime.fromisoformat(said)).total_seconds())
+        signature = base64.b64decode(headers.get("flwr-signature", ""), validate=True)
+        key = bytes_to_public_key(base64.b64decode(asked, validate=True))
+    except (ValueError, TypeError):
+        return False
+    return age < MOMENT and verify_signature(key, said.encode("ascii"), signature)
 
 
 def known_keys(sites: Path) -> set[str]:
@@ -139,7 +170,7 @@ def public_key(path: Path) -> bytes:
 def main(settings: dict[str, Any]) -> None:
     """Run the gate; ``settings`` come from standard input, not from a command line."""
     uvicorn.run(
-        gate(settings["link"], settings["ca"], Path(settings["sites"])),
+        gate(settings["link"], settings["ca"], Path(settings["sites"]), Path(settings["offer"])),
         host=settings["host"],
         port=settings["port"],
         ssl_certfile=settings["certificate"],

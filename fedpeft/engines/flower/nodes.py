@@ -30,7 +30,8 @@ class Nodes:
 
     A node is no client if it names no partition of this federation, or one that another node holds
     which is still connected. ``question``: what nodes are asked. ``admit``: makes of an answer a
-    client. ``on_fault`` is told why a node is none.
+    client. ``on_fault`` is told why a node is none. ``sessions``: returns which nodes are there,
+    each with what changes when it leaves and comes back.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class Nodes:
         question: ConfigRecord | None = None,
         admit: Admit = _partition,
         on_fault: Callable[[str], None] = lambda _: None,
+        sessions: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.question = question
         self._grid = grid
+        self._look_up = sessions or self._ids
         self._clients = range(clients)
         self._admit = admit
         self._on_fault = on_fault
-        self._present: set[int] = set()
+        self._present: Mapping[int, str] = {}  # node -> its session
         self._asked: dict[str, int] = {}  # id of the question -> the node that was asked
         self._node_of: dict[int, int] = {}
 
@@ -61,11 +64,19 @@ class Nodes:
         """Return the clients whose nodes were there at the last look, in order."""
         return sorted(client for client, node in self._node_of.items() if node in self._present)
 
+    def session(self, client: int) -> str | None:
+        """Return the session of the client's node as the last look saw it; None where it is not."""
+        node = self._node_of.get(client)
+        return None if node is None else self._present.get(node)
+
+    def _ids(self) -> Mapping[int, str]:
+        return dict.fromkeys(self._grid.get_node_ids(), "")
+
     def look(self) -> None:
         """Ask the nodes that have joined since the last look, and read the answers so far."""
         # 1. Ask newcomers. One that left and came back is asked again.
-        before, self._present = self._present, set(self._grid.get_node_ids())
-        for node in sorted(self._present - before):
+        before, self._present = self._present, self._look_up()
+        for node in sorted(node for node, _ in self._present.items() - before.items()):
             with contextlib.suppress(WireError):
                 self._asked[push(self._grid, self._message(node))] = node
         # 2. Read answers. A node that answers with nonsense is asked no more: it stays no client.

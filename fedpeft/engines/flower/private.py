@@ -49,7 +49,9 @@ SITE: Final[Pieces] = {
         "backoff_cap",
     ),
     "flwr.supercore.interceptors:RuntimeVersionHttpInterceptor": ("component_name",),
+    "flwr.supercore.date:now": (),
     "flwr.supercore.primitives.asymmetric:public_key_to_bytes": ("public_key",),
+    "flwr.supercore.primitives.asymmetric:sign_message": ("private_key", "message"),
     "flwr.supernode.fleet_http_client:FleetHttpClient.from_server_address": (
         "server_address",
         "insecure",
@@ -89,7 +91,14 @@ SERVER: Final[Pieces] = {
         "master_secret",
         "protected_methods",
     ),
+    "flwr.supercore.date:now": (),
+    "flwr.supercore.primitives.asymmetric:bytes_to_public_key": ("public_key_bytes",),
     "flwr.supercore.primitives.asymmetric:public_key_to_bytes": ("public_key",),
+    "flwr.supercore.primitives.asymmetric:verify_signature": (
+        "public_key",
+        "message",
+        "signature",
+    ),
     "flwr.supercore.runtime:RuntimeHttpClient.from_server_address": (
         "server_address",
         "insecure",
@@ -104,7 +113,7 @@ SERVER: Final[Pieces] = {
         "token",
     ),
 }
-"""What the server's claim uses (``claim.py``)."""
+"""What the server uses (``claim.py``, ``gate.py``, ``sites.py``)."""
 
 STOCK: Final = (
     "install a flwr from 1.41 up to, but not including, 1.43, or go the way of Flower's own "
