@@ -252,6 +252,27 @@ def join(
     join(site, _say)
 
 
+@app.command()
+def trainer(
+    site: Annotated[Path, typer.Argument(help="The site's TOML file.", show_default=False)],
+) -> None:
+    """Be a site's trainer alone, for Flower's own `flower-supernode`."""
+    from fedpeft.deployment.trainer import run_as_process
+
+    run_as_process([str(site)])
+
+
+@app.command("flower-app")
+def flower_app(
+    folder: Annotated[Path, typer.Argument(help="A folder to be made.", show_default=False)],
+) -> None:
+    """Write the app for Flower's own `flwr run`: a kilobyte without code."""
+    from fedpeft.engines.flower.app_folder import write_app
+
+    write_app(folder)
+    _say(str(folder))
+
+
 deploy = typer.Typer(help="Prepare a federation of real machines.", no_args_is_help=True)
 app.add_typer(deploy, name="deploy")
 

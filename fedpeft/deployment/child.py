@@ -10,23 +10,12 @@ from pathlib import Path
 from typing import Final, final
 
 from fedpeft.errors import BadInput, WireError
-from fedpeft.wire.frames import Closed, Frame, receive, send
+from fedpeft.wire.frames import Closed, Frame, connected, receive, send
 
 STARTING: Final = 120.0
 """Seconds that a trainer may take until it listens: it loads torch first."""
 LEAVING: Final = 10.0
 """Seconds in which it may end by itself."""
-
-
-def connected(path: Path) -> socket.socket:
-    """Return a connection to the trainer at ``path``; Closed where none listens."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.connect(str(path))
-    except OSError as error:
-        connection.close()
-        raise Closed(f"no trainer listens at {path} ({error.strerror})") from error
-    return connection
 
 
 @final

@@ -1,4 +1,4 @@
-"""``fedpeft deploy init``: a folder for the server and one for each site, ready to be carried there.
+"""``fedpeft deploy init``: a folder for the server and one for each site, ready to be carried.
 
 What is written for programs outside, such as systemd or nginx, are templates beside this file.
 """

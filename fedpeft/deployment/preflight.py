@@ -24,6 +24,7 @@ from fedpeft.engines.flower.connector import (
     tls_fault,
 )
 from fedpeft.errors import BadInput
+from fedpeft.models.choice import locate
 
 FACTOR: Final = 3.0
 """Bytes of memory that training takes for each byte of the model's weights in float32, at least."""
@@ -39,7 +40,11 @@ class Report:
 
     def __init__(self, say: Say) -> None:
         self._say = say
-        self.failed = 0
+        self._failed = 0
+
+    def failures(self) -> int:
+        """Return how many checks have failed so far."""
+        return self._failed
 
     def note(self, what: str, outcome: str) -> None:
         """Tell of what is in order, or could not be looked at."""
@@ -51,7 +56,7 @@ class Report:
         try:
             yield
         except BadInput as error:
-            self.failed += 1
+            self._failed += 1
             self._say(f"{what}: FAILED: {error}")
         else:
             self._say(f"{what}: {ok}")
@@ -69,12 +74,12 @@ def preflight(path: Path, say: Say) -> int:
     report.note("settings and key", "ok")
     with report.check("server and its certificate"):
         _check_server(gate)
-    if report.failed:
-        return report.failed
+    if report.failures():
+        return report.failures()
     with report.check("the site's key"):
         _check_key(gate)
-    if report.failed:
-        return report.failed
+    if report.failures():
+        return report.failures()
     if is_online(gate):
         report.note("this site", "is online already; a second one with its key would be refused")
     else:
@@ -82,9 +87,9 @@ def preflight(path: Path, say: Say) -> int:
     content = offered(gate)
     if not content:
         report.note("the run", "none is offered yet; check again when the server serves one")
-        return report.failed
+        return report.failures()
     _check_run(site, content, report)
-    return report.failed
+    return report.failures()
 
 
 def _check_server(gate: Gate) -> None:
@@ -118,7 +123,7 @@ def _check_run(site: Site, content: Any, report: Report) -> None:
     with report.check("the run that is offered", "agreed to"):
         offer = read_offer(str(content.get("offer")))
         config = accepted(offer, site)
-    if offer is None or report.failed:
+    if offer is None or report.failures():
         return
     with report.check("memory"):
         _check_memory(config.model.name)
@@ -138,8 +143,6 @@ def _check_run(site: Site, content: Any, report: Report) -> None:
 
 def _check_memory(model: str) -> None:
     """Raise BadInput where the weights in the model's files would not fit into memory."""
-    from fedpeft.models.choice import locate
-
     place = Path(locate(model))
     if not place.exists():
         return  # on the hub: its size is not known here

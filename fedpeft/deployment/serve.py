@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
 from fedpeft.deployment.certificates import loopback_tls
 from fedpeft.deployment.offer import Offer, offer_of
 from fedpeft.deployment.server import Known, Roster, SitesRun, read_roster, sites_run
 from fedpeft.engines.flower.engine import FlowerEngine
-from fedpeft.engines.flower.sites import OFFER, Door, Server, Sites, serving
+from fedpeft.engines.flower.sites import OFFER, Door, serving
 from fedpeft.errors import BadInput, WireError
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.config import Config
@@ -93,10 +93,12 @@ def serve(
     overwrite: bool = False,
     say: Say = lambda _: None,
     on_progress: Callable[[Job], OnProgress] = lambda _: lambda _: None,
+    on_open: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """Serve runs, one after another, with the same sites, and return their folders.
 
-    Each run's folder is what ``fedpeft run`` would make of it. Raises BadInput before anything is
+    Each run's folder is what ``fedpeft run`` would make of it. ``on_open`` is called once sites can
+    join. Raises BadInput before anything is
     started where settings, keys or folders are of no use.
     """
     with ExitStack() as claims:
@@ -105,10 +107,11 @@ def serve(
         door = door_of(jobs[0].config)
         server = claims.enter_context(serving(door, loopback_tls, say))
         say(f"sites can join at {door.host}:{server.port}")
+        on_open()
         run: SitesRun | None = None
         for job in jobs:
             if not (job.resume and finished(job.folder, job.config)):
-                run = _serve_one(job, server, run, say, on_progress(job))
+                run = serve_one(job, server.run, server.admit_new, run, say, on_progress(job))
     return [job.folder for job in jobs]
 
 
@@ -117,10 +120,37 @@ def _claim(job: Job, *, overwrite: bool) -> AbstractContextManager[None]:
     return claimed(job.folder) if job.resume else beginning(job.folder, overwrite=overwrite)
 
 
-def _serve_one(
-    job: Job, server: Server, reuse: SitesRun | None, say: Say, on_progress: OnProgress
+class Reach(Protocol):
+    """What reaches the sites of a run."""
+
+    def number_of(self, node: int, said: Mapping[str, Any]) -> int:
+        """Return which client a node is; WireError where it is none."""
+        ...
+
+    def engine(
+        self,
+        question: Mapping[str, str],
+        admit: Callable[[int, Mapping[str, Any]], int],
+        on_fault: Say,
+        deadline: float,
+        window: int,
+    ) -> FlowerEngine:
+        """Return an engine whose sites are asked the question first."""
+        ...
+
+
+def serve_one(
+    job: Job,
+    enter: Callable[[], AbstractContextManager[Reach]],
+    admit_new: Callable[[], None],
+    reuse: SitesRun | None,
+    say: Say,
+    on_progress: OnProgress = lambda _: None,
 ) -> SitesRun:
-    """Serve one run, and return what was built for it."""
+    """Serve one run, whose folder is claimed, and return what was built for it.
+
+    ``enter``: begins the run of Flower's. ``admit_new``: lets in sites whose keys are new.
+    """
     # 1. What the server needs itself, and where the run stands.
     hardware: Hardware | None = None
     begin: Checkpoint | None = None
@@ -135,8 +165,8 @@ def _serve_one(
         run = sites_run(job.config, roster, hardware, reuse)
 
     # 2. The sites: they are asked what they have, and the run begins with those that are there.
-    with server.run() as sites:
-        gathering = _Gathering(run, sites, server, job.folder, say)
+    with enter() as sites:
+        gathering = _Gathering(run, sites, admit_new, job.folder, say)
         engine = gathering.first()
         memories = Memories(elsewhere=True)
         if not job.resume:
@@ -176,10 +206,17 @@ def _check_same(folder: Path, run: SitesRun, labels: Sequence[str]) -> None:
 class _Gathering:
     """Brings the sites of a run together, and draws its cohorts from those that are online."""
 
-    def __init__(self, run: SitesRun, sites: Sites, server: Server, folder: Path, say: Say) -> None:
+    def __init__(
+        self,
+        run: SitesRun,
+        sites: Reach,
+        admit_new: Callable[[], None],
+        folder: Path,
+        say: Say,
+    ) -> None:
         self._run = run
         self._sites = sites
-        self._server = server
+        self._admit_new = admit_new
         self._folder = folder
         self._say = say
         self._saved = 0  # sites that the run's folder knows
@@ -213,7 +250,7 @@ class _Gathering:
         ``tries``: how often the round was played before; each time the cohort is a fresh one.
         """
         config = self._run.config
-        self._server.admit_new()
+        self._admit_new()
         self._wait_for(config.federation.min_replies)
         if len(self._run.roster.known) != self._saved:
             self._run.roster.save(self._folder)
@@ -242,7 +279,7 @@ class _Gathering:
                 self._say(f"{online} of {count} sites are online; waiting for others")
                 told = online
             time.sleep(LOOK)
-            self._server.admit_new()
+            self._admit_new()
 
     def _engine_for(self, offer: Offer) -> FlowerEngine:
         """Return the engine whose sites are asked what they have for ``offer``."""
@@ -269,12 +306,7 @@ class _Gathering:
 
     def _admit(self, node: int, said: Mapping[str, Any]) -> int:
         """Return which client a node is; WireError where it is none of this run's."""
-        number = self._sites.number_of(node)
-        if number is None:
-            raise WireError("its key is not registered")
-        if said.get("partition-id") != number:
-            client = said.get("partition-id")
-            raise WireError(f"it has the key of site {number}, and says that it is {client!r:.20}")
+        number = self._sites.number_of(node, said)
         if said.get("agreed") != self._run.agreed.hex():
             raise WireError(self._disagreement(number, said))
         known = Known(*(_count(number, said, name) for name in ("examples", "texts", "tests")))

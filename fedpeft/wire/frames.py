@@ -95,6 +95,17 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     return bytes(content)
 
 
+def connected(path: Path) -> socket.socket:
+    """Return a connection to the socket at ``path``; Closed where nobody listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise Closed(f"nobody listens at {path} ({error.strerror})") from error
+    return connection
+
+
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen on a socket at ``path`` that its user alone can reach; remove it in the end.

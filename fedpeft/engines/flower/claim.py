@@ -39,6 +39,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from fedpeft.engines.flower.app_folder import APP
 from fedpeft.engines.flower.connector import error_code
 from fedpeft.engines.flower.superlink import Link
 from fedpeft.errors import BadInput
@@ -50,25 +51,6 @@ CLAIMING: Final = 60.0
 """Seconds in which a run that was started has to appear."""
 KEY_IN_USE: Final = 23
 """Flower's code where a public key is registered already."""
-
-APP: Final = b"""\
-[project]
-name = "fedpeft"
-version = "1.0.0"
-description = "No code: both sides run what they have installed"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedpeft"
-
-[tool.flwr.app.components]
-serverapp = "fedpeft.engines.flower.stock:server_app"
-clientapp = "fedpeft.engines.flower.stock:client_app"
-
-[tool.flwr.app.config]
-"""
-"""The app of a run as Flower wants it: names without any code."""
 
 
 def _client(kind: Any, link: Link, name: str, *others: Any) -> Any:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Final, final
 
 from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
 from flwr.superlink.grid import HttpGrid
 
 from fedpeft.engines.flower.claim import claimed_run, register
 from fedpeft.engines.flower.engine import FlowerEngine
 from fedpeft.engines.flower.gate import public_key
-from fedpeft.engines.flower.nodes import Admit, Nodes
+from fedpeft.engines.flower.nodes import Admit, Nodes, Said
 from fedpeft.engines.flower.superlink import (
     Link,
     free_port,
@@ -24,7 +25,7 @@ from fedpeft.engines.flower.superlink import (
     wait_for,
     watched,
 )
-from fedpeft.errors import BadInput
+from fedpeft.errors import BadInput, WireError
 
 CLIENTS: Final = 1 << 31
 """Clients' numbers are below it."""
@@ -79,9 +80,8 @@ class Server:
         self._numbers = numbers
 
     @contextlib.contextmanager
-    def run(self) -> Iterator["Sites"]:
+    def run(self) -> "Iterator[Sites]":
         """Begin a run that lasts as long as the ``with``, and yield what reaches its sites."""
-        self.admit_new()
         with claimed_run(self._link) as grid:
             yield Sites(grid, self)
 
@@ -98,12 +98,21 @@ class Sites:
     grid: HttpGrid
     server: Server
 
-    def number_of(self, node: int) -> int | None:
-        """Return the client's number that a node's key stands for; None where it has none."""
+    def number_of(self, node: int, said: Said) -> int:
+        """Return the client's number that a node's key stands for; WireError where it has none.
+
+        What it ``said`` of itself has to agree.
+        """
+        number = None
         for info in self.grid.get_nodes():
             if info.node_id == node:
-                return self.server.number_of(bytes(info.public_key))
-        return None
+                number = self.server.number_of(bytes(info.public_key))
+        if number is None:
+            raise WireError("its key is not registered")
+        client = said.get("partition-id")
+        if client != number:
+            raise WireError(f"it has the key of site {number}, and says that it is {client!r:.20}")
+        return number
 
     def sessions(self) -> dict[int, str]:
         """Return which nodes are online, and since when."""
@@ -119,16 +128,24 @@ class Sites:
         """
         about = ConfigRecord(dict(question))
         nodes = Nodes(self.grid, CLIENTS, about, admit, on_fault, self.sessions)
-        return FlowerEngine(
-            self.grid,
-            threading.Event(),
-            nodes,
-            question["config"],
-            patience=deadline,
-            window=window,
-            poll=POLL,
-            away=AWAY,
-        )
+        return engine_for(self.grid, nodes, question["config"], deadline, window)
+
+
+def engine_for(grid: Grid, nodes: Nodes, config: str, deadline: float, window: int) -> FlowerEngine:
+    """Return the engine of a federation over a network, none of whose nodes comes or goes at once.
+
+    ``config``: goes with every request.
+    """
+    return FlowerEngine(
+        grid,
+        threading.Event(),
+        nodes,
+        config,
+        patience=deadline,
+        window=window,
+        poll=POLL,
+        away=AWAY,
+    )
 
 
 def numbers_of(sites: Path) -> dict[bytes, int]:
