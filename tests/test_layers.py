@@ -28,8 +28,9 @@ WINGS: Mapping[str, str] = {
     "federation": "ledger seeds tasks training wire",
     "engines": "federation wire",
     "experiment": "data engines federation ledger methods models mounting seeds tasks training wire wrappers",
+    "deployment": "data engines experiment federation ledger methods models seeds tasks training wire",
     "api": "experiment",
-    "cli": "data experiment methods models report",
+    "cli": "data deployment engines experiment methods models report",
 }
 """Every wing of the package and the wings that it may import, beside ``errors`` and ``types``."""
 

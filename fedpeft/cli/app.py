@@ -330,6 +330,26 @@ def deploy_check(
         raise BadInput(f"{site}: {failed} of the checks failed")
 
 
+@deploy.command("demo")
+def deploy_demo(runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
+    """Try all of it on this machine: a server, three sites, and a fourth that is refused."""
+    import shutil
+
+    from fedpeft.engines.flower import private
+
+    private.check(private.SERVER)
+    from fedpeft.deployment.demo import demo
+
+    root = runs / "deploy-demo"
+    if root.exists() and not overwrite:
+        raise BadInput(f"{root}: exists; give --overwrite")
+    shutil.rmtree(root, ignore_errors=True)
+    with stoppable(lambda: "start it again with --overwrite"), ended_as_interrupted():
+        with progress_bars(out) as watch:
+            folders = demo(root, _say, watch)
+        _report(folders, root / "report")
+
+
 @app.command()
 def compare(
     config: Annotated[

@@ -15,7 +15,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from typing import Any, Final, TypeVar, final
 
 import httpx
@@ -133,7 +132,7 @@ class Session:
         self._client = client
         self._say = say
         self._lost = threading.Event()
-        self._patience = SOONEST
+        self.ended = False
 
     def beat(self) -> bool:
         """Send a heartbeat; False where it should be sent again soon."""
@@ -152,8 +151,15 @@ class Session:
             self._lost.set()
         return True
 
+    def end(self) -> None:
+        """Let ``work`` end, in whatever thread it is."""
+        self.ended = True
+        self._lost.set()
+
     def work(self, answer: Answer, most: int) -> None:
         """Answer what comes, for ever; SessionLost where the server knows the session no more.
+
+        ``end`` ends it, too.
 
         ``most``: bytes of a message at most.
         """
@@ -177,7 +183,7 @@ class Session:
         try:
             try:
                 content = self._content(head, response.message_object_trees[0], most)
-                reply = _replied(answer, head.metadata.message_type, content)
+                reply = replied(answer, head.metadata.message_type, content)
             except WireError as error:
                 reply = Error(FAILED, str(error))
             self._send(head, reply)
@@ -296,7 +302,7 @@ class _Room:
                 raise WireError(f"this site takes messages of at most {self._most} bytes")
 
 
-def _replied(answer: Answer, kind: str, content: RecordDict) -> RecordDict:
+def replied(answer: Answer, kind: str, content: RecordDict) -> RecordDict:
     """Return the content of the answer to a message with this ``content``; WireError for none."""
     to = content.get("to", ConfigRecord())
     if not isinstance(to, ConfigRecord):
@@ -495,12 +501,14 @@ def is_online(gate: Gate) -> bool:
 def forever(
     gate: Gate, answer: Answer, most: int, say: Say, online: Callable[[Session], None]
 ) -> None:
-    """Be a site of the server's until a signal ends it; a session that is lost is begun anew."""
+    """Be a site of the server's until a signal or ``Session.end``; a lost session is begun anew."""
     while True:
         with session(gate, say) as running:
             online(running)
             try:
-                running.work(partial(answer), most)
+                running.work(answer, most)
             except SessionLost as error:
+                if running.ended:
+                    return
                 say(f"{error}; joining anew")
         time.sleep(SOONEST)
