@@ -5,11 +5,9 @@ offer, ``handle`` brings a request of the server's. Nothing of what it is told i
 """
 
 import contextlib
-import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from fedpeft.deployment.own import OwnRun, own_run
 from fedpeft.deployment.site import Site, read_site
 from fedpeft.errors import BadInput, WireError
 from fedpeft.wire.frames import Closed, Frame, is_own, listening, receive, send
+from fedpeft.wire.lifeline import end_with_parent
 from fedpeft.wire.messages import Kind, Request, Response, forgotten
 
 OnError = Callable[[BaseException], None]
@@ -169,22 +168,12 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent does, however that ends: then the pipe from it closes."""
-
-    def wait() -> None:
-        sys.stdin.buffer.read()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def run_as_process(arguments: list[str]) -> None:
     """Run ``main`` as a program: one line for bad input, and a clean end for signals."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     if "child" in arguments[1:]:
-        _end_with_parent()
+        end_with_parent()
     try:
         main(Path(arguments[0]))
     except BadInput as error:

@@ -7,6 +7,7 @@ has no authentication and cannot be reached through here.
 
 import base64
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fedpeft.engines.flower.connector import DOWN, KEY_ROUTE, OFFER_ROUTE
+from fedpeft.wire.lifeline import end_with_parent
 
 CALLS: Final = (
     "register-node",
@@ -182,4 +184,9 @@ def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.load(sys.stdin))
+    # One line, read from the descriptor alone: what follows is the lifeline.
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(sys.stdin.fileno(), 1)
+    end_with_parent()
+    main(json.loads(line))

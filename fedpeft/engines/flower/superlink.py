@@ -23,8 +23,11 @@ from fedpeft.errors import BadInput
 LOOPBACK: Final = "127.0.0.1"
 STARTING: Final = 90.0
 """Seconds that a SuperLink may take until it listens."""
-PROGRAM: Final = "from flwr.superlink.cli import flower_superlink; flower_superlink()"
-"""Run by this very Python, so that it is the flwr that was checked."""
+PROGRAM: Final = (
+    "from fedpeft.wire.lifeline import end_with_parent; end_with_parent(); "
+    "from flwr.superlink.cli import flower_superlink; flower_superlink()"
+)
+"""Run by this very Python, so that it is the flwr that was checked; it ends with the server."""
 
 Say = Callable[[str], None]
 
@@ -135,7 +138,7 @@ def watched(
 ) -> Iterator[Callable[[], bool]]:
     """Run a program for the length of a ``with``; started again when it ends, unless at once.
 
-    ``log``: where its output goes. ``first``: what it reads from its standard input. Yields what
+    ``log``: where its output goes. ``first``: what it reads from its standard input, a line. Yields what
     tells whether it is given a chance still.
     """
     program = _Program(command, log, environment, name, say, first)
@@ -189,7 +192,7 @@ class _Program:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended already
             self._process.stdin.write(self._first)
-            self._process.stdin.close()
+            self._process.stdin.flush()  # and left open: it ends where this process does
 
     def watch(self) -> None:
         """Start it again whenever it ends; give up where it ends at once."""
@@ -206,12 +209,14 @@ class _Program:
                 self._say(f"the {self._name} ends at once (code {code}); see {self._log}")
                 return
             self._say(f"the {self._name} has ended (code {code}); starting it again")
+            self._close()
             self.start()
 
     def stop(self) -> None:
         """End it."""
         self._stopping.set()
         if self._process is None or self._process.poll() is not None:
+            self._close()
             return
         self._process.terminate()
         try:
@@ -219,3 +224,10 @@ class _Program:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        """Close our end of its standard input."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
