@@ -330,6 +330,21 @@ def deploy_check(
         raise BadInput(f"{site}: {failed} of the checks failed")
 
 
+@deploy.command("carve")
+def deploy_carve(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(help="The folder of deploy init.", show_default=False)],
+    clients: Annotated[int, typer.Option(min=1, help="How many sites there are.")] = 3,
+) -> None:
+    """Write what the clients of a simulation would hold as files of sites, for a trial."""
+    from fedpeft.deployment.carving import carve
+    from fedpeft.experiment.config import from_tree, merge, read
+
+    chosen = from_tree(merge(read(config), {"partition": {"clients": clients}}))
+    for site in carve(chosen, folder):
+        _say(f"{site / 'train.jsonl'}")
+
+
 @deploy.command("demo")
 def deploy_demo(runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
     """Try all of it on this machine: a server, three sites, and a fourth that is refused."""

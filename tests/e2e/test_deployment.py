@@ -109,13 +109,13 @@ def assert_guarded(deployment: Deployment) -> None:
     secret = (deployment.server.parent / "server-state" / "secret").read_bytes()
     for hidden in (secret.hex(), "PRIVATE KEY"):
         assert hidden not in told
-    for path in deployment.folder.rglob("*"):
-        if path.name in ("site.key", "server.key", "ca.key", "link.key", "secret", "trainer.sock"):
-            assert path.stat().st_mode & 0o077 == 0, path
+    for file in deployment.folder.rglob("*"):
+        if file.name in ("site.key", "server.key", "ca.key", "link.key", "secret", "trainer.sock"):
+            assert file.stat().st_mode & 0o077 == 0, file
     outside = own_address()
     if outside:
         port = link_port(deployment)
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             socket.create_connection((outside, port), 1.0)
 
 

@@ -138,8 +138,8 @@ def watched(
 ) -> Iterator[Callable[[], bool]]:
     """Run a program for the length of a ``with``; started again when it ends, unless at once.
 
-    ``log``: where its output goes. ``first``: what it reads from its standard input, a line. Yields what
-    tells whether it is given a chance still.
+    ``log``: where its output goes. ``first``: a line that it reads from its standard input. Yields
+    what tells whether it is given a chance still.
     """
     program = _Program(command, log, environment, name, say, first)
     program.start()
