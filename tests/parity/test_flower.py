@@ -25,6 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpeft.engines.flower import app, simulation
 from fedpeft.engines.flower.engine import FlowerEngine, connect
 from fedpeft.engines.flower.grid import BYTES, blob, record
+from fedpeft.engines.flower.nodes import Nodes
 from fedpeft.engines.local import LocalEngine
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
@@ -425,3 +426,41 @@ def test_a_node_that_has_lost_its_memory_is_lost_once_and_then_begins_anew() -> 
     [lost] = [row for row in rows if row.lost is not None]
     assert (lost.round, lost.client) == (1, VICTIM)
     assert str(lost.lost).startswith("forgotten")
+
+
+def test_a_node_that_has_left_is_asked_again_when_it_is_back() -> None:
+    """Over a network: Flower says that the node is gone, which costs nothing but a moment."""
+    here = grid()
+    left = [error("the node is unavailable", 5)]
+
+    def away_once(answer: Message) -> list[Message]:
+        return left.pop()(answer) if left else [answer]
+
+    here.spoil[100 + VICTIM] = away_once
+    state, rows = play(replace(engine(here), away=20.0))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
+    here.spoil[100 + VICTIM] = error("the node is unavailable", 5)
+    _, rows = play(replace(engine(here), away=0.5), rounds=1)
+    assert {row.client: row.lost for row in rows}[VICTIM] == "the node is unavailable"
+
+
+def test_a_node_that_has_restarted_is_asked_again_though_flower_says_nothing() -> None:
+    """A message to a site that was restarted is never delivered, and is told of when its time is over."""
+    here = grid()
+    since = dict.fromkeys(here.nodes, "first")
+    silent = [True]
+
+    def restarting(answer: Message) -> list[Message]:
+        if not silent:
+            return [answer]
+        silent.clear()
+        since[100 + VICTIM] = "second"
+        return []
+
+    here.spoil[100 + VICTIM] = restarting
+    through = engine(here)
+    nodes = Nodes(here, 3, sessions=lambda: dict(since))
+    state, rows = play(replace(through, nodes=nodes, away=20.0))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
