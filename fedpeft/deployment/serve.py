@@ -230,8 +230,11 @@ class _Gathering:
         BadInput where too few join in time.
         """
         run, roster = self._run, self._run.roster
-        self._wait_for(run.config.server.min_sites)
-        if roster.visits is None:
+        is_new = roster.visits is None
+        plan = run.config
+        # A run that is gone on with need not wait for sites that have left for good.
+        self._wait_for(plan.server.min_sites if is_new else plan.federation.min_replies)
+        if is_new:
             texts = sum(site.texts for site in roster.known.values())
             roster.visits = visits_per_text(run.config, len(roster.known), texts)
             # From here on all sites are told whether hidden states are worth keeping.

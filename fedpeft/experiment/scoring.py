@@ -44,6 +44,8 @@ def evaluation_row(
         # The server has no memories under Flower, where it can only ask the clients.
         if not client_counts:
             client_counts = list(_poll_clients(side, state, engine).values())
+        if not client_counts:
+            return None
         row = _row(side, state, client_counts)
         row = replace(row, clients_scored=len(client_counts))
     if side.config.evaluation.per_client:

@@ -180,6 +180,7 @@ def main(settings: dict[str, Any]) -> None:
         access_log=False,
         log_level="warning",
         server_header=False,
+        timeout_graceful_shutdown=3,
     )
 
 
