@@ -37,8 +37,8 @@ def demo(root: Path, say: Say, on_progress: Callable[[str], OnProgress]) -> list
     """
     config = Path(str(files("fedpeft") / CONFIG))
     # 1. Keys, certificates and settings, and each site's own file.
-    for line in deploy_init(root / "deployment", Wanted(3, "localhost", free_port(), config)):
-        say(line)
+    deploy_init(root / "deployment", Wanted(3, "localhost", free_port(), config))
+    say(f"keys, certificates and settings: {root / 'deployment'}")
     planned = plan(read(config))
     folders = carve(planned[0].config, root / "deployment")
     for folder in folders:
@@ -62,7 +62,7 @@ def demo(root: Path, say: Say, on_progress: Callable[[str], OnProgress]) -> list
         )
 
     # 3. The same in one process, one client after another.
-    say("and the same federation in one process:")
+    say("the sites are told to end; now the same federation in one process")
     here = run_all(
         planned,
         root / "here",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -127,17 +127,20 @@ class SitesRun:
 
     def run_row(self) -> RunRow:
         """Return the first row of the ledger."""
-        return row_of(
+        row = row_of(
             self.config,
             self.task,
             self.loaded,
             self.hardware,
             data=self.dataset.name,
-            data_digest="",  # the server knows no texts but its own
+            data_digest=self.dataset.digest(),  # of the server's own texts: it knows no others
             clients=len(self.roster.known),
             majority=None,
             partition_digest=self.roster.digest(),
         )
+        # Who holds what is the sites' affair: what the settings say of it is not what was run.
+        settings = {name: value for name, value in row.settings.items() if name != "partition"}
+        return replace(row, settings=settings)
 
 
 def sites_run(

@@ -151,7 +151,9 @@ def test_a_server_of_another_ca_name_or_protocol_is_told_apart(
         told(settings(ground, folder, port, server=f"http://localhost:{port}"))
 
 
-@pytest.mark.parametrize(("ahead", "line"), [(60.0, "s ahead of its own"), (-400.0, "s behind its own")])
+@pytest.mark.parametrize(
+    ("ahead", "line"), [(60.0, "s ahead of its own"), (-400.0, "s behind its own")]
+)
 def test_a_clock_that_differs_is_told(
     ahead: float, line: str, ground: Ground, folder: Path
 ) -> None:
