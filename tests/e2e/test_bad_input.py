@@ -112,7 +112,9 @@ SETTINGS: dict[str, Wrong] = {
     "unknown split": Wrong(
         ("evaluation.split=train",), ("evaluation.split = 'train'", "'validation' or 'test'")
     ),
-    "unknown engine": Wrong(("engine.kind=flwr",), ("engine.kind = 'flwr'", "'local' or 'flower'")),
+    "unknown engine": Wrong(
+        ("engine.kind=flwr",), ("engine.kind = 'flwr'", "'local', 'flower' or 'sites'")
+    ),
     "wrong type in a method": Wrong(("method.rank=four",), ("method.rank = 'four'", "integer")),
     "rank above a layer's size": Wrong(
         ("method.rank=33",),

@@ -24,13 +24,13 @@ from fedpeft.types import Client, Lost, Reply
 class Pending:
     """A client that has until ``deadline`` to answer, in seconds of the monotonic clock.
 
-    ``until``: how long its node may be away, before it counts as lost. ``session``: that of its
-    node when it was asked.
+    ``until``: how long its node may be away, before it counts as lost; None as long as it has not
+    been. ``session``: that of its node when it was asked.
     """
 
     client: Client
     deadline: float
-    until: float = 0.0
+    until: float | None = None
     session: str | None = None
 
 
@@ -61,7 +61,7 @@ class FlowerEngine:
     node builds its worker from. ``patience``: seconds until a request is lost. ``window``: requests
     under way at once, which bounds memory. ``poll``: seconds between two looks for answers (1 or
     more over a network). ``away``: seconds for which a node that has left may come back, and is
-    then asked again; 0 where a client without a node is lost at once.
+    then asked again, counted from when it first was away; 0 where it is lost at once.
     """
 
     grid: Grid
@@ -88,8 +88,7 @@ class FlowerEngine:
         under_way = _Round(request, looked=time.monotonic())
         # Refilled one by one: a slow client holds up one slot only.
         for client in clients:
-            now = time.monotonic()
-            yield from self._ask(Pending(client, now + self.patience, now + self.away), under_way)
+            yield from self._ask(Pending(client, time.monotonic() + self.patience), under_way)
             while len(under_way) >= self.window:
                 yield from self._look(under_way)
         while len(under_way):
@@ -112,8 +111,10 @@ class FlowerEngine:
 
     def _put_off(self, pending: Pending, under_way: _Round, reason: str) -> Iterator[Lost]:
         """Note a client as away, or yield it as lost where it has been away for too long."""
-        if time.monotonic() < min(pending.until, pending.deadline):
-            under_way.away.append((pending, reason))
+        now = time.monotonic()
+        until = now + self.away if pending.until is None else pending.until
+        if now < min(until, pending.deadline):
+            under_way.away.append((replace(pending, until=until), reason))
         else:
             yield Lost(pending.client, reason)
 
@@ -141,8 +142,7 @@ class FlowerEngine:
                     raise WireError(f"no answer within {self.patience:g} s")
             except Unavailable as error:
                 del under_way.asked[sent]
-                begins = replace(pending, until=time.monotonic() + self.away)
-                yield from self._put_off(begins, under_way, str(error))
+                yield from self._put_off(pending, under_way, str(error))
                 continue
             except WireError as error:
                 del under_way.asked[sent]
