@@ -20,9 +20,13 @@ class Memories:
     >>> memories.put(3, version=1, blob=b"second", assumed=0)
     >>> memories.get(3, version=0), memories.get(3, version=1)
     (b'first', b'second')
+
+    ``elsewhere``: whether the clients keep them for good on machines of their own. Then nothing is
+    held here, and a run that is resumed goes on with what they have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, elsewhere: bool = False) -> None:
+        self.elsewhere = elsewhere
         self._versions: dict[int, dict[int, bytes]] = {}  # client -> version -> memory
 
     def get(self, client: int, version: int) -> bytes:

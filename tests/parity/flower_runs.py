@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from fedpeft.engines import ClientPool
-from fedpeft.engines.flower import FlowerEngine, launch
+from fedpeft.engines.flower.engine import FlowerEngine
+from fedpeft.engines.flower.simulation import launch
 from fedpeft.engines.local import LocalEngine
+from fedpeft.engines.pool import ClientPool
 from fedpeft.experiment import run as runs
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.config import from_tree, merge
