@@ -38,7 +38,7 @@ from fedpeft.engines.grid import Nodes, arrays, blob, pull, push, record
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput, WireError
 from fedpeft.federation.client import Worker
-from fedpeft.federation.memory import still_needed
+from fedpeft.federation.memory import still_needed, used
 from fedpeft.types import NO_MEMORY, Client, Engine, Lost, Reply
 from fedpeft.wire.messages import Response, forgotten
 
@@ -225,7 +225,7 @@ class ClientHandler:
             new_version = Response.decode(reply).memory
             kept: dict[str, Array] = {}
             for needed in still_needed(map(int, versions), int(version), new_version):
-                kept[str(needed)] = versions[str(needed)]
+                kept[str(needed)] = record(used(versions[str(needed)].data))["blob"]
             state[config] = ArrayRecord({**kept, str(new_version): record(new_memory)["blob"]})
         return reply
 
