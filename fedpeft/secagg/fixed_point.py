@@ -44,8 +44,8 @@ class FixedPoint:
             if Fraction(most) * 2**fraction <= room:
                 return FixedPoint(bits, fraction)
         raise BadInput(
-            f"wrap.bits = {bits} of secagg: sums of {terms} terms of up to {most:g} leave less than "
-            f"{LEAST} bits behind the point; choose more bits, or a smaller wrap.range or "
+            f"wrap.bits = {bits} of secagg: sums of {terms} terms of up to {most:g} leave less "
+            f"than {LEAST} bits behind the point; choose more bits, or a smaller wrap.range or "
             "wrap.examples"
         )
 

@@ -83,7 +83,7 @@ def out_of_range(update: Payload, most: float) -> str:
 
 def as_tensor(content: bytes) -> Tensor:
     """Return bytes as a tensor, (n,)."""
-    return torch.tensor(list(content), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def as_bytes(tensor: Tensor) -> bytes:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedpeft.algebra.averaging import averaged
+from fedpeft.errors import WireError
 from fedpeft.federation import checkpoint
 from fedpeft.mounting import detached, mounted, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Lost, Payload, Reply, State, Update
@@ -189,3 +190,31 @@ def test_a_method_that_skips_a_phase_is_told_so() -> None:
         ValueError, match="gave a state of round 0, phase 2, after round 0, phase 0"
     ):
         playing.play(1, State(0, {}))
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_round_whose_replies_are_of_no_use_is_silent_and_the_ledger_says_why(phase: int) -> None:
+    @dataclass(frozen=True)
+    class Choosy:
+        """A method whose server finds fault with the second round."""
+
+        inner: AskFirst
+
+        def send(self, state: State, client: Client) -> Payload:
+            return self.inner.send(state, client)
+
+        def expects(self, state: State, down: Payload) -> Payload:
+            return self.inner.expects(state, down)
+
+        def receive(self, state: State, updates: Iterable[Update]) -> State:
+            seen = list(updates)
+            if seen and (state.round, state.phase) == (1, phase):
+                raise WireError("they do not fit together")
+            return self.inner.receive(state, seen)
+
+    playing = federation(AskFirst())
+    playing.method = Choosy(playing.method)  # type: ignore[assignment, arg-type]
+    first = playing.play(1)
+    assert_same_state(playing.play(1, first), replace(first, round=2))
+    lost = {row.lost for row in playing.rows if (row.round, row.phase) == (1, phase)}
+    assert lost == {"they do not fit together"}
