@@ -32,7 +32,7 @@ from fedpeft.secagg.roster import Roster, Rules
 from fedpeft.secagg.shamir import SHARE
 from fedpeft.secagg.summands import Form, as_bytes, as_tensor, flat, form_of, out_of_range
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
-from fedpeft.wire.versions import lasting
+from fedpeft.wire.versions import lasting, once
 
 TRAIN, SHARE_KEYS, MASK, UNMASK = range(4)
 """The phases of a round."""
@@ -270,13 +270,13 @@ class Secure:
         steps = {SHARE_KEYS: self._share_keys, MASK: self._mask, UNMASK: self._tell_shares}
         if context.phase not in steps:
             raise WireError(f"a round of secagg has no phase {context.phase}")
-        step = steps[context.phase]
+        step, secrets = steps[context.phase], once(memory)
 
         def reply_of_all() -> tuple[Payload, Payload]:
             ups: list[Row] = []
             stays: list[Row] = []
             for row, client in enumerate(context.clients):
-                kept = _row(memory, row)
+                kept = _row(secrets, row)
                 _check_when(kept, client, context)
                 up, keeps = step(_row(down, row), kept, client, context)
                 ups.append(up)
