@@ -143,7 +143,10 @@ class Worker:
             own_randomness(self.seed, context.clients[0], context.round),
             self.method.mount(self.model, stack.down, stack.methods_part, context) as local,
         ):
-            shares = self._with_states(context.clients, _cut(stack.shares, local.steps))
+            shares = _cut(stack.shares, local.steps)
+            # Where nobody trains, nothing may be mounted, and other blocks' states would be kept.
+            if shares[0].steps:
+                shares = self._with_states(context.clients, shares)
             losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
             up, stays = local.reply()
             remembered = joined(stays, stack.methods_part, optimizer_state)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedpeft.engines.local import LocalEngine
 from fedpeft.errors import BadInput
 from fedpeft.experiment.config import from_tree
 from fedpeft.federation import checkpoint
@@ -98,7 +99,7 @@ def test_no_bit_of_the_sum_depends_on_the_masks() -> None:
 def test_clients_side_by_side_are_clients_one_by_one(weighting: str) -> None:
     method = secure(small("lora", weighting=weighting))
     alone, beside = federation(method), federation(method)
-    beside.engine.engine.stack = 3  # type: ignore[attr-defined]
+    beside.engine.engine = LocalEngine(beside.worker, beside.memories, stack=3)
     due = alone.play(2)
     last = beside.play(2)
     assert [row.measured.shared_by for row in beside.rows] == [3] * 24
