@@ -213,8 +213,9 @@ def test_a_round_whose_replies_are_of_no_use_is_silent_and_the_ledger_says_why(p
             return self.inner.receive(state, seen)
 
     playing = federation(AskFirst())
-    playing.method = Choosy(playing.method)  # type: ignore[assignment, arg-type]
-    first = playing.play(1)
+    begin = playing.start
+    playing.method = Choosy(AskFirst())  # type: ignore[assignment]
+    first = playing.play(1, begin)
     assert_same_state(playing.play(1, first), replace(first, round=2))
     lost = {row.lost for row in playing.rows if (row.round, row.phase) == (1, phase)}
     assert lost == {"they do not fit together"}
