@@ -54,7 +54,8 @@ class Update:
 class Context:
     """What ``mount`` knows beside the messages: its clients' ids, the round and the run's seed.
 
-    ``phase``: exchanges of this round that are done (see ``State``).
+    ``phase``: exchanges of this round that are done (see ``State``). ``examples``: how many each
+    client trains on, which are its weight in a mean; empty where nobody trains.
 
     >>> len(Context(clients=[4, 7], round=0, seed=0).clients)  # K
     2
@@ -64,6 +65,7 @@ class Context:
     round: int
     seed: int
     phase: int = 0
+    examples: Sequence[int] = ()
 
 
 class Delta(Protocol):
@@ -96,6 +98,8 @@ class LocalTask:
     ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
     ``steps``: the most optimizer steps that a client takes, None for all that are configured; 0
     trains nothing, as in a phase that only exchanges keys.
+    ``discreet``: the reply does not tell on how many examples the client trained, in how many
+    steps, and with what loss.
     ``personal``: names of the tensors in ``trainable`` that never leave the client. Where there
     are any, there is no global model, and scores are those of each client's own model.
 
@@ -114,6 +118,7 @@ class LocalTask:
     rate: float = 1.0
     personal: frozenset[str] = frozenset()
     steps: int | None = None
+    discreet: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,7 @@ class Method(Protocol):
         The next state is that of the next round, in phase 0. A method whose round has several
         exchanges returns one of the same round in the next phase instead: then the clients that
         have answered are asked again. Without any updates, it returns that of the next round.
+        WireError where nothing can be made of the updates: the whole round is then silent.
         """
         ...
 

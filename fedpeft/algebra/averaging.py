@@ -1,6 +1,6 @@
 """Weighted means of payloads, one reply in memory at a time: McMahan et al. 2017, equation (2)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final, runtime_checkable
 
@@ -30,8 +30,25 @@ class Mean:
         self._dtypes: dict[str, torch.dtype] = {}
         self._weight = 0.0
 
+    @staticmethod
+    def of(sums: Payload, weight: float, dtypes: Mapping[str, torch.dtype]) -> "Mean":
+        """Return the mean of what somebody else has summed up: weighted ``sums`` and weights.
+
+        ``dtypes``: those of what was added.
+        """
+        total = Mean()
+        total._sums = {name: tensor.to(torch.float64) for name, tensor in sums.items()}
+        total._dtypes = dict(dtypes)
+        total._weight = weight
+        return total
+
     def add(self, payload: Payload, weight: float) -> None:
-        """Add ``payload``; all payloads of one mean have the same names and shapes."""
+        """Add ``payload``; all payloads of one mean have the same names and shapes.
+
+        What weighs nothing is not added.
+        """
+        if weight == 0:
+            return
         for name, tensor in payload.items():
             if name not in self._sums:
                 # In float64 the rounding of many additions stays below that of the last cast.

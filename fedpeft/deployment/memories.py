@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final, final
 
 from fedpeft.deployment.offer import Refusal
-from fedpeft.federation.memory import still_needed
+from fedpeft.federation.memory import still_needed, used
 from fedpeft.types import NO_MEMORY
 from fedpeft.wire.durable import write
 
@@ -47,7 +47,11 @@ class DiskMemories:
             held.append(int(other.stem.rpartition("-")[2]))
         kept = {path}
         for needed in still_needed(held, assumed, version):
-            kept.add(self._path(run, needed))
+            older = self._path(run, needed)
+            kept.add(older)
+            before = older.read_bytes()
+            if (after := used(before)) != before:
+                write(older, after)
         for other in path.parent.glob(f"client-{self._client}-*.memory*"):
             if other not in kept:
                 other.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload
-from fedpeft.wire.messages import Kind, Request, Response, decode, encode
-from fedpeft.wire.versions import carried, joined, parted, stamp
+from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
+from fedpeft.wire.versions import carried, joined, lasting, parted, stamp
 
 Item = TypeVar("Item")
 
@@ -118,10 +118,17 @@ class Worker:
         down = self._stack([request.payload for request in sorted_requests])
         memory = self._stack(_reordered(memories, longest_first))
         methods_part, optimizer_state = parted(memory)
+        sorted_shares = _reordered(shares, longest_first)
         return _Stack(
             order=longest_first,
-            context=Context(_reordered(clients, longest_first), round_number, self.seed, phase),
-            shares=_reordered(shares, longest_first),
+            context=Context(
+                clients=_reordered(clients, longest_first),
+                round=round_number,
+                seed=self.seed,
+                phase=phase,
+                examples=[share.examples.num_rows for share in sorted_shares],
+            ),
+            shares=sorted_shares,
             versions=[request.memory for request in sorted_requests],
             down=down,
             methods_part=methods_part,
@@ -138,7 +145,10 @@ class Worker:
             own_randomness(self.seed, context.clients[0], context.round),
             self._mounted(stack.down, stack.methods_part, context) as local,
         ):
-            shares = self._with_states(context.clients, _cut(stack.shares, local.steps))
+            shares = _cut(stack.shares, local.steps)
+            # Where nobody trains, nothing may be mounted, and other blocks' states would be kept.
+            if shares[0].steps:
+                shares = self._with_states(context.clients, shares)
             losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
             up, stays = local.reply()
             remembered = joined(stays, stack.methods_part, optimizer_state)
@@ -151,7 +161,8 @@ class Worker:
             steps=[len(share.steps) for share in shares],
             up=up,
             remembered=remembered,
-            news=bool(stays),
+            news=bool(lasting(stays)),
+            discreet=local.discreet,
             losses=losses,
             num_trained=num_trained,
             meter=meter,
@@ -180,13 +191,16 @@ class Worker:
             peak_memory=trained.meter.peak_memory,
             shared_by=len(stack.shares),
         )
+        status = Status.DONE
+        if trained.discreet:
+            # The number of steps would tell the number of examples.
+            figures = replace(figures, examples=0, steps=0, loss=None)
+            status = Status.DISCREET
         # 2. The reply, and the memory under the version that the reply tells the server.
         round_number, phase = stack.context.round, stack.context.phase
         now, before = stamp(round_number, phase), stack.versions[row]
         version = _version(now, before, trained.news, trained.remembered)
-        response = Response(
-            round_number, _row(trained.up, row), figures, memory=version, phase=phase
-        )
+        response = Response(round_number, _row(trained.up, row), figures, version, status, phase)
         memory = b""  # nothing new to store
         if trained.remembered:
             memory = encode(_row(trained.remembered, row))
@@ -230,7 +244,8 @@ class Worker:
             return None
         form = _form_of_one({**stack.methods_part, **stack.down})
         if form not in self.step_alone:
-            context = replace(stack.context, clients=stack.context.clients[:1])
+            first = stack.context
+            context = replace(first, clients=first.clients[:1], examples=first.examples[:1])
             down, methods_part = _first(stack.down), _first(stack.methods_part)
             one_step = replace(share, steps=share.steps[:1])
             # Seeded as the client's own training, and the generators are put back afterwards.
@@ -359,7 +374,8 @@ class _Trained:
     """The outcome of training a stack.
 
     ``steps``: of each client. ``up`` and ``remembered``: what goes up and what is remembered,
-    (K, ...). ``news``: whether the method keeps anything new. ``losses``: (K,). ``num_trained``:
+    (K, ...). ``news``: whether the method keeps anything new. ``discreet``: whether figures that
+    tell of the examples stay here. ``losses``: (K,). ``num_trained``:
     numbers that each client trained. ``step_alone``: seconds of a step of one client alone, None if
     unknown.
     """
@@ -368,6 +384,7 @@ class _Trained:
     up: Payload
     remembered: Payload
     news: bool
+    discreet: bool
     losses: Tensor
     num_trained: int
     meter: Measurement

@@ -5,7 +5,8 @@ from typing import final
 
 from fedpeft.errors import Forgotten
 from fedpeft.types import NO_MEMORY
-from fedpeft.wire.versions import written
+from fedpeft.wire.messages import decode, encode
+from fedpeft.wire.versions import ONCE, lasting, written
 
 
 @final
@@ -47,9 +48,18 @@ class Memories:
     def put(self, client: int, version: int, blob: bytes, assumed: int = NO_MEMORY) -> None:
         """Store a new memory, made from the ``assumed`` one; forget those that it makes useless."""
         before = self._versions.get(client, {})
-        versions = {kept: before[kept] for kept in still_needed(before, assumed, version)}
+        versions: dict[int, bytes] = {}
+        for kept in still_needed(before, assumed, version):
+            versions[kept] = used(before[kept])
         versions[version] = blob
         self._versions[client] = versions
+
+
+def used(memory: bytes) -> bytes:
+    """Return a memory without what was for one exchange alone, now that there is a newer one."""
+    if f'"{ONCE}'.encode() not in memory:  # no name of its header begins so: nothing to do
+        return memory
+    return encode(lasting(decode(memory)))
 
 
 def still_needed(held: Iterable[int], assumed: int, version: int) -> list[int]:

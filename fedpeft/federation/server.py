@@ -52,7 +52,8 @@ def federate(
     asked, also where ``receive`` leaves some of their updates unread.
 
     Where the method's rounds have several phases, each is an exchange with the clients that have
-    answered in the one before, and a phase with too few replies makes the whole round silent.
+    answered in the one before, and a phase with too few replies makes the whole round silent. So
+    does one of whose replies ``receive`` can make nothing.
     """
     for round_number in rounds:
         before, clients = state, cohort(round_number)
@@ -60,15 +61,20 @@ def federate(
             # 1. Ask the clients; `receive` pulls the updates one by one, so that few are in memory.
             exchange = _Exchange(method, state, engine, config)
             updates = exchange.updates(_with_memories(clients, state))
-            merged = method.receive(state, updates)
+            useless = ""
+            try:
+                merged = method.receive(state, updates)
+            except WireError as error:
+                useless = str(error)
             for _ in updates:  # a client is asked when the stream comes to it
                 pass
             rows, known = exchange.rows, {**state.memories, **exchange.memories}
             # 2. With too few replies, merge again without any: their rows are lost, too.
             if len(exchange.answered) < min_replies:
+                useless = f"only {len(exchange.answered)} usable replies, {min_replies} needed"
+            if useless:
                 merged, known = method.receive(before, ()), dict(before.memories)
-                why = f"only {len(exchange.answered)} usable replies, {min_replies} needed"
-                rows = _all_lost(rows, why)
+                rows = _all_lost(rows, useless)
             # 3. Write the rows down before the state is given away, and take note of new memories.
             for row in rows:
                 record(row)

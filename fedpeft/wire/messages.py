@@ -187,6 +187,8 @@ class Status(IntEnum):
     DONE = 0
     FORGOTTEN = 1
     """The client holds no memory of the version that the request assumes, and has done nothing."""
+    DISCREET = 2
+    """Done; the client does not tell on how many examples, nor with what loss."""
 
 
 _ABOUT = ("round", "phase", "memory", "status")
@@ -290,7 +292,7 @@ def check(
 
     - It is for this round, and for this ``phase`` of it.
     - Its measurements can be true, with no more ``examples`` than the client is known to hold
-      (0: unknown).
+      (0: unknown). A discreet one has neither examples nor loss.
     - Its memory has the version that the request assumed, ``memory``, or was written just now.
     - Its payload has exactly the expected names, shapes and dtypes, and every value is finite.
     """
@@ -302,7 +304,11 @@ def check(
         raise WireError(f"stale: the reply is for phase {response.phase}, this is phase {phase}")
     if response.status is Status.FORGOTTEN:
         raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
-    if faults := response.measured.faults(examples):
+    faults = response.measured.faults(examples)
+    if response.status is Status.DISCREET:
+        for kept_to_itself in ("examples", "loss"):
+            faults.pop(kept_to_itself, None)
+    if faults:
         raise WireError("; ".join(faults.values()))
     # Unchanged, written anew, or written anew with the method's part carried along.
     now = stamp(round_number, phase)

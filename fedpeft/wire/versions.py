@@ -11,6 +11,10 @@ is carried along unchanged, and the two parts are of different rounds. Then the 
 the stamp of the memory in its lower 32 bits, and above them the round of the method's part. Methods
 only ever see the version of their own part, so it makes no difference to them whether the loop
 keeps anything.
+
+Names that begin with ``!`` are for the next exchange alone, such as the keys of secure aggregation:
+they are written with either part, count as news of neither, and leave a memory as soon as a newer
+version of it is written. So nobody can have them used twice by assuming an older version.
 """
 
 from dataclasses import replace
@@ -22,6 +26,8 @@ from fedpeft.types import NO_MEMORY, Client, Payload
 
 RESERVED: Final = "@"
 """The first character of the names that the training loop uses in a memory."""
+ONCE: Final = "!"
+"""The first character of the names in a memory that are for the next exchange alone."""
 _SHIFT: Final = 32
 """Lower bits of a version, which hold a stamp; those above hold the round of the method's part."""
 _ROUND: Final = 24
@@ -92,9 +98,25 @@ def joined(stays: Payload, methods_part: Payload, loops_part: Payload) -> Payloa
     """Return the memory to write after a round; empty where the old one is kept.
 
     ``stays``: what the method keeps of this round, empty for nothing new. ``methods_part``: what it
-    has kept so far, which is carried along where there is a ``loops_part`` to write.
+    has kept so far, which is carried along where there is a ``loops_part`` to write, or something
+    for the next exchange.
     """
-    if not loops_part:
-        return stays
+    news, for_once = lasting(stays), once(stays)
+    if not loops_part and not for_once:
+        return news
     # Writing replaces the whole memory, so the method's older part must be written again.
-    return {**(stays or methods_part), **loops_part}
+    return {**(news or lasting(methods_part)), **for_once, **loops_part}
+
+
+def once(memory: Payload) -> dict[str, Tensor]:
+    """Return what of a memory is for the next exchange alone."""
+    return {name: tensor for name, tensor in memory.items() if name.startswith(ONCE)}
+
+
+def lasting(memory: Payload) -> dict[str, Tensor]:
+    """Return a memory without what is for the next exchange alone.
+
+    >>> list(lasting({"anchor": Tensor(), "!key": Tensor()}))
+    ['anchor']
+    """
+    return {name: tensor for name, tensor in memory.items() if not name.startswith(ONCE)}

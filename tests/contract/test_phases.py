@@ -13,6 +13,7 @@ from torch import nn
 
 from fedpeft.algebra.averaging import averaged
 from fedpeft.engines.local import LocalEngine
+from fedpeft.errors import WireError
 from fedpeft.federation import checkpoint
 from fedpeft.mounting import detached, mounted, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Lost, Payload, Reply, State, Update
@@ -192,3 +193,32 @@ def test_a_method_that_skips_a_phase_is_told_so() -> None:
         ValueError, match="gave a state of round 0, phase 2, after round 0, phase 0"
     ):
         playing.play(1, State(0, {}))
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_a_round_whose_replies_are_of_no_use_is_silent_and_the_ledger_says_why(phase: int) -> None:
+    @dataclass(frozen=True)
+    class Choosy:
+        """A method whose server finds fault with the second round."""
+
+        inner: AskFirst
+
+        def send(self, state: State, client: Client) -> Payload:
+            return self.inner.send(state, client)
+
+        def expects(self, state: State, down: Payload) -> Payload:
+            return self.inner.expects(state, down)
+
+        def receive(self, state: State, updates: Iterable[Update]) -> State:
+            seen = list(updates)
+            if seen and (state.round, state.phase) == (1, phase):
+                raise WireError("they do not fit together")
+            return self.inner.receive(state, seen)
+
+    playing = federation(AskFirst())
+    begin = playing.start
+    playing.method = Choosy(AskFirst())  # type: ignore[assignment]
+    first = playing.play(1, begin)
+    assert_same_state(playing.play(1, first), replace(first, round=2))
+    lost = {row.lost for row in playing.rows if (row.round, row.phase) == (1, phase)}
+    assert lost == {"they do not fit together"}

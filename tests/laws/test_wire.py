@@ -581,6 +581,15 @@ def test_a_loss_that_is_no_number_is_refused_as_diverged() -> None:
             judged(Response(5, {}, replace(SOUND, loss=loss)))
 
 
+def test_a_discreet_answer_has_neither_examples_nor_a_loss_and_all_else_is_checked() -> None:
+    discreet = Response(0, {}, Measured(), status=Status.DISCREET)
+    check(discreet, 0, {}, memory=-1, examples=7)
+    with pytest.raises(WireError, match="steps = -1"):
+        check(replace(discreet, measured=Measured(steps=-1)), 0, {}, memory=-1)
+    with pytest.raises(WireError, match="examples = 0"):
+        check(replace(discreet, status=Status.DONE), 0, {}, memory=-1)
+
+
 def test_no_client_has_more_examples_than_the_server_knows_it_to_hold() -> None:
     for held in (0, 40, 41):  # 0: nobody knows
         judged(Response(5, {}, SOUND), examples=held)

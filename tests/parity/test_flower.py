@@ -33,8 +33,9 @@ from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 from fedpeft.training.loop import Training
-from fedpeft.types import NO_MEMORY, Client, Engine, Payload, State
-from fedpeft.wire.messages import Kind, Request, Response, Status
+from fedpeft.types import NO_MEMORY, Client, Engine, Method, Payload, State
+from fedpeft.wire.messages import Kind, Request, Response, Status, decode
+from fedpeft.wrappers import SecAgg
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -97,9 +98,10 @@ def play(
     through: Engine,
     clients: Sequence[Client] = CLIENTS,
     rounds: int = 2,
+    method: Method | None = None,
 ) -> tuple[State, list[ClientRow]]:
     """Return the state after so many rounds with ``clients``, and the ledger's rows."""
-    method = small("lora")
+    method = method or small("lora")
     rows: list[ClientRow] = []
     states = federate(
         method,
@@ -141,6 +143,23 @@ def test_a_grid_in_this_process_is_as_good_as_the_local_engine() -> None:
     state, rows = play(engine(grid()))
     assert [row.lost for row in rows] == [None] * 6
     assert_same_state(state, alone())
+
+
+def test_a_round_of_several_exchanges_is_that_of_the_local_engine_and_leaves_no_secret() -> None:
+    """Secure aggregation of FeDeRA: secrets go from one exchange to the next in the nodes' states, the anchor stays."""
+    secure = SecAgg(bits=56).around(small("federa"), "0.secagg")
+    here = grid()
+    here._app = client_app(lambda _: worker(secure, bert()))
+    state, rows = play(engine(here), method=secure)
+    assert [row.lost for row in rows] == [None] * 2 * 4 * 3
+    due, _ = play(LocalEngine(worker(secure, bert())), method=secure)
+    assert_same_state(state, due)
+    for node in here.nodes.values():
+        [kept] = node.context.state.array_records.values()
+        for array in kept.values():
+            names = set(decode(array.data))
+            assert any(name.endswith(":A0") for name in names)
+            assert {name for name in names if name.startswith("!")} <= {"!when"}
 
 
 def holding(records: Mapping[str, Any]) -> Answering:

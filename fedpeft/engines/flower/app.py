@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 
 from fedpeft.engines.flower.grid import arrays, blob, record
 from fedpeft.federation.client import Worker
-from fedpeft.federation.memory import still_needed
+from fedpeft.federation.memory import still_needed, used
 from fedpeft.types import NO_MEMORY
 from fedpeft.wire.messages import Response, forgotten
 
@@ -68,7 +68,7 @@ class ClientHandler:
             new_version = Response.decode(reply).memory
             kept: dict[str, Array] = {}
             for needed in still_needed(map(int, versions), int(version), new_version):
-                kept[str(needed)] = versions[str(needed)]
+                kept[str(needed)] = record(used(versions[str(needed)].data))["blob"]
             state[config] = ArrayRecord({**kept, str(new_version): record(new_memory)["blob"]})
         return reply
 
