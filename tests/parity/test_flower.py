@@ -149,7 +149,7 @@ def test_a_round_of_several_exchanges_is_that_of_the_local_engine_and_leaves_no_
     """Secure aggregation of FeDeRA: secrets go from one exchange to the next in the nodes' states, the anchor stays."""
     secure = SecAgg(bits=56).around(small("federa"), "0.secagg")
     here = grid()
-    here._app = client_app(lambda _: worker(secure, bert()))
+    here._app = app.client_app(lambda _: worker(secure, bert()))
     state, rows = play(engine(here), method=secure)
     assert [row.lost for row in rows] == [None] * 2 * 4 * 3
     due, _ = play(LocalEngine(worker(secure, bert())), method=secure)
