@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fedpeft.federation.client import ClientData, Worker
-from fedpeft.methods import METHODS
+from fedpeft.methods.lora import LoRA
 from fedpeft.models.tokens import spare_last_block
 from fedpeft.mounting import describe
 from fedpeft.tasks import CausalLM, Classification, Encoded, Example, Task
@@ -158,7 +159,8 @@ TINY = replace(
 def encoder(shapes: Shapes, device: torch.device) -> nn.Module:
     """Return a text classifier of random weights, frozen, without dropout, as it is loaded."""
     make: Any = BertForSequenceClassification
-    config = BertConfig(
+    configuration: Any = BertConfig
+    config = configuration(
         **shapes.encoder,
         num_labels=len(LABELS),
         hidden_dropout_prob=0.0,
@@ -200,20 +202,20 @@ def llama_in_4_bits(
     Layer by layer, so that no more than one of them is there in full. Raises ImportError without
     bitsandbytes. ``changes``: of the configuration in ``shapes``.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415
-
+    layers: Any = import_module("bitsandbytes.nn")
     make: Any = LlamaForCausalLM
+    rotary: Any = LlamaRotaryEmbedding
     dtype, config = DTYPES[precision], llama_config(shapes, changes)
     with torch.device("meta"):
         model: Any = make(config)
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
             size = module.in_features, module.out_features
-            layer: Any = Linear4bit(
+            layer = layers.Linear4bit(
                 *size, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
             )
             values = _random(size[::-1], device, dtype)
-            layer.weight = Params4bit(values, quant_type="nf4", module=layer)
+            layer.weight = layers.Params4bit(values, quant_type="nf4", module=layer)
             _put(model.model.layers, name, layer.to(device))  # quantised here
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -223,7 +225,7 @@ def llama_in_4_bits(
                 values = _random(parameter.shape, device, dtype)
             _put(model, name, nn.Parameter(values, requires_grad=False))
     # Its buffers are computed when it is made.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=device)
+    model.model.rotary_emb = rotary(config, device=device)
     chosen: nn.Module = model.requires_grad_(False)
     return chosen
 
@@ -288,7 +290,7 @@ def _worker(
     head: frozenset[str],
 ) -> tuple[Worker, State]:
     """Return a worker on ``model`` whose clients hold ``held``, and LoRA's first state."""
-    method = METHODS["lora"](targets=targets)
+    method = LoRA(targets=targets)
     hardware = resolve(Machine(device=str(device)), max(held[0].lengths))
     base = describe(model, head, without=None if head else model.get_output_embeddings())
     worker = Worker(

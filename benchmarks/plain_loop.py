@@ -73,6 +73,7 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=work["lr"], weight_decay=0.0, fused=True)
     losses: list[Tensor] = []
     for rows in steps:
+        loss: Any  # torch's backward is untyped
         batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=work["precision"] == "bf16"):
             loss = _loss(net, batch)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import fedpeft_steps, gpu, plain_loop
-from benchmarks.on_device import TINY
+from benchmarks.on_device import TINY, encoder, encoder_worker
 from benchmarks.steps import apart
 from benchmarks.works import QA, SMOLLM2, TAGGING, Work, round_of
 
@@ -62,7 +62,7 @@ def test_other_batches_are_noticed(ground: Ground, tmp_path: Path) -> None:
 
 
 def test_clients_at_once_and_one_by_one_reply_alike() -> None:
-    worker, state = gpu.encoder_worker(TINY, gpu.encoder(TINY, CPU), CPU)
+    worker, state = encoder_worker(TINY, encoder(TINY, CPU), CPU)
     at_once = round_of(worker, state, TINY.clients, TINY.clients)
     one_by_one = round_of(worker, state, TINY.clients, 1)
     for one, other in zip(at_once, one_by_one, strict=True):
