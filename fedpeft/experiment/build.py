@@ -18,7 +18,7 @@ from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, is_large, kernels, load
+from fedpeft.models import Loaded, is_large_model, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import TASKS, Encoded, Task, TokenCache, make_task
 from fedpeft.training.activation_cache import ActivationCache, fitting
@@ -204,7 +204,7 @@ def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
         config.machine,
         config.model.max_length,
         kernels(config.model, task),
-        is_large(config.model, task),
+        is_large_model(config.model, task),
     )
 
 

@@ -49,7 +49,7 @@ def kernels(choice: ModelSection, task: Task) -> Kernels:
     return ("eager", "sdpa") if source.supports_sdpa(source.configuration()) else ("eager",)
 
 
-def is_large(choice: ModelSection, task: Task) -> bool:
+def is_large_model(choice: ModelSection, task: Task) -> bool:
     """Return whether the chosen model has more than ``LARGE`` parameters."""
     source = find(choice, task.form.auto_class)
     return source.num_parameters(source.configuration()) > LARGE
@@ -75,8 +75,8 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     _set_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
-    kept_once = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
-    model, report = source.weights(config, hardware.attention, draw, as_stored=kept_once)
+    is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
+    model, report = source.weights(config, hardware.attention, draw, as_stored=is_large)
     head_fit = fit(model, report, choice.name, head_is_trained=task.form.head_is_trained)
     drawn = head_fit.lacking
     if not labels:
@@ -95,7 +95,7 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     # 4. Freeze it. The digest comes before the move: it reads the checkpoint's bytes on the CPU.
     model.requires_grad_(False)
     digest = _digest(model, drawn)
-    if kept_once:
+    if is_large:
         keep_matrices_in(model, torch.bfloat16, head_fit.head)
     if choice.checkpointing:
         checkpoint_blocks(model, choice)
