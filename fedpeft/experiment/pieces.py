@@ -16,7 +16,7 @@ from fedpeft.experiment.config import Config
 from fedpeft.experiment.sections import EvaluationSection
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, is_large, kernels, load
+from fedpeft.models import Loaded, is_large_model, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import TASKS, Encoded, Task, TokenCache
 from fedpeft.training.activation_cache import ActivationCache, fitting
@@ -93,7 +93,7 @@ def hardware_for(config: Config, task: Task, reuse: Built | None) -> Hardware:
         config.machine,
         config.model.max_length,
         kernels(config.model, task),
-        is_large(config.model, task),
+        is_large_model(config.model, task),
     )
 
 
