@@ -342,7 +342,7 @@ def test_bytes_are_those_of_the_formula() -> None:
     start = playing.start
     playing.play(1)
     n, d = 10, sum(tensor.numel() for tensor in start.shared.values())
-    due = {
+    due: dict[int, dict[str, tuple[int, ...]]] = {
         TRAIN: {"secagg.keys": (2, 32)},
         SHARE_KEYS: {"secagg.boxes": (n, 82), "secagg.seal": (32,)},
         MASK: {"secagg.masked": (5 * (d + 1),)},
