@@ -183,7 +183,9 @@ def test_a_silent_round_leaves_everything_as_it_is() -> None:
     assert_same_state(method.receive(state, ()), replace(state, round=2))
 
 
-@pytest.mark.parametrize("phase", [TRAIN, SHARE_KEYS, MASK, UNMASK])
+@pytest.mark.parametrize(
+    "phase", [TRAIN, *(pytest.param(p, marks=pytest.mark.slow) for p in (SHARE_KEYS, MASK, UNMASK))]
+)
 def test_clients_that_were_lost_are_there_again_with_their_memory(phase: int) -> None:
     """FeDeRA's anchor is kept through rounds that a client did not end."""
     playing = federation(secure("federa"), losing({4 + phase: [3]}), sizes=TEN)
