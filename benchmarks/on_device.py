@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.methods.lora import LoRA
 from fedpeft.models.tokens import spare_last_block
-from fedpeft.mounting import describe
+from fedpeft.mounting import BLOCK, Packed, PackedLinear, describe
 from fedpeft.tasks import CausalLM, Classification, Encoded, Example, Task
 from fedpeft.tasks.dialogue import Writer
 from fedpeft.training.hardware import Machine, resolve
@@ -204,7 +204,6 @@ def llama_in_4_bits(
     ``shapes``.
     """
     packing: Any = import_module("bitsandbytes.functional")
-    mounting: Any = import_module("fedpeft.mounting")
     make: Any = LlamaForCausalLM
     rotary: Any = LlamaRotaryEmbedding
     dtype, config = DTYPES[precision], llama_config(shapes, changes)
@@ -213,9 +212,9 @@ def llama_in_4_bits(
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
             values = _random(module.weight.shape, device, dtype)
-            codes, state = packing.quantize_4bit(values, blocksize=mounting.BLOCK, quant_type="nf4")
-            packed = mounting.Packed(codes, state.absmax.float(), values.shape, 4)
-            layer = mounting.PackedLinear(packed, None, is_conv1d=False)
+            codes, state = packing.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            packed = Packed(codes, state.absmax.float(), values.shape, 4)
+            layer = PackedLinear(packed, None, is_conv1d=False)
             _put(model.model.layers, name, layer)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

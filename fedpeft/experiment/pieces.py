@@ -14,6 +14,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.agreement import agreement
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.sections import EvaluationSection
+from fedpeft.experiment.server_side import Prepared
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, is_large_model, kernels, load
@@ -30,32 +31,12 @@ With fewer, what is computed for the cache is hardly ever read from it.
 """
 
 
-class Built(Protocol):
+class Built(Prepared, Protocol):
     """What was built before, and may be taken over where the settings agree."""
-
-    @property
-    def config(self) -> Config:
-        """The settings that it was built from."""
-        ...
 
     @property
     def dataset(self) -> data.Dataset:
         """The rows, as they were read."""
-        ...
-
-    @property
-    def hardware(self) -> Hardware:
-        """The choices for the machine."""
-        ...
-
-    @property
-    def loaded(self) -> Loaded:
-        """The model."""
-        ...
-
-    @property
-    def task(self) -> Task:
-        """The task, with the model's tokenizer."""
         ...
 
     @property
