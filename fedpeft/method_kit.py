@@ -17,10 +17,13 @@ from fedpeft.algebra.lowrank import (
     by_module,
     check_ranks,
     deltas,
+    orthonormal,
     principal,
     uniform,
 )
 from fedpeft.algebra.masks import positions, scatter
+from fedpeft.algebra.products import ProductMean, mean_products, thin_svd
+from fedpeft.algebra.ranks import cut, share_of
 from fedpeft.errors import BadInput, NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
@@ -61,6 +64,7 @@ __all__ = [
     "Method",
     "NotStackable",
     "Payload",
+    "ProductMean",
     "Split",
     "State",
     "Targets",
@@ -70,21 +74,26 @@ __all__ = [
     "averaged",
     "by_module",
     "check_ranks",
+    "cut",
     "deltas",
     "dense_layer",
     "derive",
     "detached",
     "generator",
     "mean",
+    "mean_products",
     "mounted",
     "mounted_deltas",
     "oriented",
+    "orthonormal",
     "positions",
     "principal",
     "replaced",
     "scatter",
     "select",
+    "share_of",
     "specs",
+    "thin_svd",
     "trainable",
     "uniform",
 ]

@@ -116,7 +116,9 @@ class Base:
 
     ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer,
     (out, in), by module name, also where the model stores the transpose. ``head``: names of the
-    parameters of the task's output module, and of all others that the checkpoint lacks.
+    parameters of the task's output module, and of all others that the checkpoint lacks. ``twin``:
+    returns a copy of the model's modules with the very same parameters, for methods that let
+    another library change modules; None where there is none.
 
     >>> import torch
     >>> base = Base({"w": torch.ones(2), "head.bias": torch.ones(3)}, {}, frozenset({"head.bias"}))
@@ -127,6 +129,7 @@ class Base:
     parameters: Payload
     layers: Mapping[str, Tensor]
     head: frozenset[str]
+    twin: Callable[[], nn.Module] | None = None
 
     def heads(self) -> dict[str, Tensor]:
         """Return the parameters of the head; every method trains and sends them in full."""

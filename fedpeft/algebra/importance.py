@@ -21,6 +21,33 @@ Score = Literal["sensitivity", "gradient", "magnitude"]
 """
 
 
+def cubic_budget(
+    rounds_done: int, total: int, *, rounds: int, kept: float, warmup: float, settled: float
+) -> int:
+    """Return how many of ``total`` ranks may live after so many of ``rounds``.
+
+    AdaLoRA's cubic schedule, in rounds: all of them until ``begin`` (a share ``warmup`` of the
+    rounds), a share ``kept`` of them from ``end`` on (a share ``settled`` before the last). In
+    between, after t rounds,
+
+        last + (total - last) * (1 - (t - begin) / (end - begin))^3
+
+    >>> shares = {"kept": 0.25, "warmup": 0.2, "settled": 0.3}
+    >>> [cubic_budget(done, 100, rounds=10, **shares) for done in (1, 2, 5, 7, 10)]
+    [100, 100, 30, 25, 25]
+    """
+    # In AdaLoRA's letters: begin = t_i, end = T - t_f, last = b_T, total = b_0.
+    begin = warmup * rounds
+    end = (1 - settled) * rounds
+    last = max(1, round(kept * total))
+    if end > begin:
+        decayed = (rounds_done - begin) / (end - begin)
+        left = min(1.0, max(0.0, 1 - decayed))
+    else:  # nothing between the two: one cut
+        left = 1.0 if rounds_done < begin else 0.0
+    return last + round((total - last) * left**3)
+
+
 class Importance:
     """Scores of the rank-one terms (triplets) of every module, kept per client.
 

@@ -52,6 +52,7 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
     folder that exists raise BadInput.
     """
     # 1. Which modules are saved whole, and which as factors.
+    _check_mergeable(local)
     deltas = local.deltas()
     saved = saved_modules(loaded.model, loaded.base.head | _plain(local).keys())
     factors = _factors(deltas, saved)
@@ -93,6 +94,7 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
     # In float32, as the differences are: a large model may be kept in bf16.
+    _check_mergeable(local)
     merged_model = copy.deepcopy(model).float()
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
@@ -108,6 +110,18 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
         difference = delta.dense()[0]  # (1, out, in) -> (out, in)
         weight.add_(oriented(merged_model, name, difference))
     return merged_model
+
+
+def _check_mergeable(local: LocalTask) -> None:
+    """Raise BadInput where something that was trained is no difference to a layer's matrix."""
+    deltas = local.deltas()
+    for name in local.trainable:
+        module, colon, _ = name.partition(":")
+        if colon and module not in deltas:
+            raise BadInput(
+                f"what was trained behind layer {module!r} is no change of its matrix, so it can "
+                "neither be merged nor exported; `fedpeft predict` uses it from the run's folder"
+            )
 
 
 def _num_holders(model: nn.Module, weight: nn.Parameter) -> int:

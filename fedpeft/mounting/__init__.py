@@ -1,8 +1,9 @@
 """Which layers are adapted, and how adapters are mounted on a shared frozen model for a while."""
 
-from fedpeft.mounting.deltas import mounted_deltas
+from fedpeft.mounting.deltas import Total, mounted_deltas
 from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select
 from fedpeft.mounting.mount import (
+    bottlenecks,
     detached,
     mounted,
     overridden,
@@ -14,10 +15,13 @@ from fedpeft.mounting.mount import (
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
+from fedpeft.mounting.twins import standing_in, twin_of
 
 __all__ = [
     "Targets",
+    "Total",
     "Trace",
+    "bottlenecks",
     "cast_once",
     "changes",
     "dense_layer",
@@ -33,7 +37,9 @@ __all__ = [
     "row_owners",
     "select",
     "specs",
+    "standing_in",
     "touched",
     "trace",
     "trainable",
+    "twin_of",
 ]

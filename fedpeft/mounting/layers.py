@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import final
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import BadInput, WireError
+from fedpeft.mounting.twins import twin_of
 from fedpeft.types import Base
 
 WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
@@ -85,7 +87,8 @@ def describe(model: nn.Module, head: Iterable[str], without: nn.Module | None = 
         weight = matrix(module)
         if weight is not None and module is not without:
             layers[name] = weight.detach()
-    return Base(_InFloat32(parameters), _InFloat32(layers), frozenset(head))
+    twin = partial(twin_of, model)
+    return Base(_InFloat32(parameters), _InFloat32(layers), frozenset(head), twin)
 
 
 @final

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.errors import NotStackable, WireError
-from fedpeft.mounting.branches import branches, check_branch, stackable, stacked
+from fedpeft.mounting.branches import bottleneck, branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_layer
 from fedpeft.mounting.tracing import Place, claimed
 from fedpeft.types import Payload
@@ -95,6 +95,38 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
             undo.enter_context(replaced(model, alone))
         else:
             undo.enter_context(_side_by_side(model, plain))
+        yield
+
+
+@contextmanager
+def bottlenecks(
+    model: nn.Module, tensors: Payload, activation: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Mount small networks behind dense layers: U f(D y + d) + u is added to an output y.
+
+    ``tensors``: ``<module>:D`` (K, m, out), ``:d`` (K, m), ``:U`` (K, out, m) and ``:u`` (K, out).
+    ``activation``: f. Names or shapes that do not fit raise WireError.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> shapes = {"D": (1, 1, 2), "d": (1, 1), "U": (1, 2, 1), "u": (1, 2)}
+    >>> tensors = {f"0:{part}": torch.ones(shape) for part, shape in shapes.items()}
+    >>> with bottlenecks(model, tensors, torch.relu):
+    ...     adapted = model(torch.zeros(1, 3))
+    >>> bool((adapted >= model(torch.zeros(1, 3)) + 1).all())
+    True
+    """
+    with ExitStack() as undo:
+        for name, parts in by_module(tensors).items():
+            out = dense_layer(model, name).shape[0]
+            width = parts["d"].shape[-1] if "d" in parts else 0
+            due = {"D": (width, out), "d": (width,), "U": (out, width), "u": (out,)}
+            shapes = {part: tuple(tensor.shape[1:]) for part, tensor in parts.items()}
+            if shapes != due:
+                raise WireError(f"the adapter behind {name!r} has {shapes}; {due} would fit")
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(bottleneck(parts, activation))
+            undo.callback(handle.remove)
+            undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
         yield
 
 

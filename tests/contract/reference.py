@@ -19,8 +19,23 @@ BEGINS = [0, 3]
 """Rounds that contract tests look at: the first, and one in SLoRA's second stage, FedARA's ranks dying, memories stored."""
 
 
-SINGLE = {("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)}
+SINGLE = {
+    *(("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)),
+    *(("peft", 0), ("peft", 3)),
+}
 """(method, round) of which one client is as much as a model can carry: parameters of any kind, or whole matrices."""
+
+
+PERSONAL = {"local_only", "fedsa_lora"}
+"""Methods that keep a part of the model with each client."""
+
+MERGES = {"flexlora", "fedsvd", "flora", "hetlora", "raflora", "lora_fair", "florist", "adalora"}
+"""Methods whose merge is no mean of what goes up. ``fed_sb`` is one of them in its first round."""
+
+
+def is_mean(name: str, begin: int) -> bool:
+    """Return whether a method merges by a weighted mean in round ``begin``."""
+    return name not in MERGES and (name, begin) != ("fed_sb", 0)
 
 
 @dataclass(frozen=True)

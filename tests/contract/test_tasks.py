@@ -22,7 +22,7 @@ from tests.tiny_tasks import TASK_CASES
 SIZES = {0: 5, 1: 9, 2: 7}
 """Client -> rows of training; batches of 4 are ragged, and clients have unequal numbers of steps."""
 SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, batch_size=4, clip=0.3)
-SINGLE = {"full", "sparse"}
+SINGLE = {"full", "sparse", "peft"}
 """Methods that train parameters of any kind, or whole matrices: a model carries one client."""
 TABLE = [(name, kind) for name in METHODS for kind in TASK_CASES]
 

@@ -23,6 +23,12 @@ ROUNDS = 3
 KEPT = ("lora", "federa")
 """Methods whose optimizers go on when they are played again: without a memory of its own, and with."""
 
+SMALL: dict[str, dict[str, object]] = {
+    "lora": {"rank": 4},
+    "ravan": {"rank": 4},
+}
+"""Fields of methods whose defaults are for wider models."""
+
 Ended = tuple[State, list[dict[str, object]]]
 
 
@@ -50,10 +56,8 @@ def assemblies(ground: Ground) -> dict[str, Federation]:
     """Return a federation of five clients for every method, and two whose optimizers go on."""
     made: dict[str, Federation] = {}
     for name in METHODS:
-        settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
-        made[name] = build(
-            ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings)
-        )
+        method = {"name": name, **SMALL.get(name, {})}
+        made[name] = build(ground.chosen({"method": method, "federation": {"rounds": ROUNDS}}))
     for name in KEPT:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})

@@ -1,0 +1,141 @@
+"""Any tuner of the peft library, put in by peft itself; what it trains is averaged."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.errors import BadInput, NotStackable
+from fedpeft.mounting import (
+    detached,
+    plain_parameters,
+    replaced,
+    specs,
+    standing_in,
+    trainable,
+    twin_of,
+)
+from fedpeft.seeds import derive
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+
+PREFIX = "peft:"
+"""What stands before peft's own names of what it trains."""
+LENGTHENING = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+"""Tuners that put tokens before a text, and so move the places of all others in the output."""
+
+
+@final
+@dataclass(frozen=True)
+class Peft:
+    """Train, send and average what a tuner of the peft library makes trainable, and the head.
+
+    Everything that peft keeps frozen it draws from the seed, alike on all clients. Clients train
+    one by one.
+    """
+
+    paper: ClassVar[str] = "the peft library, https://github.com/huggingface/peft"
+    tuner: str = "ia3"
+    """The tuner by peft's name, such as `ia3`, `vera`, `ln_tuning`, `oft` or `prefix_tuning`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the tuner's own configuration, such as `target_modules`."""
+    weighting: Weighting = "examples"
+    """How clients are averaged: by their examples (FedAvg), or all alike."""
+
+    def init(self, base: Base, seed: int) -> State:
+        """Start from what peft puts into a copy of the model.
+
+        A tuner that peft does not have, or that does not fit model, task or its settings raises
+        BadInput.
+        """
+        if base.twin is None:
+            raise BadInput("method.name = 'peft' needs the model itself; choose 'lora'")
+        tuned = self._tuned(base.twin(), seed)
+        return State(0, _trained_by(tuned) | base.heads())
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send all that is trained."""
+        del client
+        return state.shared
+
+    @contextmanager
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
+        """Let a copy of the model stand in, on the same parameters, with peft's modules in it.
+
+        One client at a time: more raise NotStackable.
+        """
+        del memory
+        if len(context.clients) > 1:
+            raise NotStackable(
+                "a tuner of peft cannot carry several clients at once; use a stack of 1"
+            )
+        tuned = self._tuned(twin_of(model), context.seed)
+        trained = trainable(down)  # (1, ...)
+        # The head's parameters are the model's own, which peft has given other names.
+        names = {id(parameter): name for name, parameter in tuned.named_parameters()}
+        makers = {}
+        for name in plain_parameters(trained):
+            makers[names[id(model.get_parameter(name))]] = partial(_of_one, trained[name])
+        for name, stack in trained.items():
+            if name.startswith(PREFIX):
+                makers[name.removeprefix(PREFIX)] = partial(_of_one, stack)
+        with replaced(tuned, makers), standing_in(model, tuned):
+            yield LocalTask(trained, lambda: (detached(trained), {}))
+
+    def expects(self, state: State, down: Payload) -> Payload:
+        """Expect all of it back."""
+        del state
+        return specs(down)
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Average what was trained."""
+        return averaged(state, updates, self.weighting)
+
+    def _tuned(self, model: nn.Module, seed: int) -> nn.Module:
+        """Return ``model``, which is changed, with peft's modules in it."""
+        peft: Any = import_module("peft")  # takes seconds, and only this method needs it
+        known = {kind.value.lower(): cls for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        name = self.tuner.lower()
+        if name not in known:
+            raise BadInput(
+                f"method.tuner = {self.tuner!r} is none of peft's; choose from: {', '.join(known)}"
+            )
+        kind = type(model).__name__
+        if name.upper() in LENGTHENING and not kind.endswith("ForSequenceClassification"):
+            raise BadInput(
+                f"method.tuner = {self.tuner!r} puts tokens before the text, which moves the "
+                f"answers of {kind}; choose one that does not, such as 'ia3' or 'prefix_tuning'"
+            )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            torch.manual_seed(derive(seed, "peft"))
+            warnings.simplefilter("ignore")  # advice on settings, for those who call peft directly
+            try:
+                config = known[name](task_type="FEATURE_EXTRACTION", **self.settings)
+                tuned: nn.Module = peft.get_peft_model(model, config)
+            except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
+                why = str(error).partition("\n")[0]
+                raise BadInput(f"method.tuner = {self.tuner!r} does not fit: {why}") from error
+        return tuned
+
+
+def _trained_by(tuned: nn.Module) -> dict[str, Tensor]:
+    """Return what peft makes trainable, under its own names behind ``PREFIX``."""
+    trained: dict[str, Tensor] = {}
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            trained[f"{PREFIX}{name}"] = parameter.detach().float()
+    return trained
+
+
+def _of_one(stack: Tensor, parameter: Tensor) -> Tensor:
+    """Return the only client's tensor of a stack, (1, ...), in the place of ``parameter``."""
+    del parameter
+    return stack.squeeze(0)
