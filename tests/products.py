@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.training.evaluation import FULL_CLIENT, mounted_state
+from fedpeft.training.loop import Training
 from fedpeft.types import Client, Payload, State
 from fedpeft.wire.messages import Response
 from tests.tiny import CPU, SEED, SIZES, TinyFederation, bert
@@ -16,6 +17,9 @@ LAYERS = [
     for part in ("query", "value")
 ]
 SCALE = 2.0
+
+STRONG = Training(lr=3e-2, batch_size=6)
+"""AdamW, whose steps are large enough that clients' products differ in more than their length."""
 
 
 def product(payload: Payload, module: str) -> Tensor:

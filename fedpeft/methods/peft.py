@@ -87,7 +87,9 @@ class Peft:
         for name, stack in trained.items():
             if name.startswith(PREFIX):
                 makers[name.removeprefix(PREFIX)] = partial(_of_one, stack)
-        with replaced(tuned, makers), standing_in(model, tuned):
+        with replaced(tuned, makers), standing_in(model, tuned), warnings.catch_warnings():
+            # Tuners that put something before a text take no segments, and say so in every pass.
+            warnings.filterwarnings("ignore", message="Token type ids are not supported")
             yield LocalTask(trained, lambda: (detached(trained), {}))
 
     def expects(self, state: State, down: Payload) -> Payload:

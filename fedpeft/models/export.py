@@ -51,8 +51,8 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
     saved as whole modules, as peft does. Methods without factors (full, bitfit, sparse) and a
     folder that exists raise BadInput.
     """
-    # 1. Which modules are saved whole, and which as factors.
     _check_mergeable(local)
+    # 1. Which modules are saved whole, and which as factors.
     deltas = local.deltas()
     saved = saved_modules(loaded.model, loaded.base.head | _plain(local).keys())
     factors = _factors(deltas, saved)
@@ -93,8 +93,8 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
-    # In float32, as the differences are: a large model may be kept in bf16.
     _check_mergeable(local)
+    # In float32, as the differences are: a large model may be kept in bf16.
     merged_model = copy.deepcopy(model).float()
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
@@ -119,7 +119,7 @@ def _check_mergeable(local: LocalTask) -> None:
         module, colon, _ = name.partition(":")
         if colon and module not in deltas:
             raise BadInput(
-                f"what was trained behind layer {module!r} is no change of its matrix, so it can "
+                f"{name!r} was trained, which is no change of a layer's matrix: this run can "
                 "neither be merged nor exported; `fedpeft predict` uses it from the run's folder"
             )
 

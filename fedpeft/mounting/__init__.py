@@ -10,12 +10,13 @@ from fedpeft.mounting.mount import (
     plain_parameters,
     replaced,
     specs,
+    standing_in,
     trainable,
 )
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
-from fedpeft.mounting.twins import standing_in, twin_of
+from fedpeft.mounting.twins import twin_of
 
 __all__ = [
     "Targets",

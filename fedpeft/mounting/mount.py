@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -217,6 +217,27 @@ def overridden(module: nn.Module, forward: Callable[..., object]) -> Iterator[No
             vars(module).pop("forward", None)
         else:
             module.forward = before
+
+
+@contextmanager
+def standing_in(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let ``other`` compute what ``model`` is asked for, in the mode in which ``model`` is.
+
+    For the length of a ``with``.
+
+    >>> model, other = nn.Sequential(nn.Identity()), nn.Sequential(nn.ReLU())
+    >>> with standing_in(model, other):
+    ...     model(torch.tensor(-1.0)).item()
+    0.0
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if other.training != model.training:
+            other.train(model.training)
+        return other(*args, **kwargs)
+
+    with overridden(model, forward), claimed([(model, "__dict__", "forward")]):
+        yield
 
 
 def _only_clients(stack: Tensor, parameter: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from fedpeft.algebra.importance import cubic_budget
 from fedpeft.errors import BadInput, WireError
 from fedpeft.methods.adapters import PLACES
 from fedpeft.methods.fedrot_lora import rotation
+from fedpeft.models.export import merge
 from fedpeft.mounting import bottlenecks, select
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import State
-from tests.products import LAYERS, product
+from tests.products import LAYERS, STRONG, product
 from tests.tiny import CPU, SEED, assert_same, base_of, bert, close, federation, logits, small
 
 
@@ -28,10 +29,10 @@ def orthogonal(size: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_the_rotation_leaves_every_clients_product_unchanged(strength: float) -> None:
     """LoRA's replies to the same requests are the yardstick: other factors, the same products."""
-    turned = federation(small("fedrot_lora", strength=strength))
+    turned = federation(small("fedrot_lora", strength=strength), training=STRONG)
     state = turned.play(2)
     for exchange in (2, 3):
-        plain = federation(small("lora"))
+        plain = federation(small("lora"), training=STRONG)
         plain.play(1, state)
         state = turned.play(1, state)
         for client, answer in turned.answers(exchange).items():
@@ -186,6 +187,17 @@ def test_adapters_stand_behind_both_blocks_or_behind_the_feed_forward_alone() ->
         assert found == set(select(base, PLACES[word]))
     with pytest.raises(BadInput, match="method.width = 33"):
         small("adapters", width=33).init(base, SEED)
+
+
+@pytest.mark.parametrize("name", ["adapters", "peft"])
+def test_what_is_no_change_of_a_matrix_is_not_merged_without_a_word(name: str) -> None:
+    method, model = small(name), bert()
+    state = method.init(base_of(model), SEED)
+    with (
+        mounted_state(method, state, model, CPU, SEED) as local,
+        pytest.raises(BadInput, match="can neither be merged nor exported"),
+    ):
+        merge(bert(), local)
 
 
 def test_adapters_of_several_clients_are_those_of_each() -> None:

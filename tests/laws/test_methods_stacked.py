@@ -8,7 +8,7 @@ from fedpeft.algebra.increments import held, missing, nothing_added, with_factor
 from fedpeft.methods.florist import rank_of_energy
 from fedpeft.types import Client, State
 from fedpeft.wire.messages import decode
-from tests.products import LAYERS, SCALE, added, fleet, mean_product, off, shares
+from tests.products import LAYERS, SCALE, STRONG, added, fleet, mean_product, off, shares
 from tests.tiny import TinyFederation, assert_same, close, federation, small
 
 
@@ -20,7 +20,7 @@ def told(playing: TinyFederation, exchange: int, client: int) -> dict[str, Tenso
 
 def test_fedex_adds_exactly_the_mean_product_and_lora_does_not() -> None:
     """In every round what the clients hold becomes the mean of what they had made of it."""
-    playing = federation(small("fedex_lora"))
+    playing = federation(small("fedex_lora"), training=STRONG)
     before = playing.start
     base = {module: torch.zeros(32, 32, dtype=torch.float64) for module in LAYERS}
     errors = []

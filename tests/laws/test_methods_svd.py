@@ -11,7 +11,7 @@ from fedpeft.algebra.products import ProductMean, product_norm, thin_svd
 from fedpeft.algebra.ranks import cut, share_of
 from fedpeft.errors import BadInput
 from fedpeft.types import Client, Update
-from tests.products import LAYERS, SCALE, added, fleet, mean_product, off, product, shares
+from tests.products import LAYERS, SCALE, STRONG, added, fleet, mean_product, off, product, shares
 from tests.tiny import HEAD, assert_same, close, federation, small, weighted
 
 
@@ -31,7 +31,7 @@ def test_a_thin_svd_is_that_of_the_product(rank: int) -> None:
         torch.testing.assert_close(basis, torch.eye(len(values), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("clients", [1, 3, 30])
+@pytest.mark.parametrize("clients", [1, 2, 30])
 def test_a_mean_of_products_is_exact_as_a_stack_and_as_a_matrix(clients: int) -> None:
     """Thirty stacks of rank 2 would be larger than the matrix of 12 x 10, which takes their place."""
     mean = ProductMean()
@@ -108,7 +108,7 @@ def test_the_norm_of_products_needs_no_product() -> None:
 
 
 def test_flexlora_sends_the_best_approximation_of_the_mean_product() -> None:
-    playing = federation(small("flexlora"))
+    playing = federation(small("flexlora"), training=STRONG)
     after = playing.play(2)
     answers = list(playing.answers(1).values())
     moved = added(playing, after)
@@ -138,7 +138,7 @@ def test_a_client_is_sent_its_own_rank_and_trains_it(name: str) -> None:
 
 
 def test_flexlora_of_unequal_ranks_is_the_best_approximation_too() -> None:
-    playing = federation(small("flexlora"))
+    playing = federation(small("flexlora"), training=STRONG)
     clients = fleet({0: 1.0, 1: 0.67, 2: 0.34})
     after = playing.play(2, cohort=lambda _: clients)
     moved = added(playing, after)
@@ -157,7 +157,7 @@ def test_raflora_with_one_level_of_ranks_is_flexlora() -> None:
 
 def test_raflora_averages_each_rank_over_the_clients_that_have_it() -> None:
     """Worked out: rank i of the sum is the mean of b_i a_i over clients with more than i ranks."""
-    playing = federation(small("raflora"))
+    playing = federation(small("raflora"), training=STRONG)
     clients = fleet({0: 1.0, 1: 0.67, 2: 0.34})
     after = playing.play(2, cohort=lambda _: clients)
     answers = list(playing.answers(1).values())
@@ -174,7 +174,7 @@ def test_raflora_averages_each_rank_over_the_clients_that_have_it() -> None:
         assert float((moved[module] / SCALE - exact).norm()) == pytest.approx(
             best, rel=1e-3, abs=1e-6
         )
-    flex = federation(small("flexlora")).play(2, cohort=lambda _: clients)
+    flex = federation(small("flexlora"), training=STRONG).play(2, cohort=lambda _: clients)
     assert off(added(playing, flex)[LAYERS[0]], moved[LAYERS[0]]) > 1e-2
 
 
