@@ -52,6 +52,11 @@ def added(
         return {name: delta.dense()[0].double() for name, delta in local.deltas().items()}
 
 
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors."""
+    return torch.stack(list(tensors)).sum(0)
+
+
 def off(found: Tensor, exact: Tensor) -> float:
     """Return the relative distance of two matrices."""
     return float((found - exact).norm() / exact.norm())

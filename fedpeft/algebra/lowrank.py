@@ -215,7 +215,8 @@ def orthonormal(rank: int, width: int, seed: int, module: str) -> Tensor:
     """
     draw = torch.randn(width, rank, generator=generator(seed, "orthonormal", module))
     # In float64, so that machines agree on the last digits of float32.
-    return torch.linalg.qr(draw.to(torch.float64)).Q.T.float().contiguous()
+    basis: Tensor = torch.linalg.qr(draw.to(torch.float64)).Q
+    return basis.T.float().contiguous()
 
 
 def drawn(start: Drawn, rank: int, width: int, seed: int, module: str) -> Tensor:

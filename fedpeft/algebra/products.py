@@ -1,5 +1,6 @@
 """Means of products B_k A_k over clients, as thin factors as long as these are small."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final, final
 
@@ -201,4 +202,4 @@ def product_norm(payload: Payload) -> float:
     for factors in by_module(payload).values():
         B, A = factors["B"].to(torch.float64), factors["A"].to(torch.float64)
         square += float(((B.T @ B) * (A @ A.T)).sum())
-    return max(square, 0.0) ** 0.5
+    return math.sqrt(max(square, 0.0))

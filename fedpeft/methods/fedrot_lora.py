@@ -115,4 +115,5 @@ def rotation(overlap: Tensor, strength: float) -> Tensor:
 def _polar(matrices: Tensor) -> Tensor:
     """Return the orthogonal polar factor U V^T of each of the square ``matrices``, (K, r, r)."""
     left, _, right = torch.linalg.svd(matrices)
-    return left @ right
+    factors: Tensor = left @ right
+    return factors

@@ -1,7 +1,7 @@
 """Any tuner of the peft library, put in by peft itself; what it trains is averaged."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,7 +81,7 @@ class Peft:
         trained = trainable(down)  # (1, ...)
         # The head's parameters are the model's own, which peft has given other names.
         names = {id(parameter): name for name, parameter in tuned.named_parameters()}
-        makers = {}
+        makers: dict[str, Callable[[Tensor], Tensor]] = {}
         for name in plain_parameters(trained):
             makers[names[id(model.get_parameter(name))]] = partial(_of_one, trained[name])
         for name, stack in trained.items():

@@ -172,7 +172,8 @@ def _drawn(length: int, count: int, start: Start, seed: int, name: str) -> Tenso
         draw = torch.randn(length, count, generator=generator(seed, "ravan", name))
         if start == "normal":
             return draw / length**0.5
-        return torch.linalg.qr(draw.to(torch.float64)).Q.float()
+        basis: Tensor = torch.linalg.qr(draw.to(torch.float64)).Q
+        return basis.float()
 
 
 def _others(chosen: Tensor, heads: int) -> Tensor:

@@ -1,15 +1,18 @@
 """Four rounds of every method, played once; the tests compare with them or go on from the middle of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import final
+from itertools import product
+from typing import Any, final
 
+import pytest
 from torch import Tensor
 
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow
+from fedpeft.methods import METHODS
 from fedpeft.types import Client, Lost, Reply, State
 from fedpeft.wire.messages import decode
 from tests.tiny import Tapped, TinyFederation, federation, small, unchanged
@@ -24,6 +27,26 @@ SINGLE = {
     *(("peft", 0), ("peft", 3)),
 }
 """(method, round) of which one client is as much as a model can carry: parameters of any kind, or whole matrices."""
+
+
+LIKE = {
+    **dict.fromkeys(["flexlora", "raflora", "lora_fair", "fedrot_lora"], "lora"),
+    **dict.fromkeys(["fedsvd", "rolora"], "ffa_lora"),
+    **dict.fromkeys(["fedex_lora", "florist"], "flora"),
+    "fedsa_lora": "local_only",
+    "adalora": "fedara",
+}
+"""Methods that mount and train as another one does. Tests of that alone run on them in ``make test-all``."""
+
+
+def rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
+    """Return the rows of a table of methods and other ``columns``, those of methods in ``LIKE`` marked as slow."""
+    table: list[Any] = []
+    for row in product(METHODS, *columns):
+        if row not in without and row[0] not in without:
+            marks = pytest.mark.slow if row[0] in LIKE else ()
+            table.append(pytest.param(*row, marks=marks))
+    return table
 
 
 PERSONAL = {"local_only", "fedsa_lora"}

@@ -16,6 +16,7 @@ from fedpeft.training.evaluation import mounted_state, score
 from fedpeft.training.loop import Training
 from fedpeft.types import Client, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
+from tests.contract.reference import rows
 from tests.tiny import CONFIG, CPU, FIELDS, SEED, close, small
 from tests.tiny_tasks import TASK_CASES
 
@@ -81,7 +82,7 @@ def assert_equal(one: Counts, other: Counts) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("name", "kind"), [row for row in TABLE if row[0] not in SINGLE])
+@pytest.mark.parametrize(("name", "kind"), rows(TASK_CASES, without=SINGLE))
 def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
     played = Played(name, kind)
     together = played.handled([0, 1, 2])
@@ -89,24 +90,26 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
         close(together[client], played.handled([client])[0], 2e-5)
 
 
-@pytest.mark.parametrize(("name", "kind"), TABLE)
+@pytest.mark.parametrize(("name", "kind"), rows(TASK_CASES))
 def test_kept_hidden_states_change_nothing(name: str, kind: str) -> None:
     """Methods that choose their layers adapt the last block, so that the first is never run again."""
     chosen = {"targets": r"layer\.1\..*(query|value)"} if "targets" in FIELDS[name] else {}
     played = Played(name, kind, **chosen)
-    rows: list[int] = []  # that go through the first block, pass by pass
+    passed: list[int] = []  # rows that go through the first block, pass by pass
     first = played.worker.model.get_submodule("bert.encoder.layer.0.attention.self.key")
-    first.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    first.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
     cache = ActivationCache(SIZES, rows=4)
     for stack in [[0], [1], [2]] if name in SINGLE else [[0, 1, 2]]:
         plain, kept = played.handled(stack), played.handled(stack, cache=cache)
-        rows.clear()
+        passed.clear()
         again = played.handled(stack, cache=cache)
         for one, other, once_more in zip(plain, kept, again, strict=True):
             close(one, other, 1e-5)
             close(one, once_more, 1e-5)
         if chosen:
-            assert sum(rows) <= 3  # no more than the trial that shows whether the model has changed
+            assert (
+                sum(passed) <= 3
+            )  # no more than the trial that shows whether the model has changed
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)

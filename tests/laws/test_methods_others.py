@@ -13,7 +13,7 @@ from fedpeft.models.export import merge
 from fedpeft.mounting import bottlenecks, select
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import State
-from tests.products import LAYERS, STRONG, product
+from tests.products import LAYERS, STRONG, product, total
 from tests.tiny import CPU, SEED, assert_same, base_of, bert, close, federation, logits, small
 
 
@@ -131,7 +131,7 @@ def test_adalora_without_a_cut_is_the_mean_of_the_triplets() -> None:
     answers = list(playing.answers(0).values())
     weights = [float(answer.measured.examples) for answer in answers]
     for part, merged in after.shared.items():
-        mean = sum(
+        mean = total(
             w / sum(weights) * a.payload[part].double()
             for w, a in zip(weights, answers, strict=True)
         )

@@ -1,5 +1,6 @@
 """peft's own LoRA, put in by peft, trains and merges as ours does; its other tuners train on every task they fit."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -82,8 +83,17 @@ def test_the_mode_of_the_model_is_that_of_what_stands_in_for_it() -> None:
         assert not torch.equal(logits(model), logits(model))
 
 
+QUICK = {"dora", "vera", "prompt_tuning", "prefix_tuning"}
+"""Tuners that ``make test`` tries; the others are in ``make test-all``."""
+
+
+def quickly(names: Iterable[str]) -> list[Any]:
+    """Return the names of tuners, those that are not quick marked as slow."""
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
+
+
 @pytest.mark.parametrize("kind", ["classification", "tagging", "qa"])
-@pytest.mark.parametrize("name", TUNERS)
+@pytest.mark.parametrize("name", quickly(TUNERS))
 def test_a_tuner_trains_on_a_task_or_is_refused_in_one_line(name: str, kind: str) -> None:
     if name in LENGTHENING and kind != "classification":
         with pytest.raises(BadInput, match=f"method.tuner = '{name}'") as refused:
@@ -120,7 +130,7 @@ LM_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LM_SETTINGS)
+@pytest.mark.parametrize("name", quickly(LM_SETTINGS))
 def test_a_tuner_trains_a_language_model(name: str) -> None:
     fields = {**tuned(name), "settings": LM_SETTINGS[name]}
     method = small("peft", **fields)

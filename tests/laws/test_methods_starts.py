@@ -9,7 +9,7 @@ from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import Client
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests.contract.test_cohorts import SGD, handled
-from tests.products import LAYERS, SCALE, added, mean_product, off, shares
+from tests.products import LAYERS, SCALE, added, mean_product, off, shares, total
 from tests.tiny import (
     CONFIG,
     CPU,
@@ -77,7 +77,7 @@ def test_ffa_lora_from_principal_components_merges_exactly_with_a_at_rest() -> N
     moved = added(playing, last)
     for module in LAYERS:
         A, B = (last.server[f"{module}:{part}0"].double() for part in "AB")
-        mean = sum(
+        mean = total(
             share * answer.payload[f"{module}:B"].double()
             for share, answer in zip(shares(answers), answers, strict=True)
         )

@@ -11,7 +11,18 @@ from fedpeft.algebra.products import ProductMean, product_norm, thin_svd
 from fedpeft.algebra.ranks import cut, share_of
 from fedpeft.errors import BadInput
 from fedpeft.types import Client, Update
-from tests.products import LAYERS, SCALE, STRONG, added, fleet, mean_product, off, product, shares
+from tests.products import (
+    LAYERS,
+    SCALE,
+    STRONG,
+    added,
+    fleet,
+    mean_product,
+    off,
+    product,
+    shares,
+    total,
+)
 from tests.tiny import HEAD, assert_same, close, federation, small, weighted
 
 
@@ -196,7 +207,7 @@ def test_fedsvd_keeps_the_product_and_renews_a() -> None:
     for answer in answers:
         assert answer.payload.keys() == {f"{name}:B" for name in LAYERS} | HEAD
         # The average is exact: all clients share the A that was sent.
-        exact = sum(
+        exact = total(
             share * a.payload[f"{LAYERS[0]}:B"].double() @ before.shared[f"{LAYERS[0]}:A"].double()
             for share, a in zip(shares(answers), answers, strict=True)
         )
