@@ -133,6 +133,6 @@ class AdaLoRA:
             counts[:] = True
         pruned = dict(merged)
         modules = sorted(by_module(merged))
-        for module, keeps in zip(modules, counts.split(self.rank), strict=True):
+        for module, keeps in zip(modules, counts.view(-1, self.rank), strict=True):
             pruned[f"{module}:e"] = merged[f"{module}:e"] * keeps
         return pruned

@@ -3,7 +3,7 @@
 FeDeRA's comparison calls the method FedAP.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, final
@@ -37,6 +37,10 @@ ATTENTION = (
 )
 """What families call the last layer of an attention block."""
 
+FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+}
 PLACES: Mapping[str, str] = {
     "houlsby": f"{ATTENTION}|{FEED_FORWARD}",
     "pfeiffer": FEED_FORWARD,
@@ -94,7 +98,7 @@ class Adapters:
         trained = trainable(down)
         head = plain_parameters(trained)
         adapters = {name: tensor for name, tensor in trained.items() if name not in head}
-        function = {"gelu": nn.functional.gelu, "relu": nn.functional.relu}[self.activation]
+        function = FUNCTIONS[self.activation]
         with bottlenecks(model, adapters, function), mounted(model, head):
             yield LocalTask(trained, lambda: (detached(trained), {}))
 

@@ -94,5 +94,5 @@ def _corrected(product: ProductMean, B: Tensor, A: Tensor, penalty: float) -> Te
     weight = penalty * gram.diagonal().mean()
     residual = product.times(wide_A.T) - wide_B @ gram  # (M - B A) A^T, (out, r)
     ridge = gram + weight * torch.eye(len(gram), dtype=gram.dtype)
-    correction = torch.linalg.solve(ridge, residual.T).T  # the ridge is symmetric
+    correction: Tensor = torch.linalg.solve(ridge, residual.T).T  # the ridge is symmetric
     return (wide_B + correction).to(B.dtype).contiguous()

@@ -1,7 +1,7 @@
 """Any tuner of the peft library, put in by peft itself; what it trains is averaged."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,7 +43,7 @@ class Peft:
     paper: ClassVar[str] = "the peft library, https://github.com/huggingface/peft"
     tuner: str = "ia3"
     """The tuner by peft's name, such as `ia3`, `vera`, `ln_tuning`, `oft` or `prefix_tuning`."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the tuner's own configuration, such as `target_modules`."""
     weighting: Weighting = "examples"
     """How clients are averaged: by their examples (FedAvg), or all alike."""

@@ -1,5 +1,6 @@
 """RAVAN: several small cores a layer, of which a weak client trains some (Raje et al. 2025)."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -171,7 +172,7 @@ def _drawn(length: int, count: int, start: Start, seed: int, name: str) -> Tenso
     with torch.inference_mode(mode=False):
         draw = torch.randn(length, count, generator=generator(seed, "ravan", name))
         if start == "normal":
-            return draw / length**0.5
+            return draw / math.sqrt(length)
         basis: Tensor = torch.linalg.qr(draw.to(torch.float64)).Q
         return basis.float()
 

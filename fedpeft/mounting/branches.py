@@ -114,7 +114,7 @@ def _through_cores(inner: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     cores = _entries(parts["H"], 3)  # (n, h, p, p)
     if "s" in parts:
         cores = cores * _entries(parts["s"], 1)[..., None, None]
-    heads = inner.unflatten(-1, cores.shape[1:3])  # (n, tokens, h, p)
+    heads = inner.view(*inner.shape[:2], *cores.shape[1:3])  # (n, tokens, h, p)
     return torch.einsum("nthq,nhpq->nthp", heads, cores).flatten(2)
 
 

@@ -338,7 +338,7 @@ def test_the_penalty_is_the_gradient_of_the_norms_of_the_last_ranks() -> None:
         for module in LAYERS:
             A = down[f"{module}:A"][0].clone().requires_grad_()
             B = down[f"{module}:B"][0].clone().requires_grad_()
-            (0.5 * A[2:].norm() * B[:, 2:].norm()).backward()  # type: ignore[no-untyped-call]
+            (0.5 * A[2:].norm() * B[:, 2:].norm()).backward()
             for part, due in (("A", A.grad), ("B", B.grad)):
                 found = local.trainable[f"{module}:{part}"].grad
                 assert found is not None
