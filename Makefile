@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --con
 # One process of tests for each core, each with whole files, whose fixtures cost the most.
 PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-llm compare test test-all lint setup clean
+.PHONY: help demo demo-llm deploy-demo compare test test-all lint setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -21,6 +21,9 @@ demo-llm: $(BIN)/.llm ## tune SmolLM2, a language model, with three methods (abo
 	$(BIN)/fedpeft predict runs/demo-llm-compare/federa-s0 --before \
 		"def area(width, height): return width * height" \
 		"def lines(path): return open(path).read().splitlines()"
+
+deploy-demo: $(BIN)/.flower ## a server and three sites on this machine, with keys and TLS; then the same in one process
+	$(BIN)/fedpeft deploy demo --overwrite
 
 compare: $(BIN)/.demo ## the longer form of the demo, two seeds; stop it and start it again as you like
 	$(BIN)/fedpeft compare experiments/compare.toml --resume
@@ -64,8 +67,12 @@ $(BIN)/.llm: pyproject.toml constraints.txt | $(BIN)/.demo
 	$(BIN)/python -c "from fedpeft.models.gguf import located; located('smollm2')"
 	@touch $@
 
+$(BIN)/.flower: pyproject.toml constraints.txt | $(BIN)/.demo
+	$(PIP) --editable '.[flower,plots]'
+	@touch $@
+
 # flwr-datasets asks for an older datasets than ours, and works with it.
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
-	$(PIP) --editable '.[data,flower,dev]'
+	$(PIP) --editable '.[data,flower,quant,dev]'
 	$(PIP) --no-deps flwr-datasets seaborn
 	@touch $@

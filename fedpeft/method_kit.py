@@ -10,7 +10,14 @@ whole method made of it, and CONTRIBUTING.md explains it.
 1
 """
 
-from fedpeft.algebra.averaging import Mean, Weighting, averaged, mean
+from fedpeft.algebra.averaging import (
+    Mean,
+    MeanMerge,
+    Weighting,
+    averaged,
+    mean,
+    plain_mean,
+)
 from fedpeft.algebra.lowrank import (
     LowRank,
     Split,
@@ -28,6 +35,7 @@ from fedpeft.errors import BadInput, NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
     dense_layer,
+    dense_shape,
     detached,
     mounted,
     mounted_deltas,
@@ -61,6 +69,7 @@ __all__ = [
     "LocalTask",
     "LowRank",
     "Mean",
+    "MeanMerge",
     "Method",
     "NotStackable",
     "Payload",
@@ -77,6 +86,7 @@ __all__ = [
     "cut",
     "deltas",
     "dense_layer",
+    "dense_shape",
     "derive",
     "detached",
     "generator",
@@ -86,6 +96,7 @@ __all__ = [
     "mounted_deltas",
     "oriented",
     "orthonormal",
+    "plain_mean",
     "positions",
     "principal",
     "replaced",

@@ -54,6 +54,9 @@ class Update:
 class Context:
     """What ``mount`` knows beside the messages: its clients' ids, the round and the run's seed.
 
+    ``phase``: exchanges of this round that are done (see ``State``). ``examples``: how many each
+    client trains on, which are its weight in a mean; empty where nobody trains.
+
     >>> len(Context(clients=[4, 7], round=0, seed=0).clients)  # K
     2
     """
@@ -61,6 +64,8 @@ class Context:
     clients: Sequence[int]
     round: int
     seed: int
+    phase: int = 0
+    examples: Sequence[int] = ()
 
 
 class Delta(Protocol):
@@ -91,6 +96,10 @@ class LocalTask:
     ``after_backward``: called after every backward pass with the slice of the clients that are
     still training; gradients are in ``.grad``.
     ``rate``: multiplies the configured learning rates (a stage of a method may have its own).
+    ``steps``: the most optimizer steps that a client takes, None for all that are configured; 0
+    trains nothing, as in a phase that only exchanges keys.
+    ``discreet``: the reply does not tell on how many examples the client trained, in how many
+    steps, and with what loss.
     ``personal``: names of the tensors in ``trainable`` that never leave the client. Where there
     are any, there is no global model, and scores are those of each client's own model.
 
@@ -108,6 +117,8 @@ class LocalTask:
     after_backward: Callable[[slice], None] = _nothing
     rate: float = 1.0
     personal: frozenset[str] = frozenset()
+    steps: int | None = None
+    discreet: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,9 +127,10 @@ class Base:
 
     ``parameters``: every parameter under its own name. ``layers``: the matrix of every dense layer,
     (out, in), by module name, also where the model stores the transpose. ``head``: names of the
-    parameters of the task's output module, and of all others that the checkpoint lacks. ``twin``:
-    returns a copy of the model's modules with the very same parameters, for methods that let
-    another library change modules; None where there is none.
+    parameters of the task's output module, and of all others that the checkpoint lacks. ``packed``:
+    the dense layers of which the matrix is kept in a few bits: it can be read, and no more.
+    ``twin``: returns a copy of the model's modules with the very same parameters, for methods that
+    let another library change modules; None where there is none.
 
     >>> import torch
     >>> base = Base({"w": torch.ones(2), "head.bias": torch.ones(3)}, {}, frozenset({"head.bias"}))
@@ -129,6 +141,7 @@ class Base:
     parameters: Payload
     layers: Mapping[str, Tensor]
     head: frozenset[str]
+    packed: frozenset[str] = frozenset()
     twin: Callable[[], nn.Module] | None = None
 
     def heads(self) -> dict[str, Tensor]:
@@ -142,7 +155,8 @@ class State:
 
     ``round``: rounds done. ``shared``: what the federation trains, without client axis. ``server``:
     what the method keeps for itself. ``memories``: client -> version of the memory that it is known
-    to hold (see ``wire/versions.py``).
+    to hold (see ``wire/versions.py``). ``phase``: exchanges of the round under way that are done;
+    0 for most methods, whose rounds have one exchange each.
 
     >>> State(0, shared={}).server
     {}
@@ -152,6 +166,7 @@ class State:
     shared: Payload
     server: Payload = field(default_factory=dict)
     memories: Mapping[int, int] = field(default_factory=dict)
+    phase: int = 0
 
     def slice_of(self, owner: str) -> dict[str, Tensor]:
         """Return what ``owner`` keeps in ``server``, under its own names.
@@ -227,6 +242,11 @@ class Method(Protocol):
         ``updates`` is a stream in client order. It can be read once, and its payloads are
         read-only. Updates that this leaves unread are still collected, checked and recorded after
         it has returned.
+
+        The next state is that of the next round, in phase 0. A method whose round has several
+        exchanges returns one of the same round in the next phase instead: then the clients that
+        have answered are asked again. Without any updates, it returns that of the next round.
+        WireError where nothing can be made of the updates: the whole round is then silent.
         """
         ...
 

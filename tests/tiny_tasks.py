@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from fedpeft.data import Rows
+from fedpeft.mounting import describe
 from fedpeft.tasks import Task, TaskSection, make_task
 from fedpeft.tasks.answers import Gold
+from fedpeft.types import Base
 from tests.tiny import SEED, shaken
 
 MAX_LENGTH = 20
@@ -117,6 +119,19 @@ def _questions(count: int, seed: int) -> Rows:
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What a method is tried on: a task with its tokenizer, a frozen model, the server's view of it.
+
+    ``rows``: (count, seed) -> random rows of the task.
+    """
+
+    task: Task
+    model: nn.Module
+    base: Base
+    rows: Callable[[int, int], Rows]
+
+
+@dataclass(frozen=True)
 class TaskCase:
     """A task of the contract table.
 
@@ -155,6 +170,11 @@ class TaskCase:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             return shaken(self.model(BertConfig(**settings)))
+
+    def ground(self) -> Ground:
+        """Return the task on a model of its own."""
+        model = self.make()
+        return Ground(self.task(), model, describe(model, self.head), self.rows)
 
 
 TASK_CASES: Mapping[str, TaskCase] = {

@@ -1,13 +1,13 @@
 """Weighted means of payloads, one reply in memory at a time: McMahan et al. 2017, equation (2)."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fedpeft.types import Payload, State, Update
+from fedpeft.types import Method, Payload, State, Update
 
 Weighting = Literal["examples", "uniform"]
 """``examples``: by n_k / sum n over the participants; ``uniform``: the plain mean."""
@@ -30,8 +30,25 @@ class Mean:
         self._dtypes: dict[str, torch.dtype] = {}
         self._weight = 0.0
 
+    @staticmethod
+    def of(sums: Payload, weight: float, dtypes: Mapping[str, torch.dtype]) -> "Mean":
+        """Return the mean of what somebody else has summed up: weighted ``sums`` and weights.
+
+        ``dtypes``: those of what was added.
+        """
+        total = Mean()
+        total._sums = {name: tensor.to(torch.float64) for name, tensor in sums.items()}
+        total._dtypes = dict(dtypes)
+        total._weight = weight
+        return total
+
     def add(self, payload: Payload, weight: float) -> None:
-        """Add ``payload``; all payloads of one mean have the same names and shapes."""
+        """Add ``payload``; all payloads of one mean have the same names and shapes.
+
+        What weighs nothing is not added.
+        """
+        if weight == 0:
+            return
         for name, tensor in payload.items():
             if name not in self._sums:
                 # In float64 the rounding of many additions stays below that of the last cast.
@@ -39,6 +56,10 @@ class Mean:
                 self._dtypes[name] = tensor.dtype
             self._sums[name].add_(tensor, alpha=weight)
         self._weight += weight
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the weighted sums in float64; empty when nothing was added."""
+        return dict(self._sums)
 
     def result(self) -> dict[str, Tensor]:
         """Return the mean in the dtypes that were added; empty when nothing was."""
@@ -72,6 +93,54 @@ def mean(
     return total.result()
 
 
+@final
+@dataclass(frozen=True)
+class MeanMerge:
+    """A merge that reads of all replies nothing but weighted sums, as a mean does.
+
+    So replies may be summed before the server sees them, under masks or with noise.
+    ``contribution``: a reply's payload -> what is summed of it, in floating point, of the same
+    names and shapes for all clients of a round. ``merge``: state and sums -> the next state;
+    without anything summed up it is a silent round.
+    """
+
+    weighting: Weighting
+    contribution: Callable[[Payload], Payload]
+    merge: Callable[[State, Mean], State]
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Return the next state from replies that are not summed yet, as ``Method.receive``."""
+        total = Mean()
+        for update in updates:
+            total.add(self.contribution(update.payload), weight_of(update, self.weighting))
+        return self.merge(state, total)
+
+
+@runtime_checkable
+class MeanMethod(Method, Protocol):
+    """A method whose ``receive`` is a ``MeanMerge``; wrappers that sum replies ask for one."""
+
+    def mean_merge(self, round_number: int) -> MeanMerge | None:
+        """Return the merge of a round; None where it reads more than a mean."""
+        ...
+
+
+def mean_merge(method: Method, round_number: int) -> MeanMerge | None:
+    """Return how ``method`` merges the replies of a round, None where it needs each by itself."""
+    # The one place that looks at a method's kind: methods need not know of this protocol.
+    return method.mean_merge(round_number) if isinstance(method, MeanMethod) else None
+
+
+def plain_mean(weighting: Weighting) -> MeanMerge:
+    """Return the merge of ``averaged``: what comes back is averaged, all else is kept."""
+
+    def merge(state: State, total: Mean) -> State:
+        # A silent round has no mean to offer, so every tensor is kept.
+        return replace(state, round=state.round + 1, shared={**state.shared, **total.result()})
+
+    return MeanMerge(weighting, lambda payload: payload, merge)
+
+
 def averaged(state: State, updates: Iterable[Update], weighting: Weighting) -> State:
     """Return the next state: tensors that came back are averaged, all others are kept.
 
@@ -80,6 +149,4 @@ def averaged(state: State, updates: Iterable[Update], weighting: Weighting) -> S
     >>> after.round, after.shared == state.shared
     (1, True)
     """
-    # A silent round has no mean to offer, so every tensor is kept.
-    merged = mean(updates, weighting)
-    return replace(state, round=state.round + 1, shared={**state.shared, **merged})
+    return plain_mean(weighting).receive(state, updates)

@@ -4,12 +4,11 @@ Source: AdaLoRA's smoothed sensitivity (Zhang et al. 2023).
 """
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedpeft.algebra.averaging import Mean
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.types import Payload
 
@@ -110,7 +109,7 @@ class Importance:
 
         A rank whose score is 0 is not known to matter and gets no vote, unless the budget covers
         all ranks. A client all of whose scores are 0, as after a first step from e = 0, has no
-        opinion. It abstains by a ballot with every bit set (see ``Tally``).
+        opinion. It abstains by a ballot with every bit set (see ``counted``).
         """
         if not self._tensors:
             return torch.zeros(self._clients, 0, dtype=torch.uint8)
@@ -153,38 +152,33 @@ def unpack(packed: Tensor, count: int) -> Tensor:
     return bits.flatten()[:count]
 
 
-@final
-class Tally:
-    """The ballots of one round over ``ranks`` ranks, counted one by one.
+def counted(ballot: Tensor, ranks: int) -> dict[str, Tensor]:
+    """Return one client's packed ``ballot`` over so many ``ranks`` as numbers that can be summed.
 
-    A ballot with every bit set is an abstention and is not counted, since it prefers no rank to
-    another. So shares are shares of the clients that have an opinion.
+    ``votes``, (ranks,): 1 for a rank that it wants. ``voters``, (): 1. A ballot with every bit set
+    is an abstention, since it prefers no rank to another: it counts 0 everywhere, so that shares
+    are shares of the clients that have an opinion.
     """
+    choice = unpack(ballot, ranks)
+    has_opinion = (~choice.all()).to(torch.float64)
+    return {"votes": choice * has_opinion, "voters": has_opinion}
 
-    def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
-        self._votes = Mean()
 
-    def add(self, ballot: Tensor, weight: float) -> None:
-        """Count one client's packed ``ballot`` with its ``weight``."""
-        choice = unpack(ballot, self._ranks)
-        if not choice.all():
-            # The mean of 0s and 1s is the weighted share of clients that want the rank.
-            self._votes.add({"share": choice.to(torch.float64)}, weight)
+def survivors(sums: Payload, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
+    """Return which ranks live on, (ranks,), by ``select_ranks``.
 
-    def select_ranks(self, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:
-        """Return which ranks live on, (ranks,), by the function ``select_ranks`` below.
-
-        Where every client abstained, the ``budget`` ranks with the largest ``rank_norms`` live on.
-        Where these norms are all 0, too, nothing has been learnt yet, and all ranks live on.
-        """
-        votes = self._votes.result()
-        if votes:
-            return select_ranks(votes["share"], rank_norms, threshold, budget)
-        if rank_norms.any():
-            # Equal votes for all ranks leave the choice to the norms.
-            return select_ranks(torch.ones_like(rank_norms), rank_norms, threshold, budget)
-        return torch.ones_like(rank_norms, dtype=torch.bool)
+    ``sums``: the weighted sums of what ``counted`` returned for every client. Where every client
+    abstained, the ``budget`` ranks with the largest ``rank_norms`` live on. Where these norms are
+    all 0, too, nothing has been learnt yet, and all ranks live on.
+    """
+    if sums["voters"] > 0:
+        # The mean of 0s and 1s is the weighted share of voters that want the rank.
+        shares = sums["votes"] / sums["voters"]
+        return select_ranks(shares, rank_norms, threshold, budget)
+    if rank_norms.any():
+        # Equal votes for all ranks leave the choice to the norms.
+        return select_ranks(torch.ones_like(rank_norms), rank_norms, threshold, budget)
+    return torch.ones_like(rank_norms, dtype=torch.bool)
 
 
 def select_ranks(votes: Tensor, rank_norms: Tensor, threshold: float, budget: int) -> Tensor:

@@ -16,7 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft.cli.console import say, show_nearest
-from fedpeft.cli.interrupts import INTERRUPTED, Stopped, resume_all, resume_one, stoppable
+from fedpeft.cli.interrupts import (
+    INTERRUPTED,
+    Stopped,
+    ended_as_interrupted,
+    resume_all,
+    resume_one,
+    stoppable,
+)
 from fedpeft.cli.progress import progress_bars
 from fedpeft.errors import BadInput
 
@@ -52,7 +59,10 @@ Jobs = Annotated[
 ]
 Target = Annotated[
     float | None,
-    typer.Option(help="Accuracy to reach, 0 to 1; default: 90 % of the median method's."),
+    typer.Option(
+        help="Score to reach in the runs' metric, shares as 0 to 1; default: 90 % of the median "
+        "method's."
+    ),
 ]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
@@ -164,11 +174,198 @@ def resume(run: Folder) -> None:
     """Go on with a run after a crash, from its last whole checkpoint."""
     from fedpeft.experiment import run as runs
 
+    if runs.read_settings(run)[0].engine.kind == "sites":
+        from fedpeft.engines.flower import private
+
+        private.check(private.SERVER)
+        from fedpeft.deployment.serve import resumed
+
+        _serve([resumed(run, _say)], run / "report")
+        return
     with stoppable(lambda: resume_one(run)):
         with progress_bars(out) as watch:
             runs.resume(run, on_progress=watch(run.name), on_warning=_say)
         _report([run], run / "report")
     runs.check_learnt(run)
+
+
+@app.command()
+def serve(
+    config: Config,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated: serve a run of each, one after another.")
+    ] = "",
+    settings: Set = [],
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Be the server of a federation of sites, each of which runs `fedpeft join`."""
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.engines.flower import private
+
+    private.check(private.SERVER)
+    from fedpeft.deployment.serve import job_of
+    from fedpeft.experiment.compare import plan
+    from fedpeft.experiment.config import from_tree, merge
+
+    own = {"engine": {"kind": "sites"}}
+    beside = {"server": {"state": str((config.parent / "server-state").absolute())}}
+    tree = merge(beside, _settings(config, settings), own)
+    if not methods:
+        chosen = from_tree(tree)
+        jobs = [job_of(chosen, runs / chosen.name, resume=resume)]
+        _serve(jobs, runs / chosen.name / "report", overwrite)
+        return
+    named = {"compare": {"methods": arguments.names(methods)}}
+    planned = plan(merge(tree, named))
+    root = runs / f"{planned[0].config.name}-sites"
+    jobs = [job_of(one.config, one.folder(root), resume=resume) for one in planned]
+    _serve(jobs, root / "report", overwrite)
+
+
+def _serve(jobs: Sequence[Any], report: Path, overwrite: bool = False) -> None:
+    """Serve runs, with a bar for each, and report on them."""
+    from fedpeft.deployment.serve import serve
+
+    def go_on() -> str:
+        return resume_one(jobs[0].folder) if len(jobs) == 1 else resume_all()
+
+    with stoppable(go_on), ended_as_interrupted():
+        with progress_bars(out) as watch:
+            folders = serve(
+                jobs,
+                overwrite=overwrite,
+                say=_say,
+                on_progress=lambda job: watch(job.config.label or job.config.name),
+            )
+        _report(folders, report)
+
+
+@app.command()
+def join(
+    site: Annotated[Path, typer.Argument(help="The site's TOML file.", show_default=False)],
+) -> None:
+    """Be a site of a federation: train on data that stay here."""
+    from fedpeft.engines.flower import private
+
+    private.check(private.SITE)
+    from fedpeft.deployment.join import join
+
+    join(site, _say)
+
+
+@app.command()
+def trainer(
+    site: Annotated[Path, typer.Argument(help="The site's TOML file.", show_default=False)],
+) -> None:
+    """Be a site's trainer alone, for Flower's own `flower-supernode`."""
+    from fedpeft.deployment.trainer import run_as_process
+
+    run_as_process([str(site)])
+
+
+@app.command("flower-app")
+def flower_app(
+    folder: Annotated[Path, typer.Argument(help="A folder to be made.", show_default=False)],
+) -> None:
+    """Write the app for Flower's own `flwr run`: a kilobyte without code."""
+    from fedpeft.engines.flower.app_folder import write_app
+
+    write_app(folder)
+    _say(str(folder))
+
+
+deploy = typer.Typer(help="Prepare a federation of real machines.", no_args_is_help=True)
+app.add_typer(deploy, name="deploy")
+
+
+@deploy.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(help="A folder to be made.", show_default=False)],
+    sites: Annotated[int, typer.Option(min=1, max=10_000, help="How many sites there are.")] = 3,
+    host: Annotated[str, typer.Option(help="The server's name or address.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The gate's port.")] = 9443,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The TOML file of what was simulated.", show_default=False),
+    ] = None,
+) -> None:
+    """Write keys, certificates and settings for a server and its sites."""
+    from fedpeft.engines.flower import private
+
+    private.check({})
+    from fedpeft.deployment.init import Wanted
+    from fedpeft.deployment.init import deploy_init as write_all
+
+    for line in write_all(folder, Wanted(sites, host, port, config)):
+        _say(line)
+
+
+@deploy.command("key")
+def deploy_key(
+    key: Annotated[Path, typer.Argument(help="Where the private key goes.", show_default=False)],
+    public: Annotated[
+        Path, typer.Argument(help="Where the public one goes, as site-3.pub.", show_default=False)
+    ],
+) -> None:
+    """Write the key of one more site."""
+    from fedpeft.engines.flower import private
+
+    private.check({})
+    from fedpeft.deployment.init import deploy_key as write_key
+
+    for line in write_key(key, public):
+        _say(line)
+
+
+@deploy.command("check")
+def deploy_check(
+    site: Annotated[Path, typer.Argument(help="The site's TOML file.", show_default=False)],
+) -> None:
+    """Look at all that could go wrong at a site, before anything is trained."""
+    from fedpeft.engines.flower import private
+
+    private.check(private.SITE)
+    from fedpeft.deployment.preflight import preflight
+
+    if failed := preflight(site, _say):
+        raise BadInput(f"{site}: {failed} of the checks failed")
+
+
+@deploy.command("carve")
+def deploy_carve(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(help="The folder of deploy init.", show_default=False)],
+    clients: Annotated[int, typer.Option(min=1, help="How many sites there are.")] = 3,
+) -> None:
+    """Write what the clients of a simulation would hold as files of sites, for a trial."""
+    from fedpeft.deployment.carving import carve
+    from fedpeft.experiment.config import from_tree, merge, read
+
+    chosen = from_tree(merge(read(config), {"partition": {"clients": clients}}))
+    for site in carve(chosen, folder):
+        _say(f"{site / 'train.jsonl'}")
+
+
+@deploy.command("demo")
+def deploy_demo(runs: Runs = Path("runs"), overwrite: Overwrite = False) -> None:
+    """Try all of it on this machine: a server, three sites, and a fourth that is refused."""
+    import shutil
+
+    from fedpeft.engines.flower import private
+
+    private.check(private.SERVER)
+    from fedpeft.deployment.demo import demo
+
+    root = runs / "deploy-demo"
+    if root.exists() and not overwrite:
+        raise BadInput(f"{root}: exists; give --overwrite")
+    shutil.rmtree(root, ignore_errors=True)
+    with stoppable(lambda: "start it again with --overwrite"), ended_as_interrupted():
+        with progress_bars(out) as watch:
+            folders = demo(root, _say, watch)
+        _report(folders, root / "report")
 
 
 @app.command()
@@ -193,11 +390,10 @@ def compare(
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
     from fedpeft.cli import parsing as arguments
-    from fedpeft.experiment.compare import plan
+    from fedpeft.experiment.compare import metric_of, plan
     from fedpeft.experiment.run_folder import runs_in
-    from fedpeft.report import check
+    from fedpeft.report import Metric, check
 
-    check(target, bandwidth)  # before hours of training, not after
     extra: list[str] = []  # what the options say, as assignments of ``--set``
     if methods:
         extra.append(f"compare.methods={arguments.names(methods)!r}")
@@ -207,6 +403,9 @@ def compare(
         raise BadInput(f"--demo {demo}: is run instead of a file; leave out {config}, or --demo")
     chosen = config or Path(str(files("fedpeft") / DEMOS[demo or "encoder"]))
     planned = plan(_settings(chosen, [*extra, *settings]))
+    metric = metric_of(planned[0].config)
+    # Before hours of training, not after.
+    check(target, bandwidth, Metric(metric.name, metric.higher_is_better, metric.share))
     root = runs / f"{planned[0].config.name}-compare"
     folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
@@ -307,11 +506,18 @@ def init(
         Path | None, typer.Option(help="That of the test texts; default: a part of train.")
     ] = None,
     method: Annotated[str, typer.Option(help="The method's name.")] = "lora",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, tagging, qa or causal_lm; default: told from the columns.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write a short configuration for your own texts, which runs as it is."""
+    """Write a short configuration for your own data, which runs as it is."""
     from fedpeft.experiment.starter import write_starter
 
-    for line in write_starter(config, train=train, test=test, method=method):
+    for line in write_starter(config, train=train, test=test, method=method, task=task):
         _say(line)
 
 

@@ -1,10 +1,12 @@
 """Ctrl-C: a command ends with one line that says how to go on."""
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 INTERRUPTED: Final = 130
@@ -22,6 +24,20 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Stopped(f"stopped; {how_to_go_on()}") from error
+
+
+@contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end what is in the ``with`` as Ctrl-C does, so that it is put in order."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def resume_one(run: Path) -> str:

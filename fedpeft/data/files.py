@@ -16,6 +16,7 @@ from fedpeft.data.records import ending, records
 from fedpeft.data.rows import Dataset, Rows, stratified
 from fedpeft.data.schema import Schema, text
 from fedpeft.data.separated import delimiter as delimiter_of
+from fedpeft.data.whole_numbers import are_whole_numbers, unified
 from fedpeft.errors import BadInput
 from fedpeft.seeds import derive
 
@@ -117,7 +118,7 @@ def _listed(labels: tuple[str, ...]) -> tuple[str, ...]:
 
     BadInput where one stands there twice, or is empty.
     """
-    whole = _are_whole_numbers(labels)
+    whole = are_whole_numbers(labels)
     written = [(integer(label) or label) if whole else label for label in labels]
     for label in written:
         if not label.strip():
@@ -204,7 +205,7 @@ def read_source(source: Source, columns: Columns, train: Rows | None = None) -> 
     written_answers = {answer: answer for answer in first_answers}
     _check_known(first_answers, written_answers, columns.labels, "data.labels")
     written_labels = _written_labels(first_labels, columns, train)
-    written_keys = _written(KEY, first_keys, first_keys if train is None else train.keys)
+    written_keys = unified(KEY, first_keys, first_keys if train is None else train.keys)
     return Rows(
         columns={role: tuple(column) for role, column in values.items()},
         labels=tuple(written_labels[name] for name in labels),
@@ -256,7 +257,7 @@ def _written_labels(
     """
     listed = columns.labels if columns.schema.answers is None else ()
     deciding = listed or (places if train is None else train.labels)
-    written = _written(LABEL, places, deciding)
+    written = unified(LABEL, places, deciding)
     if listed and LABEL in columns.names:
         _check_known(places, written, listed, "data.labels")
     if train is not None and LABEL in columns.names:
@@ -303,41 +304,6 @@ def _name(record: Record, role: str, column: str, where: str) -> str:
     if not name.strip():
         raise BadInput(f"{what} is empty")
     return name
-
-
-def _written(role: str, places: Mapping[str, str], deciding: Collection[str]) -> dict[str, str]:
-    """Return name -> how the data set writes it, for every name in ``places``.
-
-    Where all ``deciding`` names are whole numbers, numbers are written without a point, and the
-    name NaN raises BadInput. Otherwise every name stays as it is. ``places``: where each name
-    occurs first.
-    """
-    if not _are_whole_numbers(deciding):
-        return {name: name for name in places}
-    written: dict[str, str] = {}
-    for name, where in places.items():
-        if _says_nan(name):
-            raise BadInput(f"{where}: the {role} is {name!r}, and all others are whole numbers")
-        # A name that train does not decide on may be no number: it stays, and may be refused.
-        written[name] = integer(name) or name
-    return written
-
-
-def _are_whole_numbers(names: Collection[str]) -> bool:
-    """Return whether all ``names``, NaN apart, are whole numbers, and there are any."""
-    any_number = False
-    for name in set(names):
-        if _says_nan(name):
-            continue  # it marks a gap in a column of numbers, and is refused later
-        if integer(name) is None:
-            return False
-        any_number = True
-    return any_number
-
-
-def _says_nan(name: str) -> bool:
-    """Return whether ``name`` is what programs write where a number is missing."""
-    return name.strip().lower() == "nan"
 
 
 def _as_in_train(written: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:

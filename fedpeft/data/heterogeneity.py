@@ -16,6 +16,8 @@ from fedpeft.seeds import derive
 
 MOST_EXACT = 300
 """Clients up to which all pairs are compared; of more, as many pairs as these have are drawn."""
+CHUNK = 1 << 20
+"""Numbers of which differences of drawn pairs are taken at once, 8 MB."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,12 @@ def total_variation(distributions: NDArray[np.float64], seed: int = 0) -> float:
     first = rng.integers(clients, size=pairs)
     # A step of 1 to clients - 1 around the circle leads to any other client equally often.
     second = (first + rng.integers(1, clients, size=pairs)) % clients
-    for one, other in zip(first, second, strict=True):
-        total += float(np.abs(distributions[one] - distributions[other]).sum()) / 2
+    # Not all pairs at once: these would be (pairs, groups) numbers, several times over.
+    at_once = max(1, CHUNK // distributions.shape[1])
+    for start in range(0, pairs, at_once):
+        chosen = slice(start, start + at_once)
+        differences = distributions[first[chosen]] - distributions[second[chosen]]
+        total += float(np.abs(differences).sum()) / 2
     return total / pairs
 
 

@@ -1,10 +1,11 @@
 """JSON in three shapes: an object a line, an array of objects, an object with a list of objects."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
+from fedpeft.data.json_array import DECODER, SHAPES, elements
 from fedpeft.errors import BadInput
 
 Record = Mapping[str, object]
@@ -12,23 +13,28 @@ Record = Mapping[str, object]
 Located = tuple[str, Record]
 """A record's place, then the record; places are ``path:line`` or ``path: record 3``, from 1 on."""
 
-SHAPES = "read are: an object a line, an array of objects, an object with one list of objects in it"
 
-
-def json_records(path: Path, lines: Iterator[str], columns: Collection[str]) -> Iterator[Located]:
+def json_records(path: Path, parts: Iterator[str], columns: Collection[str]) -> Iterator[Located]:
     """Yield the objects of a JSON file, whichever of the three shapes it has.
 
-    An object a line is read line by line, and blank lines are skipped; the other two shapes are
-    read at once. If a file holds a single object, that is a record if it has the ``columns``.
-    Raises BadInput for what is not JSON, for other shapes, and for an object with the same name
-    twice.
+    ``parts``: its lines, of which long ones may come in pieces. An object a line is read line by
+    line, and blank lines are skipped; an array is read object by object; an object with a list of
+    objects is read at once. If a file holds a single object, that is a record if it has the
+    ``columns``. Raises BadInput for what is not JSON, for other shapes, and for an object with the
+    same name twice.
     """
-    numbered = _not_blank(lines)
-    line_number, line = next(numbered, (1, ""))
-    if not line:
+    first_number, first = _first(parts)
+    if not first:
         return
-    # An array, or a value over several lines.
-    if line.lstrip().startswith("[") or _breaks_off(line):
+    parts = chain([first], parts)
+    if first.lstrip().startswith("["):
+        yield from _objects(elements(path, parts, first_number))
+        return
+    lines = _lines(parts)
+    numbered = _not_blank(lines, first_number)
+    line_number, line = next(numbered)
+    # A value over several lines.
+    if _breaks_off(line):
         yield from _one_value(path, line_number, line, "".join(lines), columns)
         return
     # An object a line.
@@ -45,9 +51,31 @@ def json_records(path: Path, lines: Iterator[str], columns: Collection[str]) -> 
         yield f"{path}:{line_number}", _object(path, line_number, line)
 
 
-def _not_blank(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """Yield every line that is not blank with its number, counted from 1."""
-    for line_number, line in enumerate(lines, 1):
+def _first(parts: Iterator[str]) -> tuple[int, str]:
+    """Return the first part that is not blank and the number of its line; empty without any."""
+    line_number = 1
+    for part in parts:
+        if part.strip():
+            return line_number, part
+        line_number += part.count("\n")
+    return line_number, ""
+
+
+def _lines(parts: Iterable[str]) -> Iterator[str]:
+    """Yield whole lines."""
+    line = ""
+    for part in parts:
+        line += part
+        if line.endswith("\n"):
+            yield line
+            line = ""
+    if line:
+        yield line
+
+
+def _not_blank(lines: Iterator[str], first_number: int) -> Iterator[tuple[int, str]]:
+    """Yield every line that is not blank with its number, counted from ``first_number``."""
+    for line_number, line in enumerate(lines, first_number):
         if line.strip():
             yield line_number, line
 
@@ -72,7 +100,7 @@ def _one_value(
     below: str,
     columns: Collection[str],
 ) -> Iterator[Located]:
-    """Yield the records of a file that is one value.
+    """Yield the records of a file that is one object.
 
     ``first``: the line where it begins, ``line_number``. ``below``: the text after that line.
     """
@@ -85,8 +113,6 @@ def _one_value(
         raise
     if isinstance(value, dict):
         yield from _single_object(path, f"{path}:{line_number}", value, columns)
-    elif isinstance(value, list):
-        yield from _elements(path, value)
 
 
 def _starts_with_object(text: str) -> bool:
@@ -112,7 +138,7 @@ def _single_object(
     if len(lists) != 1:
         listed = ", ".join(map(repr, lists)) or "none"
         raise BadInput(f"{where}: one object, and its lists of objects are: {listed}; {SHAPES}")
-    yield from _elements(path, *lists.values())
+    yield from _objects(_elements(path, *lists.values()))
 
 
 def _is_list_of_objects(value: object) -> bool:
@@ -128,11 +154,16 @@ def _has_plain(record: Record, columns: Collection[str]) -> bool:
     return True
 
 
-def _elements(path: Path, array: object) -> Iterator[Located]:
-    """Yield the objects of an array."""
+def _elements(path: Path, array: object) -> Iterator[tuple[str, object]]:
+    """Yield the elements of a list with their places."""
     assert isinstance(array, list)
     for record_number, record in enumerate(array, 1):
-        where = f"{path}: record {record_number}"
+        yield f"{path}: record {record_number}", record
+
+
+def _objects(located: Iterable[tuple[str, object]]) -> Iterator[Located]:
+    """Yield elements with their places; BadInput for one that is no object."""
+    for where, record in located:
         if not isinstance(record, dict):
             shown = json.dumps(record)
             raise BadInput(f"{where}: must be a JSON object, not {shown:.40}; {SHAPES}")
@@ -154,7 +185,7 @@ def _parsed(path: Path, line_number: int, text: str) -> object:
     """Return the JSON value ``text``, which begins at line ``line_number``."""
     text = text.strip()
     try:
-        return _DECODER.decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f"{path}:{line_number + error.lineno - 1}"
         # "Extra data": a value, then another. That may be a shape which is not read.
@@ -164,19 +195,3 @@ def _parsed(path: Path, line_number: int, text: str) -> object:
         # These errors do not say where; it is known only for a text of one line.
         place = f"{path}" if "\n" in text else f"{path}:{line_number}"
         raise BadInput(f"{place}: not JSON: {error}") from error
-
-
-def _unique(pairs: Sequence[tuple[str, object]]) -> Record:
-    """Return an object as a dict; raise ValueError for a name that occurs twice.
-
-    JSON leaves open what that means, and Python would silently keep the last value.
-    """
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two values of one object are called {twin!r}")
-    return record
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)

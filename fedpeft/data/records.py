@@ -10,7 +10,7 @@ from fedpeft.data.paths import readable
 from fedpeft.data.separated import separated
 from fedpeft.data.squad import questions
 from fedpeft.data.text_folder import TEXT, folder_records
-from fedpeft.data.unpacking import PACKED, decoded, opened, unpacked_name
+from fedpeft.data.unpacking import PACKED, decoded, decoded_parts, opened, unpacked_name
 from fedpeft.errors import BadInput
 
 JSON = (".jsonl", ".ndjson", ".json")
@@ -60,4 +60,4 @@ def records(
         elif suffix in CONLL:
             yield from conll_records(path, lines, delimiter)
         else:
-            yield from questions(json_records(path, lines, columns))
+            yield from questions(json_records(path, decoded_parts(path, stream), columns))

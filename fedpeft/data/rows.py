@@ -56,6 +56,15 @@ class Rows:
         values = [column[row] for column in self.columns.values()]
         return values[0] if self.columns.keys() == {"text"} else json.dumps(values)
 
+    def record_of(self, row: int) -> int:
+        """Return the place of a row among the records of its file, counted from 1.
+
+        >>> held_out = Rows.of_texts(["a", "b"], ["x", "x"], numbers=[4, 9])
+        >>> held_out.record_of(1)
+        10
+        """
+        return 1 + (self.numbers[row] if self.numbers else row)
+
     def take(self, indices: Iterable[int]) -> "Rows":
         """Return the rows at ``indices``, in that order."""
         chosen = tuple(indices)

@@ -1,5 +1,6 @@
 """Files as bytes and as lines, whether they are packed (gzip, zstd) or not."""
 
+import codecs
 import gzip
 import io
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,9 @@ PACKED: Final = (".gz", ".zst")
 
 CHUNK: Final = 1 << 17
 """Packed bytes that are read at once."""
+
+PART: Final = 1 << 16
+"""Bytes of a line that are read at once where it may be long."""
 
 
 def unpacked_name(path: Path) -> str:
@@ -64,8 +68,36 @@ def decoded(path: Path, stream: Iterable[bytes]) -> Iterator[str]:
         try:
             yield line.decode(encoding)
         except UnicodeDecodeError as error:
-            fault = f"{error.reason} at byte {error.start} of the line"
-            raise BadInput(f"{path}:{line_number}: not UTF-8: {fault}; save it as UTF-8") from error
+            raise _not_utf8(path, line_number, error.reason, error.start) from error
+
+
+def decoded_parts(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    """Yield what ``decoded`` yields, but lines of more than ``PART`` bytes in pieces.
+
+    So a file of a single line, as JSON may be, need not be in memory at once.
+    """
+    line_number = 1
+    read = 0  # bytes of the line that were decoded before
+    held = b""  # bytes that begin a character
+    part = stream.readline(PART).removeprefix(codecs.BOM_UTF8)
+    while part or held:
+        ends = not part or part.endswith(b"\n")  # so that no character may be cut off there
+        content = held + part
+        try:
+            text, count = codecs.utf_8_decode(content, "strict", ends)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, line_number, error.reason, read + error.start) from error
+        read, held = read + count, content[count:]
+        if ends:
+            line_number, read = line_number + 1, 0
+        yield text
+        part = stream.readline(PART)
+
+
+def _not_utf8(path: Path, line_number: int, reason: str, byte: int) -> BadInput:
+    """Return the error for a byte of a line that is not UTF-8."""
+    fault = f"{reason} at byte {byte} of the line"
+    return BadInput(f"{path}:{line_number}: not UTF-8: {fault}; save it as UTF-8")
 
 
 def _decompressor(path: Path) -> Any:

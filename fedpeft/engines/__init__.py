@@ -2,19 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
-from fedpeft.types import Engine
+
+# A site's connector imports this package without torch, which these two load.
+if TYPE_CHECKING:
+    from fedpeft.engines.pool import ClientPool
+    from fedpeft.types import Engine
 
 T = TypeVar("T")
 
-ENGINES: Mapping[str, str] = {"local": "fedpeft.engines.local", "flower": "fedpeft.engines.flower"}
+ENGINES: Mapping[str, str] = {
+    "local": "fedpeft.engines.local",
+    "flower": "fedpeft.engines.flower.simulation",
+}
 """The module of every engine; each has a function ``launch(pool, body)``."""
 
 
-def launch(kind: str, pool: ClientPool, body: Callable[[Engine], T]) -> T:
+def launch(kind: str, pool: "ClientPool", body: "Callable[[Engine], T]") -> T:
     """Start the clients of ``pool``, call ``body`` with an engine for them, return its result.
 
     BadInput where a package that the engine needs is not installed.
@@ -29,6 +35,8 @@ def find(kind: str) -> Any:
     >>> find("local").__name__
     'fedpeft.engines.local'
     """
+    if kind not in ENGINES:
+        raise BadInput(f"engine.kind = {kind!r}: start such a run with: fedpeft serve")
     # Imported on demand: Flower and Ray are an optional extra, and take seconds to import.
     try:
         return import_module(ENGINES[kind])
@@ -39,4 +47,4 @@ def find(kind: str) -> Any:
         ) from error
 
 
-__all__ = ["ENGINES", "ClientPool", "find", "launch"]
+__all__ = ["ENGINES", "find", "launch"]

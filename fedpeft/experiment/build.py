@@ -1,35 +1,30 @@
 """Settings -> everything a run needs, built in one place for all commands and every engine."""
 
-import json
-import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import final
-
-import torch
 
 from fedpeft import data, engines
 from fedpeft.errors import BadInput
-from fedpeft.experiment.agreement import agreement
 from fedpeft.experiment.config import Config
+from fedpeft.experiment.pieces import (
+    Tokenised,
+    encoded,
+    hardware_for,
+    make_worker,
+    row_of,
+    to_score,
+    tokenised,
+    visits_per_text,
+)
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, kernels, load
-from fedpeft.seeds import generator
-from fedpeft.tasks import TASKS, Encoded, Task, TokenCache, make_task
-from fedpeft.training.activation_cache import ActivationCache, fitting
-from fedpeft.training.hardware import Hardware, resolve, use
+from fedpeft.models import Loaded, check_bits
+from fedpeft.tasks import TASKS, Encoded, Task, make_task
+from fedpeft.training.hardware import Hardware, use
 from fedpeft.types import Client, Method, State
-
-WORTH = 2.0
-"""Mean visits of a text over a run from which it pays to keep its hidden states.
-
-With fewer, what is computed for the cache is hardly ever read from it.
-"""
 
 
 @final
@@ -51,6 +46,11 @@ class Federation:
     method: Method
     worker: Worker
 
+    @property
+    def agreed(self) -> bytes:
+        """Return the digest of what server and clients must agree on."""
+        return self.worker.config
+
     @cached_property
     def scored(self) -> Encoded:
         """Return the texts that the server scores.
@@ -61,10 +61,10 @@ class Federation:
         # Few commands score on validation, so that split is encoded only when it is needed.
         is_test = choice.split == "test"
         rows = self.dataset.test if is_test else self.dataset.validation
-        split = self.test if is_test else _encoded(self.config, self.task, self.loaded, rows)
-        # Seed 0, not the run's: runs with different seeds are scored on the same texts.
-        order = torch.randperm(len(rows), generator=generator(0, "evaluation", choice.split))
-        return split.of_rows(sorted(order[: choice.limit].tolist()))
+        split = self.test
+        if not is_test:
+            split = encoded(self.config, self.task, self.loaded, self.dataset, "validation")
+        return to_score(choice, split, len(rows))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -88,32 +88,17 @@ class Federation:
 
     def run_row(self) -> RunRow:
         """Return the first row of the ledger."""
-        config = self.config
-        return RunRow(
-            name=config.name,
-            method=config.label or str(config.method["name"]),
-            seed=config.seed,
-            model=config.model.name,
+        return row_of(
+            self.config,
+            self.task,
+            self.loaded,
+            self.hardware,
             data=self.dataset.name,
             data_digest=self.dataset.digest(),
             clients=len(self.partition.train),
-            clients_per_round=min(config.federation.clients_per_round, len(self.partition.train)),
-            rounds=config.federation.rounds,
-            reference=config.reference,
             # The score of a constant answer, against which reports hold every method.
             majority=self.task.trivial(self.dataset, self.scored),
-            metric=self.task.metric.name,
-            higher_is_better=self.task.metric.higher_is_better,
-            metric_is_share=self.task.metric.share,
-            # A resumed run compares the digests, so that it trains on what it was started on.
-            model_digest=self.loaded.digest,
             partition_digest=self.partition.digest(),
-            settings=json.loads(config.to_json()),
-            resolved={
-                **self.hardware.describe(),
-                "processor": platform.processor() or platform.machine(),
-            },
-            versions={name: version(name) for name in ("fedpeft", "torch", "transformers")},
         )
 
 
@@ -128,6 +113,7 @@ def build(
     """
     # 1. What can be refused in a moment comes first; loading a model takes seconds.
     engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
+    check_bits(config.model)  # likewise
     dataset = _dataset(config, reuse)
     names = TASKS[config.task.kind].names(dataset)
     partition = _partition(config, dataset, reuse)
@@ -135,24 +121,22 @@ def build(
 
     # 2. The machine, and the model in the number format and with the kernels chosen for it.
     task = make_task(config.task, names, config.model.max_length)
-    chosen = hardware or _hardware(config, task, reuse)
+    chosen = hardware or hardware_for(config, task, reuse)
     use(chosen)
-    model = _model(config, dataset, task, chosen, reuse)
+    model = tokenised(config, dataset, task, chosen, reuse)
 
     # 3. What the clients train with.
     method = config.build_method()
     client_data = _client_data(partition, model)
-    worker = Worker(
+    texts = sum(len(held.train) for held in client_data.values())
+    worker = make_worker(
+        config=config,
         method=method,
-        model=model.loaded.model,
-        task=model.task,
+        names=names,
+        model=model,
         client_data=client_data,
-        training=config.training,
         hardware=chosen,
-        head=model.loaded.base.head,
-        seed=config.seed,
-        config=agreement(config, method, names, model.loaded.digest),
-        cache=_activation_cache(config, client_data, model.loaded, chosen),
+        visits=visits_per_text(config, len(client_data), texts),
     )
     federation = Federation(
         config=config,
@@ -173,17 +157,6 @@ def build(
     return _with_stack(federation)
 
 
-@final
-@dataclass(frozen=True)
-class _Model:
-    """A loaded model, its task with the tokenizer, and the texts in its tokens."""
-
-    loaded: Loaded
-    task: Task
-    train: Encoded
-    test: Encoded
-
-
 def _dataset(config: Config, reuse: Federation | None) -> data.Dataset:
     """Read the data, or take them over."""
     if reuse is not None and (reuse.config.data, reuse.config.task) == (config.data, config.task):
@@ -191,58 +164,7 @@ def _dataset(config: Config, reuse: Federation | None) -> data.Dataset:
     return read_data(config)
 
 
-def _hardware(config: Config, task: Task, reuse: Federation | None) -> Hardware:
-    """Look at the machine, or take over what was found."""
-
-    # All settings that ``resolve`` and ``kernels`` depend on.
-    def choices(config: Config) -> tuple[object, ...]:
-        return config.machine, config.model.max_length, config.model.name, config.task
-
-    if reuse is not None and choices(reuse.config) == choices(config):
-        return reuse.hardware
-    return resolve(config.machine, config.model.max_length, kernels(config.model, task))
-
-
-def _model(
-    config: Config,
-    dataset: data.Dataset,
-    task: Task,
-    hardware: Hardware,
-    reuse: Federation | None,
-) -> _Model:
-    """Load the model and encode the texts, or take both over."""
-
-    # The seed is among them, as it draws the weights of the new output module.
-    def choices(config: Config, hardware: Hardware) -> tuple[object, ...]:
-        return config.model, config.task, config.seed, hardware.device, hardware.attention
-
-    if (
-        reuse is not None
-        and reuse.dataset is dataset
-        and choices(reuse.config, reuse.hardware) == choices(config, hardware)
-    ):
-        return _Model(reuse.loaded, reuse.task, reuse.train, reuse.test)
-    loaded = load(config.model, task, hardware, config.seed)
-    tokenizing_task = task.with_tokenizer(loaded.tokenizer)
-    train = _encoded(config, tokenizing_task, loaded, dataset.train)
-    test = _encoded(config, tokenizing_task, loaded, dataset.test)
-    return _Model(loaded, tokenizing_task, train, test)
-
-
-def _encoded(config: Config, task: Task, loaded: Loaded, rows: data.Rows) -> Encoded:
-    """Return rows as numbers, from the user's cache where an earlier run has kept them."""
-    cache = TokenCache(
-        tokenizer=loaded.tokenizer,
-        choice=config.task,
-        names=tuple(task.labels),
-        max_length=config.model.max_length,
-        limit=10**6 * config.machine.token_cache,  # megabytes -> bytes
-        restore=TASKS[config.task.kind].restore,
-    )
-    return cache.encode(task, rows)
-
-
-def _client_data(partition: data.Partition, model: _Model) -> dict[int, ClientData]:
+def _client_data(partition: data.Partition, model: Tokenised) -> dict[int, ClientData]:
     """Return what each client holds, by its id."""
     client_data: dict[int, ClientData] = {}
     for client_id, train_rows in enumerate(partition.train):
@@ -309,36 +231,6 @@ def _stack_size(federation: Federation) -> int:
     if config.engine.stack == "auto":
         return widest(worker, base, federation.clients, count)
     return asked
-
-
-def _activation_cache(
-    config: Config, client_data: Mapping[int, ClientData], loaded: Loaded, hardware: Hardware
-) -> ActivationCache:
-    """Return the cache of the hidden states of frozen blocks.
-
-    It holds the states of no client where that would not pay, or would not be exact.
-    """
-    texts: dict[int, Encoded] = {}
-    for client_id, examples in client_data.items():
-        texts[client_id] = examples.train
-    width = getattr(loaded.model.config, "hidden_size", None)
-    # With dropout in the base, hidden states differ from pass to pass.
-    if config.model.dropout > 0 or _visits_per_text(config, texts) < WORTH or width is None:
-        return ActivationCache()
-    bytes_per_number = 2 if hardware.precision == "bf16" else 4
-    limit = 10**6 * config.machine.cache  # megabytes -> bytes
-    return ActivationCache(fitting(texts, width * bytes_per_number, limit))
-
-
-def _visits_per_text(config: Config, texts: Mapping[int, Encoded]) -> float:
-    """Return how often a training text is used over the whole run, on average."""
-    federation, training = config.federation, config.training
-    total = sum(len(examples) for examples in texts.values())
-    if training.steps:
-        texts_per_client = float(training.steps * training.batch_size)
-    else:
-        texts_per_client = training.epochs * total / len(texts)
-    return federation.rounds * federation.clients_per_round * texts_per_client / total
 
 
 def _partition(config: Config, dataset: data.Dataset, reuse: Federation | None) -> data.Partition:

@@ -13,6 +13,7 @@ from fedpeft.experiment.config import METHOD, Config, from_tree, merge, nested
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.sections import CLIENTS, CompareSection, Reference
 from fedpeft.methods import constructors
+from fedpeft.tasks import Metric, make_task
 
 SETTLED: Final = ("name", "label", "reference", "seed", "compare")
 """Fields that ``[compare.settings.<label>]`` cannot set, as the comparison itself does."""
@@ -79,6 +80,15 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
             planned.append(_swept(label, settings, chosen))
     _check_apart(planned)
     return planned
+
+
+def metric_of(config: Config) -> Metric:
+    """Return the metric that compares runs with these settings; it needs no data.
+
+    >>> metric_of(from_tree({"task": {"kind": "causal_lm"}})).higher_is_better
+    False
+    """
+    return make_task(config.task, (), config.model.max_length).metric
 
 
 def _check_swept(key: str, tried: Sequence[Any]) -> None:

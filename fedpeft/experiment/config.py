@@ -23,6 +23,7 @@ from fedpeft.experiment.sections import (
     EvaluationSection,
     FederationSection,
     PartitionSection,
+    ServerSection,
 )
 from fedpeft.experiment.wrapping import wrapped
 from fedpeft.methods import constructors
@@ -83,6 +84,8 @@ class Config:
     """How messages travel."""
     compare: CompareSection = field(default_factory=CompareSection)
     """What `fedpeft compare` runs."""
+    server: ServerSection = field(default_factory=ServerSection)
+    """How sites reach the server, with `fedpeft serve`."""
 
     def to_json(self) -> str:
         """Return the settings as JSON that ``from_tree`` reads back."""
@@ -133,6 +136,10 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
         ("data", "validation"),
         ("data", "test"),
         ("partition", "file"),
+        ("server", "certificate"),
+        ("server", "key"),
+        ("server", "sites"),
+        ("server", "state"),
     ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str(_full(Path(tree[section][key]), folder))
@@ -226,7 +233,7 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             f"choose at most {federation.clients_per_round}"
         )
     config.build_method()  # checks the fields of method and wrappers, which are mere tables so far
-    _check_source(config.data)
+    _check_source(config.data, has_train=config.engine.kind != "sites")
     if config.partition.kind == "file" and config.partition.file is None:
         raise BadInput(
             "partition.file is missing: with partition.kind = 'file', "
@@ -241,9 +248,12 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
     return config
 
 
-def _check_source(data: DataSection) -> None:
-    """Raise BadInput where the source lacks what it needs, or there is what another one needs."""
-    if data.source == "files" and data.train is None:
+def _check_source(data: DataSection, *, has_train: bool) -> None:
+    """Raise BadInput where the source lacks what it needs, or there is what another one needs.
+
+    ``has_train``: whether training texts are wanted; a server of sites has none.
+    """
+    if has_train and data.source == "files" and data.train is None:
         raise BadInput(
             "data.train is missing: with data.source = 'files', name the file of the training texts"
         )
@@ -362,10 +372,18 @@ def _absolute(config: Config) -> Config:
     if data.name is not None and _full(Path(data.name)).is_dir():
         data = replace(data, name=str(_full(Path(data.name))))
     partition = replace(partition, file=partition.file and _full(partition.file))
+    server = config.server
+    server = replace(
+        server,
+        certificate=server.certificate and _full(server.certificate),
+        key=server.key and _full(server.key),
+        sites=server.sites and _full(server.sites),
+        state=server.state and _full(server.state),
+    )
     place = _full(Path(model.name))  # a folder or a GGUF file
     if place.exists():
         model = replace(model, name=str(place))
-    return replace(config, data=data, partition=partition, model=model)
+    return replace(config, data=data, partition=partition, model=model, server=server)
 
 
 def _full(path: Path, folder: Path = Path()) -> Path:

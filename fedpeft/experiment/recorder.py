@@ -12,7 +12,7 @@ from typing import Final, Self, final
 from pydantic_core import to_json
 
 from fedpeft.errors import BadInput
-from fedpeft.experiment.build import Federation
+from fedpeft.experiment.server_side import ServerSide
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint, Written
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow, read
@@ -67,7 +67,7 @@ class Recorder:
     """
 
     def __init__(
-        self, federation: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
+        self, side: ServerSide, folder: Path, begin: Checkpoint, on_progress: OnProgress
     ) -> None:
         self._folder = folder
         self._memories = begin.memories
@@ -75,7 +75,7 @@ class Recorder:
         self._digest = settings_digests(folder)[0]
         # Files of the checkpoint that was read need not be written, or hashed, once more.
         self._written = Written({begin.state.round: begin.files} if begin.files else {})
-        self._progress = Progress(begin.state.round, federation.config.federation.rounds)
+        self._progress = Progress(begin.state.round, side.config.federation.rounds)
         try:
             self._ledger = _opened(folder / FILE, begin.ledger)
         except OSError as error:
@@ -88,7 +88,7 @@ class Recorder:
             return
         with ExitStack() as undo:
             undo.push(self)  # nobody else closes the ledger where ``__init__`` fails
-            self.record(federation.run_row())
+            self.record(side.run_row())
             self.save(begin.state)
             sync(folder)  # the names of the new files, too, are to outlive a power cut
             undo.pop_all()

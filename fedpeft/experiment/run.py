@@ -1,26 +1,27 @@
 """One run in one folder: start it, run its rounds, evaluate, save, and resume it after a crash."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
-from fedpeft.engines import ClientPool, launch
+from fedpeft.engines import launch
+from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.config import Config, from_json
-from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, OnProgress, Recorder, settings_digests
+from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, OnProgress, settings_digests
+from fedpeft.experiment.rounds import drawn, run_rounds
 from fedpeft.experiment.run_folder import HARDWARE, LABELS, beginning, check_is_run, clear
-from fedpeft.experiment.scoring import evaluation_row
+from fedpeft.experiment.server_side import ServerSide
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Memories
-from fedpeft.federation.server import federate, sample
 from fedpeft.ledger import FILE, ClientRow, RunRow, stream
 from fedpeft.training.evaluation import FULL_CLIENT
 from fedpeft.training.hardware import Hardware
@@ -49,11 +50,27 @@ def start(
 
 def run_from_start(federation: Federation, folder: Path, on_progress: OnProgress) -> State:
     """Do what ``start`` does in a folder that is claimed; an older run there is removed."""
-    first_state = federation.first_state()
+    begin = begin_in(folder, federation, Memories())
+    return _run_rounds(federation, folder, begin, on_progress)
+
+
+def begin_in(
+    folder: Path,
+    side: ServerSide,
+    memories: Memories,
+    others: Mapping[str, object] | None = None,
+) -> Checkpoint:
+    """Make a run of a claimed ``folder``, and return where it begins; an older run is removed.
+
+    ``memories``: what its clients will keep here. ``others``: by name, what further files of the
+    run hold, as JSON. BadInput where the disk is full.
+    """
+    first_state = side.first_state()
     files = {
-        HARDWARE: federation.hardware.describe(),
-        LABELS: list(federation.task.labels),
-        CONFIG: json.loads(federation.config.to_json()),
+        **(others or {}),
+        HARDWARE: side.hardware.describe(),
+        LABELS: list(side.task.labels),
+        CONFIG: json.loads(side.config.to_json()),
     }
     with ExitStack() as undo:
         try:
@@ -67,8 +84,7 @@ def run_from_start(federation: Federation, folder: Path, on_progress: OnProgress
             remedy = "make room and start again"
             raise BadInput(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
         undo.pop_all()  # all is written: keep it
-    begin = Checkpoint(first_state, Memories(), ledger=0)
-    return _run_rounds(federation, folder, begin, on_progress)
+    return Checkpoint(first_state, memories, ledger=0)
 
 
 def resume(
@@ -221,30 +237,10 @@ def _run_rounds(
     federation: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
 ) -> State:
     """Run the rounds that are left; after each, ledger and checkpoint are on the disk."""
-    config, plan = federation.config, federation.config.federation
-    # Round -> its clients, drawn from the seed and the round alone: a resumed run draws the same.
-    cohort = partial(sample, federation.clients, plan.clients_per_round, config.seed)
+    config = federation.config
 
     def body(engine: Engine) -> State:
-        state = begin.state  # what is returned where no round is left
-        with Recorder(federation, folder, begin, on_progress) as recorder:
-            if config.evaluation.start and begin.state.round == 0:
-                recorder.record(evaluation_row(federation, begin.state, engine, begin.memories))
-            for state in federate(
-                federation.method,
-                begin.state,
-                engine,
-                cohort,
-                range(begin.state.round, plan.rounds),
-                config=federation.worker.config,
-                min_replies=plan.min_replies,
-                record=recorder.record,
-            ):
-                # The row comes before the checkpoint: a resumed run cuts off what comes after.
-                if state.round % config.evaluation.every == 0 or state.round == plan.rounds:
-                    recorder.record(evaluation_row(federation, state, engine, begin.memories))
-                recorder.save(state)
-        return state
+        return run_rounds(federation, engine, folder, begin, on_progress, drawn(federation))
 
     # Engines whose clients are processes of their own build the worker there, from these settings.
     settings = json.dumps({"config": config.to_json(), "hardware": federation.hardware.describe()})

@@ -6,6 +6,7 @@
       config.json            the settings, with every default, as they were when the run was started
       hardware.json          what was resolved automatically for the machine
       labels.json            the names of the labels, in their order
+      sites.json             of a run on sites, what the server knows of them
       ledger.jsonl           the run, then every reply and every evaluation: a row a line
       checkpoints/           the last two of them
         000012.json          after 12 rounds: digests of its files, and how long the ledger was
@@ -36,10 +37,12 @@ HARDWARE: Final = "hardware.json"
 """What was resolved automatically for the machine."""
 LABELS: Final = "labels.json"
 """The names of the labels, in their order."""
+SITES: Final = "sites.json"
+"""What the server knows of its sites, in a run on sites."""
 REPORT: Final = "report"
 """The folder of the run's own report."""
 
-_FILES: Final = frozenset({CONFIG, HARDWARE, LABELS, FILE, *LOCKS})
+_FILES: Final = frozenset({CONFIG, HARDWARE, LABELS, SITES, FILE, *LOCKS})
 _REPORTED: Final = frozenset(
     {
         "summary.csv",

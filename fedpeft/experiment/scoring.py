@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from fedpeft.experiment.build import Federation
+import torch
+
+from fedpeft.experiment.server_side import ServerSide
 from fedpeft.federation.memory import Memories
 from fedpeft.federation.server import poll
 from fedpeft.ledger import EvaluationRow
@@ -16,94 +18,113 @@ from fedpeft.wire.messages import decode
 
 
 def evaluation_row(
-    federation: Federation, state: State, engine: Engine, memories: Memories
-) -> EvaluationRow:
+    side: ServerSide, state: State, engine: Engine, memories: Memories
+) -> EvaluationRow | None:
     """Score ``state`` on the server's texts, and on the clients' own where the settings ask for it.
+
+    With ``evaluation.where = "sites"`` the clients score, each on its own texts, and what they
+    count is added up; None where none of them could.
 
     A method that keeps parts of its model with the clients has no global model. Then the score is
     the mean over the clients' own models, each on the server's texts (or on the client's own, where
     the memories are elsewhere), and ``clients_scored`` says how many there were.
     """
     began = time.perf_counter()
-    counts = score_global(federation, state)
+    if side.config.evaluation.where == "sites":
+        polled = list(_poll_clients(side, state, engine).values())
+        if not polled:
+            return None
+        row = _row(side, state, [added(polled)])
+        return replace(_with_clients(row, side, polled), seconds=time.perf_counter() - began)
+    counts = score_global(side, state)
     if counts is not None:
-        row = _row(federation, state, [counts])
+        row = _row(side, state, [counts])
     else:
-        client_counts = _client_models(federation, state, memories)
+        client_counts = _client_models(side, state, memories)
         # The server has no memories under Flower, where it can only ask the clients.
         if not client_counts:
-            client_counts = list(_poll_clients(federation, state, engine).values())
-        row = _row(federation, state, client_counts)
+            client_counts = list(_poll_clients(side, state, engine).values())
+        if not client_counts:
+            return None
+        row = _row(side, state, client_counts)
         row = replace(row, clients_scored=len(client_counts))
-    if federation.config.evaluation.per_client:
-        row = _with_clients(row, federation, _poll_clients(federation, state, engine).values())
+    if side.config.evaluation.per_client:
+        row = _with_clients(row, side, _poll_clients(side, state, engine).values())
     return replace(row, seconds=time.perf_counter() - began)
 
 
-def score_global(federation: Federation, state: State) -> Counts | None:
+def added(each: Sequence[Counts]) -> Counts:
+    """Return the counts of all examples together: they are sums, which add up.
+
+    >>> one = {"right": torch.tensor(2), "loss": torch.tensor(1.5)}
+    >>> added([one, one])
+    {'right': tensor(4), 'loss': tensor(3.)}
+    """
+    return {name: torch.stack([counts[name] for counts in each]).sum(0) for name in each[0]}
+
+
+def score_global(side: ServerSide, state: State) -> Counts | None:
     """Return the counts of the global model, as a client of full capacity would hold it.
 
     None where there is none, as the method keeps parts of it with clients that have trained them.
     """
-    model, hardware = federation.loaded.model, federation.hardware
-    mounted = mounted_state(federation.method, state, model, hardware, federation.config.seed)
+    model, hardware = side.loaded.model, side.hardware
+    mounted = mounted_state(side.method, state, model, hardware, side.config.seed)
     with mounted as local:
         # Before any client has trained, all of them hold what the server sends: one model.
         if local.personal and state.memories:
             return None
-        return score(model, federation.task, federation.scored, hardware)
+        return score(model, side.task, side.scored, hardware)
 
 
-def _poll_clients(federation: Federation, state: State, engine: Engine) -> dict[int, Counts]:
+def _poll_clients(side: ServerSide, state: State, engine: Engine) -> dict[int, Counts]:
     """Return what every client counts of its own model on its own texts."""
     return poll(
-        federation.method,
+        side.method,
         state,
         engine,
-        federation.clients,
-        config=federation.worker.config,
-        task=federation.task,
+        side.clients,
+        config=side.agreed,
+        task=side.task,
     )
 
 
-def _client_models(federation: Federation, state: State, memories: Memories) -> list[Counts]:
+def _client_models(side: ServerSide, state: State, memories: Memories) -> list[Counts]:
     """Return the counts of each client's own model on the server's texts.
 
     Of clients whose memories are elsewhere there are none.
     """
-    model, hardware, seed = federation.loaded.model, federation.hardware, federation.config.seed
+    model, hardware, seed = side.loaded.model, side.hardware, side.config.seed
     counts: list[Counts] = []
-    for client in federation.clients:
+    for client in side.clients:
         version = state.memories.get(client.id, NO_MEMORY)
         if not memories.holds(client.id, version):
             continue
         with_version = replace(client, memory=version)
         memory = decode(memories.get(client.id, version))
-        with mounted_state(federation.method, state, model, hardware, seed, with_version, memory):
-            counts.append(score(model, federation.task, federation.scored, hardware))
+        with mounted_state(side.method, state, model, hardware, seed, with_version, memory):
+            counts.append(score(model, side.task, side.scored, hardware))
     return counts
 
 
-def _row(federation: Federation, state: State, each: Sequence[Counts]) -> EvaluationRow:
+def _row(side: ServerSide, state: State, each: Sequence[Counts]) -> EvaluationRow:
     """Return the row of one model, or of the mean over the models of several clients."""
     values: dict[str, list[float]] = {}  # name of a metric -> its value for each model
     for counts in each:
-        for name, value in federation.task.metrics(counts).items():
+        for name, value in side.task.metrics(counts).items():
             values.setdefault(name, []).append(value)
     return EvaluationRow(
         round=state.round,
-        split=federation.config.evaluation.split,
+        split=side.config.evaluation.split,
         examples=examples_in(each[0]),
         metrics={name: fmean(per_model) for name, per_model in values.items()},
     )
 
 
-def _with_clients(
-    row: EvaluationRow, federation: Federation, each: Iterable[Counts]
-) -> EvaluationRow:
+def _with_clients(row: EvaluationRow, side: ServerSide, each: Iterable[Counts]) -> EvaluationRow:
     """Return ``row`` with the mean of the primary metric over clients, and over its worst tenth."""
-    metric = federation.task.metric
-    scores = [federation.task.metrics(counts)[metric.name] for counts in each]
+    metric = side.task.metric
+    scores = [side.task.metrics(counts)[metric.name] for counts in each]
     scores.sort(reverse=not metric.higher_is_better)  # the worst first
     worst = scores[: max(1, len(scores) // 10)]  # of fewer than ten clients, one
     return replace(

@@ -159,17 +159,61 @@ class EvaluationSection:
     """Which texts are scored."""
     per_client: bool = False
     """Also score every client on its own part of the test set."""
+    where: Literal["server", "sites"] = "server"
+    """Who scores: the server, on test texts of its own, or the clients, each on its own part of the
+    test set; then what they count is added up."""
 
 
 @dataclass(frozen=True)
 class EngineSection:
     """How messages travel between server and clients."""
 
-    kind: Literal["local", "flower"] = "local"
-    """In this process, or in Flower's simulation (extra `flower`)."""
+    kind: Literal["local", "flower", "sites"] = "local"
+    """In this process, or in Flower's simulation (extra `flower`). `sites`, real ones, is what
+    `fedpeft serve` sets."""
     stack: Annotated[int, Ge(1)] | Literal["auto"] = "auto"
     """Clients that train side by side, where method and model can; `auto` finds out by trying. It
     is 1 with dropout in the base. Equal bits hold between runs with the same stack."""
+
+
+@dataclass(frozen=True)
+class ServerSection:
+    """The server of real sites, which `fedpeft serve` starts; see docs/deploy.md."""
+
+    host: str = "127.0.0.1"
+    """The address on which the gate listens for sites; `0.0.0.0` for all of this machine."""
+    port: Annotated[int, Ge(0), Le(65535)] = 9443
+    """The gate's port, the only one that sites have to reach; 0 for one that is free."""
+    certificate: Path | None = None
+    """The gate's TLS certificate (PEM), with the chain up to the CA that sites trust."""
+    key: Path | None = None
+    """The private key of that certificate (PEM); its file must be readable by its user alone."""
+    sites: Path | None = None
+    """The folder of the public keys of sites, each called after its client's number, such as
+    `site-0.pub`; a file that is added while the server runs is taken in."""
+    state: Path | None = None
+    """The folder in which the server keeps the SuperLink's database, secret and log; left out,
+    `server-state` beside the configuration."""
+    database: bool = True
+    """Whether the SuperLink keeps nodes and messages on disk, so that it may be restarted during a
+    run; it takes about a second a round."""
+    gate: bool = True
+    """Whether the embedded gate is started; `false` where another proxy, such as nginx, stands in
+    its place, which passes to `127.0.0.1:<link_port>`."""
+    link_port: Annotated[int, Ge(0), Le(65535)] = 0
+    """The SuperLink's port on 127.0.0.1; 0 for one that is free."""
+    min_sites: Annotated[int, Ge(1)] = 1
+    """So many sites are waited for before the first round."""
+    joining: Annotated[float, Gt(0)] = 600.0
+    """Seconds for which sites are waited for before the first round, and whenever fewer than
+    `federation.min_replies` are online."""
+    deadline: Annotated[float, Gt(0)] = 3600.0
+    """Seconds in which a site has to answer, counted from when it is asked."""
+    tries: Annotated[int, Ge(1)] = 3
+    """How often a round is played, each time by a fresh cohort, before it is left without effect
+    because it got fewer than `federation.min_replies`."""
+    window: Annotated[int, Ge(1)] = 16
+    """Sites that are at work at once."""
 
 
 Reference = Literal["centralised", "local-only"]

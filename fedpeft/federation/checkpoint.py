@@ -114,8 +114,8 @@ def save(
     ``ledger``: length of the ledger, in bytes, that is known to be on the disk. ``config``: digest
     of the configuration. ``written``: what earlier calls have left there; it is brought up to date.
     A file that it does not name is written anew, as a crash may have damaged it. Memories that
-    clients keep elsewhere are not saved: a resumed run treats these clients as new. Errors of the
-    disk raise OSError.
+    clients keep in processes of the run are not saved: a resumed run treats these clients as new.
+    Of those kept elsewhere for good the versions are saved. Errors of the disk raise OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = Written() if written is None else written
@@ -124,7 +124,8 @@ def save(
     for client, version in state.memories.items():
         if memories.holds(client, version):
             versions[client] = version
-    state = replace(state, memories=versions)
+    if not memories.elsewhere:
+        state = replace(state, memories=versions)
     known = written.checkpoints.get(max(written.checkpoints, default=0), {})
     files: dict[str, str] = {}
     new = {_state_file(state.round): pack(state)}
@@ -138,7 +139,14 @@ def save(
     for name, blob in new.items():
         files[name] = digest(blob).hex()
         write(folder / name, blob)
-    content = {"round": state.round, "config": config, "ledger": ledger, "files": files}
+    content: dict[str, object] = {
+        "round": state.round,
+        "config": config,
+        "ledger": ledger,
+        "files": files,
+    }
+    if memories.elsewhere:
+        content["elsewhere"] = True
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
     written.checkpoints[state.round] = files
     # 3. Drop old checkpoints. Once the folder is tidy, what to drop is known without a look at it.
@@ -236,9 +244,10 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
     # Not isinstance: JSON's true is an int, too.
     if state.round != content["round"] or type(content["ledger"]) is not int:
         raise WireError("its manifest disagrees with its state, or holds no length of the ledger")
-    memories = Memories()
-    for client, version in state.memories.items():
-        memories.put(client, version, blobs[_memory_file(client, version)])
+    memories = Memories(elsewhere=bool(content.get("elsewhere")))
+    if not memories.elsewhere:
+        for client, version in state.memories.items():
+            memories.put(client, version, blobs[_memory_file(client, version)])
     return Checkpoint(state, memories, content["ledger"], content["files"])
 
 

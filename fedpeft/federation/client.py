@@ -1,6 +1,7 @@
 """A worker does the work of clients: bytes in, bytes out, no I/O."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, final
 
@@ -15,8 +16,8 @@ from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload
-from fedpeft.wire.messages import Kind, Request, Response, decode, encode
-from fedpeft.wire.versions import carried, joined, parted
+from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
+from fedpeft.wire.versions import carried, joined, lasting, parted, stamp
 
 Item = TypeVar("Item")
 
@@ -65,15 +66,16 @@ class Worker:
 
         ``memories``: each client's memory, in the version that its request assumes; empty for none.
         Returns (reply, new memory) of each client; an empty memory means that it has not changed.
-        Requests of different kinds or rounds, or for clients that are not held here, raise
-        WireError. An error of any kind carries a note that names clients and round.
+        Requests of different kinds or rounds, for clients that are not held here, or with what the
+        method cannot mount, raise WireError. An error of any kind carries a note that names clients
+        and round.
         """
         # 1. Decode. What cannot be read is refused before anything touches the model.
         decoded = [Request.decode(blob, self.config) for blob in requests]
-        kinds = {(request.kind, request.round) for request in decoded}
+        kinds = {(request.kind, request.round, request.phase) for request in decoded}
         if len(kinds) != 1:
-            raise WireError("the requests of one stack differ in kind or round")
-        [(kind, round_number)] = kinds
+            raise WireError("the requests of one stack differ in kind, round or phase")
+        [(kind, round_number, _)] = kinds
         for client in clients:
             if client not in self.client_data:
                 raise WireError(f"client {client} is not held here")
@@ -105,7 +107,7 @@ class Worker:
         self, clients: Sequence[int], requests: Sequence[Request], memories: Sequence[Payload]
     ) -> "_Stack":
         """Return requests and memories as one stack, the client with the most steps first."""
-        round_number = requests[0].round
+        round_number, phase = requests[0].round, requests[0].phase
         shares = [self._share(client, round_number) for client in clients]
         for client, share in zip(clients, shares, strict=True):
             if not share.steps:
@@ -116,10 +118,17 @@ class Worker:
         down = self._stack([request.payload for request in sorted_requests])
         memory = self._stack(_reordered(memories, longest_first))
         methods_part, optimizer_state = parted(memory)
+        sorted_shares = _reordered(shares, longest_first)
         return _Stack(
             order=longest_first,
-            context=Context(_reordered(clients, longest_first), round_number, self.seed),
-            shares=_reordered(shares, longest_first),
+            context=Context(
+                clients=_reordered(clients, longest_first),
+                round=round_number,
+                seed=self.seed,
+                phase=phase,
+                examples=[share.examples.num_rows for share in sorted_shares],
+            ),
+            shares=sorted_shares,
             versions=[request.memory for request in sorted_requests],
             down=down,
             methods_part=methods_part,
@@ -134,21 +143,26 @@ class Worker:
         with (
             measured(self.hardware.torch_device) as meter,
             own_randomness(self.seed, context.clients[0], context.round),
-            self.method.mount(self.model, stack.down, stack.methods_part, context) as local,
+            self._mounted(stack.down, stack.methods_part, context) as local,
         ):
-            shares = self._with_states(context.clients, stack.shares)
+            shares = _cut(stack.shares, local.steps)
+            # Where nobody trains, nothing may be mounted, and other blocks' states would be kept.
+            if shares[0].steps:
+                shares = self._with_states(context.clients, shares)
             losses, optimizer_state = self._fit(local, shares, stack.optimizer_state)
             up, stays = local.reply()
             remembered = joined(stays, stack.methods_part, optimizer_state)
             num_trained = _num_trained(local.trainable)
         # Outside of `measured`: the trial step is no part of the stack's seconds.
         step_alone = None
-        if len(shares) > 1:
+        if len(shares) > 1 and shares[0].steps:
             step_alone = self._seconds_alone(stack, shares[0])
         return _Trained(
+            steps=[len(share.steps) for share in shares],
             up=up,
             remembered=remembered,
-            news=bool(stays),
+            news=bool(lasting(stays)),
+            discreet=local.discreet,
             losses=losses,
             num_trained=num_trained,
             meter=meter,
@@ -161,16 +175,15 @@ class Worker:
         The seconds of the stack are shared out by steps.
         """
         # 1. What was measured.
-        share = stack.shares[row]
-        steps = len(share.steps)
-        all_steps = sum(len(other.steps) for other in stack.shares)
-        seconds = trained.meter.seconds * steps / all_steps
-        seconds_alone = seconds
+        share, steps = stack.shares[row], trained.steps
+        # Without any steps, as in a phase that only exchanges keys, all have an equal part.
+        part = steps[row] / sum(steps) if any(steps) else 1 / len(steps)
+        seconds = seconds_alone = trained.meter.seconds * part
         if trained.step_alone is not None:
-            seconds_alone = steps * trained.step_alone
+            seconds_alone = steps[row] * trained.step_alone
         figures = Measured(
             examples=share.examples.num_rows,
-            steps=steps,
+            steps=steps[row],
             trained=trained.num_trained,
             loss=float(trained.losses[row]),
             seconds=seconds,
@@ -178,10 +191,16 @@ class Worker:
             peak_memory=trained.meter.peak_memory,
             shared_by=len(stack.shares),
         )
+        status = Status.DONE
+        if trained.discreet:
+            # The number of steps would tell the number of examples.
+            figures = replace(figures, examples=0, steps=0, loss=None)
+            status = Status.DISCREET
         # 2. The reply, and the memory under the version that the reply tells the server.
-        round_number, before = stack.context.round, stack.versions[row]
-        version = _version(round_number, before, trained.news, trained.remembered)
-        response = Response(round_number, _row(trained.up, row), figures, memory=version)
+        round_number, phase = stack.context.round, stack.context.phase
+        now, before = stamp(round_number, phase), stack.versions[row]
+        version = _version(now, before, trained.news, trained.remembered)
+        response = Response(round_number, _row(trained.up, row), figures, version, status, phase)
         memory = b""  # nothing new to store
         if trained.remembered:
             memory = encode(_row(trained.remembered, row))
@@ -197,6 +216,8 @@ class Worker:
 
         ``kept``: that state from the rounds before, (K, ...); empty for none.
         """
+        if not shares[0].steps:  # nobody trains in this phase
+            return torch.zeros(len(shares), dtype=torch.float64), dict(kept)
         optimizer = optimizer_of(local, self.training, self.head, kept)
         losses = fit(
             self.model,
@@ -223,13 +244,14 @@ class Worker:
             return None
         form = _form_of_one({**stack.methods_part, **stack.down})
         if form not in self.step_alone:
-            context = replace(stack.context, clients=stack.context.clients[:1])
+            first = stack.context
+            context = replace(first, clients=first.clients[:1], examples=first.examples[:1])
             down, methods_part = _first(stack.down), _first(stack.methods_part)
             one_step = replace(share, steps=share.steps[:1])
             # Seeded as the client's own training, and the generators are put back afterwards.
             with (
                 own_randomness(self.seed, context.clients[0], context.round),
-                self.method.mount(self.model, down, methods_part, context) as local,
+                self._mounted(down, methods_part, context) as local,
                 measured(self.hardware.torch_device) as meter,
             ):
                 self._fit(local, [one_step], {})
@@ -242,13 +264,13 @@ class Worker:
         """Score what each of ``clients`` was sent on its own test examples, one after another."""
         results: list[tuple[bytes, bytes]] = []
         for client, request, memory in zip(clients, requests, memories, strict=True):
-            context = Context([client], request.round, self.seed)
+            context = Context([client], request.round, self.seed, request.phase)
             down = self._stack([request.payload])
             methods_part, _ = parted(self._stack([memory]))
             # The loop's part of the memory plays no role here: no optimizer runs.
             with (
                 measured(self.hardware.torch_device) as meter,
-                self.method.mount(self.model, down, methods_part, context),
+                self._mounted(down, methods_part, context),
             ):
                 counts = score(self.model, self.task, self.client_data[client].test, self.hardware)
             figures = Measured(
@@ -259,9 +281,32 @@ class Worker:
                 peak_memory=meter.peak_memory,
             )
             # Nothing was learnt: the client keeps the memory that the request assumes.
-            response = Response(request.round, counts, figures, memory=request.memory)
+            response = Response(
+                request.round, counts, figures, memory=request.memory, phase=request.phase
+            )
             results.append((response.encode(), b""))
         return results
+
+    @contextmanager
+    def _mounted(
+        self, down: Payload, methods_part: Payload, context: Context
+    ) -> Iterator[LocalTask]:
+        """Mount what was sent and what is remembered, (K, ...), for the length of a ``with``.
+
+        What cannot be mounted raises WireError: the bytes were whole, but a tensor is missing, or
+        has another shape or dtype than the method works with. The error behind it says where.
+        """
+        with ExitStack() as undo:
+            try:
+                mount = self.method.mount(self.model, down, methods_part, context)
+                local = undo.enter_context(mount)
+            except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the message
+                raise
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                name = type(self.method).__name__
+                why = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise WireError(f"the message is none that {name} can mount: {why}") from error
+            yield local
 
     def _share(self, client: int, round_number: int) -> Share:
         """Return the examples of ``client`` and the rows of its steps in a round."""
@@ -328,30 +373,38 @@ class _Stack:
 class _Trained:
     """The outcome of training a stack.
 
-    ``up`` and ``remembered``: what goes up and what is remembered, (K, ...). ``news``: whether the
-    method keeps anything new. ``losses``: (K,). ``num_trained``: numbers that each client
-    trained. ``step_alone``: seconds of a step of one client alone, None if unknown.
+    ``steps``: of each client. ``up`` and ``remembered``: what goes up and what is remembered,
+    (K, ...). ``news``: whether the method keeps anything new. ``discreet``: whether figures that
+    tell of the examples stay here. ``losses``: (K,). ``num_trained``:
+    numbers that each client trained. ``step_alone``: seconds of a step of one client alone, None if
+    unknown.
     """
 
+    steps: Sequence[int]
     up: Payload
     remembered: Payload
     news: bool
+    discreet: bool
     losses: Tensor
     num_trained: int
     meter: Measurement
     step_alone: float | None
 
 
-def _version(round_number: int, before: int, news: bool, remembered: Payload) -> int:
-    """Return the version of a client's memory after a round.
+def _cut(shares: Sequence[Share], steps: int | None) -> list[Share]:
+    """Return the shares with at most so many ``steps`` each; None for all of them."""
+    return [replace(share, steps=share.steps[:steps]) for share in shares]
 
-    ``before``: the version after the rounds before it. ``news``: whether the method keeps anything
-    new.
+
+def _version(now: int, before: int, news: bool, remembered: Payload) -> int:
+    """Return the version of a client's memory after an exchange with stamp ``now``.
+
+    ``before``: the version after those before it. ``news``: whether the method keeps anything new.
     """
     if news:
-        return round_number
+        return now
     # Where only the loop wrote, the version holds the round of the method's older part, too.
-    return carried(round_number, before) if remembered else before
+    return carried(now, before) if remembered else before
 
 
 def _num_trained(trainable: Mapping[str, Tensor]) -> int:

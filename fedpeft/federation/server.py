@@ -50,33 +50,49 @@ def federate(
     recorded with the reason and left out. With fewer than ``min_replies`` usable ones the round is
     silent: it merges nothing. ``record`` gets one row per client. All clients of a cohort are
     asked, also where ``receive`` leaves some of their updates unread.
+
+    Where the method's rounds have several phases, each is an exchange with the clients that have
+    answered in the one before, and a phase with too few replies makes the whole round silent. So
+    does one of whose replies ``receive`` can make nothing.
     """
     for round_number in rounds:
-        # 1. Ask the cohort; `receive` pulls the updates one by one, so that few are in memory.
-        exchange = _Exchange(method, state, engine, config, round_number)
-        updates = exchange.updates(_with_memories(cohort(round_number), state))
-        merged = method.receive(state, updates)
-        for _ in updates:  # a client is asked when the stream comes to it
-            pass
-        # 2. With too few replies, merge again without any: their rows are lost, too.
-        rows, memories = exchange.rows, exchange.memories
-        if exchange.count < min_replies:
-            merged, memories = method.receive(state, ()), {}
-            why = f"only {exchange.count} usable replies, {min_replies} needed"
-            rows = _all_lost(rows, why)
-        # 3. Write the rows down before the state is given away, and take note of new memories.
-        for row in rows:
-            record(row)
-        if merged.round != round_number + 1:
-            name = type(method).__name__
-            raise ValueError(
-                f"{name}.receive gave a state of round {merged.round} after round {round_number}"
-            )
-        known = {**state.memories, **memories}
-        for client in exchange.forgetful:
-            known.pop(client, None)  # the next request assumes no memory
-        state = replace(merged, memories=known)
+        before, clients = state, cohort(round_number)
+        while state.round == round_number:  # once, or once a phase
+            # 1. Ask the clients; `receive` pulls the updates one by one, so that few are in memory.
+            exchange = _Exchange(method, state, engine, config)
+            updates = exchange.updates(_with_memories(clients, state))
+            useless = ""
+            try:
+                merged = method.receive(state, updates)
+            except WireError as error:
+                useless = str(error)
+            for _ in updates:  # a client is asked when the stream comes to it
+                pass
+            rows, known = exchange.rows, {**state.memories, **exchange.memories}
+            # 2. With too few replies, merge again without any: their rows are lost, too.
+            if len(exchange.answered) < min_replies:
+                useless = f"only {len(exchange.answered)} usable replies, {min_replies} needed"
+            if useless:
+                merged, known = method.receive(before, ()), dict(before.memories)
+                rows = _all_lost(rows, useless)
+            # 3. Write the rows down before the state is given away, and take note of new memories.
+            for row in rows:
+                record(row)
+            for client in exchange.forgetful:
+                known.pop(client, None)  # the next request assumes no memory
+            _check_next(method, state, merged)
+            state, clients = replace(merged, memories=known), exchange.answered
         yield state
+
+
+def _check_next(method: Method, before: State, after: State) -> None:
+    """Raise ValueError unless ``after`` is of the next round, or of this one's next phase."""
+    if (after.round, after.phase) in {(before.round + 1, 0), (before.round, before.phase + 1)}:
+        return
+    raise ValueError(
+        f"{type(method).__name__}.receive gave a state of round {after.round}, phase "
+        f"{after.phase}, after round {before.round}, phase {before.phase}"
+    )
 
 
 def _all_lost(rows: Sequence[ClientRow], why: str) -> list[ClientRow]:
@@ -156,21 +172,21 @@ class _Sent:
 @final
 @dataclass
 class _Exchange:
-    """One round's exchange with its cohort.
+    """One exchange with a cohort: a round, or a phase of it.
 
     ``rows``: the ledger's row of each client. ``memories``: client -> the version that it now has.
-    ``forgetful``: clients that lack what their request assumed. ``count``: of usable replies.
+    ``forgetful``: clients that lack what their request assumed. ``answered``: those whose replies
+    can be used.
     """
 
     method: Method
     state: State
     engine: Engine
     config: bytes
-    round_number: int
     rows: list[ClientRow] = field(default_factory=list)
     memories: dict[int, int] = field(default_factory=dict)
     forgetful: set[int] = field(default_factory=set)
-    count: int = 0
+    answered: list[Client] = field(default_factory=list)
     # Client -> bytes of its request, and what a valid reply to it looks like.
     _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)
     _last: _Sent | None = None  # encoded once for all clients that are sent the same
@@ -187,10 +203,11 @@ class _Exchange:
                 measured = self._believed(response, client)
                 check(
                     response,
-                    self.round_number,
+                    self.state.round,
                     expected,
                     memory=client.memory,
                     examples=client.examples,
+                    phase=self.state.phase,
                 )
             except Forgotten as error:
                 self.forgetful.add(client.id)
@@ -198,7 +215,8 @@ class _Exchange:
             except WireError as error:
                 lost = str(error)
             row = ClientRow(
-                round=self.round_number,
+                round=self.state.round,
+                phase=self.state.phase,
                 client=client.id,
                 down=down,
                 up=len(outcome.blob),
@@ -208,14 +226,14 @@ class _Exchange:
             self.rows.append(row)
             if response is None or lost is not None:
                 continue
-            self.count += 1
+            self.answered.append(client)
             if response.memory != NO_MEMORY:
                 self.memories[client.id] = response.memory
             yield Update(client, measured.examples, response.payload)
 
     def _believed(self, response: Response, client: Client) -> Measured:
-        """Return what ``client`` measured, without impossible values; nothing of another round."""
-        if response.round != self.round_number:
+        """Return what ``client`` measured, without impossible values and other exchanges'."""
+        if (response.round, response.phase) != (self.state.round, self.state.phase):
             return Measured()
         return response.measured.sound(client.examples)
 
@@ -225,9 +243,10 @@ class _Exchange:
         sent = self._last
         # Compared by identity, which is cheap; an equal payload that is not the same is encoded.
         if sent is None or sent.down is not down or sent.memory != client.memory:
-            request = Request(Kind.TRAIN, self.round_number, self.config, down, client.memory)
-            expected = self.method.expects(self.state, down)
-            self._last = sent = _Sent(down, client.memory, request.encode(), expected)
+            state, memory = self.state, client.memory
+            request = Request(Kind.TRAIN, state.round, self.config, down, memory, state.phase)
+            expected = self.method.expects(state, down)
+            self._last = sent = _Sent(down, memory, request.encode(), expected)
         self._under_way[client.id] = len(sent.blob), sent.expected
         return sent.blob
 

@@ -112,7 +112,7 @@ class RunRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round.
+    """One client in one round, or in one phase of it where a round has several exchanges.
 
     ``down`` and ``up``: bytes. ``measured``: what the client says. ``lost``: why its reply was not
     used; ``measured`` then keeps those figures that could be read and can be true. In the ledger's
@@ -126,6 +126,7 @@ class ClientRow:
     up: int
     measured: Measured = Measured()
     lost: str | None = None
+    phase: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

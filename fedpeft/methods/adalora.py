@@ -13,7 +13,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, mean
+from fedpeft.algebra.averaging import Mean, MeanMerge, Weighting
 from fedpeft.algebra.importance import Importance, cubic_budget
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, orthogonality
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
@@ -107,7 +107,16 @@ class AdaLoRA:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average triplets, head and scores; set e to 0 where the score is low."""
-        merged = mean(updates, self.weighting)
+        return self.mean_merge(state.round).receive(state, updates)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means: scores are averaged, too."""
+        del round_number
+        return MeanMerge(self.weighting, lambda payload: payload, self._merge)
+
+    def _merge(self, state: State, total: Mean) -> State:
+        """Return the next state from the sums of all that goes up."""
+        merged = total.result()
         if not merged:
             return replace(state, round=state.round + 1)
         scores = merged.pop("scores")

@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import check_ranks, uniform
 from fedpeft.mounting import (
     Targets,
@@ -110,6 +110,11 @@ class Adapters:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average adapters and head."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
 
 def _pattern(targets: Targets) -> Targets:

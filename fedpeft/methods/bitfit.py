@@ -10,7 +10,7 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.errors import BadInput
 from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
@@ -63,3 +63,8 @@ class BitFit:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average biases and head."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)

@@ -15,7 +15,7 @@ from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, principal
 from fedpeft.algebra.products import mean_products
 from fedpeft.mounting import (
     Targets,
-    dense_layer,
+    dense_shape,
     detached,
     mounted,
     mounted_deltas,
@@ -135,8 +135,8 @@ def _whole_matrices(model: nn.Module, down: Payload) -> Iterator[LocalTask]:
         module, _, entry = name.partition(":")
         if entry == "rank":
             clients, ranks[module], _ = tensor.shape
-            weight = dense_layer(model, module)
-            zeros = torch.zeros(clients, *weight.shape, device=weight.device)
+            shape = dense_shape(model, module)
+            zeros = torch.zeros(clients, *shape, device=tensor.device)
             whole[f"{module}:dense"] = zeros  # (K, out, in)
     trained = trainable({**whole, **plain_parameters(down)})
 

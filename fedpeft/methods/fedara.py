@@ -11,9 +11,17 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, mean, weight_of
-from fedpeft.algebra.importance import Importance, Score, Tally, cubic_budget, rank_norms
+from fedpeft.algebra.averaging import Mean, MeanMerge, Weighting
+from fedpeft.algebra.importance import (
+    Importance,
+    Score,
+    counted,
+    cubic_budget,
+    rank_norms,
+    survivors,
+)
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, orthogonality, orthonormal
+from fedpeft.errors import WireError
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
@@ -128,6 +136,10 @@ class FedARA:
         tensors = dict(down)
         budget = int(tensors.pop("budget").max())  # (K,), the same for all clients
         trained = trainable(tensors)  # live ranks: A (K, r, in), B (K, out, r), e (K, r); head
+        for name, factors in by_module(trained).items():
+            if factors.keys() != {"A", "B", "e"}:
+                parts = ", ".join(sorted(factors))
+                raise WireError(f"the triplets of {name!r} are {parts}, and not A, B, e")
         importance = Importance(trained, len(context.clients), self.score, self.beta1, self.beta2)
 
         def after_backward(active: slice) -> None:
@@ -159,29 +171,39 @@ class FedARA:
 
         A rank dies when too few clients voted for it, and stays dead.
         """
-        tally = Tally(_count(state))
+        return self.mean_merge(state.round).receive(state, updates)
 
-        def read(update: Update) -> Payload:
-            """Count the votes of one reply and return the rest of it, which is averaged."""
-            tally.add(update.payload["votes"], weight_of(update, self.weighting))
-            payload = dict(update.payload)
-            del payload["votes"]
-            return payload
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means: shares of votes are means, too."""
+        del round_number
+        return MeanMerge(self.weighting, _contribution, self._merge)
 
-        # 1. Average B, e and A, each by itself, and count votes: the stream is read only once.
-        merged = mean(updates, self.weighting, read)
-        if not merged:
+    def _merge(self, state: State, total: Mean) -> State:
+        """Return the next state from the sums of what ``_contribution`` takes from each reply."""
+        means, sums = total.result(), total.sums()
+        if not means:
             return replace(state, round=state.round + 1)
+        # 1. B, e and A are averaged, each by itself.
         shared: dict[str, Tensor] = {}
         for name in state.shared:
-            shared[name] = _put(state, name, merged.get(name))
+            shared[name] = _put(state, name, means.get(name))
         # 2. Arbitrate the masks: a rank lives on with enough votes, v_i = sum_k p_k m_ki, as far as
         # the budget goes.
         budget = self.budget(state.round, _total(state))
-        survives = tally.select_ranks(_norms(merged), self.threshold, budget)
+        survives = survivors(sums, _norms(means), self.threshold, budget)
         # 3. Masks are monotone: only live ranks were voted on, so none comes back to life.
         server = _with_survivors(state, survives)
         return replace(state, round=state.round + 1, shared=shared, server=server)
+
+
+def _contribution(payload: Payload) -> Payload:
+    """Return what is averaged of a reply: its triplets, its head, and its ballot as numbers."""
+    contribution = dict(payload)
+    ballot = contribution.pop("votes")
+    ranks = 0
+    for factors in by_module(contribution).values():
+        ranks += len(factors["e"])
+    return {**contribution, **counted(ballot, ranks)}
 
 
 def _total(state: State) -> int:
@@ -197,10 +219,10 @@ def _count(state: State) -> int:
     return count
 
 
-def _norms(merged: Payload) -> Tensor:
+def _norms(means: Payload) -> Tensor:
     """Return the norms of all live rank-one terms, (n,), modules in alphabetical order."""
     norms = [torch.zeros(0)]  # all there is to concatenate where every module is dead
-    for _, factors in sorted(by_module(merged).items()):
+    for _, factors in sorted(by_module(means).items()):
         norms.append(rank_norms(factors))
     return torch.cat(norms)
 

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, deltas, principal
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.types import NO_MEMORY, Base, Client, Context, Delta, LocalTask, Payload, State, Update
@@ -92,6 +92,11 @@ class FeDeRA:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
 
 def split_anchor(payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

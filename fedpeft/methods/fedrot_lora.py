@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.methods.lora import LoRA
 from fedpeft.mounting import Targets
@@ -76,6 +76,11 @@ class FedRotLoRA:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A, B and head, each by itself."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
 
 def _rotated(up: Payload, sent: Payload, strength: float, *, by_A: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.methods.lora import LoRA
 from fedpeft.mounting import Targets, specs
 from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Payload, State, Update
@@ -75,6 +75,11 @@ class FedSALoRA:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average A."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
 
 def _split(payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

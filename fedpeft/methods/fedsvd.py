@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, mean
+from fedpeft.algebra.averaging import Mean, MeanMerge, Weighting
 from fedpeft.algebra.lowrank import by_module, deltas
 from fedpeft.algebra.products import thin_svd
 from fedpeft.methods.lora import LoRA
@@ -70,7 +70,16 @@ class FedSVD:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average B and head, and take the SVD of each product."""
-        merged = mean(updates, self.weighting)
+        return self.mean_merge(state.round).receive(state, updates)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means: the SVD is that of the mean."""
+        del round_number
+        return MeanMerge(self.weighting, lambda payload: payload, self._merge)
+
+    def _merge(self, state: State, total: Mean) -> State:
+        """Return the next state from the sums of B and head."""
+        merged = total.result()
         shared = {**state.shared, **merged}
         for module, factors in by_module(merged).items():
             if factors["B"].any():  # nothing was learnt: the SVD of 0 has no directions

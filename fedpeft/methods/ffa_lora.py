@@ -9,11 +9,11 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import Drawn, by_module, check_ranks, drawn
 from fedpeft.methods.federa import FeDeRA, differences, split_anchor
 from fedpeft.methods.starts import Start
-from fedpeft.mounting import Targets, dense_layer, detached, mounted, select, trainable
+from fedpeft.mounting import Targets, dense_shape, detached, mounted, select, trainable
 from fedpeft.types import NO_MEMORY, Base, Client, Context, LocalTask, Payload, State, Update
 
 
@@ -95,7 +95,7 @@ class FFALoRA:
     def _drawn(self, model: nn.Module, module: str, B: Tensor, context: Context) -> Tensor:
         """Return the A of all clients, (K, r, in), without a copy. ``B``: (K, out, r)."""
         clients, _, rank = B.shape
-        width = dense_layer(model, module).shape[1]
+        width = dense_shape(model, module)[1]
         # The draw depends on the seed and the layer alone: every client has the same A_0.
         start: Drawn = "orthogonal" if self.start == "orthogonal" else "random"
         A = drawn(start, rank, width, context.seed, module).to(B)  # (r, in)
@@ -109,3 +109,8 @@ class FFALoRA:
         """Average B and head."""
         # Exact: sum_k p_k (B_k A_0) = (sum_k p_k B_k) A_0, as all clients share A_0.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)

@@ -17,7 +17,7 @@ from fedpeft.algebra.products import ProductMean, mean_products
 from fedpeft.algebra.ranks import share_of
 from fedpeft.mounting import (
     Targets,
-    dense_layer,
+    dense_shape,
     detached,
     mounted,
     mounted_deltas,
@@ -80,8 +80,8 @@ class FLoRA:
             module, _, entry = name.partition(":")
             if entry == "rank":
                 rank = tensor.shape[1]  # (K, r, 0)
-                A, B = _fresh(module, dense_layer(model, module), rank, context)
-                fresh |= {f"{module}:A": A, f"{module}:B": B}
+                A, B = _fresh(module, dense_shape(model, module), rank, context)
+                fresh |= {f"{module}:A": A.to(tensor.device), f"{module}:B": B.to(tensor.device)}
         trained = trainable({**fresh, **head})  # A (K, r, in), B (K, out, r), head (K, ...)
         branches: dict[str, Tensor] = dict(trained)
         for name, total in totals.items():
@@ -113,17 +113,17 @@ class FLoRA:
         return replace(state, round=state.round + 1, shared=shared, server=server)
 
 
-def _fresh(module: str, weight: Tensor, rank: int, context: Context) -> tuple[Tensor, Tensor]:
+def _fresh(module: str, shape: torch.Size, rank: int, context: Context) -> tuple[Tensor, Tensor]:
     """Return (A, B) of every client's new adapter, (K, rank, in) and (K, out, rank), B = 0.
 
     Each client has another A, so that their stack has the sum of their ranks.
     """
-    out, width = weight.shape
+    out, width = shape
     drawn: list[Tensor] = []
     for client in context.clients:
         seed = derive(context.seed, "flora", client, context.round)
         drawn.append(uniform(rank, width, seed, module))
-    A = torch.stack(drawn).to(weight.device)
+    A = torch.stack(drawn)
     return A, A.new_zeros(len(A), out, rank)
 
 

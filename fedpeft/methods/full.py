@@ -10,7 +10,8 @@ from typing import ClassVar, final
 
 from torch import nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
+from fedpeft.errors import BadInput
 from fedpeft.mounting import detached, mounted, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
@@ -28,8 +29,16 @@ class Full:
     """How clients are averaged: by their examples (FedAvg), or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
-        """Start from the pre-trained parameters and the head drawn from the seed."""
+        """Start from the pre-trained parameters and the head drawn from the seed.
+
+        A base whose weights take 4 or 8 bits raises BadInput.
+        """
         del seed  # the head in ``base`` has been drawn from it already
+        if base.packed:
+            raise BadInput(
+                "method.name = 'full' trains every weight, and model.bits keeps those of dense "
+                "layers in a few bits; choose 'lora', or leave model.bits out"
+            )
         return State(0, dict(base.parameters))
 
     def send(self, state: State, client: Client) -> Payload:
@@ -56,3 +65,8 @@ class Full:
         """Average the parameters."""
         # Algorithm 1, last line of a round: w_{t+1} = sum_k n_k / n * w_{t+1}^k.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import Drawn, check_ranks, deltas, drawn
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
@@ -84,3 +84,8 @@ class LoRA:
         # FedIT is FedAvg of the factors: A <- sum_k p_k A_k and B <- sum_k p_k B_k. The product of
         # these means is not sum_k p_k B_k A_k; that error is the method's own.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.errors import BadInput, NotStackable
 from fedpeft.mounting import (
     detached,
@@ -100,6 +100,11 @@ class Peft:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average what was trained."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
     def _tuned(self, model: nn.Module, seed: int) -> nn.Module:
         """Return ``model``, which is changed, with peft's modules in it."""

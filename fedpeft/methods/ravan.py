@@ -17,7 +17,7 @@ from fedpeft.algebra.ranks import share_of
 from fedpeft.mounting import (
     Targets,
     Total,
-    dense_layer,
+    dense_shape,
     mounted,
     plain_parameters,
     select,
@@ -81,7 +81,7 @@ class Ravan:
         for module, entries in by_module(down).items():
             H, chosen = entries["H"], entries["heads"]  # (K, h, p, p), (K, m)
             others = _others(chosen, H.shape[1])
-            B, A = self._factors(dense_layer(model, module).shape, context.seed, module)
+            B, A = self._factors(dense_shape(model, module), context.seed, module)
             B, A = B.to(H), A.to(H)  # (h, out, p), (h, p, in)
             moving[f"{module}:H"] = _picked(H, chosen)
             moving[f"{module}:s"] = torch.ones(chosen.shape).to(H)  # they start at 1 in every round

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt
 from torch import nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.starts import Start, begun
@@ -84,6 +84,11 @@ class RoLoRA:
         """Average what was trained; the other factor stays."""
         # Exact: sum_k p_k (B_k A) = (sum_k p_k B_k) A, and likewise for A with B at rest.
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
 
 def _resting(round_number: int) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting
+from fedpeft.algebra.averaging import MeanMerge, Weighting
 from fedpeft.algebra.lowrank import Split, check_ranks, principal, uniform
 from fedpeft.errors import BadInput
 from fedpeft.methods.lora import LoRA
@@ -108,6 +108,10 @@ class SLoRA:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average, and after the last round of stage 1 factorise the difference."""
         return self.stages.receive(state, updates)
+
+    def mean_merge(self, round_number: int) -> MeanMerge | None:
+        """Return ``receive`` as a merge of means: both stages average."""
+        return self.stages.mean_merge(round_number)
 
     def _sparse_rounds(self) -> int:
         """Return how many rounds stage 1 has, R1 in the paper."""

@@ -13,19 +13,19 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
 
-from fedpeft.algebra.averaging import Weighting, averaged
+from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.algebra.masks import positions, scatter
-from fedpeft.errors import NotStackable
+from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
-    dense_layer,
+    check_dtypes,
+    dense_shape,
     detached,
     mounted,
-    oriented,
     plain_parameters,
-    replaced,
     select,
+    shifted,
     specs,
     trainable,
 )
@@ -113,19 +113,23 @@ class Sparse:
             raise NotStackable(
                 "sparse values cannot carry several clients at once; use a stack of 1"
             )
+        check_dtypes(model, down)
         trained = trainable(down)  # values (1, n), head (1, ...)
         masked: dict[str, Masked] = {}
-        weights: dict[str, Callable[[Tensor], Tensor]] = {}
+        differences: dict[str, Callable[[], Tensor]] = {}
         for name in by_module(down):
             values = trained[f"{name}:values"]
-            shape = dense_layer(model, name).shape
+            shape = dense_shape(model, name)
             # Redrawn from the run's seed this is the server's mask, and no indices travel.
             where = positions(shape, self.density, context.seed, name).to(values.device)
+            if values.shape[1:] != where.shape:
+                size, fitting = tuple(values.shape), tuple(where.shape)
+                raise WireError(f"{name}:values is {size}; {fitting} after a client axis would fit")
             masked[name] = Masked(values, where, shape)
-            weights[f"{name}.weight"] = partial(_tuned, model, name, masked[name])
+            differences[name] = partial(_matrix, masked[name])
         head = plain_parameters(trained)
         # W_0 + difference is made anew in every pass, so the gradient comes to the values alone.
-        with replaced(model, weights), mounted(model, head):
+        with shifted(model, differences), mounted(model, head):
             yield LocalTask(trained, lambda: (detached(trained), {}), lambda: masked)
 
     def expects(self, state: State, down: Payload) -> Payload:
@@ -138,7 +142,12 @@ class Sparse:
         # All clients train the same entries: the mean of the values is that of the matrices.
         return averaged(state, updates, self.weighting)
 
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means."""
+        del round_number
+        return plain_mean(self.weighting)
 
-def _tuned(model: nn.Module, name: str, delta: Masked, weight: Tensor) -> Tensor:
-    """Return W_0 + difference, the way round in which the layer stores its ``weight`` W_0."""
-    return weight + oriented(model, name, delta.dense()[0])
+
+def _matrix(delta: Masked) -> Tensor:
+    """Return a difference as a matrix, (out, in)."""
+    return delta.dense()[0]

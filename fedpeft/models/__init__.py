@@ -4,7 +4,9 @@ from fedpeft.models.choice import ModelSection as ModelSection
 from fedpeft.models.choice import locate as locate
 from fedpeft.models.embedding import embed as embed
 from fedpeft.models.loading import Loaded as Loaded
+from fedpeft.models.loading import is_large as is_large
 from fedpeft.models.loading import kernels as kernels
 from fedpeft.models.loading import load as load
+from fedpeft.models.quantising import check_bits as check_bits
 from fedpeft.models.tokens import READS_FIRST as READS_FIRST
 from fedpeft.models.tokens import spare_last_block as spare_last_block

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
 
@@ -37,6 +37,10 @@ class ModelSection:
     checkpointing: bool = False
     """Compute every block once more in the backward pass instead of keeping what is inside it: a
     third more work for much less memory (gradient checkpointing)."""
+    bits: Literal[0, 4, 8] = 0
+    """Bits of a weight in the frozen dense layers: 4 (NF4) or 8 (absmax by row, as LLM.int8()
+    stores them), packed by bitsandbytes (extra `quant`); 0 leaves them in the number format in
+    which they compute. Output module, poolers and embeddings are never packed."""
     trust_remote_code: bool = False
     """Run the Python files that a model brings along; without it a model that needs them is
     refused."""

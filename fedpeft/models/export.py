@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.errors import BadInput
 from fedpeft.models import Loaded
 from fedpeft.models.gguf import located
-from fedpeft.mounting import oriented
+from fedpeft.models.readme import readme
+from fedpeft.mounting import oriented, unpack_layers
 from fedpeft.types import Delta, LocalTask
 from fedpeft.wire.durable import sync
 
@@ -45,11 +46,12 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
     """Write the adapters of ``local`` as a peft LoRA folder, with head, tokenizer and label names.
 
-    ``name``: the base model's. The scale is inside B, so every alpha equals its rank. Ranks may
-    differ, and a module of rank 0 is left out. peft 0.4 and later load the folder; where ranks
-    differ (``rank_pattern``), 0.6 and later. What is trained beside factors, the head above all, is
-    saved as whole modules, as peft does. Methods without factors (full, bitfit, sparse) and a
-    folder that exists raise BadInput.
+    ``name``: the base model's. ``adapter_config.json`` has the place where peft finds that on this
+    machine, ``README.md`` says how to get and load it on any. The scale is inside B, so every alpha
+    equals its rank. Ranks may differ, and a module of rank 0 is left out. peft 0.4 and later load
+    the folder; where ranks differ (``rank_pattern``), 0.6 and later. What is trained beside
+    factors, the head above all, is saved as whole modules, as peft does. Methods without factors
+    (full, bitfit, sparse) and a folder that exists raise BadInput.
     """
     _check_mergeable(local)
     # 1. Which modules are saved whole, and which as factors.
@@ -73,6 +75,8 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
         (temporary / "adapter_model.safetensors").write_bytes(save(named, {"format": "pt"}))
         _configuration(loaded.model).save_pretrained(temporary / LABELS)
         _save_tokenizer(loaded.tokenizer, temporary)
+        page = readme(name, loaded.form.auto_class)
+        (temporary / "README.md").write_text(page, encoding="utf-8")
 
 
 def merged(loaded: Loaded, local: LocalTask, folder: Path) -> None:
@@ -94,8 +98,9 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
     _check_mergeable(local)
-    # In float32, as the differences are: a large model may be kept in bf16.
+    # In float32, as the differences are: a large model may be kept in bf16, or packed.
     merged_model = copy.deepcopy(model).float()
+    unpack_layers(merged_model)
     # 1. Parameters of the model that were trained themselves.
     for name, tensor in _plain(local).items():
         merged_model.get_parameter(name).copy_(tensor)

@@ -59,7 +59,8 @@ def converted(file: Path, name: str) -> Path:
     # Libraries raise what they like for a damaged file: struct.error, IndexError, OverflowError.
     except Exception as error:
         raise BadInput(
-            f"model.name = {name!r}: {file.name} cannot be converted: {cause(error)}"
+            f"model.name = {name!r}: {file.name} cannot be converted: {cause(error)}; "
+            "give another file, or a folder or hub id of the model"
         ) from error
     return folder
 

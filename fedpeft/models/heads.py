@@ -24,13 +24,15 @@ class Fit:
     ``outside``: parameters outside of the base model. ``lacking``: parameters that the checkpoint
     lacks, or has in another shape; they were drawn. ``rows``: the parameters of the last dense
     layer outside, which has a row for each label; empty where there is no such layer. ``resized``:
-    whether the checkpoint has that layer for another number of labels.
+    whether the checkpoint has that layer for another number of labels. ``saved_by``: the class that
+    saved the checkpoint, where it is not the model's own; a head in it is for another task.
     """
 
     outside: frozenset[str]
     lacking: frozenset[str]
     rows: frozenset[str]
     resized: bool
+    saved_by: str = ""
 
     @property
     def head(self) -> frozenset[str]:
@@ -40,13 +42,35 @@ class Fit:
     @property
     def has_rows(self) -> bool:
         """Return whether the checkpoint has a row for each of as many labels as the data."""
-        return bool(self.rows) and not self.rows & self.lacking
+        return bool(self.rows) and self.kept_rows == self.rows
+
+    @property
+    def kept_rows(self) -> frozenset[str]:
+        """Return those of the ``rows`` that are the checkpoint's own."""
+        return self.rows - self.lacking
+
+    def is_known(self, known: Collection[str], labels: Collection[str]) -> bool:
+        """Return whether the checkpoint has all rows, trained for this task and these ``labels``.
+
+        ``known``: the label names of its rows. Without ``labels``, as start and end of an answer
+        have none, the task alone decides.
+        """
+        return self.has_rows and not self.saved_by and (not labels or same(known, labels))
 
 
 def fit(
-    model: nn.Module, report: Mapping[str, Any], name: str, *, head_is_trained: bool = True
+    model: nn.Module,
+    report: Mapping[str, Any],
+    name: str,
+    *,
+    saved_by: str = "",
+    head_is_trained: bool = True,
 ) -> Fit:
     """Return how the checkpoint fits ``model``, by transformers' ``report`` on loading it.
+
+    ``saved_by``: the class that saved the checkpoint, empty where it does not say. Families may
+    call the heads of all tasks alike (ModernBERT), so the names of parameters do not tell whose
+    head it is.
 
     Of the base model the checkpoint may lack a pooler alone. A larger gap raises BadInput: a frozen
     base with weights that nobody has trained is worth nothing. Without ``head_is_trained`` the
@@ -79,7 +103,23 @@ def fit(
         raise BadInput(f"model.name = {name!r}: {why}; {_perhaps(report['unexpected_keys'])}")
     # 3. Buffers may be missing, too; only parameters are drawn and trained.
     lacking = frozenset(parameters).intersection(missing | shapes.keys())
-    return Fit(outside, lacking, rows, resized=bool(rows & shapes.keys()))
+    of_another_task = saved_by if saved_by != type(model).__name__ else ""
+    return Fit(outside, lacking, rows, bool(rows & shapes.keys()), of_another_task)
+
+
+def never_packed(model: Any, *, head_is_trained: bool) -> list[str]:
+    """Return the modules whose dense layers keep their numbers: head, poolers, output embeddings.
+
+    A pooler is trained where the checkpoint lacks it. Output embeddings may be tied to others.
+    """
+    parameters = [key for key, _ in model.named_parameters()]
+    outside = _outside(model, parameters) if head_is_trained else frozenset[str]()
+    output = model.get_output_embeddings()
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if f"{name}.weight" in outside or POOLER.search(f"{name}.") or module is output:
+            names.append(name)
+    return names
 
 
 def notes(found: Fit, known: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
@@ -87,13 +127,15 @@ def notes(found: Fit, known: Sequence[str], labels: Sequence[str]) -> tuple[str,
     said = []
     if poolers := sorted(found.lacking - found.outside):
         said.append(f"the checkpoint lacks {some(poolers)}: drawn anew, and trained as the head is")
-    if found.has_rows and not labels:
+    if found.is_known(known, labels) and not labels:
         said.append("the checkpoint has an output module for this task: it is trained further")
+    elif found.is_known(known, labels):
+        said.append("the checkpoint's classifier knows the data's labels: it is trained further")
+    elif found.kept_rows and found.saved_by:
+        said.append(f"the checkpoint's output module is one of {found.saved_by}: drawn anew")
     elif found.resized and not labels:
         said.append("the checkpoint's output module has another number of outputs: drawn anew")
-    elif found.has_rows and same(known, labels):
-        said.append("the checkpoint's classifier knows the data's labels: it is trained further")
-    elif found.has_rows or found.resized:
+    elif found.kept_rows or found.resized:
         theirs = f"the checkpoint's classifier is for {len(known)} labels ({some(known)})"
         ours = f"the data has {len(labels)} ({some(labels)})"
         said.append(f"{theirs}, {ours}: its rows for labels are drawn anew")

@@ -12,18 +12,25 @@ from torch import nn
 from fedpeft.models.checkpointing import checkpoint_blocks
 from fedpeft.models.checks import check_lengths, check_vocabulary, try_out
 from fedpeft.models.choice import ModelSection
-from fedpeft.models.heads import fit, notes, reorder, same
+from fedpeft.models.heads import fit, never_packed, notes, reorder
 from fedpeft.models.padding import settle_padding
-from fedpeft.models.source import find
+from fedpeft.models.quantising import (
+    check_bits,
+    check_unquantised,
+    pack_layers,
+    quantisation,
+)
+from fedpeft.models.source import Source, find
 from fedpeft.models.tokens import pad_on_the_left, spare_last_block
-from fedpeft.mounting import describe, keep_matrices_in
+from fedpeft.mounting import describe, keep_matrices_in, packed_layers
 from fedpeft.seeds import derive
 from fedpeft.tasks import ModelForm, Task
 from fedpeft.training.hardware import Hardware, Kernels
 from fedpeft.types import Base
 
 LARGE: Final = 100_000_000
-"""Parameters beyond which a model that computes in bf16 has no float32 copy beside it."""
+"""Parameters beyond which a model is large: of one that computes in bf16 there is then no float32
+copy, and fewer tokens go through it together."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +55,58 @@ def kernels(choice: ModelSection, task: Task) -> Kernels:
     return ("eager", "sdpa") if source.supports_sdpa(source.configuration()) else ("eager",)
 
 
+def is_large(choice: ModelSection, task: Task) -> bool:
+    """Return whether the chosen model has more than ``LARGE`` parameters."""
+    source = find(choice, task.form.auto_class)
+    return source.num_parameters(source.configuration()) > LARGE
+
+
 def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loaded:
     """Return the model for ``task``, every parameter frozen.
 
     Parts of the head that the checkpoint lacks are drawn from ``seed`` alone. A classifier for the
     same label names is kept, with its rows in the data's order; of one for other names the rows are
-    drawn anew. A head whose outputs have no names is kept. A model that does not load or does not
-    fit raises BadInput.
+    drawn anew. A head whose outputs have no names is kept. Of a head for another task the rows are
+    drawn anew, whatever their names. A model that does not load or does not fit raises BadInput.
     """
     # 1. The configuration, with the data's labels in place of the checkpoint's.
+    check_bits(choice)
     labels = task.form.labels
     source = find(choice, task.form.auto_class)
     config = source.configuration()
+    check_unquantised(config, choice)
     known = [name for _, name in sorted(config.id2label.items())]
+    saved_by = (config.architectures or [""])[0]
     if labels:
         _set_labels(config, labels)
     elif task.form.head_is_trained:
         _set_outputs(config, task.form.outputs)
-    _set_dropout(config, choice.dropout)
+    _configure_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
-    is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
-    model, report = source.weights(config, hardware.attention, draw, as_stored=is_large)
-    head_fit = fit(model, report, choice.name, head_is_trained=task.form.head_is_trained)
+    kept_once = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
+    packing = _packing(choice, source, config, task.form)
+    model, report = source.weights(
+        config,
+        hardware.attention,
+        draw,
+        # What is packed is read in float32, so that its bits do not depend on the machine.
+        as_stored=kept_once and packing is None,
+        quantisation=packing,
+    )
+    trained = task.form.head_is_trained
+    head_fit = fit(model, report, choice.name, saved_by=saved_by, head_is_trained=trained)
     drawn = head_fit.lacking
-    if not labels:
-        pass  # outputs without names, as start and end of an answer: a head for them is kept
-    elif head_fit.has_rows and same(known, labels):
+    if not head_fit.is_known(known, labels):
+        if head_fit.kept_rows:
+            # Of as many labels, but other ones: what was trained for these means nothing here.
+            model = source.redrawn(model, head_fit.rows, draw)
+            drawn |= head_fit.rows
+    elif labels:
         reorder(model, head_fit.rows, known, labels)
-    elif head_fit.has_rows:
-        # As many labels, but other ones: rows that were trained for these mean nothing here.
-        model = source.redrawn(model, head_fit.rows, draw)
-        drawn |= head_fit.rows
+    _set_dropout(model, choice.dropout)
+    if packing is not None:
+        pack_layers(model, choice)
     # 3. The tokenizer, and whether the two belong together.
     tokenizer = source.tokenizer(config)
     said = (*notes(head_fit, known, labels), *settle_padding(tokenizer, model, choice))
@@ -88,7 +115,7 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     # 4. Freeze it. The digest comes before the move: it reads the checkpoint's bytes on the CPU.
     model.requires_grad_(False)
     digest = _digest(model, drawn)
-    if is_large:
+    if kept_once:
         keep_matrices_in(model, torch.bfloat16, head_fit.head)
     if choice.checkpointing:
         checkpoint_blocks(model, choice)
@@ -99,6 +126,14 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     model = model.to(hardware.torch_device)
     try_out(task.with_tokenizer(tokenizer), model, hardware, choice)
     return Loaded(model, tokenizer, base, digest, task.form, said)
+
+
+def _packing(choice: ModelSection, source: Source, config: Any, form: ModelForm) -> Any:
+    """Return what transformers packs while it reads the weights; None for nothing."""
+    if not choice.bits:
+        return None
+    whole = never_packed(source.outline(config), head_is_trained=form.head_is_trained)
+    return quantisation(choice.bits, whole)
 
 
 def _frozen_output(model: Any, form: ModelForm) -> nn.Module | None:
@@ -124,7 +159,7 @@ def _set_outputs(config: Any, outputs: int) -> None:
         part.num_labels = outputs
 
 
-def _set_dropout(config: Any, probability: float) -> None:
+def _configure_dropout(config: Any, probability: float) -> None:
     """Set every dropout probability of a configuration, whatever the family calls it."""
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
@@ -134,10 +169,19 @@ def _set_dropout(config: Any, probability: float) -> None:
                 setattr(part, name, probability)
 
 
+def _set_dropout(model: nn.Module, probability: float) -> None:
+    """Set the probability of every dropout layer: some heads have one that no field names."""
+    # The taggers of GPT-2, Llama and Qwen2 have 0.1 where the configuration says nothing.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
 def _digest(model: nn.Module, drawn: frozenset[str]) -> str:
     """Return a digest of the checkpoint's parameters, without what was ``drawn`` from the seed.
 
-    Of their values in float32, whatever the number format in which they are stored.
+    Of their values in float32, whatever the number format in which they are stored; of packed
+    matrices, of their bits.
     """
     hasher = blake2b(digest_size=16)
     parameters = dict(model.named_parameters())
@@ -145,4 +189,8 @@ def _digest(model: nn.Module, drawn: frozenset[str]) -> str:
         hasher.update(name.encode())
         values = parameters[name].detach().float().contiguous()
         hasher.update(values.numpy().tobytes())
+    for name, layer in sorted(packed_layers(model).items()):
+        hasher.update(name.encode())
+        for part in (layer.packed.codes, layer.packed.scales):
+            hasher.update(part.contiguous().numpy().tobytes())
     return hasher.hexdigest()

@@ -27,6 +27,8 @@ from fedpeft.models.hub import fetched, unfetched
 
 ADAPTER: Final = "adapter_config.json"
 """The file by which peft knows a folder of its own."""
+ON_CPU: Final[Mapping[str, Any]] = {"device_map": {"": "cpu"}}
+"""Where weights are packed wherever the model computes later: to the same bits on every machine."""
 
 
 @final
@@ -67,14 +69,39 @@ class Source:
             raise BadInput(f"model.name = {self.name!r}: {why}; choose another model")
         return bool(kind._supports_sdpa)
 
+    def _renamed(self, config: Any) -> dict[str, str]:
+        """Return a pattern and what stands in its place, where names of parameters must change.
+
+        A checkpoint has the name of the base model in front of its names. In some families one
+        task's class has another for it: Llamas call it ``model``, to answer questions
+        ``transformer``.
+        """
+        classes = self._auto()._model_mapping
+        if not config.architectures or type(config) not in classes:
+            return {}
+        saved_by = getattr(transformers, config.architectures[0], None)
+        theirs = getattr(saved_by, "base_model_prefix", "")
+        ours = classes[type(config)].base_model_prefix
+        return {rf"^{theirs}\.": f"{ours}."} if theirs and theirs != ours else {}
+
     def weights(
-        self, config: Any, attention: str, seed: int, *, as_stored: bool = False
+        self,
+        config: Any,
+        attention: str,
+        seed: int,
+        *,
+        as_stored: bool = False,
+        quantisation: Any = None,
     ) -> tuple[Any, Mapping[str, Any]]:
         """Return a model in float32, and transformers' report on what the checkpoint lacks.
 
         Missing parameters are drawn from ``seed``. A parameter that has another shape in the
         checkpoint counts as missing. ``as_stored``: in the number format of the checkpoint instead.
+        ``quantisation``: what transformers packs while it reads (see ``quantising``).
         """
+        packing: dict[str, Any] = {}
+        if quantisation is not None:
+            packing = {"quantization_config": quantisation, **ON_CPU}
         # transformers draws from torch's global generator, which is put back afterwards.
         with self._reading("weights"), torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -86,15 +113,20 @@ class Source:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=self.trusted,
+                key_mapping=self._renamed(config) or None,
+                **packing,
             )
         return model, report
 
-    def num_parameters(self, config: Any) -> int:
-        """Return how many parameters the model of a configuration has, without loading any."""
+    def outline(self, config: Any) -> Any:
+        """Return the model of a configuration without the values of its parameters."""
         # On the meta device tensors have shapes and no memory.
         with self._reading("configuration"), torch.random.fork_rng(), torch.device("meta"):
-            model = self._auto().from_config(copy.deepcopy(config), trust_remote_code=self.trusted)
-        return sum(parameter.numel() for parameter in model.parameters())
+            return self._auto().from_config(copy.deepcopy(config), trust_remote_code=self.trusted)
+
+    def num_parameters(self, config: Any) -> int:
+        """Return how many parameters the model of a configuration has, without loading any."""
+        return sum(parameter.numel() for parameter in self.outline(config).parameters())
 
     def redrawn(self, model: Any, names: Collection[str], seed: int) -> Any:
         """Return ``model`` with the parameters ``names`` drawn as if the checkpoint lacked them."""
@@ -102,15 +134,23 @@ class Source:
         for name, tensor in model.state_dict().items():
             if name not in names:
                 kept[name] = tensor
+        config = model.config
+        device: Mapping[str, Any] = {}
+        if hasattr(config, "quantization_config"):
+            # Packed tensors go in as they are: transformers wants the settings of a checkpoint.
+            config = copy.deepcopy(config)
+            config.quantization_config = config.quantization_config.to_dict()
+            device = ON_CPU
         # From a state dictionary alone: the checkpoint's own rows must not come back.
         with self._reading("weights"), torch.random.fork_rng():
             torch.manual_seed(seed)
             return type(model).from_pretrained(
                 None,
-                config=model.config,
+                config=config,
                 state_dict=kept,
                 attn_implementation=model.config._attn_implementation,
                 dtype=torch.float32,
+                **device,
             )
 
     def tokenizer(self, config: Any) -> Any:

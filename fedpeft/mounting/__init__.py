@@ -1,31 +1,46 @@
 """Which layers are adapted, and how adapters are mounted on a shared frozen model for a while."""
 
 from fedpeft.mounting.deltas import Total, mounted_deltas
-from fedpeft.mounting.layers import Targets, dense_layer, describe, oriented, select
+from fedpeft.mounting.layers import (
+    Targets,
+    dense_layer,
+    dense_shape,
+    describe,
+    oriented,
+    select,
+)
 from fedpeft.mounting.mount import (
     bottlenecks,
+    check_dtypes,
     detached,
     mounted,
     overridden,
     plain_parameters,
     replaced,
+    shifted,
     specs,
     standing_in,
     trainable,
 )
+from fedpeft.mounting.packed import BLOCK, Packed, PackedLinear, packed_layers, unpack_layers
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
 from fedpeft.mounting.twins import twin_of
 
 __all__ = [
+    "BLOCK",
+    "Packed",
+    "PackedLinear",
     "Targets",
     "Total",
     "Trace",
     "bottlenecks",
     "cast_once",
     "changes",
+    "check_dtypes",
     "dense_layer",
+    "dense_shape",
     "describe",
     "detached",
     "keep_matrices_in",
@@ -33,14 +48,17 @@ __all__ = [
     "mounted_deltas",
     "oriented",
     "overridden",
+    "packed_layers",
     "plain_parameters",
     "replaced",
     "row_owners",
     "select",
+    "shifted",
     "specs",
     "standing_in",
     "touched",
     "trace",
     "trainable",
     "twin_of",
+    "unpack_layers",
 ]

@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import WireError
+from fedpeft.mounting.packed import PackedLinear
 from fedpeft.mounting.rows import by_client, group_by_client, select_clients
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
@@ -165,7 +166,7 @@ def _entries(stack: Tensor, axes: int) -> Tensor:
     return stack.unsqueeze(0) if stack.ndim == axes else select_clients(stack)
 
 
-# The three forwards below take x (n, tokens, in), weights (n, ...) of matrices or (n, 1, width) of
+# The forwards below take x (n, tokens, in), weights (n, ...) of matrices or (n, 1, width) of
 # vectors, and biases (n, 1, out). A parameter that is the model's own has no such first axis.
 
 
@@ -175,6 +176,10 @@ def _linear(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def _conv1d(_module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _plus(x @ weight, bias)  # GPT-2 stores (in, out)
+
+
+def _packed(module: PackedLinear, x: Tensor, _weight: None, bias: Tensor | None) -> Tensor:
+    return _plus(module.product(x), bias)  # its matrix is all clients'
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,6 +197,7 @@ _FORWARDS: Mapping[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: _linear,
     Conv1D: _conv1d,
     nn.LayerNorm: _layer_norm,
+    PackedLinear: _packed,
 }
 
 

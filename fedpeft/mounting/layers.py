@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import final
+from typing import Protocol, final
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import BadInput, WireError
+from fedpeft.mounting.packed import Packed, PackedLinear
 from fedpeft.mounting.twins import twin_of
 from fedpeft.types import Base
 
@@ -39,9 +41,14 @@ FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv", "in_proj")
 """What families call the three where they are one matrix."""
 
 
-def matrix(module: nn.Module) -> Tensor | None:
-    """Return a dense layer's weight as (out, in), a view of its storage; None for other modules."""
+def matrix(module: nn.Module) -> Tensor | Packed | None:
+    """Return a dense layer's weight as (out, in), a view of its storage; None for other modules.
+
+    One that is packed stays so: its ``shape`` is that of its features.
+    """
     match module:
+        case PackedLinear():
+            return module.packed
         case nn.Linear():
             return module.weight
         case Conv1D():  # GPT-2 stores (in, out)
@@ -58,6 +65,23 @@ def dense_layer(model: nn.Module, name: str) -> Tensor:
     >>> dense_layer(nn.Sequential(nn.Linear(3, 2)), "0").shape
     torch.Size([2, 3])
     """
+    weight = _stored(model, name)
+    return weight.float() if isinstance(weight, Packed) else weight
+
+
+def dense_shape(model: nn.Module, name: str) -> torch.Size:
+    """Return (out, in) of dense layer ``name``, without unpacking a matrix of a few bits.
+
+    A name that no dense layer of ``model`` has raises WireError.
+
+    >>> dense_shape(nn.Sequential(nn.Linear(3, 2)), "0")
+    torch.Size([2, 3])
+    """
+    return _stored(model, name).shape
+
+
+def _stored(model: nn.Module, name: str) -> Tensor | Packed:
+    """Return the matrix of dense layer ``name`` as the model keeps it."""
     module = dict(model.named_modules()).get(name)
     weight = None if module is None else matrix(module)
     if weight is None:
@@ -82,20 +106,35 @@ def describe(model: nn.Module, head: Iterable[str], without: nn.Module | None = 
     ``without``: a dense layer that is never adapted, such as the output layer of a language model.
     """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    layers: dict[str, Tensor] = {}
+    layers: dict[str, Tensor | Packed] = {}
+    packed: set[str] = set()
     for name, module in model.named_modules():
         weight = matrix(module)
-        if weight is not None and module is not without:
+        if weight is None or module is without:
+            continue
+        if isinstance(weight, Packed):
+            packed.add(name)
+            layers[name] = weight
+        else:
             layers[name] = weight.detach()
     twin = partial(twin_of, model)
-    return Base(_InFloat32(parameters), _InFloat32(layers), frozenset(head), twin)
+    as_float32, matrices = _InFloat32(parameters), _InFloat32(layers)
+    return Base(as_float32, matrices, frozenset(head), frozenset(packed), twin)
+
+
+class _Readable(Protocol):
+    """A tensor, or a packed matrix."""
+
+    def float(self) -> Tensor:
+        """Return it in float32."""
+        ...
 
 
 @final
 class _InFloat32(Mapping[str, Tensor]):
     """Tensors that are read as float32, each when it is asked for: no copy of all is kept."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, _Readable]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:

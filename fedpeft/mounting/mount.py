@@ -7,11 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting.branches import bottleneck, branches, check_branch, stackable, stacked
-from fedpeft.mounting.layers import dense_layer
+from fedpeft.mounting.layers import dense_shape, oriented
+from fedpeft.mounting.packed import PackedLinear
 from fedpeft.mounting.tracing import Place, claimed
 from fedpeft.types import Payload
 
@@ -62,8 +64,8 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     A branch is ``<module>:A``, ``:B`` and maybe ``:e``, which add scale * B diag(e) A to the
     layer's matrix, or ``<module>:dense``, which adds scale * dense, or both. A branch without the
     client axis is the same for all clients, and one product serves the whole batch. A name that the
-    model lacks, a shape that does not fit, or a parameter that cannot carry K > 1 clients raises
-    WireError.
+    model lacks, a shape or dtype that does not fit, or a parameter that cannot carry K > 1 clients
+    raises WireError.
 
     >>> model = nn.Sequential(nn.Linear(3, 2, bias=False))
     >>> x = torch.ones(1, 3)
@@ -74,10 +76,12 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
     [[6.0, 6.0]]
     """
     plain = plain_parameters(tensors)
+    check_dtypes(model, tensors)
+    _check_shapes(model, plain)
     clients = {len(tensor) for tensor in plain.values()}  # sizes of client axes: {K}, or empty
     with ExitStack() as undo:
         for name, factors in by_module(tensors).items():
-            clients |= check_branch(name, factors, dense_layer(model, name).shape)
+            clients |= check_branch(name, factors, dense_shape(model, name))
             module = model.get_submodule(name)
             for branch in branches(factors, scale):
                 handle = module.register_forward_hook(branch)
@@ -96,6 +100,30 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
         else:
             undo.enter_context(_side_by_side(model, plain))
         yield
+
+
+def check_dtypes(model: nn.Module, tensors: Payload) -> None:
+    """Raise WireError for a tensor of a dtype with which ``model`` does not compute.
+
+    >>> check_dtypes(nn.Linear(2, 1), {"bias": torch.ones(1, 1, dtype=torch.float64)})
+    Traceback (most recent call last):
+    fedpeft.errors.WireError: bias is of torch.float64, with which this model does not compute
+    """
+    # What is trained is float32 also where the base is kept in fewer bits.
+    dtypes = {torch.float32, *(parameter.dtype for parameter in model.parameters())}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes or not tensor.is_floating_point():
+            raise WireError(f"{name} is of {tensor.dtype}, with which this model does not compute")
+
+
+def _check_shapes(model: nn.Module, plain: Payload) -> None:
+    """Raise WireError where tensors that stand in for parameters, (K, ...), have other shapes."""
+    everywhere = dict(model.named_parameters(remove_duplicate=False))
+    for name, stack in plain.items():
+        parameter = everywhere.get(name)
+        if parameter is not None and stack.shape[1:] != parameter.shape:
+            size, fitting = tuple(stack.shape), tuple(parameter.shape)
+            raise WireError(f"{name} is {size}; {fitting} after a client axis would fit")
 
 
 @contextmanager
@@ -117,7 +145,7 @@ def bottlenecks(
     """
     with ExitStack() as undo:
         for name, parts in by_module(tensors).items():
-            out = dense_layer(model, name).shape[0]
+            out = dense_shape(model, name)[0]
             width = parts["d"].shape[-1] if "d" in parts else 0
             due = {"D": (width, out), "d": (width,), "U": (out, width), "u": (out,)}
             shapes = {part: tuple(tensor.shape[1:]) for part, tensor in parts.items()}
@@ -170,6 +198,46 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
         handle.remove()
         for name in makers:
             put(name, everywhere[name])
+
+
+@contextmanager
+def shifted(model: nn.Module, makers: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Let W + ``makers[name]()`` stand in for the matrix W, (out, in), of each dense layer named.
+
+    The difference is made anew in every forward pass. A packed W is left alone: the product with
+    the difference is added to the layer's output.
+
+    >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    >>> x = torch.ones(1, 2)
+    >>> with shifted(model, {"0": lambda: torch.ones(1, 2)}):
+    ...     more = model(x)
+    >>> (more - model(x)).round().item()
+    2.0
+    """
+    weights: dict[str, Callable[[Tensor], Tensor]] = {}
+    with ExitStack() as undo:
+        for name, make in makers.items():
+            module = model.get_submodule(name)
+            if isinstance(module, PackedLinear):
+                handle = module.register_forward_hook(partial(_add_product, make))
+                undo.callback(handle.remove)
+                undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
+            else:
+                weights[f"{name}.weight"] = partial(_sum, model, name, make)
+        undo.enter_context(replaced(model, weights))
+        yield
+
+
+def _sum(model: nn.Module, name: str, make: Callable[[], Tensor], weight: Tensor) -> Tensor:
+    """Return W + difference, the way round in which the layer stores its ``weight`` W."""
+    return weight + oriented(model, name, make())
+
+
+def _add_product(
+    make: Callable[[], Tensor], _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Return the output of a layer with the product of its input and the difference added."""
+    return output + functional.linear(args[0], make())
 
 
 @contextmanager

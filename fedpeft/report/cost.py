@@ -13,7 +13,7 @@ class Cost:
     ``bytes``: all traffic, down and up. ``slowest_bytes``: the most bytes that one client moved in
     a round, down and up, summed over rounds. ``slowest_seconds``: the longest measured training of
     a client in a round, summed over rounds. ``slowest_alone``: the same for clients that train
-    alone, as on a machine of their own.
+    alone, as on a machine of their own. A round of several phases counts as several here.
 
     >>> first, second = Cost(bytes=6, slowest_bytes=4), Cost(bytes=7, slowest_bytes=5)
     >>> (first + second).slowest_bytes
@@ -58,19 +58,20 @@ class Cost:
 
 def cost_of(asked: Sequence[ClientRow]) -> Cost:
     """Return the cost of the rounds of these rows: bytes of all clients, times of the slowest."""
-    # A round ends with its slowest client, so maxima within a round and sums over rounds. Lost
-    # clients count, too: their bytes were moved.
-    by_round: dict[int, Cost] = {}
+    # An exchange ends with its slowest client, so maxima within one and sums over all: one a round,
+    # or one a phase of it. Lost clients count, too: their bytes were moved.
+    by_exchange: dict[tuple[int, int], Cost] = {}
     for row in asked:
         moved = row.down + row.up
-        before = by_round.get(row.round, Cost())
-        by_round[row.round] = Cost(
+        exchange = row.round, row.phase
+        before = by_exchange.get(exchange, Cost())
+        by_exchange[exchange] = Cost(
             bytes=before.bytes + moved,
             slowest_bytes=max(before.slowest_bytes, moved),
             slowest_seconds=max(before.slowest_seconds, row.measured.seconds),
             slowest_alone=max(before.slowest_alone, row.measured.seconds_alone),
         )
     total = Cost()
-    for cost in by_round.values():
+    for cost in by_exchange.values():
         total += cost
     return total

@@ -16,8 +16,8 @@ from fedpeft.errors import BadInput
 from fedpeft.tasks.choice import Chat, TaskSection
 from fedpeft.tasks.dialogue import Message, Writer, fitted, messages, writer
 from fedpeft.tasks.generation import NOTHING, continued
-from fedpeft.tasks.logits import logits_at
-from fedpeft.tasks.padding import IGNORED, inputs, padded, width_of
+from fedpeft.tasks.logits import logits_at, looks_ahead
+from fedpeft.tasks.padding import IGNORED, inputs, joined, padded, read_by_model, width_of
 from fedpeft.tasks.task import (
     TRIAL,
     Batch,
@@ -27,6 +27,7 @@ from fedpeft.tasks.task import (
     Metric,
     ModelForm,
     Prediction,
+    SourceForm,
     TaskKind,
     primary,
 )
@@ -92,8 +93,13 @@ class CausalLM:
         """Return the task with the tokenizer that was loaded with its model.
 
         One that names no end of text raises BadInput, and so does one without a chat template where
-        the settings want it.
+        the settings want it, and a ``max_length`` without room for a prompt and a response.
         """
+        if self.max_length < 2:
+            raise BadInput(
+                f"model.max_length = {self.max_length}: leaves no room for a prompt and a "
+                "response; choose 2 or more"
+            )
         return replace(self, writer=writer(tokenizer, self.chat))
 
     def unanswered(self, texts: Sequence[str], context: str | None = None) -> Rows:
@@ -115,18 +121,22 @@ class CausalLM:
         if not len(rows):
             return Encoded([])
         dialogues, references = self._dialogues(rows)
-        prompts = self._writer.prompts(dialogues)
+        records = [rows.record_of(row) for row in range(len(rows))]
+        prompts = self._writer.prompts(dialogues, records)
         if not references:
             return Encoded(
                 [self._prompt(row, Turn(prompt, None)) for row, prompt in enumerate(prompts)]
             )
         responses = self._writer.responses(references)
         examples: list[Example] = []
+        passed_over: list[int] = []
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             example = self._example(row, Turn(prompt, references[row]), response)
             if response and example.weight:
                 examples.append(example)
-        return Encoded(examples, self._notes(len(rows) - len(examples), len(rows)))
+            else:
+                passed_over.append(records[row])
+        return Encoded(examples, self._notes(passed_over, len(rows)))
 
     def to_score(self, examples: Encoded) -> Encoded:
         """Return ``examples`` and, where responses are generated, the prompts of the first rows.
@@ -252,6 +262,10 @@ class CausalLM:
     def trial(self, model: nn.Module, device: torch.device) -> str:
         """Return what is wrong with what ``model`` says of two short texts, empty if nothing."""
         examples = self.encode(Rows({"prompt": TRIAL, "response": TRIAL}))
+        longest = max(examples, key=len)
+        if looks_ahead(model, longest.ids.unsqueeze(0).to(device)):
+            why = "it reads texts from both sides, so it would see the response that it has to give"
+            return f"{why}; choose a language model that reads from left to right"
         losses = self.predict(model, self.collate(examples, device))["losses"]
         finite = bool(torch.isfinite(losses).all())
         return "" if finite else "its loss of a short text is no number; choose another model"
@@ -304,13 +318,16 @@ class CausalLM:
         nothing = torch.tensor([], dtype=torch.int64)
         return Example(torch.tensor(kept), nothing, row, weight=0, source=turn)
 
-    def _notes(self, passed_over: int, total: int) -> tuple[str, ...]:
-        """Return what to say of rows that have no token to learn; BadInput where they are many."""
+    def _notes(self, passed_over: Sequence[int], total: int) -> tuple[str, ...]:
+        """Return what to say of rows that have no token to learn; BadInput where they are many.
+
+        ``passed_over``: the numbers of their records.
+        """
         if not passed_over:
             return ()
-        limit = f"model.max_length = {self.max_length}"
-        said = f"{passed_over} of {total} rows have no token of a response within {limit}"
-        if passed_over > TOO_MANY * total:
+        limit = f"model.max_length = {self.max_length}, such as record {passed_over[0]}"
+        said = f"{len(passed_over)} of {total} rows have no token of a response within {limit}"
+        if len(passed_over) > TOO_MANY * total:
             raise BadInput(f"{said}; raise it, or look at the column that data.response names")
         return (f"{said}: they are passed over",)
 
@@ -334,8 +351,8 @@ def _rows(batch: Batch, chosen: Tensor) -> dict[str, Tensor]:
 
 def _token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross-entropy of every label, (n, R), 0 where there is none."""
-    read = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits, labels = logits_at(model, read, batch["positions"]), batch["labels"]
+    labels = batch["labels"]
+    logits = logits_at(model, read_by_model(batch), batch["positions"])
     losses = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -382,6 +399,25 @@ def _check_pattern(pattern: str) -> None:
         )
 
 
+def _pack(turns: Sequence[Turn]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return prompts as tensors, responses as JSON."""
+    prompts = [torch.tensor(turn.prompt, dtype=torch.int64) for turn in turns]
+    parts = {
+        "prompts": joined(prompts),
+        "lengths": torch.tensor([len(prompt) for prompt in prompts]),
+    }
+    return [turn.response for turn in turns], parts
+
+
+def _unpack(kept: Any, parts: Mapping[str, Tensor]) -> list[Turn]:
+    """Return the turns that ``_pack`` was given."""
+    prompts = torch.split_with_sizes(parts["prompts"], parts["lengths"].tolist())
+    turns: list[Turn] = []
+    for prompt, response in zip(prompts, kept, strict=True):
+        turns.append(Turn(prompt.tolist(), response))
+    return turns
+
+
 KIND: Final = TaskKind(
     schema=Schema(
         columns=(
@@ -394,4 +430,5 @@ KIND: Final = TaskKind(
     ),
     names=_no_names,
     make=_make,
+    sources=SourceForm(_pack, _unpack),
 )

@@ -12,7 +12,7 @@ from fedpeft.data.rows import Dataset, Rows
 from fedpeft.data.schema import Column, Schema, text
 from fedpeft.errors import BadInput
 from fedpeft.tasks.choice import TaskSection
-from fedpeft.tasks.padding import inputs, width_of
+from fedpeft.tasks.padding import inputs, read_by_model, width_of
 from fedpeft.tasks.task import (
     Batch,
     Counts,
@@ -106,8 +106,7 @@ class Classification:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's (n, C) logits in float32."""
-        read = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        out: Tensor = model(**read).logits
+        out: Tensor = model(**read_by_model(batch)).logits
         return out.float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

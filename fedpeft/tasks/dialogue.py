@@ -72,13 +72,16 @@ class Writer:
         """Return the ids that end a response: of the mark the last one, and the end of text."""
         return tuple({self.mark[-1], int(self.tokenizer.eos_token_id)})
 
-    def prompts(self, dialogues: Sequence[Sequence[Message]]) -> list[list[int]]:
+    def prompts(
+        self, dialogues: Sequence[Sequence[Message]], records: Sequence[int]
+    ) -> list[list[int]]:
         """Return the ids of each dialogue up to where its response would begin.
 
-        A dialogue that the chat template refuses raises BadInput.
+        A dialogue that the chat template refuses raises BadInput with its number in ``records``.
         """
         if self.has_template:
-            return self._ids(self._rendered(row, one) for row, one in enumerate(dialogues))
+            numbered = zip(records, dialogues, strict=True)
+            return self._ids(self._rendered(record, one) for record, one in numbered)
         ids = self._ids("\n".join([*(said for _, said in one), ""]) for one in dialogues)
         return [[*self.start, *prompt] for prompt in ids]
 
@@ -91,14 +94,15 @@ class Writer:
         decoded: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded.strip()
 
-    def _rendered(self, row: int, dialogue: Sequence[Message]) -> str:
+    def _rendered(self, record: int, dialogue: Sequence[Message]) -> str:
         """Return a dialogue as the chat template writes it, ready for a response."""
         try:
             return _templated(self.tokenizer, dialogue, add_generation_prompt=True)
         except TemplateError as error:
             roles = ", ".join(message.role for message in dialogue)
             raise BadInput(
-                f"row {row}: the model's chat template refuses its messages, of {roles} ({error})"
+                f"record {record}: the model's chat template refuses its messages, of {roles} "
+                f"({error})"
             ) from error
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:

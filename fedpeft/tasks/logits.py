@@ -38,6 +38,21 @@ def chooses(model: nn.Module, inputs: Batch, positions: Tensor) -> bool:
 
 
 @torch.no_grad()
+def looks_ahead(model: nn.Module, ids: Tensor) -> bool:
+    """Return whether what ``model`` says behind a token depends on the tokens that follow it.
+
+    ``ids``: a text of two tokens or more, (1, L). A masked language model does so: it would read
+    the very tokens that it is to say.
+    """
+    alone, followed = (
+        model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False).logits[0, 0]
+        for part in (ids[:, :1], ids)
+    )
+    difference = (followed - alone).abs().max()
+    return bool(difference > TOLERANCE.get(alone.dtype, 0.05) * alone.abs().max())
+
+
+@torch.no_grad()
 def _agree(model: nn.Module, inputs: Batch, positions: Tensor) -> bool:
     """Return whether logits at chosen positions are those of the full model there."""
     full = _taken(model, inputs, positions)

@@ -1,6 +1,7 @@
 """Examples of different lengths as one batch."""
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from fedpeft.tasks.task import Example
 
 IGNORED = -100
 """The label of a token that has none, as everywhere in transformers."""
+READ: Final = ("input_ids", "attention_mask", "token_type_ids")
+"""What models read of a batch, as ``inputs`` makes it; the rest belongs to the task."""
 
 
 def width_of(longest: int, pad_to_multiple_of: int, max_length: int) -> int:
@@ -23,6 +26,17 @@ def width_of(longest: int, pad_to_multiple_of: int, max_length: int) -> int:
     """
     rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of  # -(-a // b) rounds up
     return min(rounded, max(longest, max_length))
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return 1-D tensors as one, in 32 bits where its numbers fit.
+
+    >>> joined([torch.tensor([1]), torch.tensor([2, 3])]).dtype
+    torch.int32
+    """
+    whole = torch.cat(list(tensors))
+    narrow = whole.int()
+    return narrow if bool((narrow == whole).all()) else whole
 
 
 def padded(tensors: Sequence[Tensor], width: int, value: int) -> Tensor:
@@ -66,3 +80,12 @@ def inputs(examples: Sequence[Example], width: int, padding: int) -> dict[str, T
     if segments:
         batch["token_type_ids"] = padded(segments, width, 0)
     return batch
+
+
+def read_by_model(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the model itself reads of a batch; labels and the like are left out.
+
+    >>> sorted(read_by_model({"labels": torch.ones(1), "input_ids": torch.ones(1, 1)}))
+    ['input_ids']
+    """
+    return {name: batch[name] for name in READ if name in batch}

@@ -18,7 +18,8 @@ from fedpeft.data.schema import Column, Schema, Values, text
 from fedpeft.errors import BadInput
 from fedpeft.tasks.answers import Gold, Place, agreement, place_of, read_answers
 from fedpeft.tasks.choice import TaskSection
-from fedpeft.tasks.padding import inputs, width_of
+from fedpeft.tasks.padding import inputs, joined, read_by_model, width_of
+from fedpeft.tasks.spans import N_BEST, Span, best_spans, trimmed
 from fedpeft.tasks.task import (
     TRIAL,
     Batch,
@@ -28,7 +29,9 @@ from fedpeft.tasks.task import (
     Metric,
     ModelForm,
     Prediction,
+    SourceForm,
     TaskKind,
+    check_fast,
     misfit,
     primary,
 )
@@ -36,8 +39,6 @@ from fedpeft.tasks.windows import Window, room_of, windows
 
 METRICS: Final = (Metric("f1"), Metric("exact_match"))
 """Means over questions of the agreement with the best right answer, by SQuAD's rules."""
-N_BEST: Final = 20
-"""Spans among which probability is shared out."""
 LOST: Final = 0.05
 """Share of questions whose answer may be missing from its context before the data are refused."""
 
@@ -66,13 +67,6 @@ class Passage(NamedTuple):
     first: int
     offsets: Tensor
     null: int
-
-
-class Span(NamedTuple):
-    """A possible answer: its place in the context; ``score``: the sum of its two logits."""
-
-    score: float
-    place: Place
 
 
 NO_ANSWER: Final = Place(0, 0)
@@ -118,11 +112,7 @@ class QuestionAnswering:
         One without a fast version raises BadInput, as it cannot say which characters a token stands
         for; and so does a ``max_length`` without room for a question and a context.
         """
-        if not tokenizer.is_fast:
-            raise BadInput(
-                f"task.kind = 'qa': {type(tokenizer).__name__} has no fast version, which alone "
-                "says which characters a token stands for; choose another model"
-            )
+        check_fast(tokenizer, "qa", "which characters a token stands for")
         room = room_of(tokenizer, self.max_length)
         if room < 2:
             raise BadInput(
@@ -187,7 +177,8 @@ class QuestionAnswering:
         notes: list[str] = []
         if lost:
             question, answers = (rows.columns[role][lost[0]] for role in ("question", "answers"))
-            example = f"such as {answers[0].text!r:.60} to {question!r:.60}"
+            record = rows.record_of(lost[0])
+            example = f"such as {answers[0].text!r:.60} to {question!r:.60} in record {record}"
             said = f"{len(lost)} of {len(rows)} questions have no answer that is in their context"
             if len(lost) > LOST * len(rows):
                 raise BadInput(
@@ -217,8 +208,7 @@ class QuestionAnswering:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's logits of start and end in float32, (n, L, 2)."""
-        read = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        out: Any = model(**read)
+        out: Any = model(**read_by_model(batch))
         return torch.stack([out.start_logits, out.end_logits], dim=-1).float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -299,7 +289,9 @@ class QuestionAnswering:
         spans: list[Span] = []
         null_scores: list[float] = []
         for logits, passage in asked:
-            spans += _best_spans(logits, passage, self.max_answer_length)
+            count = len(passage.offsets)
+            of_context = logits[passage.first : passage.first + count]  # (count, 2)
+            spans += best_spans(of_context, passage.offsets, self.max_answer_length)
             null_scores.append(float(logits[passage.null].sum()))
         spans.sort(key=lambda span: span.score, reverse=True)  # stable: equal ones keep their order
         likeliest = spans[:N_BEST]
@@ -312,7 +304,7 @@ class QuestionAnswering:
                 best = null
         scores = torch.tensor([span.score for span in likeliest or [null]])
         probability = float(torch.exp(best.score - scores.logsumexp(dim=0)))
-        start, end = _trimmed(asked[0][1].context, best.place)
+        start, end = trimmed(asked[0][1].context, best.place)
         return Answer(asked[0][1].context[start:end], start, end, probability)
 
 
@@ -324,36 +316,6 @@ def _questions(
     for prediction, example in zip(predictions, examples, strict=True):
         windows_of.setdefault(example.row, []).append((prediction["logits"], example.source))
     return list(windows_of.values())
-
-
-def _best_spans(logits: Tensor, passage: Passage, longest: int) -> list[Span]:
-    """Return the best spans of a window, at most ``N_BEST``, of at most ``longest`` tokens each.
-
-    ``logits``: (L, 2).
-    """
-    count = len(passage.offsets)
-    if not count:
-        return []
-    starts, ends = logits[passage.first : passage.first + count].unbind(dim=1)  # (count,) each
-    # (count, longest): row i, column k has the score of the span of k + 1 tokens from token i on.
-    beyond = ends.new_full((longest - 1,), -torch.inf)  # spans cannot end behind the window
-    scores = starts.unsqueeze(1) + torch.cat([ends, beyond]).unfold(0, longest, 1)
-    best = scores.flatten().topk(min(N_BEST, scores.numel()))
-    offsets = passage.offsets.tolist()
-    spans: list[Span] = []
-    for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        if score == -torch.inf:
-            break
-        first, more = divmod(index, longest)
-        spans.append(Span(score, Place(offsets[first][0], offsets[first + more][1])))
-    return spans
-
-
-def _trimmed(context: str, place: Place) -> Place:
-    """Return ``place`` without blanks at its ends: some tokens begin with one."""
-    answer = context[place.start : place.end]
-    start = place.start + len(answer) - len(answer.lstrip())
-    return Place(start, start + len(answer.strip()))
 
 
 def _label(window: Window, place: Place | None) -> tuple[int, int]:
@@ -425,6 +387,47 @@ def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Quest
     )
 
 
+def _pack(passages: Sequence[Passage]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return passages as JSON and tensors.
+
+    A context is written once, however many windows and questions it has.
+    """
+    contexts: dict[str, int] = {}  # context -> its number
+    for passage in passages:
+        contexts.setdefault(passage.context, len(contexts))
+    numbers = [contexts[passage.context] for passage in passages]
+    kept = {
+        "contexts": list(contexts),
+        "answers": [passage.answers for passage in passages],
+    }
+    parts = {
+        "contexts": torch.tensor(numbers),
+        "firsts": torch.tensor([passage.first for passage in passages]),
+        "nulls": torch.tensor([passage.null for passage in passages]),
+        "counts": torch.tensor([len(passage.offsets) for passage in passages]),
+        "offsets": joined([passage.offsets.flatten() for passage in passages]),
+    }
+    return kept, parts
+
+
+def _unpack(kept: Any, parts: Mapping[str, Tensor]) -> list[Passage]:
+    """Return the passages that ``_pack`` was given."""
+    offsets = parts["offsets"].int().view(-1, 2)
+    columns = zip(
+        parts["contexts"].tolist(),
+        kept["answers"],
+        parts["firsts"].tolist(),
+        torch.split_with_sizes(offsets, parts["counts"].tolist()),
+        parts["nulls"].tolist(),
+        strict=True,
+    )
+    passages: list[Passage] = []
+    for number, answers, first, its_offsets, null in columns:
+        context = kept["contexts"][number]
+        passages.append(Passage(context, tuple(answers), first, its_offsets, null))
+    return passages
+
+
 KIND: Final = TaskKind(
     schema=Schema(
         columns=(
@@ -436,4 +439,5 @@ KIND: Final = TaskKind(
     ),
     names=_names,
     make=_make,
+    sources=SourceForm(_pack, _unpack),
 )

@@ -16,7 +16,8 @@ from fedpeft.data.rows import Dataset, Rows
 from fedpeft.data.schema import Column, Schema, Values, words
 from fedpeft.errors import BadInput
 from fedpeft.tasks.choice import TaskSection
-from fedpeft.tasks.padding import IGNORED, inputs, padded, width_of
+from fedpeft.tasks.padding import IGNORED, inputs, padded, read_by_model, width_of
+from fedpeft.tasks.tag_schemes import OUTSIDE, bio, parted, spans, types_of
 from fedpeft.tasks.task import (
     Batch,
     Counts,
@@ -25,22 +26,15 @@ from fedpeft.tasks.task import (
     Metric,
     ModelForm,
     Prediction,
+    SourceForm,
     TaskKind,
+    check_fast,
     misfit,
     primary,
 )
 
 METRICS: Final = (Metric("f1"), Metric("precision"), Metric("recall"), Metric("accuracy"))
 """Of whole names, with their type; accuracy is of single words."""
-OUTSIDE: Final = "O"
-
-
-class Span(NamedTuple):
-    """A name: its type, and its words from ``start`` up to but without ``end``."""
-
-    type: str
-    start: int
-    end: int
 
 
 class Tagged(NamedTuple):
@@ -95,11 +89,7 @@ class Tagging:
 
         One without a fast version raises BadInput: it cannot say which word a token belongs to.
         """
-        if not tokenizer.is_fast:
-            raise BadInput(
-                f"task.kind = 'tagging': {type(tokenizer).__name__} has no fast version, "
-                "which alone says which word a token belongs to; choose another model"
-            )
+        check_fast(tokenizer, "tagging", "which word a token belongs to")
         return replace(self, tokenizer=tokenizer)
 
     def unanswered(self, texts: Sequence[str], context: str | None = None) -> Rows:
@@ -149,8 +139,7 @@ class Tagging:
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's (n, L, C) logits in float32."""
-        read = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        out: Tensor = model(**read).logits
+        out: Tensor = model(**read_by_model(batch)).logits
         return out.float()
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -236,7 +225,7 @@ class Tagging:
 
     def trial(self, model: nn.Module, device: torch.device) -> str:
         """Return what is wrong where ``model`` cannot tell the labels of two short texts."""
-        return misfit(self, model, device, "a text classifier")
+        return misfit(self, model, device, "a model that tags tokens")
 
     def answers(self, predictions: Sequence[Prediction], examples: Encoded) -> list[Tagged]:
         """Return every sentence with the names that were found in it."""
@@ -276,64 +265,6 @@ def _word_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(by_class, labels, ignore_index=IGNORED, reduction="none")
 
 
-def bio(tags: Sequence[str]) -> tuple[str, ...]:
-    """Return tags of any of the schemes in BIO; those in BIO stay as they are.
-
-    Also those of BIOES and BILOU, whose ``E`` and ``L`` end a name and ``S`` and ``U`` are one.
-
-    >>> bio(["I-PER", "I-PER", "B-PER", "O"])  # IOB1
-    ('B-PER', 'I-PER', 'B-PER', 'O')
-    >>> bio(["PER", "PER", "LOC", "O"])
-    ('B-PER', 'I-PER', 'B-LOC', 'O')
-    """
-    converted: list[str] = []
-    before = ""  # the type of the word before
-    for tag in tags:
-        prefix, type_name = _parted(tag)
-        if type_name:
-            begins = prefix in BEGINS or type_name != before
-            converted.append(f"{'B' if begins else 'I'}-{type_name}")
-        else:
-            converted.append(OUTSIDE)
-        before = type_name
-    return tuple(converted)
-
-
-BEGINS: Final = frozenset("BSU")
-"""Prefixes of words that begin a name wherever they stand."""
-PREFIXES: Final = frozenset("BIESLU")
-"""What may stand before a type: the words of BIO, BIOES and BILOU."""
-
-
-def _parted(tag: str) -> tuple[str, str]:
-    """Return prefix and type of a tag: ``I-PER`` -> ("I", "PER"), ``O`` -> ("", "").
-
-    A tag without a prefix is a type.
-    """
-    if tag == OUTSIDE:
-        return "", ""
-    prefix, dash, type_name = tag.partition("-")
-    if dash and prefix in PREFIXES:
-        return prefix, type_name
-    return "", tag
-
-
-def spans(tags: Sequence[str]) -> list[Span]:
-    """Return the names that ``tags``, in BIO, mark.
-
-    >>> spans(["B-PER", "I-PER", "O", "B-LOC"])
-    [Span(type='PER', start=0, end=2), Span(type='LOC', start=3, end=4)]
-    """
-    marked: list[Span] = []
-    for position, tag in enumerate(tags):
-        prefix, type_name = _parted(tag)
-        if prefix == "B":
-            marked.append(Span(type_name, position, position + 1))
-        elif prefix == "I":
-            marked[-1] = marked[-1]._replace(end=position + 1)
-    return marked
-
-
 def _marked(sentence: Sequence[str], tags: Sequence[str]) -> str:
     """Return a sentence with its names in brackets, each followed by its type."""
     parts = list(sentence)
@@ -347,7 +278,7 @@ def _read_tags(value: Any) -> tuple[str, ...]:
     """Return the tags of a sentence as they are written; ValueError for what is no tag."""
     tags = words(value)
     for tag in tags:
-        _, type_name = _parted(tag)
+        _, type_name = parted(tag)
         if tag != OUTSIDE and not type_name.strip():
             raise ValueError(f"holds {tag!r}, which is no tag; tags are O, B-PER, I-PER or PER")
     return tags
@@ -362,20 +293,17 @@ def _commonest_type(values: Values) -> str:
 def _check_lengths(values: Values) -> str:
     """Return what is wrong where words and tags of a sentence are not equally many."""
     num_words, num_tags = len(values["words"]), len(values["tags"])
-    return "" if num_words == num_tags else f"{num_words} words have {num_tags} tags"
+    if num_words == num_tags:
+        return ""
+    return f"{num_words} words have {num_tags} tags; every word needs one, O outside of names"
 
 
 def _types(rows: Rows) -> set[str]:
     """Return the types of all names in ``rows``."""
     types: set[str] = set()
     for tags in rows.columns["tags"]:
-        types |= _types_of(tags)
+        types |= types_of(tags)
     return types
-
-
-def _types_of(tags: Sequence[str]) -> set[str]:
-    """Return the types of a sentence's names."""
-    return {_parted(tag)[1] for tag in tags} - {""}
 
 
 def _names(dataset: Dataset) -> tuple[str, ...]:
@@ -388,7 +316,7 @@ def _names(dataset: Dataset) -> tuple[str, ...]:
     if not _types(dataset.train):
         raise BadInput(f"{dataset.name}: every tag of train is O; there is nothing to learn")
     for name in dataset.listed:
-        if _parted(name) != ("", name):
+        if parted(name) != ("", name):
             raise BadInput(f"data.labels names the tag {name!r}; list types alone, such as 'PER'")
     types = dataset.listed or sorted(_types(dataset.train))
     known = set(types)
@@ -406,10 +334,18 @@ def _make(choice: TaskSection, names: tuple[str, ...], max_length: int) -> Taggi
     return Tagging(names, max_length, primary(choice, METRICS))
 
 
-def _restored(kept: Any) -> Sentence:
-    """Return a sentence of which JSON has made lists."""
-    sentence, tags, first_tokens = kept
-    return Sentence(tuple(sentence), tuple(tags), tuple(first_tokens))
+def _pack(sentences: Sequence[Sentence]) -> tuple[Any, Mapping[str, Tensor]]:
+    """Return sentences as JSON has them: lists of lists."""
+    return sentences, {}
+
+
+def _unpack(kept: Any, parts: Mapping[str, Tensor]) -> list[Sentence]:
+    """Return the sentences of which JSON has made lists."""
+    del parts  # there are none
+    sentences: list[Sentence] = []
+    for sentence, tags, first_tokens in kept:
+        sentences.append(Sentence(tuple(sentence), tuple(tags), tuple(first_tokens)))
+    return sentences
 
 
 KIND: Final = TaskKind(
@@ -417,9 +353,9 @@ KIND: Final = TaskKind(
         columns=(Column("words", words), Column("tags", _read_tags)),
         label=_commonest_type,
         check=_check_lengths,
-        answers=lambda values: sorted(_types_of(values["tags"])),
+        answers=lambda values: sorted(types_of(values["tags"])),
     ),
     names=_names,
     make=_make,
-    restore=_restored,
+    sources=SourceForm(_pack, _unpack),
 )

@@ -243,19 +243,30 @@ class MakeTask(Protocol):
 
 
 @dataclass(frozen=True)
+class SourceForm:
+    """How the sources of examples are kept in a file, so that encodings can be.
+
+    ``pack``: sources, in order -> a value that JSON can hold, and tensors of whole numbers by name.
+    ``unpack``: these -> the sources.
+    """
+
+    pack: Callable[[Sequence[Any]], tuple[Any, Mapping[str, Tensor]]]
+    unpack: Callable[[Any, Mapping[str, Tensor]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
 class TaskKind:
     """What can be known of a kind of task before there is a model.
 
     ``schema``: the columns that it reads. ``names``: a data set -> the names of the possible
     answers, in the order of the model's outputs; BadInput where they make no task.
-    ``restore``: what JSON makes of an example's source -> the source, so that encodings can be
-    kept; None where examples have none, or none that JSON can hold.
+    ``sources``: how these are kept in a file; None where examples have none.
     """
 
     schema: Schema
     names: Callable[[Dataset], tuple[str, ...]]
     make: MakeTask
-    restore: Callable[[Any], Any] | None = None
+    sources: SourceForm | None = None
 
 
 def primary(choice: TaskSection, metrics: Sequence[Metric]) -> Metric:
@@ -265,6 +276,18 @@ def primary(choice: TaskSection, metrics: Sequence[Metric]) -> Metric:
             return metric
     names = ", ".join(metric.name for metric in metrics)
     raise BadInput(f"task.metric = {choice.metric!r}: a {choice.kind} task has {names}")
+
+
+def check_fast(tokenizer: Any, kind: str, knows: str) -> None:
+    """Raise BadInput for a tokenizer without a fast version.
+
+    ``kind``: the task that needs one, as it alone says what ``knows`` names.
+    """
+    if not tokenizer.is_fast:
+        raise BadInput(
+            f"task.kind = {kind!r}: {type(tokenizer).__name__} has no fast version, which alone "
+            f"says {knows}; choose another model"
+        )
 
 
 def misfit(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -20,14 +20,16 @@ from xxhash import xxh3_128_digest
 from fedpeft.data.rows import Rows
 from fedpeft.data.user_cache import cache_folder, keep
 from fedpeft.tasks.choice import TaskSection
-from fedpeft.tasks.task import Encoded, Example, Task
+from fedpeft.tasks.padding import joined
+from fedpeft.tasks.task import Encoded, Example, SourceForm, Task
 
 FEWEST: Final = 500
 """Rows from which an encoding is kept: fewer are encoded faster than they are looked up."""
 DIGEST: Final = 16
 """Bytes of the digest in front of a file."""
 
-Restore = Callable[[Any], Any]
+SOURCE: Final = "source "
+"""Before the names of the tensors that sources are kept in."""
 
 
 @final
@@ -36,8 +38,8 @@ class TokenCache:
     """The encodings that a task and a tokenizer have made before.
 
     ``choice``, ``names`` and ``max_length``: of the task. ``limit``: bytes of all files together,
-    of which the longest unused go first; 0 keeps none. ``restore``: what JSON made of an example's
-    source -> the source; without it, splits whose examples have sources are not kept.
+    of which the longest unused go first; 0 keeps none. ``sources``: how the sources of examples are
+    kept; without it, splits whose examples have any are not.
 
     A file is a digest, then tensors in the format of safetensors. One that is damaged is as good as
     none. Where the folder cannot be written, nothing is kept.
@@ -48,7 +50,7 @@ class TokenCache:
     names: tuple[str, ...]
     max_length: int
     limit: int
-    restore: Restore | None = None
+    sources: SourceForm | None = None
 
     def encode(self, task: Task, rows: Rows) -> Encoded:
         """Return what ``task.encode`` returns, from the cache where that is possible."""
@@ -56,18 +58,20 @@ class TokenCache:
         if not self.limit or len(rows) < FEWEST or not self.tokenizer.is_fast:
             return task.encode(rows)
         path = cache_folder() / "tokens" / f"{self._key(rows)}.safetensors"
-        kept = _read(path, self.restore)
+        kept = _read(path, self.sources)
         if kept is not None:
             return kept
         encoded = task.encode(rows)
-        content = packed(encoded, self.restore)
+        content = packed(encoded, self.sources)
         if content is not None:
             _write(path, content, self.limit)
         return encoded
 
     def _key(self, rows: Rows) -> str:
         """Return a digest of all that the encoding of ``rows`` depends on."""
-        held = json.dumps([list(rows.columns.items()), rows.labels], ensure_ascii=False)
+        # The numbers, too: notes name rows by them.
+        parts = [list(rows.columns.items()), rows.labels, rows.numbers]
+        held = json.dumps(parts, ensure_ascii=False)
         hashed = blake2b(held.encode("utf-8", "surrogatepass"), digest_size=DIGEST)
         hashed.update(self._about)
         return hashed.hexdigest()
@@ -92,10 +96,14 @@ def _content(tokenizer: Any) -> list[object]:
     # Set anew in every call, so that they would tell what was tokenised before.
     del pipeline["truncation"], pipeline["padding"]
     sides = [tokenizer.truncation_side, tokenizer.padding_side]
+    # Which token begins or ends a text, and which stands for no answer, the pipeline does not say.
+    roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
     return [
         type(tokenizer).__name__,
         pipeline,
         sides,
+        roles,
+        tokenizer.split_special_tokens,
         tokenizer.model_input_names,
         tokenizer.chat_template,
     ]
@@ -110,7 +118,7 @@ def _code() -> str:
     return hashed.hexdigest()
 
 
-def packed(encoded: Encoded, restore: Restore | None = None) -> bytes | None:
+def packed(encoded: Encoded, sources: SourceForm | None = None) -> bytes | None:
     """Return examples as the content of a file; None for those that cannot be kept.
 
     Tensors of all examples stand one after another, beside their lengths and shapes.
@@ -119,15 +127,16 @@ def packed(encoded: Encoded, restore: Restore | None = None) -> bytes | None:
     has_sources = any(example.source is not None for example in examples)
     label_dims = {example.labels.dim() for example in examples}
     with_segments = {example.segments is not None for example in examples}
-    if (has_sources and restore is None) or len(label_dims) != 1 or len(with_segments) != 1:
+    if (has_sources and sources is None) or len(label_dims) != 1 or len(with_segments) != 1:
         return None
     about: dict[str, object] = {"notes": encoded.notes}
-    if has_sources:
-        about["sources"] = [example.source for example in examples]
+    parts: Mapping[str, Tensor] = {}
+    if has_sources and sources is not None:
+        about["sources"], parts = sources.pack([example.source for example in examples])
     tensors = {
-        "ids": _joined([example.ids for example in examples]),
+        "ids": joined([example.ids for example in examples]),
         "lengths": torch.tensor(encoded.lengths),
-        "labels": _joined([example.labels.flatten() for example in examples]),
+        "labels": joined([example.labels.flatten() for example in examples]),
         "label_shapes": torch.tensor(
             [list(example.labels.shape) for example in examples], dtype=torch.int64
         ),
@@ -137,12 +146,14 @@ def packed(encoded: Encoded, restore: Restore | None = None) -> bytes | None:
     }
     if with_segments == {True}:
         segments = [example.segments for example in examples if example.segments is not None]
-        tensors["segments"] = _joined(segments)
+        tensors["segments"] = joined(segments)
+    for name, tensor in parts.items():
+        tensors[SOURCE + name] = tensor
     content = save(tensors)
     return xxh3_128_digest(content) + content
 
 
-def unpacked(content: bytes, restore: Restore | None = None) -> Encoded:
+def unpacked(content: bytes, sources: SourceForm | None = None) -> Encoded:
     """Return the examples that ``packed`` made ``content`` of; ValueError for damaged content."""
     digest, tensor_bytes = content[:DIGEST], content[DIGEST:]
     if digest != xxh3_128_digest(tensor_bytes):
@@ -156,9 +167,13 @@ def unpacked(content: bytes, restore: Restore | None = None) -> Encoded:
     segments: Sequence[Tensor | None] = [None] * len(ids)
     if "segments" in tensors:
         segments = torch.split_with_sizes(tensors["segments"].long(), lengths)
-    sources: list[Any] = about.get("sources") or [None] * len(ids)
-    if restore is not None:
-        sources = [None if source is None else restore(source) for source in sources]
+    sources_of: Sequence[Any] = [None] * len(ids)
+    if sources is not None and "sources" in about:
+        parts: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(SOURCE):
+                parts[name.removeprefix(SOURCE)] = tensor
+        sources_of = sources.unpack(about["sources"], parts)
     columns = zip(
         ids,
         labels,
@@ -166,7 +181,7 @@ def unpacked(content: bytes, restore: Restore | None = None) -> Encoded:
         tensors["rows"].tolist(),
         segments,
         tensors["weights"].tolist(),
-        sources,
+        sources_of,
         strict=True,
     )
     examples: list[Example] = []
@@ -175,17 +190,10 @@ def unpacked(content: bytes, restore: Restore | None = None) -> Encoded:
     return Encoded(examples, tuple(about["notes"]))
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return 1-D tensors as one, in 32 bits where its numbers fit."""
-    joined = torch.cat(list(tensors))
-    narrow = joined.int()
-    return narrow if bool((narrow == joined).all()) else joined
-
-
-def _read(path: Path, restore: Restore | None) -> Encoded | None:
+def _read(path: Path, sources: SourceForm | None) -> Encoded | None:
     """Return what a file holds, and note that it was used; None where it is of no use."""
     try:
-        encoded = unpacked(path.read_bytes(), restore)
+        encoded = unpacked(path.read_bytes(), sources)
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
     with suppress(OSError):

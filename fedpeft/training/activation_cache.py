@@ -26,11 +26,14 @@ Forward = Callable[[Encoded], object]
 class Chain:
     """A model's blocks, each of which hands its output to the next.
 
-    ``order``: all modules of the model in the order in which they are called.
+    ``order``: all modules of the model in the order in which they are called. ``behind``: what each
+    block returns behind its hidden states, nothing but None; it is None itself where the block
+    returns no tuple.
     """
 
     blocks: tuple[nn.Module, ...] = ()
     order: tuple[nn.Module, ...] = ()
+    behind: tuple[tuple[None, ...] | None, ...] = ()
 
     def lowest(self, mounted: Collection[nn.Module]) -> int:
         """Return the index of the last block that begins no later than the first of ``mounted``.
@@ -124,8 +127,11 @@ class ActivationCache:
             # Blocks below hand on what they get, and the lowest mounted one takes the cached states
             # instead. Whether a pass does so is decided as it runs, by its thread's ``entering``.
             if self._is_located and self._lowest > 0:
-                for block in self._chain.blocks[: self._lowest]:
-                    undo.enter_context(overridden(block, partial(_skip_or_run, block.forward)))
+                below = slice(0, self._lowest)
+                blocks, behind = self._chain.blocks[below], self._chain.behind[below]
+                for block, nones in zip(blocks, behind, strict=True):
+                    skipping = partial(_skip_or_run, block.forward, nones)
+                    undo.enter_context(overridden(block, skipping))
                 lowest = self._chain.blocks[self._lowest]
                 undo.callback(_change_input(lowest, _cached_or_computed))
             yield
@@ -156,12 +162,19 @@ def entering(states: Sequence[Tensor] | None) -> Iterator[None]:
 
 
 def _skip_or_run(
-    forward: Callable[..., object], hidden_states: Tensor, *args: object, **kwargs: object
+    forward: Callable[..., object],
+    nones: tuple[None, ...] | None,
+    hidden_states: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> object:
-    """Run a block below the lowest mounted one, unless the pass begins above it."""
+    """Run a block below the lowest mounted one, unless the pass begins above it.
+
+    ``nones``: what the block returns behind its hidden states (see ``Chain``).
+    """
     if _ENTERING.get() is None:
         return forward(hidden_states, *args, **kwargs)
-    return hidden_states
+    return hidden_states if nones is None else (hidden_states, *nones)
 
 
 def _cached_or_computed(computed: Tensor) -> Tensor:
@@ -296,8 +309,14 @@ def _chain(model: nn.Module, calls: Sequence[_Call], tokens: torch.Size) -> Chai
         blocks = tuple(module)
         block_calls = [call for call in calls if call.module in blocks]
         if len(blocks) > len(longest.blocks) and _form_chain(blocks, block_calls, tokens):
-            longest = Chain(blocks, order)
+            behind = tuple(_behind(call.output) for call in block_calls)
+            longest = Chain(blocks, order, behind)
     return longest
+
+
+def _behind(output: object) -> tuple[None, ...] | None:
+    """Return what a block gives out behind its hidden states (see ``Chain``)."""
+    return (None,) * (len(output) - 1) if isinstance(output, tuple) else None
 
 
 def _form_chain(
@@ -316,8 +335,12 @@ def _form_chain(
 
 def _hands_on(call: _Call, following: _Call) -> bool:
     """Return whether the output of one call is the very input of another."""
+    output = call.output
+    # DeBERTa's blocks return a tuple, with nothing else in it that would be skipped with them.
+    if isinstance(output, tuple) and all(other is None for other in output[1:]):
+        output = output[0]
     # The very tensor: anything that is computed between two blocks would be skipped with them.
-    return isinstance(call.output, Tensor) and call.output is following.first_input
+    return isinstance(output, Tensor) and output is following.first_input
 
 
 def _takes_vectors(call: _Call, tokens: torch.Size) -> bool:

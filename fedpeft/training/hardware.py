@@ -23,6 +23,12 @@ Kernels = tuple[Kernel, ...]
 
 TOKENS = 1280
 """Tokens that go through the model together on CPU: matrix products are large enough with these."""
+FEW_TOKENS = 512
+"""The same for a large model: its products are large enough with these.
+
+What a token leaves behind for the backward pass grows with the model's blocks, a megabyte for 135 M
+parameters.
+"""
 GRAIN = 4
 """``pad_to_multiple_of`` for bf16 on CPU.
 
@@ -136,11 +142,13 @@ def resolve(
     machine: Machine,
     max_length: int,
     kernels: Kernels = ("eager", "sdpa"),
+    is_large: bool = False,
 ) -> Hardware:
     """Return the choice for this machine and texts of up to ``max_length`` tokens.
 
-    ``kernels``: those that the model's family has for attention. A kernel that the family lacks, a
-    device that does not work and too many threads raise BadInput.
+    ``kernels``: those that the model's family has for attention. ``is_large``: whether the model
+    is (``models.is_large``). A kernel that the family lacks, a device that does not work and too
+    many threads raise BadInput.
     """
     cores = os.cpu_count() or 1
     most = 4 * cores
@@ -155,12 +163,13 @@ def resolve(
     if precision == "auto":
         precision = "bf16" if _bf16_is_fast(device) else "fp32"
     fastest: Kernel = "eager" if on_cpu and max_length <= SHORT else "sdpa"
+    tokens = FEW_TOKENS if is_large else TOKENS
     return Hardware(
         device=str(device),
         precision=precision,
         attention=_kernel(machine.attention, kernels, fastest),
         threads=machine.threads or torch.get_num_threads(),
-        tokens=TOKENS if on_cpu else EVERYTHING,
+        tokens=tokens if on_cpu else EVERYTHING,
         pad_to_multiple_of=GRAIN if on_cpu and precision == "bf16" else 1,
     )
 

@@ -17,7 +17,7 @@ from fedpeft.errors import Forgotten, WireError
 from fedpeft.ledger import COUNTS, REALS, Measured
 from fedpeft.types import NO_MEMORY, Payload
 from fedpeft.wire import tensors as codec
-from fedpeft.wire.versions import carried
+from fedpeft.wire.versions import carried, stamp
 
 DIGEST = 16
 """Bytes of every digest in a message."""
@@ -110,7 +110,8 @@ class Request:
     """What the server asks one client.
 
     ``round``: rounds done so far. ``config``: digest of what both must agree on, 16 bytes.
-    ``memory``: the version of the client's memory that the request assumes.
+    ``memory``: the version of the client's memory that the request assumes. ``phase``: exchanges
+    of this round that are done.
 
     >>> config = digest(b"the configuration")
     >>> blob = Request(Kind.TRAIN, 3, config, {"w": torch.ones(2)}).encode()
@@ -124,6 +125,7 @@ class Request:
     config: bytes
     payload: Payload
     memory: int = NO_MEMORY
+    phase: int = 0
 
     def encode(self) -> bytes:
         """Return the request as bytes."""
@@ -132,6 +134,7 @@ class Request:
                 **self.payload,
                 "@kind": torch.tensor(int(self.kind)),
                 "@round": torch.tensor(self.round),
+                "@phase": torch.tensor(self.phase),
                 "@memory": torch.tensor(self.memory),
                 "@config": torch.tensor(list(self.config), dtype=torch.uint8),
             }
@@ -144,6 +147,7 @@ class Request:
         # Each field is taken out; what is left in the end is the method's payload.
         kind = _whole_number(fields, "@kind")
         round_number = _whole_number(fields, "@round")
+        phase = _whole_number(fields, "@phase")
         memory = _whole_number(fields, "@memory")
         asked_config = bytes(_field(fields, "@config", (DIGEST,), torch.uint8).tolist())
         if asked_config != config:
@@ -151,11 +155,12 @@ class Request:
                 f"the request is for configuration {asked_config.hex()}, "
                 f"this client has {config.hex()}"
             )
-        if kind not in set(Kind) or round_number < 0 or memory < NO_MEMORY:
+        if kind not in set(Kind) or round_number < 0 or phase < 0 or memory < NO_MEMORY:
             raise WireError(
-                f"not a request: kind {kind}, round {round_number}, memory of round {memory}"
+                f"not a request: kind {kind}, round {round_number}, phase {phase}, "
+                f"memory of round {memory}"
             )
-        return Request(Kind(kind), round_number, config, fields, memory)
+        return Request(Kind(kind), round_number, config, fields, memory, phase)
 
 
 def _whole_number(fields: dict[str, Tensor], name: str) -> int:
@@ -182,9 +187,11 @@ class Status(IntEnum):
     DONE = 0
     FORGOTTEN = 1
     """The client holds no memory of the version that the request assumes, and has done nothing."""
+    DISCREET = 2
+    """Done; the client does not tell on how many examples, nor with what loss."""
 
 
-_ABOUT = ("round", "memory", "status")
+_ABOUT = ("round", "phase", "memory", "status")
 """The fields of a response that travel beside its payload and its measurements, in this order."""
 
 
@@ -192,7 +199,7 @@ _ABOUT = ("round", "memory", "status")
 class Response:
     """What a client replies: the payload and, for the ledger, what it ``measured``.
 
-    ``memory``: the version of the memory that the client holds now.
+    ``memory``: the version of the memory that the client holds now. ``phase``: as in the request.
 
     >>> blob = Response(3, {"w": torch.ones(2)}, Measured(examples=9)).encode()
     >>> response = Response.decode(blob)
@@ -205,6 +212,7 @@ class Response:
     measured: Measured = field(default_factory=Measured)
     memory: int = NO_MEMORY
     status: Status = Status.DONE
+    phase: int = 0
 
     def encode(self) -> bytes:
         """Return the response as bytes; their number depends on the payload's form alone."""
@@ -235,7 +243,7 @@ class Response:
         except ValueError as error:
             raise WireError(f"not an answer: {error}") from error
         measured = Measured(**{**counts, **reals, "loss": loss})
-        return Response(about["round"], fields, measured, about["memory"], status)
+        return Response(about["round"], fields, measured, about["memory"], status, about["phase"])
 
 
 def _or_nan(real: float | None) -> float:
@@ -265,8 +273,8 @@ def forgotten(request: bytes, config: bytes) -> bytes:
     In its next request to that client, the server then assumes no memory. ``config`` is the
     client's own digest. A request that cannot be read, or has another digest, raises WireError.
     """
-    round_number = Request.decode(request, config).round
-    return Response(round_number, {}, status=Status.FORGOTTEN).encode()
+    asked = Request.decode(request, config)
+    return Response(asked.round, {}, status=Status.FORGOTTEN, phase=asked.phase).encode()
 
 
 def check(
@@ -276,27 +284,35 @@ def check(
     *,
     memory: int,
     examples: int = 0,
+    phase: int = 0,
 ) -> None:
     """Raise WireError unless ``response`` can be used, Forgotten if its client lacked the memory.
 
     A response can be used if all of this holds:
 
-    - It is for this round.
+    - It is for this round, and for this ``phase`` of it.
     - Its measurements can be true, with no more ``examples`` than the client is known to hold
-      (0: unknown).
-    - Its memory has the version that the request assumed, ``memory``, or was written this round.
+      (0: unknown). A discreet one has neither examples nor loss.
+    - Its memory has the version that the request assumed, ``memory``, or was written just now.
     - Its payload has exactly the expected names, shapes and dtypes, and every value is finite.
     """
     if response.round != round_number:
         raise WireError(
             f"stale: the reply is for round {response.round}, this is round {round_number}"
         )
+    if response.phase != phase:
+        raise WireError(f"stale: the reply is for phase {response.phase}, this is phase {phase}")
     if response.status is Status.FORGOTTEN:
         raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
-    if faults := response.measured.faults(examples):
+    faults = response.measured.faults(examples)
+    if response.status is Status.DISCREET:
+        for kept_to_itself in ("examples", "loss"):
+            faults.pop(kept_to_itself, None)
+    if faults:
         raise WireError("; ".join(faults.values()))
     # Unchanged, written anew, or written anew with the method's part carried along.
-    if response.memory not in {memory, round_number, carried(round_number, memory)}:
+    now = stamp(round_number, phase)
+    if response.memory not in {memory, now, carried(now, memory)}:
         others = f"the request assumed that of {memory}, this is round {round_number}"
         raise WireError(f"the reply claims a memory of round {response.memory}; {others}")
     _check_payload(response.payload, expected)

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 
 from fedpeft.wrappers.fedavgm import FedAvgM
 from fedpeft.wrappers.fedprox import FedProx
+from fedpeft.wrappers.secagg import SecAgg
 from fedpeft.wrappers.staged import Staged
 from fedpeft.wrappers.wrapper import Wrapper
 
 WRAPPERS: Mapping[str, type[Wrapper]] = {
     "fedprox": FedProx,
     "fedavgm": FedAvgM,
+    "secagg": SecAgg,
 }
 """Every wrapper that ``[[wrap]]`` tables can name."""
 
-__all__ = ["WRAPPERS", "FedAvgM", "FedProx", "Staged", "Wrapper"]
+__all__ = ["WRAPPERS", "FedAvgM", "FedProx", "SecAgg", "Staged", "Wrapper"]

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
+from fedpeft.algebra.averaging import Mean, MeanMerge, mean_merge
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
 
 
@@ -65,10 +66,26 @@ class WithMomentum:
         A tensor that is new or has another shape, as after a bridge between stages, is taken as it
         is and begins at rest. A silent round changes nothing, not even the velocity.
         """
-        velocities = state.slice_of(self.owner)
         counted = Counted(updates)
         merged = self.inner.receive(state.without(self.owner), counted)
-        if counted.count == 0:
+        return self._stepped(state, merged, silent=counted.count == 0)
+
+    def mean_merge(self, round_number: int) -> MeanMerge | None:
+        """Return the merge of the method inside, with the step along the velocity after it."""
+        inner = mean_merge(self.inner, round_number)
+        if inner is None:
+            return None
+
+        def merge(state: State, total: Mean) -> State:
+            merged = inner.merge(state.without(self.owner), total)
+            return self._stepped(state, merged, silent=not total.sums())
+
+        return replace(inner, merge=merge)
+
+    def _stepped(self, state: State, merged: State, *, silent: bool) -> State:
+        """Return what becomes of ``state`` once the method inside has merged the replies."""
+        velocities = state.slice_of(self.owner)
+        if silent or merged.round == state.round:
             # Without this, the old velocity would go on moving the model that nobody trained.
             return merged.with_slice(self.owner, velocities)
         shared = dict(merged.shared)

@@ -9,6 +9,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from fedpeft.algebra.averaging import MeanMerge, mean_merge
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
 
 
@@ -67,6 +68,10 @@ class Proximal:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Merge as the method inside does."""
         return self.inner.receive(state, updates)
+
+    def mean_merge(self, round_number: int) -> MeanMerge | None:
+        """Merge as the method inside does."""
+        return mean_merge(self.inner, round_number)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import ClassVar, final
 import torch
 from torch import nn
 
+from fedpeft.algebra.averaging import Mean, MeanMerge, mean_merge
 from fedpeft.types import (
     NO_MEMORY,
     Base,
@@ -82,7 +83,22 @@ class Staged:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Merge as the current stage does; cross the bridge after the first stage's last round."""
         merged = self._method(state.round).receive(state, updates)
-        return self._bridged(merged) if self._stage(state.round) == 0 else merged
+        return self._after(state, merged)
+
+    def mean_merge(self, round_number: int) -> MeanMerge | None:
+        """Return the merge of the current stage, with the bridge after it."""
+        inner = mean_merge(self._method(round_number), round_number)
+        if inner is None:
+            return None
+
+        def merge(state: State, total: Mean) -> State:
+            return self._after(state, inner.merge(state, total))
+
+        return replace(inner, merge=merge)
+
+    def _after(self, before: State, merged: State) -> State:
+        """Return the state after a round, across the bridge after the first stage's last one."""
+        return self._bridged(merged) if self._stage(before.round) == 0 else merged
 
     def _bridged(self, state: State) -> State:
         """Return a state of the first stage, or what the bridge makes of it once that is over."""

@@ -52,13 +52,28 @@ def rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
 PERSONAL = {"local_only", "fedsa_lora"}
 """Methods that keep a part of the model with each client."""
 
-MERGES = {"flexlora", "fedsvd", "flora", "hetlora", "raflora", "lora_fair", "florist", "adalora"}
-"""Methods whose merge is no mean of what goes up. ``fed_sb`` is one of them in its first round."""
+NOT_MEANS = {
+    "local_only": "nothing goes up",
+    "flexlora": "the products B A are averaged",
+    "fedex_lora": "the server needs the mean of the products B A beside those of A and B",
+    "flora": "the factors are stacked",
+    "hetlora": "clients weigh as much as their products",
+    "raflora": "each rank has a mean of its own, over the clients that have it",
+    "lora_fair": "the server needs the mean of the products B A beside those of A and B",
+    "fed_sb": "products are averaged in the first round that is not silent, which may be any",
+    "ravan": "each head has a mean of its own, over the clients that train it",
+    "florist": "the factors are stacked",
+}
+"""Methods whose merge reads more of the replies than weighted sums, and what that is."""
 
 
 def is_mean(name: str, begin: int) -> bool:
-    """Return whether a method merges by a weighted mean in round ``begin``."""
-    return name not in MERGES and (name, begin) != ("fed_sb", 0)
+    """Return whether what goes up in round ``begin`` is the mean of all replies afterwards."""
+    # Means with something beside them; and of RAVAN's heads the clients here train all.
+    if name in {"fedex_lora", "ravan"} or (name == "fed_sb" and begin > 0):
+        return True
+    # Sums suffice, but the server makes something else of them.
+    return name not in NOT_MEANS and name not in {"fedsvd", "adalora"}
 
 
 @dataclass(frozen=True)

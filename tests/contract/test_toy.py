@@ -111,5 +111,7 @@ def test_a_method_that_forgets_to_go_on_to_the_next_round_is_told() -> None:
             list(updates)
             return state
 
-    with pytest.raises(ValueError, match="Stuck.receive gave a state of round 0 after round 0"):
+    with pytest.raises(
+        ValueError, match="Stuck.receive gave a state of round 0, phase 0, after round 0"
+    ):
         federation(Stuck()).play(1)  # type: ignore[arg-type]

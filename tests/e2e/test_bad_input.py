@@ -112,7 +112,9 @@ SETTINGS: dict[str, Wrong] = {
     "unknown split": Wrong(
         ("evaluation.split=train",), ("evaluation.split = 'train'", "'validation' or 'test'")
     ),
-    "unknown engine": Wrong(("engine.kind=flwr",), ("engine.kind = 'flwr'", "'local' or 'flower'")),
+    "unknown engine": Wrong(
+        ("engine.kind=flwr",), ("engine.kind = 'flwr'", "'local', 'flower' or 'sites'")
+    ),
     "wrong type in a method": Wrong(("method.rank=four",), ("method.rank = 'four'", "integer")),
     "rank above a layer's size": Wrong(
         ("method.rank=33",),
@@ -257,7 +259,8 @@ def test_overwrite_never_deletes_what_is_no_run(ground: Ground, runs: Path, fore
 def test_an_engine_that_is_not_installed_is_named_with_its_remedy(
     ground: Ground, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "fedpeft.engines.flower", raising=False)
+    for name in [name for name in sys.modules if name.startswith("fedpeft.engines.flower")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flwr", None)
     for name in [name for name in sys.modules if name.startswith("flwr.")]:
         monkeypatch.setitem(sys.modules, name, None)

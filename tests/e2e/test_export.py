@@ -357,6 +357,7 @@ def test_an_exported_adapter_names_its_base_model_wherever_it_is_loaded(
     assert Path(settings["base_model_name_or_path"]).is_absolute()
     assert Path(settings["base_model_name_or_path"]) == ground.model
     assert settings["task_type"] == "SEQ_CLS"
+    assert str(ground.model) in (tmp_path / "made" / "README.md").read_text()
 
 
 def test_exporting_leaves_the_model_as_it_was(

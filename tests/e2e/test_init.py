@@ -4,18 +4,20 @@ import csv
 import io
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fedpeft.experiment.config import from_tree, read
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.methods import METHODS
 
-from .builders import Ground, cli_call, examples, refused
+from .builders import Ground, cli_call, examples, refused, write_causal_lm
 from .reading import evaluations
+from .task_grounds import instructions, questions, sentences
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -29,7 +31,7 @@ def rows_named(text: str, label: str, **others: str) -> list[dict[str, Any]]:
     return found
 
 
-def separated(rows: Sequence[dict[str, Any]], delimiter: str) -> str:
+def separated(rows: Sequence[Mapping[str, Any]], delimiter: str) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
     writer.writeheader()
@@ -37,7 +39,7 @@ def separated(rows: Sequence[dict[str, Any]], delimiter: str) -> str:
     return text.getvalue()
 
 
-def as_lines(rows: Sequence[dict[str, Any]]) -> str:
+def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -82,6 +84,123 @@ def test_what_is_written_runs_as_it_is(name: str, toml: Path, ground: Ground, ru
     dataset = read_data(from_tree(read(toml)))
     assert {*dataset.train.texts} < {row["text"] for row in examples()}
     assert set(dataset.labels) == {row["label"] for row in examples()}
+
+
+def as_squad(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the questions of each title as one article, in SQuAD's form."""
+    articles: dict[str, Any] = {}
+    for row in rows:
+        texts = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        asked = {
+            "question": row["question"],
+            "answers": [{"text": text, "answer_start": start} for text, start in texts],
+        }
+        article = articles.setdefault(row["title"], {"title": row["title"], "paragraphs": []})
+        article["paragraphs"].append({"context": row["context"], "qas": [asked]})
+    return json.dumps({"version": "1.1", "data": list(articles.values())})
+
+
+def as_conll(rows: Sequence[Mapping[str, Any]]) -> str:
+    sentences: list[str] = []
+    for row in rows:
+        pairs = zip(row["tokens"], row["tags"], strict=True)
+        sentences.append("".join(f"{word}\t{tag}\n" for word, tag in pairs))
+    return "\n".join(sentences)
+
+
+def as_messages(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        asked = {"role": "user", "content": row["prompt"]}
+        lines.append({"messages": [asked, {"role": "assistant", "content": row["response"]}]})
+    return as_lines(lines)
+
+
+TASK_FILES: dict[str, tuple[str, Callable[[], str], set[str]]] = {
+    "sentences.jsonl": ("tagging", lambda: as_lines(sentences()), {"words", "tags"}),
+    "sentences.conll": ("tagging", lambda: as_conll(sentences()), {"words", "tags"}),
+    "squad.json": ("qa", lambda: as_squad(questions()), {"question", "context", "answers"}),
+    "questions.jsonl": (
+        "qa",
+        lambda: as_lines(questions()),
+        {"question", "context", "answers"},
+    ),
+    "prompts.csv": (
+        "causal_lm",
+        lambda: separated(instructions(), ","),
+        {"prompt", "response"},
+    ),
+    "chat.jsonl": ("causal_lm", lambda: as_messages(instructions()), {"messages"}),
+}
+
+
+@pytest.mark.parametrize("name", TASK_FILES)
+def test_every_task_is_told_from_its_file_and_runs(
+    name: str, toml: Path, ground: Ground, runs: Path, tmp_path: Path
+) -> None:
+    kind, text, roles = TASK_FILES[name]
+    train = write(toml, name, text())
+    outcome = cli_call("init", toml, "--train", train)
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert f"task: {kind}: " in outcome.out
+    tree = tomllib.loads(toml.read_text(encoding="utf-8"))
+    assert tree["task"]["kind"] == kind
+    assert tree["data"].keys() - {"source", "train", "key"} == roles
+    model = ground.model
+    if kind == "causal_lm":
+        model = write_causal_lm(tmp_path / "model")
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        tokenizer.save_pretrained(model)
+    tiny = ("--set", f"model.name={model}", "--set", "federation.rounds=1")
+    short = ("--set", "model.max_length=24", "--set", "evaluation.limit=8")
+    ran = cli_call("run", toml, "--runs", runs, *tiny, *short)
+    assert ran.code == 0, ran
+    assert evaluations(runs / "mine")[-1].examples == 8
+
+
+def test_a_task_that_is_named_is_the_one(toml: Path) -> None:
+    """A question with an answer may be one for a language model, and a text with a label."""
+    rows = [{"question": f"q {n}", "answer": f"a {n}", "category": "ab"[n % 2]} for n in range(60)]
+    train = write(toml, "train.jsonl", as_lines(rows))
+    ways = ("classification (question, category)", "causal_lm (question, answer)", "--task")
+    refused(cli_call("init", toml, "--train", train), "train.jsonl", *ways)
+    assert not toml.exists()
+    for kind in ("classification", "causal_lm"):
+        path = toml.with_name(f"{kind}.toml")
+        outcome = cli_call("init", path, "--train", train, "--task", kind)
+        assert outcome.code == 0, outcome
+        chosen = from_tree(read(path))
+        assert (chosen.task.kind, chosen.data.label) == (kind, "category")
+    assert chosen.data.prompt == "question"
+
+
+def test_prompts_without_labels_are_dealt_to_clients_that_are_alike(toml: Path) -> None:
+    """And may have more than a prompt: an input."""
+    rows = [{"instruction": f"do {n}", "input": f"{n}", "output": f"o {n}"} for n in range(90)]
+    train = write(toml, "train.json", json.dumps(rows))
+    assert cli_call("init", toml, "--train", train).code == 0
+    chosen = from_tree(read(toml))
+    assert chosen.partition.kind == "iid"
+    assert (chosen.data.prompt, chosen.data.input, chosen.data.response) == (
+        "instruction",
+        "input",
+        "output",
+    )
+    assert chosen.model.name == "smollm2"
+
+
+def test_a_task_without_its_columns_is_refused(toml: Path) -> None:
+    train = write(toml, "train.jsonl", as_lines(USUAL))
+    refused(
+        cli_call("init", toml, "--train", train, "--task", "tagging"),
+        "no columns for tagging",
+        "'sentence', 'category'",
+        "tokens/words + tags/ner_tags",
+        "data.words and data.tags",
+    )
+    refused(cli_call("init", toml, "--train", train, "--task", "taging"), "did you mean 'tagging'")
+    assert not toml.exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

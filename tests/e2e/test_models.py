@@ -14,13 +14,19 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, dynamic_module_utils
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    dynamic_module_utils,
+)
 from transformers.utils import import_utils
 
 from fedpeft.errors import BadInput
 from fedpeft.models import Loaded, ModelSection, causes, kernels, load, locate
 from fedpeft.seeds import derive
-from fedpeft.tasks import Classification
+from fedpeft.tasks import Classification, Tagging, Task, TaskSection, make_task
 from fedpeft.training.hardware import Hardware, Machine, resolve
 
 from . import zoo
@@ -134,6 +140,97 @@ def test_rows_for_other_labels_are_drawn_as_if_there_were_none(
     for name, parameter in expected.base.parameters.items():
         assert torch.equal(loaded.base.parameters[name], parameter), name
     assert loaded.digest == expected.digest
+
+
+TAGS = ("O", "B-LOC", "I-LOC")
+TAGGING = Tagging(TAGS, 16)
+ANSWERING = make_task(TaskSection(kind="qa"), (), 16)
+
+
+def opened_for(folder: Path, task: Task) -> Loaded:
+    return load(ModelSection(str(folder), max_length=16), task, CPU, SEED)
+
+
+def raw(model: Any, ids: Tensor) -> Any:
+    """Return what a model says of ids without padding."""
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama", "t5"])
+def test_a_tagger_that_knows_the_tags_goes_on_with_its_rows_in_their_order(
+    tmp_path: Path, family: str
+) -> None:
+    theirs = ("I-LOC", "O", "B-LOC")
+    folder = tmp_path / "tuned"
+    zoo.write_classifier(folder, family, theirs, AutoModelForTokenClassification)
+    loaded = opened_for(folder, TAGGING)
+    [note] = loaded.notes
+    assert "trained further" in note
+    plain = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    ids = torch.tensor([[2, 5, 9, 3]])
+    ours, expected = raw(loaded.model, ids).logits, raw(plain, ids).logits
+    torch.testing.assert_close(ours[..., [2, 0, 1]], expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize(
+    ("theirs", "auto", "needle"),
+    [
+        (("O", "B-PER", "I-PER"), AutoModelForTokenClassification, "3 labels (O, B-PER, I-PER)"),
+        (("O", "LOC"), AutoModelForTokenClassification, "2 labels (O, LOC)"),
+        (TAGS, AutoModelForSequenceClassification, "ForSequenceClassification"),
+    ],
+    ids=["other names", "another size", "another task"],
+)
+def test_rows_for_other_tags_are_drawn_as_if_there_were_none(
+    tmp_path: Path, family: str, theirs: tuple[str, ...], auto: Any, needle: str
+) -> None:
+    """The text classifiers of Llamas have no bias, their taggers one: of a row only a part is there."""
+    folder = zoo.write_classifier(tmp_path / "tuned", family, theirs, auto)
+    bare = zoo.copied(folder, tmp_path / "bare")
+    last = zoo.parts("score" if family == "llama" else "classifier")
+    zoo.rename(bare, lambda name: None if name in last else name)
+    loaded, expected = opened_for(folder, TAGGING), opened_for(bare, TAGGING)
+    [note] = loaded.notes
+    assert needle in note
+    assert "drawn anew" in note
+    assert expected.notes == ()
+    assert loaded.base.head == expected.base.head
+    for name, parameter in expected.base.parameters.items():
+        assert torch.equal(loaded.base.parameters[name], parameter), name
+    assert loaded.digest == expected.digest
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama", "t5"])
+def test_a_model_that_answers_questions_keeps_its_start_and_end(
+    tmp_path: Path, family: str
+) -> None:
+    folder = tmp_path / "tuned"
+    zoo.write_classifier(folder, family, ("LABEL_0", "LABEL_1"), AutoModelForQuestionAnswering)
+    loaded = opened_for(folder, ANSWERING)
+    [note] = loaded.notes
+    assert "trained further" in note
+    plain = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    ids = torch.tensor([[2, 5, 3, 9, 3]])
+    ours, expected = raw(loaded.model, ids), raw(plain, ids)
+    torch.testing.assert_close(ours.start_logits, expected.start_logits)
+    torch.testing.assert_close(ours.end_logits, expected.end_logits)
+
+
+@pytest.mark.parametrize("labels", [("cold", "hot"), ("cold", "hot", "mild")])
+def test_the_head_of_another_task_does_not_answer_questions(
+    tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    """ModernBERT's heads are called alike in all tasks."""
+    folder = zoo.write_classifier(tmp_path / "tuned", "modernbert", labels)
+    kept = load_file(folder / zoo.WEIGHTS)["classifier.weight"]
+    loaded = opened_for(folder, ANSWERING)
+    [note] = loaded.notes
+    assert "drawn anew" in note
+    drawn = loaded.base.parameters["classifier.weight"]
+    assert drawn.shape == (2, kept.shape[1])
+    assert not torch.equal(drawn, kept[:2])
 
 
 def test_a_head_without_names_goes_on_where_the_data_has_none_either(tmp_path: Path) -> None:

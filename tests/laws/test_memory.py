@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from fedpeft.errors import Forgotten
 from fedpeft.federation.memory import Memories
 from fedpeft.types import NO_MEMORY, Client
-from fedpeft.wire.versions import as_told, carried, joined, parted, written, written_by_method
+from fedpeft.wire.messages import decode, encode
+from fedpeft.wire.versions import (
+    as_told,
+    carried,
+    joined,
+    lasting,
+    once,
+    parted,
+    stamp,
+    written,
+    written_by_method,
+)
 
 
 def test_no_memory_is_empty_and_a_version_that_is_not_there_is_refused() -> None:
@@ -63,7 +74,7 @@ def test_whichever_replies_are_lost_the_server_and_the_client_agree(arrivals: li
     assert memories.get(1, server) == made_from
 
 
-ROUNDS = st.integers(0, 2**31 - 3)
+ROUNDS = st.integers(0, 2**24 - 1)
 
 
 @given(ROUNDS, st.lists(st.tuples(ROUNDS, st.booleans()), max_size=5))
@@ -80,7 +91,7 @@ def test_a_version_tells_when_a_memory_was_written_and_when_the_methods_part_was
 
 
 def test_a_round_alone_is_a_version_whose_rounds_are_the_same() -> None:
-    for version in (NO_MEMORY, 0, 7, 2**31):
+    for version in (NO_MEMORY, 0, 7, 2**24 - 1):
         assert written(version) == written_by_method(version) == version
     assert carried(7, 3) == carried(7, carried(5, 3))
     assert len({carried(7, NO_MEMORY), carried(7, 3), carried(8, 3), 7, 3}) == 5
@@ -97,6 +108,27 @@ def test_the_methods_part_is_carried_along_unless_it_is_new() -> None:
     assert joined(other, anchor, {}) == other
     assert joined({}, anchor, {}) == {}, "the memory stays as it was"
     assert parted({**anchor, **steps}) == (anchor, steps)
+
+
+def test_what_is_for_one_exchange_is_news_of_nobody_and_written_with_everything() -> None:
+    anchor, other = {"anchor": torch.tensor(1.0)}, {"anchor": torch.tensor(2.0)}
+    key, old_key = {"!key": torch.tensor(3)}, {"!key": torch.tensor(4)}
+    steps = {"@steps": torch.tensor(4)}
+    assert joined(key, {**anchor, **old_key}, {}) == {**anchor, **key}
+    assert joined({**other, **key}, {**anchor, **old_key}, steps) == {**other, **key, **steps}
+    assert joined({}, {**anchor, **old_key}, steps) == {**anchor, **steps}
+    assert joined({}, {**anchor, **old_key}, {}) == {}, "the memory stays as it was"
+    assert (lasting({**anchor, **key}), once({**anchor, **key})) == (anchor, key)
+
+
+def test_what_was_for_one_exchange_leaves_older_versions_once_there_is_a_newer_one() -> None:
+    anchor, key = {"anchor": torch.tensor(1.0)}, {"!key": torch.tensor(3)}
+    memories = Memories()
+    for phase in range(3):
+        memories.put(1, stamp(5, phase), encode({**anchor, **key}), assumed=stamp(5, phase - 1))
+        assert decode(memories.get(1, stamp(5, phase))) == {**anchor, **key}
+        if phase:
+            assert decode(memories.get(1, stamp(5, phase - 1))) == anchor
 
 
 def test_a_version_that_is_not_there_is_told_by_its_round() -> None:

@@ -16,7 +16,8 @@ from fedpeft.data import Columns, Dataset, Rows
 from fedpeft.errors import BadInput
 from fedpeft.tasks import TASKS, Encoded, Example, Tagging
 from fedpeft.tasks.padding import IGNORED
-from fedpeft.tasks.tagging import Sentence, Span, bio, spans
+from fedpeft.tasks.tag_schemes import Span, bio, spans
+from fedpeft.tasks.tagging import Sentence
 from tests.tiny_tasks import TASK_CASES, one_hot, slow_tokenizer, tokenizer
 
 CPU = torch.device("cpu")

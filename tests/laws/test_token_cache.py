@@ -15,13 +15,25 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fedpeft.data import Columns, Dataset, Rows, read
-from fedpeft.tasks import TASKS, Encoded, Example, Task, TaskSection, TokenCache, make_task
+from fedpeft.tasks import (
+    TASKS,
+    Encoded,
+    Example,
+    SourceForm,
+    Task,
+    TaskSection,
+    TokenCache,
+    make_task,
+)
 from fedpeft.tasks import token_cache as module
 from fedpeft.tasks.token_cache import packed, unpacked
 from tests.e2e.builders import NOISE, write_tokenizer
 from tests.e2e.task_grounds import TASK_GROUNDS
+from tests.tiny_tasks import TASK_CASES
 
 PLENTY = 10**9
+AS_JSON = SourceForm(pack=lambda sources: (sources, {}), unpack=lambda kept, parts: kept)
+"""Sources that JSON gives back as they are."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +94,7 @@ def task_of(tokenizer: Any, max_length: int = 16) -> Counting:
 
 @pytest.mark.parametrize("kind", TASK_GROUNDS)
 def test_what_is_kept_is_what_is_encoded(kind: str, tokenizer: Any, tmp_path: Path) -> None:
-    """For every task whose examples can be kept, to the last type; others are encoded each time."""
+    """For every task, to the last type."""
     ground = TASK_GROUNDS[kind]
     choice = TaskSection(**ground.settings.get("task", {}))
     task_kind = TASKS[choice.kind]
@@ -101,13 +113,41 @@ def test_what_is_kept_is_what_is_encoded(kind: str, tokenizer: Any, tmp_path: Pa
     rows = read(path, Columns(task_kind.schema, names))
     answers = task_kind.names(Dataset("made", rows, rows, rows))
     counting = Counting(make_task(choice, answers, 16).with_tokenizer(tokenizer))
-    cache = TokenCache(tokenizer, choice, tuple(answers), 16, PLENTY, task_kind.restore)
+    cache = TokenCache(tokenizer, choice, tuple(answers), 16, PLENTY, task_kind.sources)
     cold = cache.encode(counting, rows)  # type: ignore[arg-type]
     warm = cache.encode(counting, rows)  # type: ignore[arg-type]
     assert same(cold, warm)
     assert same(warm, counting.task.encode(rows))
-    has_sources = any(example.source is not None for example in cold)
-    assert counting.calls == (2 if has_sources and task_kind.restore is None else 1)
+    assert counting.calls == 1
+
+
+@pytest.mark.parametrize("kind", TASK_CASES)
+def test_windows_segments_and_rows_without_answers_are_kept_too(kind: str) -> None:
+    case = TASK_CASES[kind]
+    task, sources = case.task(), TASKS[case.kind].sources
+    encoded = task.encode(case.rows(12, 0))
+    content = packed(encoded, sources)
+    assert content is not None
+    kept = unpacked(content, sources)
+    assert same(kept, encoded)
+    # A score reads more of a source than its text does: the very tensors.
+    for mine, its in zip(encoded, kept, strict=True):
+        for one, other in zip(mine.source or (), its.source or (), strict=True):
+            if isinstance(one, torch.Tensor):
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other)
+
+
+def test_a_context_is_written_once() -> None:
+    case = TASK_CASES["qa"]
+    long = case.rows(1, 0)
+    context = "the river went " * 40
+    rows = replace(long, columns={**long.columns, "context": (context,), "answers": ((),)})
+    encoded = case.task().encode(rows)
+    assert len(encoded) > 5
+    content = packed(encoded, TASKS["qa"].sources)
+    assert content is not None
+    assert content.count(context.encode()) == 1
 
 
 an_example = st.builds(
@@ -138,9 +178,9 @@ def test_any_examples_are_what_they_were(
     if segments:
         examples = [replace(one, segments=torch.zeros_like(one.ids)) for one in examples]
     encoded = Encoded(examples, tuple(notes))
-    content = packed(encoded, restore=list)
+    content = packed(encoded, AS_JSON)
     assert content is not None
-    assert same(unpacked(content, restore=list), encoded)
+    assert same(unpacked(content, AS_JSON), encoded)
 
 
 def test_every_field_of_an_example_is_kept() -> None:
@@ -170,15 +210,23 @@ def test_tokens_are_encoded_anew_once_anything_changes(
     wordy.add_tokens(["brandnew"])
     left: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     left.truncation_side = "left"
+    ending: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="[SEP]")
+    ending.eos_token = "[PAD]"  # which is a special token of both, so that only the role differs
+    chatting: Any = AutoTokenizer.from_pretrained(tokenizer.name_or_path, eos_token="[SEP]")
+    chatting.chat_template = "{{ messages[0].content }}"
     asked: list[Callable[[], Encoded]] = []
     for some in (rows, other, pairs, spaced, rows.take([0, 1, 2, 3])):
         asked.append(lambda some=some: cache_of(tokenizer).encode(task, some))  # type: ignore[misc,arg-type]
     for changes in (
         {"tokenizer": wordy},
         {"tokenizer": left},
+        {"tokenizer": ending},
+        {"tokenizer": chatting},
         {"max_length": 15},
         {"names": ("b", "a", "c")},
         {"choice": TaskSection(metric="macro_f1")},
+        {"choice": TaskSection(stride=5)},
+        {"choice": TaskSection(chat="never")},
     ):
         asked.append(lambda changes=changes: cache_of(tokenizer, **changes).encode(task, rows))  # type: ignore[misc,arg-type]
     for ask in asked:

@@ -474,15 +474,17 @@ def test_a_request_for_another_configuration_is_refused_and_both_are_named() -> 
 FIELDS = {
     "@kind": torch.tensor(0),
     "@round": torch.tensor(0),
+    "@phase": torch.tensor(0),
     "@memory": torch.tensor(NO_MEMORY),
     "@config": torch.tensor(list(CONFIG), dtype=torch.uint8),
-    "@about": torch.zeros(3, dtype=torch.int64),
+    "@about": torch.zeros(4, dtype=torch.int64),
     "@counts": torch.zeros(len(COUNTS), dtype=torch.int64),
     "@measures": torch.zeros(len(REALS), dtype=torch.float64),
 }
 READERS: dict[str, Callable[[bytes], object]] = {
     **dict.fromkeys(
-        ["@kind", "@round", "@memory", "@config"], lambda blob: Request.decode(blob, CONFIG)
+        ["@kind", "@round", "@phase", "@memory", "@config"],
+        lambda blob: Request.decode(blob, CONFIG),
     ),
     **dict.fromkeys(["@about", "@counts", "@measures"], Response.decode),
 }
@@ -577,6 +579,15 @@ def test_a_loss_that_is_no_number_is_refused_as_diverged() -> None:
     for loss in (None, math.nan, math.inf):
         with pytest.raises(WireError, match="diverged"):
             judged(Response(5, {}, replace(SOUND, loss=loss)))
+
+
+def test_a_discreet_answer_has_neither_examples_nor_a_loss_and_all_else_is_checked() -> None:
+    discreet = Response(0, {}, Measured(), status=Status.DISCREET)
+    check(discreet, 0, {}, memory=-1, examples=7)
+    with pytest.raises(WireError, match="steps = -1"):
+        check(replace(discreet, measured=Measured(steps=-1)), 0, {}, memory=-1)
+    with pytest.raises(WireError, match="examples = 0"):
+        check(replace(discreet, status=Status.DONE), 0, {}, memory=-1)
 
 
 def test_no_client_has_more_examples_than_the_server_knows_it_to_hold() -> None:

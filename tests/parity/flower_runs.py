@@ -1,39 +1,56 @@
-"""Run by ``test_flower.py`` in a process of its own: every method on both engines, all of Flower's in one simulation."""
+"""Run by ``test_flower.py`` in a process of its own: every method and task on both engines, all of Flower's in one simulation."""
 
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedpeft.engines import ClientPool
-from fedpeft.engines.flower import FlowerEngine, launch
+from fedpeft.engines.flower.engine import FlowerEngine
+from fedpeft.engines.flower.simulation import launch
 from fedpeft.engines.local import LocalEngine
+from fedpeft.engines.pool import ClientPool
 from fedpeft.experiment import run as runs
 from fedpeft.experiment.build import Federation, build
-from fedpeft.federation.server import federate, sample
+from fedpeft.experiment.config import from_tree, merge
+from fedpeft.federation.server import federate, poll, sample
 from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
+from fedpeft.tasks import Counts
 from fedpeft.types import Engine, State
 from tests.e2e.builders import Ground, write_ground
+from tests.e2e.task_grounds import TASK_GROUNDS
 
 ROUNDS = 3
 KEPT = ("lora", "federa")
 """Methods whose optimizers go on when they are played again: without a memory of its own, and with."""
 
-SMALL: dict[str, dict[str, object]] = {
+SMALL: Mapping[str, Mapping[str, object]] = {
     "lora": {"rank": 4},
     "ravan": {"rank": 4},
 }
 """Fields of methods whose defaults are for wider models."""
 
-Ended = tuple[State, list[dict[str, object]]]
+TASKS = ("tagging", "qa", "causal_lm")
+"""Tasks beside classification, on which every method is played."""
+LAYERS: Mapping[str, Mapping[str, str]] = {"causal_lm": {"targets": "q_proj|v_proj"}}
+"""What is adapted where the model is no encoder."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a short run: its last state, its rows without what is measured, each client's counts."""
+
+    state: State
+    rows: list[dict[str, object]]
+    counts: dict[int, Counts]
 
 
 def play(assembly: Federation, engine: Engine) -> Ended:
-    """Return the last state of a short run and its rows, what is measured left out."""
+    """Return how a short run ends, after which every client scores its last state."""
     rows: list[ClientRow] = []
     first = assembly.first_state()
     cohort = partial(sample, assembly.clients, 2, assembly.config.seed)
@@ -49,11 +66,20 @@ def play(assembly: Federation, engine: Engine) -> Ended:
         record=rows.append,
     ):
         pass
-    return state, [{k: v for k, v in to_json(row).items() if k not in MEASURED} for row in rows]
+    counts = poll(
+        assembly.method,
+        state,
+        engine,
+        assembly.clients,
+        config=assembly.worker.config,
+        task=assembly.task,
+    )
+    kept = [{k: v for k, v in to_json(row).items() if k not in MEASURED} for row in rows]
+    return Ended(state, kept, counts)
 
 
 def assemblies(ground: Ground) -> dict[str, Federation]:
-    """Return a federation of five clients for every method, and two whose optimizers go on."""
+    """Return a federation of five clients for every method, for two whose optimizers go on, and for every task."""
     made: dict[str, Federation] = {}
     for name in METHODS:
         method = {"name": name, **SMALL.get(name, {})}
@@ -62,17 +88,31 @@ def assemblies(ground: Ground) -> dict[str, Federation]:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})
         made[f"{name}, optimizer kept"] = build(kept)
+    for kind in TASKS:
+        folder = ground.folder / kind
+        folder.mkdir()
+        settings = {"federation": {"rounds": ROUNDS}}
+        tree = merge(ground.tree(), TASK_GROUNDS[kind].tree(folder), settings)
+        tree["method"] = {"name": "lora", "rank": 2, **LAYERS.get(kind, {})}
+        made[kind] = build(from_tree(tree))
     return made
 
 
 def differences(one: Ended, other: Ended) -> list[str]:
     """Return what differs between two ends, to the bit."""
-    (mine, my_rows), (theirs, their_rows) = one, other
+    mine, theirs = one.state, other.state
     found = [
         f"row {i}: {a} != {b}"
-        for i, (a, b) in enumerate(zip(my_rows, their_rows, strict=True))
+        for i, (a, b) in enumerate(zip(one.rows, other.rows, strict=True))
         if a != b
     ]
+    if one.counts.keys() != other.counts.keys():
+        found.append(f"scored {one.counts.keys()} != {other.counts.keys()}")
+    for client in one.counts.keys() & other.counts.keys():
+        my_counts, their_counts = one.counts[client], other.counts[client]
+        for name, count in my_counts.items():
+            if not torch.equal(count, their_counts[name]):
+                found.append(f"client {client}: {name} {count} != {their_counts[name]}")
     if mine.memories != theirs.memories or mine.round != theirs.round:
         found.append(f"memories {mine.memories} != {theirs.memories}")
     for a, b in ((mine.shared, theirs.shared), (mine.server, theirs.server)):
@@ -103,8 +143,9 @@ def main(folder: Path) -> None:
         local = play(one, LocalEngine(one.worker))
         told[name] = {
             "differences": differences(local, flower[name]),
-            "rows": len(local[1]),
-            "lost": [r["lost"] for r in local[1]],
+            "rows": len(local.rows),
+            "lost": [row["lost"] for row in local.rows],
+            "scored": len(local.counts),
         }
     print(json.dumps(told))
 

@@ -10,7 +10,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads it once, when
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.engines.flower import client_app
+from fedpeft.engines.flower.app import client_app
 from tests.tiny import bert, small, worker
 
 Answering = Callable[[Message], list[Message]]

@@ -22,9 +22,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpeft.engines import flower
-from fedpeft.engines.flower import FlowerEngine, connect
-from fedpeft.engines.grid import BYTES, blob, record
+from fedpeft.engines.flower import app, simulation
+from fedpeft.engines.flower.engine import FlowerEngine, connect
+from fedpeft.engines.flower.grid import BYTES, blob, record
+from fedpeft.engines.flower.nodes import Nodes
 from fedpeft.engines.local import LocalEngine
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
@@ -32,8 +33,9 @@ from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
 from fedpeft.training.loop import Training
-from fedpeft.types import NO_MEMORY, Client, Engine, Payload, State
-from fedpeft.wire.messages import Kind, Request, Response, Status
+from fedpeft.types import NO_MEMORY, Client, Engine, Method, Payload, State
+from fedpeft.wire.messages import Kind, Request, Response, Status, decode
+from fedpeft.wrappers import SecAgg
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -54,13 +56,24 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return answer
 
 
-@pytest.mark.parametrize("name", [*METHODS, "lora, optimizer kept", "federa, optimizer kept"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *METHODS,
+        "lora, optimizer kept",
+        "federa, optimizer kept",
+        "tagging",
+        "qa",
+        "causal_lm",
+    ],
+)
 def test_flower_ends_where_the_local_engine_does(
     name: str, told: dict[str, dict[str, Any]]
 ) -> None:
     assert told[name]["differences"] == []
     assert told[name]["rows"] == 6
     assert told[name]["lost"] == [None] * 6
+    assert told[name]["scored"] == 5
 
 
 CLIENTS = [Client(0, examples=7), Client(1, examples=11), Client(2, examples=9)]
@@ -72,7 +85,7 @@ def inside_flower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages can be made here, and no worker is left from another test."""
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    monkeypatch.setattr(flower, "_workers", {})
+    monkeypatch.setattr(app, "_workers", {})
 
 
 def engine(here: Here, joining: float = 0.05, patience: float = 60.0) -> FlowerEngine:
@@ -85,9 +98,10 @@ def play(
     through: Engine,
     clients: Sequence[Client] = CLIENTS,
     rounds: int = 2,
+    method: Method | None = None,
 ) -> tuple[State, list[ClientRow]]:
     """Return the state after so many rounds with ``clients``, and the ledger's rows."""
-    method = small("lora")
+    method = method or small("lora")
     rows: list[ClientRow] = []
     states = federate(
         method,
@@ -129,6 +143,23 @@ def test_a_grid_in_this_process_is_as_good_as_the_local_engine() -> None:
     state, rows = play(engine(grid()))
     assert [row.lost for row in rows] == [None] * 6
     assert_same_state(state, alone())
+
+
+def test_a_round_of_several_exchanges_is_that_of_the_local_engine_and_leaves_no_secret() -> None:
+    """Secure aggregation of FeDeRA: secrets go from one exchange to the next in the nodes' states, the anchor stays."""
+    secure = SecAgg(bits=56).around(small("federa"), "0.secagg")
+    here = grid()
+    here._app = app.client_app(lambda _: worker(secure, bert()))
+    state, rows = play(engine(here), method=secure)
+    assert [row.lost for row in rows] == [None] * 2 * 4 * 3
+    due, _ = play(LocalEngine(worker(secure, bert())), method=secure)
+    assert_same_state(state, due)
+    for node in here.nodes.values():
+        [kept] = node.context.state.array_records.values()
+        for array in kept.values():
+            names = set(decode(array.data))
+            assert any(name.endswith(":A0") for name in names)
+            assert {name for name in names if name.startswith("!")} <= {"!when"}
 
 
 def holding(records: Mapping[str, Any]) -> Answering:
@@ -254,10 +285,12 @@ def test_the_end_of_the_simulation_ends_the_run() -> None:
 def test_a_simulation_that_ends_before_the_run_begins_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flower, "run_simulation", lambda *_, **__: None)
+    monkeypatch.setattr(simulation, "run_simulation", lambda *_, **__: None)
     playing = worker(small("lora"), bert())
     with pytest.raises(RuntimeError, match="before the run began"):
-        flower.launch(ClientPool(3, playing, "a configuration", lambda _: playing), lambda _: None)
+        simulation.launch(
+            ClientPool(3, playing, "a configuration", lambda _: playing), lambda _: None
+        )
 
 
 @pytest.mark.parametrize("held", [None, "1", "one", 7, -1, 0, 2.0, b"1", [1]])
@@ -404,7 +437,7 @@ def test_a_node_that_has_lost_its_memory_is_lost_once_and_then_begins_anew() -> 
     """As one that was set up again: the server's belief in its memory is reset."""
     here = grid()
     keeping = Training(steps=1, keep_optimizer=True)
-    here._app = flower.client_app(lambda _: worker(small("lora"), bert(), keeping))
+    here._app = app.client_app(lambda _: worker(small("lora"), bert(), keeping))
     through, method, rows = engine(here), small("lora"), list[ClientRow]()
     states = federate(
         method,
@@ -423,3 +456,41 @@ def test_a_node_that_has_lost_its_memory_is_lost_once_and_then_begins_anew() -> 
     [lost] = [row for row in rows if row.lost is not None]
     assert (lost.round, lost.client) == (1, VICTIM)
     assert str(lost.lost).startswith("forgotten")
+
+
+def test_a_node_that_has_left_is_asked_again_when_it_is_back() -> None:
+    """Over a network: Flower says that the node is gone, which costs nothing but a moment."""
+    here = grid()
+    left = [error("the node is unavailable", 5)]
+
+    def away_once(answer: Message) -> list[Message]:
+        return left.pop()(answer) if left else [answer]
+
+    here.spoil[100 + VICTIM] = away_once
+    state, rows = play(replace(engine(here), away=20.0))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
+    here.spoil[100 + VICTIM] = error("the node is unavailable", 5)
+    _, rows = play(replace(engine(here), away=0.5), rounds=1)
+    assert {row.client: row.lost for row in rows}[VICTIM] == "the node is unavailable"
+
+
+def test_a_node_that_has_restarted_is_asked_again_though_flower_says_nothing() -> None:
+    """A message to a site that was restarted is never delivered, and is told of when its time is over."""
+    here = grid()
+    since = dict.fromkeys(here.nodes, "first")
+    silent = [True]
+
+    def restarting(answer: Message) -> list[Message]:
+        if not silent:
+            return [answer]
+        silent.clear()
+        since[100 + VICTIM] = "second"
+        return []
+
+    here.spoil[100 + VICTIM] = restarting
+    through = engine(here)
+    nodes = Nodes(here, 3, sessions=lambda: dict(since))
+    state, rows = play(replace(through, nodes=nodes, away=20.0))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())

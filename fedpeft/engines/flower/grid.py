@@ -1,13 +1,12 @@
-"""What crosses a Flower grid: messages that hold raw arrays, one by one; and whose node is whose.
+"""What crosses a Flower grid: messages that hold raw arrays, one by one.
 
 Nodes are not trusted: whatever one of them sends is at most a WireError about that one message.
 """
 
-import contextlib
 from collections.abc import Iterable
-from typing import Final, final
+from typing import Final
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedpeft.errors import WireError
@@ -16,6 +15,14 @@ BYTES: Final = "fedpeft.bytes"
 """Our stype: the data is a message of ``wire``, not a saved NumPy array."""
 REASON: Final = 300
 """Characters of a node's error text that reach the ledger: nodes could send megabytes."""
+
+
+GONE: Final = frozenset({3, 5})
+"""Flower's codes where a message was lost, or its node has left, with nobody at fault."""
+
+
+class Unavailable(WireError):
+    """A node has left, or its message was lost on the way: it may be asked again."""
 
 
 def record(content: bytes) -> ArrayRecord:
@@ -84,7 +91,9 @@ def pull(grid: Grid, sent: str) -> RecordDict | None:
     if answer is None:
         return None
     if answer.has_error():
-        raise WireError(_line(answer.error.reason or "") or f"Flower's error {answer.error.code}")
+        code = answer.error.code
+        kind = Unavailable if code in GONE else WireError
+        raise kind(_line(answer.error.reason or "") or f"Flower's error {code}")
     if not answer.has_content():
         raise WireError("the answer is empty")
     return answer.content
@@ -105,60 +114,3 @@ def _line(reason: object) -> str:
         text = f"{type(reason).__name__}: {reason}"
     one_line = " ".join(text[:REASON].split())
     return "".join(character if character.isprintable() else "?" for character in one_line)
-
-
-@final
-class Nodes:
-    """Which node is which client: every node that joins is asked which partition it holds.
-
-    A node is no client if it names no partition of this federation, or one that another node holds
-    which is still connected.
-    """
-
-    def __init__(self, grid: Grid, clients: int) -> None:
-        self._grid = grid
-        self._clients = range(clients)
-        self._present: set[int] = set()
-        self._asked: dict[str, int] = {}  # id of the question -> the node that was asked
-        self._node_of: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._node_of)
-
-    def get(self, client: int) -> int | None:
-        """Return the node of ``client``, None where none has joined."""
-        return self._node_of.get(client)
-
-    def look(self) -> None:
-        """Ask the nodes that have joined since the last look, and read the answers so far."""
-        # 1. Ask newcomers. One that left and came back is asked again.
-        before, self._present = self._present, set(self._grid.get_node_ids())
-        for node in sorted(self._present - before):
-            with contextlib.suppress(WireError):
-                self._asked[push(self._grid, Message(RecordDict(), node, MessageType.QUERY))] = node
-        # 2. Read answers. A node that answers with nonsense is asked no more: it stays no client.
-        for question, node in list(self._asked.items()):
-            try:
-                content = pull(self._grid, question)
-                if content is None:
-                    continue
-                self._assign(node, _partition(content))
-            except WireError:
-                pass
-            del self._asked[question]
-
-    def _assign(self, node: int, client: int) -> None:
-        """Make ``node`` the node of ``client``, if that client exists and has no other node."""
-        # A node that has left holds its partition no more: whoever follows may have it.
-        taken = self._node_of.get(client) in self._present
-        if client in self._clients and not taken:
-            self._node_of[client] = node
-
-
-def _partition(content: RecordDict) -> int:
-    """Return the partition that a node says it holds; WireError where it names none."""
-    about = content.get("node")
-    partition = about.get("partition-id") if isinstance(about, ConfigRecord) else None
-    if not isinstance(partition, int):
-        raise WireError("the node does not say which partition it holds")
-    return partition

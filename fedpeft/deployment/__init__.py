@@ -1,0 +1,1 @@
+"""Federations of real machines: a server, and sites that keep their data."""

@@ -1,0 +1,106 @@
+"""The trainer as its parent sees it: a child process that is started, asked, and started again."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, final
+
+from fedpeft.errors import BadInput, WireError
+from fedpeft.wire.frames import Closed, Frame, connected, receive, send
+
+STARTING: Final = 120.0
+"""Seconds that a trainer may take until it listens: it loads torch first."""
+LEAVING: Final = 10.0
+"""Seconds in which it may end by itself."""
+
+
+@final
+class TrainerProcess:
+    """A trainer that is this process's child, and the connection to it."""
+
+    def __init__(self, settings: Path, path: Path, say: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._path = path
+        self._say = say
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start the trainer and wait until it listens; BadInput where it ends at once."""
+        self.stop()
+        command = [sys.executable, "-m", "fedpeft.deployment.trainer", str(self._settings), "child"]
+        # A group of its own: Ctrl-C in a terminal ends the parent, which then ends the trainer.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + STARTING
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise BadInput(f"{self._settings}: the trainer did not start; see above")
+            try:
+                self._connection = connected(self._path)
+            except Closed:
+                time.sleep(0.05)
+            else:
+                return
+        self.stop()
+        raise BadInput(f"{self._path}: the trainer does not listen after {STARTING:g} s")
+
+    def ask(self, frame: Frame) -> Frame:
+        """Return the trainer's answer; a trainer that has died is started again, once.
+
+        WireError where it dies again, as when there is too little memory.
+        """
+        for _ in range(2):
+            if self._connection is None:
+                self.start()
+            assert self._connection is not None
+            try:
+                send(self._connection, frame)
+                return receive(self._connection)
+            except Closed:
+                self._say(f"the trainer has ended{self._how()}; starting it again")
+                self.stop()
+        raise WireError("the site's trainer has died over this request, twice")
+
+    def _how(self) -> str:
+        """Return how the trainer ended, where that is known."""
+        if self._process is None:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f" (code {self._process.wait(1.0)})"
+        return ""
+
+    def stop(self) -> None:
+        """End the trainer."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.terminate()
+        try:
+            self._process.wait(LEAVING)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+
+@contextlib.contextmanager
+def trainer_process(
+    settings: Path, path: Path, say: Callable[[str], None]
+) -> Iterator[TrainerProcess]:
+    """Run a trainer for the length of a ``with``."""
+    trainer = TrainerProcess(settings, path, say)
+    try:
+        trainer.start()
+        yield trainer
+    finally:
+        trainer.stop()

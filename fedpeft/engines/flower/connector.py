@@ -1,0 +1,514 @@
+"""A site's session with the server, in one long-lived process that does not load torch.
+
+Flower's own SuperNode starts a process for every message. This speaks the same Fleet API, through
+Flower's own client: its TLS, its signatures by the site's key, its heartbeats. What is here instead
+of the SuperNode is its loop: it asks for messages, gives them to a trainer that is there already,
+and sends the answers. No code from the server is executed: the app that Flower hands out is not
+even fetched.
+"""
+
+import contextlib
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Final, TypeVar, final
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.date import now
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    pull_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedpeft.engines.flower.grid import blob, record
+from fedpeft.errors import BadInput, WireError
+
+T = TypeVar("T")
+FAILED: Final = 2
+"""Flower's code for an app that raised."""
+NOT_ACTIVATED: Final = 2004
+"""Flower's code where a key is not registered, or is online already; it does not say which."""
+AGAIN: Final = 75.0
+"""Seconds for which a site asks again with a key that is online: so long, and a little more, the
+SuperLink takes a site for online that was killed."""
+SOONEST, LATEST, GROWTH = 0.2, 2.0, 1.5
+"""Seconds between two questions for messages: after an answer, at most, and how they grow."""
+DOWN: Final = frozenset({502, 503, 504})
+"""Statuses of a gate or a SuperLink that is being restarted."""
+KEY_ROUTE: Final = "/v1/fedpeft/key"
+"""Where the embedded gate tells whether a key is registered."""
+
+OFFER_ROUTE: Final = "/v1/fedpeft/offer"
+"""Where the embedded gate tells registered sites what is offered."""
+
+Say = Callable[[str], None]
+
+
+class SessionLost(Exception):
+    """The server knows this session no more; a new one may be begun."""
+
+
+class RunOver(Exception):
+    """The message belongs to a run that has ended."""
+
+
+@final
+@dataclass(frozen=True)
+class Gate:
+    """How a site reaches its server: host, port, the CA's certificate (PEM), its own key."""
+
+    host: str
+    port: int
+    ca: bytes
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def address(self) -> str:
+        """Return host and port as Flower writes them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    def tls(self) -> ssl.SSLContext:
+        """Return the context in which the server's certificate is checked against the CA."""
+        return ssl.create_default_context(cadata=self.ca.decode("ascii"))
+
+
+@final
+@dataclass(frozen=True)
+class Asked:
+    """What the server asks: ``kind`` is a ``MessageType``, ``to`` says who is asked for what."""
+
+    kind: str
+    to: Mapping[str, Any]
+    request: bytes
+
+
+Answer = Callable[[Asked], "bytes | Mapping[str, Any]"]
+"""Answers with bytes, or with plain values for a question; WireError goes to the server."""
+
+
+@final
+class Session:
+    """An active session: messages come in, answers go out, heartbeats go on in a thread."""
+
+    def __init__(self, client: FleetHttpClient, node: int, say: Say) -> None:
+        self.node = node
+        self._client = client
+        self._say = say
+        self._lost = threading.Event()
+        self.ended = False
+
+    def beat(self) -> bool:
+        """Send a heartbeat; False where it should be sent again soon."""
+        request = SendNodeHeartbeatRequest(
+            node=Node(node_id=self.node), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        try:
+            known = self._client.SendNodeHeartbeat(request).success
+        except httpx.TransportError:
+            return False
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code in DOWN:
+                return False
+            known = False
+        if not known:
+            self._lost.set()
+        return True
+
+    def end(self) -> None:
+        """Let ``work`` end, in whatever thread it is."""
+        self.ended = True
+        self._lost.set()
+
+    def work(self, answer: Answer, most: int) -> None:
+        """Answer what comes, for ever; SessionLost where the server knows the session no more.
+
+        ``end`` ends it, too.
+
+        ``most``: bytes of a message at most.
+        """
+        wait = SOONEST
+        while True:
+            if self._one(answer, most):
+                wait = SOONEST
+                continue
+            # Many idle sites cost the server 8 ms of CPU each time they ask.
+            if self._lost.wait(wait):
+                raise SessionLost("the server knows this session no more")
+            wait = min(LATEST, wait * GROWTH)
+
+    def _one(self, answer: Answer, most: int) -> bool:
+        """Answer one message, and return whether there was one."""
+        response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._self()))
+        if not response.messages_list:
+            return False
+        head = message_from_proto(response.messages_list[0])
+        reply: RecordDict | Error
+        try:
+            try:
+                content = self._content(head, response.message_object_trees[0], most)
+                reply = replied(answer, head.metadata.message_type, content)
+            except WireError as error:
+                reply = Error(FAILED, str(error))
+            self._send(head, reply)
+        except RunOver:
+            self._say("a message of a run that is over is left")
+        return True
+
+    def _content(self, head: Message, tree: ObjectTree, most: int) -> RecordDict:
+        """Fetch the content of a message; WireError where it is too large, or cannot be read."""
+        run, room = head.metadata.run_id, _Room(most)
+
+        def fetch(object_id: str) -> bytes:
+            request = PullObjectRequest(node=self._self(), run_id=run, object_id=object_id)
+            response = self._call(self._client.PullObject, request)
+            if not response.object_found:
+                raise ObjectPullError(object_id, "the object could not be found")
+            if not response.object_available:  # announced, and still on its way
+                raise ObjectUnavailableError(object_id)
+            room.take(len(response.object_content))
+            return response.object_content
+
+        number = head.metadata.message_id
+        try:
+            contents = pull_objects(
+                [part.object_id for part in iterate_object_tree(tree)],
+                fetch,
+                max_time=600.0,
+                initial_backoff=0.05,
+                backoff_cap=1.0,
+            )
+            self._call(
+                self._client.ConfirmMessageReceived,
+                ConfirmMessageReceivedRequest(
+                    node=self._self(), run_id=run, message_object_id=number
+                ),
+            )
+            message = inflate_object_from_contents(number, contents)
+        except (SessionLost, RunOver, WireError):
+            raise
+        except Exception as error:
+            raise WireError(f"the message cannot be read ({type(error).__name__})") from error
+        if not isinstance(message, Message) or not message.has_content():
+            raise WireError("the message is empty")
+        return message.content
+
+    def _send(self, head: Message, reply: RecordDict | Error) -> None:
+        """Send the answer to a message, and what it is made of."""
+        message = Message(reply, reply_to=head)
+        message.metadata.__dict__["_message_id"] = message.object_id
+        with no_object_id_recompute():
+            objects = get_all_nested_objects(message)
+            tree = get_object_tree(message)
+            outside = remove_content_from_message(message) if message.has_content() else message
+            response = self._call(
+                self._client.PushMessages,
+                PushMessagesRequest(
+                    node=self._self(),
+                    messages_list=[message_to_proto(outside)],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[0.0],
+                ),
+            )
+            for object_id in response.objects_to_push:
+                stored = self._call(
+                    self._client.PushObject,
+                    PushObjectRequest(
+                        node=self._self(),
+                        run_id=head.metadata.run_id,
+                        object_id=object_id,
+                        object_content=objects[object_id].deflate(),
+                        session_id=response.session_id,
+                    ),
+                ).stored
+                if not stored:
+                    self._say("the server no longer waits for this answer")
+                    return
+
+    def _call(self, method: Callable[[Any], T], request: object) -> T:
+        """Call the server; wait and try again while it is out of reach."""
+        wait = SOONEST
+        while True:
+            try:
+                return method(request)
+            except httpx.TransportError as error:
+                reason = type(error).__name__
+            except httpx.HTTPStatusError as error:
+                status = error.response.status_code
+                if status == httpx.codes.FORBIDDEN:
+                    raise RunOver from error
+                if status not in DOWN:
+                    raise SessionLost(f"the server answers with status {status}") from error
+                reason = f"status {status}"
+            if wait == SOONEST:
+                self._say(f"the server is out of reach ({reason}); trying again")
+            if self._lost.wait(wait):
+                raise SessionLost("the server knows this session no more")
+            wait = min(10.0, 2 * wait)
+
+    def _self(self) -> Node:
+        return Node(node_id=self.node)
+
+
+@final
+class _Room:
+    """How many bytes of a message may still come; objects come in several threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> None:
+        """Take note of ``count`` more bytes; WireError where they are too many."""
+        with self._lock:
+            self._left -= count
+            if self._left < 0:
+                raise WireError(f"this site takes messages of at most {self._most} bytes")
+
+
+def replied(answer: Answer, kind: str, content: RecordDict) -> RecordDict:
+    """Return the content of the answer to a message with this ``content``; WireError for none."""
+    to = content.get("to", ConfigRecord())
+    if not isinstance(to, ConfigRecord):
+        raise WireError("record 'to' of a Flower message should hold settings")
+    request = b"" if kind == MessageType.QUERY else blob(content, "request")
+    said = answer(Asked(kind, dict(to), request))
+    if isinstance(said, bytes):
+        return RecordDict({"answer": record(said)})
+    return RecordDict({"node": ConfigRecord(dict(said))})
+
+
+@contextlib.contextmanager
+def session(gate: Gate, say: Say) -> Iterator[Session]:
+    """Be online as the site with the gate's key for the length of a ``with``.
+
+    At its end, by whatever way, the server is told, so that it does not wait for this site. Raises
+    BadInput where the server is not the right one or does not know the key; a server that is out of
+    reach is waited for.
+    """
+    with _client(gate) as client:
+        node = _activated(client, gate, say)
+        running = Session(client, node, say)
+        heart = HeartbeatSender(running.beat)
+        heart.start()
+        try:
+            yield running
+        finally:
+            if heart.is_running:
+                heart.stop()
+            with contextlib.suppress(httpx.HTTPError, RuntimeError):
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+
+
+def _client(gate: Gate) -> FleetHttpClient:
+    """Return Flower's client of the Fleet API."""
+    return FleetHttpClient.from_server_address(
+        gate.address,
+        False,  # never without TLS
+        gate.ca,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(gate.key, gate.key.public_key()),
+        ],
+    )
+
+
+def public_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return the public half of a site's key as Flower's messages hold it."""
+    return public_key_to_bytes(key.public_key())
+
+
+def _activated(client: FleetHttpClient, gate: Gate, say: Say) -> int:
+    """Return the number of the node that this site is now online as."""
+    request = ActivateNodeRequest(
+        public_key=public_bytes(gate.key), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+    )
+    began, wait, told = time.monotonic(), 0.5, ""
+    while True:
+        try:
+            return client.ActivateNode(request).node_id
+        except httpx.TransportError as error:
+            if fault := tls_fault(error):
+                raise BadInput(f"server = {gate.address!r}: {fault}") from error
+            reason = f"waiting for the server at {gate.address} ({type(error).__name__})"
+        except httpx.HTTPStatusError as error:
+            reason = _refused(error.response, gate, time.monotonic() - began)
+        if reason != told:
+            say(reason)
+            told = reason
+        time.sleep(wait)
+        wait = min(5.0, 1.5 * wait)
+
+
+def _refused(response: httpx.Response, gate: Gate, waited: float) -> str:
+    """Return what to say while waiting after a refusal; BadInput where waiting is of no use."""
+    status, code = response.status_code, error_code(response)
+    if status in DOWN:
+        return f"waiting for the server at {gate.address} (status {status})"
+    if status == httpx.codes.UNAUTHORIZED:
+        raise BadInput(
+            f"server = {gate.address!r}: refuses the signature of this site; "
+            f"{clock_fault(response) or 'its clock and this one must agree within 5 s'}"
+        )
+    if code == NOT_ACTIVATED:
+        known = key_is_known(gate)
+        if known is False:
+            raise BadInput(
+                f"key: the server at {gate.address} does not know this site's key; give its "
+                "public half (the .pub file) to whoever runs the server"
+            )
+        if waited < AGAIN:
+            return "the server takes this site for online still, as after a crash; trying again"
+        raise BadInput(
+            f"key: the server at {gate.address} has had a site with this key online for "
+            f"{AGAIN:g} s, or does not know the key; is the site running twice?"
+        )
+    raise BadInput(f"server = {gate.address!r}: refuses this site (status {status}, code {code})")
+
+
+def error_code(response: httpx.Response) -> int | None:
+    """Return Flower's code of an error; None where there is none."""
+    try:
+        content = response.json()
+    except ValueError:
+        return None
+    code = content.get("code") if isinstance(content, dict) else None
+    return code if isinstance(code, int) else None
+
+
+def clock_fault(response: httpx.Response) -> str:
+    """Return by how much the server's clock differs from this one; empty where it does not."""
+    try:
+        there = parsedate_to_datetime(response.headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return ""
+    ahead = time.time() - there
+    if abs(ahead) < 4:
+        return ""
+    return f"the clock here is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} its own"
+
+
+def tls_fault(error: BaseException) -> str:
+    """Return what is wrong with the server's TLS; empty where the error is of another kind."""
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        if "ostname mismatch" in text or "IP address mismatch" in text:
+            return "its certificate is for another name; see the names in deploy init --host"
+        if "expired" in text:
+            return "its certificate has expired"
+        return "its certificate is not signed by the CA in `ca`; get that file from the server"
+    if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
+        return "does not speak TLS there; is it the gate's port?"
+    if "ssl" in text.lower() or "tls" in text.lower():
+        return f"TLS fails ({' '.join(text.split())[:120]})"
+    return ""
+
+
+def key_is_known(gate: Gate) -> bool | None:
+    """Return whether the server knows the site's key; None where its gate does not tell."""
+    try:
+        known = _asked(gate, KEY_ROUTE)["registered"]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
+    return known if isinstance(known, bool) else None
+
+
+def offered(gate: Gate) -> Mapping[str, Any]:
+    """Return what the server offers now; empty where it offers nothing, or its gate is another."""
+    try:
+        content = _asked(gate, OFFER_ROUTE)
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def probe(gate: Gate) -> httpx.Response:
+    """Return the gate's answer to a question that it answers to everybody; errors are httpx's."""
+    with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
+        return client.get(f"https://{gate.address}{KEY_ROUTE}")
+
+
+def _asked(gate: Gate, route: str) -> Any:
+    """Return what the embedded gate says, as JSON; the question is signed as Flower does it."""
+    said = now().isoformat()
+    headers = {
+        "flwr-public-key": b64encode(public_bytes(gate.key)).decode("ascii"),
+        "flwr-timestamp": said,
+        "flwr-signature": b64encode(sign_message(gate.key, said.encode("ascii"))).decode("ascii"),
+    }
+    with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
+        response = client.get(f"https://{gate.address}{route}", headers=headers)
+        response.raise_for_status()
+        return response.json()
+
+
+def is_online(gate: Gate) -> bool:
+    """Return whether a site with this key is online; if none is, this one is for a moment.
+
+    BadInput where the key is refused for another reason.
+    """
+    request = ActivateNodeRequest(
+        public_key=public_bytes(gate.key), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+    )
+    with _client(gate) as client:
+        try:
+            node = client.ActivateNode(request).node_id
+        except httpx.HTTPStatusError as error:
+            if error_code(error.response) == NOT_ACTIVATED:
+                return True
+            _refused(error.response, gate, AGAIN)
+            raise
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    return False
+
+
+def forever(
+    gate: Gate, answer: Answer, most: int, say: Say, online: Callable[[Session], None]
+) -> None:
+    """Be a site of the server's until a signal or ``Session.end``; a lost session is begun anew."""
+    while True:
+        with session(gate, say) as running:
+            online(running)
+            try:
+                running.work(answer, most)
+            except SessionLost as error:
+                if running.ended:
+                    return
+                say(f"{error}; joining anew")
+        time.sleep(SOONEST)

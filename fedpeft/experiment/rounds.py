@@ -1,0 +1,128 @@
+"""The rounds of a run: play them, evaluate, and put ledger and checkpoint on the disk."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import final
+
+from fedpeft.experiment.recorder import OnProgress, Recorder
+from fedpeft.experiment.scoring import evaluation_row
+from fedpeft.experiment.server_side import ServerSide
+from fedpeft.federation.checkpoint import Checkpoint
+from fedpeft.federation.server import federate, sample
+from fedpeft.ledger import ClientRow
+from fedpeft.types import Client, Engine, State
+
+Cohort = Callable[[int, int], Sequence[Client]]
+"""Returns the clients of a round, told its number and how often it was tried before."""
+
+
+def drawn(side: ServerSide) -> Cohort:
+    """Return the cohorts of clients that are always there: drawn from the seed and the round.
+
+    So a resumed run draws the same.
+    """
+    clients, plan = side.clients, side.config.federation
+
+    def cohort(round_number: int, _tries: int) -> Sequence[Client]:
+        return sample(clients, plan.clients_per_round, side.config.seed, round_number)
+
+    return cohort
+
+
+def run_rounds(
+    side: ServerSide,
+    engine: Engine,
+    folder: Path,
+    begin: Checkpoint,
+    on_progress: OnProgress,
+    cohort: Cohort,
+    *,
+    tries: int = 1,
+) -> State:
+    """Run the rounds that are left and return the last state.
+
+    ``tries``: how often a round is played before one with too few replies is left silent.
+    """
+    plan, choice = side.config.federation, side.config.evaluation
+    state = begin.state  # what is returned where no round is left
+    with Recorder(side, folder, begin, on_progress) as recorder:
+
+        def evaluate(state: State) -> None:
+            row = evaluation_row(side, state, engine, begin.memories)
+            if row is not None:
+                recorder.record(row)
+
+        if choice.start and begin.state.round == 0:
+            evaluate(begin.state)
+        for state in _played(side, begin.state, engine, cohort, recorder.record, tries):
+            # The row comes before the checkpoint: a resumed run cuts off what comes after.
+            if state.round % choice.every == 0 or state.round == plan.rounds:
+                evaluate(state)
+            recorder.save(state)
+    return state
+
+
+def _played(
+    side: ServerSide,
+    state: State,
+    engine: Engine,
+    cohort: Cohort,
+    record: Callable[[ClientRow], None],
+    tries: int,
+) -> Iterator[State]:
+    """Yield the state after each round that is left."""
+    while state.round < side.config.federation.rounds:
+        # A round that got too few replies is played again by a fresh cohort. The state is the one
+        # before it, but for what is known of the clients' memories.
+        for attempt in range(tries):
+            counted = _Counted(record)
+            after = _one_round(side, state, engine, partial(_of, cohort, attempt), counted)
+            if counted.usable >= side.config.federation.min_replies:
+                break
+            state = replace(state, memories=after.memories)
+        state = after
+        yield state
+
+
+def _of(cohort: Cohort, attempt: int, round_number: int) -> Sequence[Client]:
+    return cohort(round_number, attempt)
+
+
+def _one_round(
+    side: ServerSide,
+    state: State,
+    engine: Engine,
+    cohort: Callable[[int], Sequence[Client]],
+    record: "_Counted",
+) -> State:
+    """Return the state after one round."""
+    [after] = federate(
+        side.method,
+        state,
+        engine,
+        cohort,
+        range(state.round, state.round + 1),
+        config=side.agreed,
+        min_replies=side.config.federation.min_replies,
+        record=record,
+    )
+    return after
+
+
+@final
+@dataclass
+class _Counted:
+    """Passes rows on, and counts the replies of the latest phase that were of use."""
+
+    record: Callable[[ClientRow], None]
+    usable: int = 0
+    phase: int = 0
+
+    def __call__(self, row: ClientRow) -> None:
+        """Record ``row``."""
+        if row.phase != self.phase:
+            self.phase, self.usable = row.phase, 0
+        self.usable += row.lost is None
+        self.record(row)

@@ -1,0 +1,111 @@
+"""What a member of a round does: shares of its secrets for all, its mask, shares for the server."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from fedpeft.secagg import shamir
+from fedpeft.secagg.keys import TAG, agreed, derived, private_key, seal, unseal
+from fedpeft.secagg.masks import Words, add_stream
+from fedpeft.secagg.roster import Roster
+
+BOX: Final = 2 * shamir.SHARE + TAG
+"""Bytes of a box: a share of each of a member's two secrets."""
+
+
+def share_secrets(
+    roster: Roster,
+    me: int,
+    enough: int,
+    box_secret: bytes,
+    secrets: tuple[bytes, bytes],
+) -> tuple[list[bytes], bytes]:
+    """Return a box with shares for every other member, and the member's own shares.
+
+    ``me``: its index. ``secrets``: its private mask key and the seed of its own mask, ``enough``
+    shares of which give them back. In the place of its own box there are zeros.
+    """
+    shares: list[bytes] = [b""] * len(roster.members)
+    for secret in secrets:
+        parts = shamir.split(int.from_bytes(secret), enough, len(shares))
+        for index, part in enumerate(parts):
+            shares[index] += part.to_bytes(shamir.SHARE)
+    private = private_key(box_secret)
+    boxes: list[bytes] = []
+    for index, content in enumerate(shares):
+        if index == me:
+            boxes.append(bytes(BOX))
+            continue
+        key = _box_key(roster, private, other=index, sender=me, recipient=index)
+        boxes.append(seal(key, content, roster.digest))
+    return boxes, shares[me]
+
+
+def open_boxes(
+    roster: Roster, me: int, box_secret: bytes, boxes: Mapping[int, bytes]
+) -> dict[int, tuple[bytes, bytes]]:
+    """Return the shares of (mask key, seed) in the ``boxes`` that others sent, by their index.
+
+    WireError where one of them is not theirs.
+    """
+    private = private_key(box_secret)
+    opened: dict[int, tuple[bytes, bytes]] = {}
+    for sender, box in boxes.items():
+        key = _box_key(roster, private, other=sender, sender=sender, recipient=me)
+        content = unseal(key, box, roster.digest)
+        opened[sender] = content[: shamir.SHARE], content[shamir.SHARE :]
+    return opened
+
+
+def _box_key(
+    roster: Roster, private: X25519PrivateKey, other: int, sender: int, recipient: int
+) -> bytes:
+    """Return the key of the one box from ``sender`` to ``recipient``, one of whom is ``other``."""
+    # A key for each direction, as no two boxes may be sealed with the same one.
+    ends = f" {sender} {recipient}".encode()
+    return agreed(private, roster.box_keys[other], b"fedpeft secagg box" + ends)
+
+
+def hide(
+    numbers: Words, roster: Roster, me: int, secrets: tuple[bytes, bytes], alive: Sequence[bool]
+) -> Words:
+    """Return ``numbers`` under the member's masks, modulo 2^64.
+
+    ``secrets``: as in ``share_secrets``. ``alive``: who has shared secrets, by index. With each of
+    them there is a common mask, which one of both adds and the other subtracts.
+    """
+    mask_secret, seed = secrets
+    masked = numbers.copy()
+    add_stream(masked, self_mask_key(seed))
+    private = private_key(mask_secret)
+    for index in np.flatnonzero(alive):
+        if index != me:
+            key = pair_mask_key(private, roster.mask_keys[index])
+            add_stream(masked, key, negative=bool(me > index))
+    return masked
+
+
+def self_mask_key(seed: bytes) -> bytes:
+    """Return the key of a member's own mask."""
+    return derived(seed, b"fedpeft secagg self mask")
+
+
+def pair_mask_key(private: X25519PrivateKey, public: bytes) -> bytes:
+    """Return the key of the mask that two members have in common."""
+    return agreed(private, public, b"fedpeft secagg pair mask")
+
+
+def shares_to_open(
+    shares: Mapping[int, tuple[bytes, bytes]], sent: Sequence[bool]
+) -> dict[int, bytes]:
+    """Return which share of each member the server may have.
+
+    Of a member that has ``sent`` its masked numbers it is that of the seed, of another that of the
+    mask key. With both, the server could open that member's numbers alone.
+    """
+    told: dict[int, bytes] = {}
+    for index, (of_mask_key, of_seed) in shares.items():
+        told[index] = of_seed if sent[index] else of_mask_key
+    return told

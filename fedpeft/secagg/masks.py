@@ -1,0 +1,37 @@
+"""Masks: a key stretched into as many words of 64 bits as there are numbers to hide."""
+
+from typing import Final
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint64]
+"""Numbers modulo 2^64; every smaller power of two divides it."""
+
+_WORD: Final = 8
+_BLOCK: Final = 1 << 13
+"""Words that are made at once: they stay in the processor's cache while they are added."""
+_ZEROS: Final = bytes(_WORD * _BLOCK)
+
+
+def add_stream(total: Words, key: bytes, *, negative: bool = False) -> None:
+    """Add the stream of ``key`` to ``total``, or subtract it, modulo 2^64.
+
+    The stream is AES-256 in counter mode from 0, eight bytes a word, the lowest first. A key must
+    not be used for anything else.
+    """
+    encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
+    # Encrypting zeros gives the stream itself; one buffer is used for all of it.
+    buffer = bytearray(len(_ZEROS))
+    for begin in range(0, len(total), _BLOCK):
+        part = total[begin : begin + _BLOCK]
+        size = _WORD * len(part)
+        encryptor.update_into(memoryview(_ZEROS)[:size], buffer)
+        words = np.frombuffer(buffer, dtype="<u8", count=len(part))
+        if negative:
+            np.subtract(part, words, out=part)
+        else:
+            np.add(part, words, out=part)

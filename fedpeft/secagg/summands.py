@@ -1,0 +1,91 @@
+"""Between tensors and the numbers that are summed: weighted, flattened, and back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpeft.algebra.averaging import Mean
+from fedpeft.types import Payload
+
+
+@final
+@dataclass(frozen=True)
+class Form:
+    """Names, in order, with shapes and dtypes of what each client adds to a sum."""
+
+    shapes: Mapping[str, torch.Size]
+    dtypes: Mapping[str, torch.dtype]
+
+    @property
+    def numbers(self) -> int:
+        """Return how many numbers one client adds, its weight included."""
+        return sum(shape.numel() for shape in self.shapes.values()) + 1
+
+    def mean(self, numbers: NDArray[np.float64]) -> Mean:
+        """Return the mean whose sums are ``numbers``, as ``flat`` has them."""
+        flat_sums = torch.from_numpy(numbers)
+        sums: dict[str, Tensor] = {}
+        begin = 0
+        for name, shape in self.shapes.items():
+            end = begin + shape.numel()
+            sums[name] = flat_sums[begin:end].view(shape)
+            begin = end
+        return Mean.of(sums, float(flat_sums[begin]), self.dtypes)
+
+
+def form_of(contribution: Callable[[Payload], Payload], reply: Payload) -> Form:
+    """Return the form of what ``contribution`` takes from a reply of the form ``reply``."""
+    zeros: dict[str, Tensor] = {}
+    for name, spec in reply.items():
+        zeros[name] = torch.zeros(spec.shape, dtype=spec.dtype)
+    added = sorted(contribution(zeros).items())
+    return Form(
+        {name: tensor.shape for name, tensor in added},
+        {name: tensor.dtype for name, tensor in added},
+    )
+
+
+def flat(update: Payload, weight: float) -> NDArray[np.float64]:
+    """Return all numbers of ``update`` times its ``weight``, names in order, then the weight.
+
+    >>> flat({"b": torch.tensor([1.0, 2.0]), "a": torch.tensor(0.5)}, 4.0)
+    array([2., 4., 8., 4.])
+    """
+    parts: list[Tensor] = []
+    for _, tensor in sorted(update.items()):
+        parts.append(tensor.to(torch.float64).flatten())
+    parts.append(torch.ones(1, dtype=torch.float64))
+    return (weight * torch.cat(parts)).numpy()
+
+
+def out_of_range(update: Payload, most: float) -> str:
+    """Return what is larger than ``most``, or no number, in words; empty where nothing is.
+
+    >>> out_of_range({"w": torch.tensor([1.0, -20.0])}, most=16.0)
+    "tensor 'w' has the value -20, outside of wrap.range = 16 of secagg; declare a larger one"
+    """
+    for name, tensor in update.items():
+        values = tensor.flatten()
+        beyond = values[~(values.abs() <= most)]  # NaN is no smaller than anything
+        if beyond.numel():
+            largest = beyond[beyond.abs().argmax()]
+            return (
+                f"tensor {name!r} has the value {float(largest):g}, outside of wrap.range = "
+                f"{most:g} of secagg; declare a larger one"
+            )
+    return ""
+
+
+def as_tensor(content: bytes) -> Tensor:
+    """Return bytes as a tensor, (n,)."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's own bytes; the inverse of ``as_tensor``."""
+    return tensor.contiguous().numpy().tobytes()

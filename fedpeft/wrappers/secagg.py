@@ -1,0 +1,425 @@
+"""Secure aggregation: the server learns the sum of the replies and no single one.
+
+The protocol is that of Bonawitz et al. 2017; its cryptography is in ``fedpeft/secagg``. A round has
+four exchanges:
+
+0. Train, as the method inside does; the reply holds two public keys, the update stays.
+1. Share keys: shares of the client's secrets go to all members, each sealed for its recipient.
+2. Mask: the update goes up under a mask with every other member and one of its own.
+3. Unmask: shares go up by which the server takes off the masks of the sum.
+
+What docs/security.md says about it is tested in tests/laws/test_secagg_transcript.py.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, ClassVar, Final, Literal, final
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+
+from fedpeft.algebra.averaging import Mean, MeanMerge, mean_merge
+from fedpeft.errors import BadInput, WireError
+from fedpeft.secagg import client as member
+from fedpeft.secagg import server as opening
+from fedpeft.secagg.fixed_point import FixedPoint
+from fedpeft.secagg.keys import KEY, commitment, new_secret, private_key, public_bytes
+from fedpeft.secagg.roster import Roster, Rules
+from fedpeft.secagg.shamir import SHARE
+from fedpeft.secagg.summands import Form, as_bytes, as_tensor, flat, form_of, out_of_range
+from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
+from fedpeft.wire.versions import lasting, once
+
+TRAIN, SHARE_KEYS, MASK, UNMASK = range(4)
+"""The phases of a round."""
+
+# Names on the wire.
+_KEYS: Final = "secagg.keys"
+_MEMBERS: Final = "secagg.members"
+_BOXES: Final = "secagg.boxes"
+_SEAL: Final = "secagg.seal"
+_ALIVE: Final = "secagg.alive"
+_MASKED: Final = "secagg.masked"
+_SENT: Final = "secagg.sent"
+_SHARES: Final = "secagg.shares"
+_UPDATE: Final = "!update/"
+"""Before the names of the update in a client's memory, until it has been sent."""
+
+Row = dict[str, Tensor]
+"""Tensors of one client, without a client axis."""
+
+
+@final
+@dataclass(frozen=True)
+class SecAgg:
+    """Sum the clients' updates under masks, so that the server sees nothing but the sum.
+
+    For methods that merge by a weighted mean. The weight is summed up, too, as one more number.
+    """
+
+    paper: ClassVar[str] = "SecAgg: Bonawitz et al. 2017, doi 10.1145/3133956.3133982"
+    range: Annotated[float, Ge(1)] = 16.0
+    """Largest absolute value of a trained number. A client with a larger one takes no part in the
+    round, and the ledger names tensor and value."""
+    bits: Literal[24, 32, 40, 48, 56] = 40
+    """Bits of a number on its way up. More give a finer step: what is left of them after `range`,
+    `examples` and the number of clients is behind the point."""
+    examples: Annotated[int, Ge(1), Le(10**12)] = 65536
+    """Most training examples of a client, which are its weight."""
+    threshold: Annotated[float, Gt(0.5), Le(1)] = 0.6
+    """Share of a round's members that can open the sum. So many have to stay to the end, and so
+    many would have to collude with the server to open a single update."""
+    smallest: Annotated[int, Ge(2)] = 3
+    """Fewest clients of a sum."""
+
+    def around(self, method: Method, owner: str) -> Method:
+        """Return ``method`` with its replies summed under masks; BadInput where they are no sum."""
+        secure = Secure(method, owner, self)
+        secure.merge_of(0)
+        return secure
+
+
+@final
+@dataclass(frozen=True)
+class Secure:
+    """A method whose updates are summed under masks before the server sees them.
+
+    What a round's server needs from one exchange to the next is in the ``owner``'s slice of the
+    state, and what a client needs is in its memory, for the next exchange alone.
+    """
+
+    paper: ClassVar[str] = SecAgg.paper
+    inner: Method
+    owner: str
+    settings: SecAgg
+
+    @property
+    def rules(self) -> Rules:
+        """Return how many clients a sum needs."""
+        return Rules(self.settings.threshold, self.settings.smallest)
+
+    def merge_of(self, round_number: int) -> MeanMerge:
+        """Return how the method inside merges a round; BadInput where that is no weighted sum."""
+        merge = mean_merge(self.inner, round_number)
+        if merge is None:
+            raise BadInput(
+                f"wrap.name = 'secagg': {type(self.inner).__name__} does not merge by a weighted "
+                "sum of what the clients trained, and masks cancel in nothing else; choose another "
+                "method, or leave the wrapper out"
+            )
+        return merge
+
+    # The server's half.
+
+    def init(self, base: Base, seed: int) -> State:
+        """Begin as the method inside does."""
+        return self.inner.init(base, seed)
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send what the method inside sends; afterwards keys, who is left, and boxes."""
+        kept = state.slice_of(self.owner)
+        if state.phase == TRAIN:
+            return self.inner.send(self._inside(state), client)
+        if state.phase == SHARE_KEYS:
+            return {_MEMBERS: kept["members"], _KEYS: kept["keys"]}
+        if state.phase == MASK:
+            return {_ALIVE: kept["alive"]}
+        # The boxes that all others have sent to this client.
+        index = kept["members"].tolist().index(client.id)
+        return {_SENT: kept["sent"], _BOXES: kept["boxes"][:, index]}
+
+    def expects(self, state: State, down: Payload) -> Payload:
+        """Expect keys; then boxes for all members; masked numbers; and shares of all members."""
+        del down
+        members = len(state.slice_of(self.owner).get("members", ()))
+        if state.phase == TRAIN:
+            return {_KEYS: _bytes_of(2, KEY)}
+        if state.phase == SHARE_KEYS:
+            return {_BOXES: _bytes_of(members, member.BOX), _SEAL: _bytes_of(KEY)}
+        if state.phase == MASK:
+            numbers = self._form(state).numbers
+            return {_MASKED: _bytes_of(numbers * self._fixed_point(state.round, members).size)}
+        return {_SHARES: _bytes_of(members, SHARE)}
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Return the state of the next phase; after the last one, merge the sum.
+
+        WireError where too few clients are left, and where their shares do not fit together.
+        """
+        steps: list[Callable[[State, Iterable[Update]], State]] = [
+            self._receive_keys,
+            self._receive_boxes,
+            self._receive_masked,
+            self._receive_shares,
+        ]
+        return steps[state.phase](state, updates)
+
+    def _receive_keys(self, state: State, updates: Iterable[Update]) -> State:
+        """Collect the members of the round and their public keys."""
+        keys: dict[int, Tensor] = {}
+        for update in updates:
+            keys[update.client.id] = update.payload[_KEYS].clone()
+        if not keys:  # a silent round
+            return self._merged(state, Mean())
+        members = sorted(keys)
+        self._check_enough(len(members), len(members))
+        self._fixed_point(state.round, len(members))  # BadInput where they are too many
+        kept = {"members": torch.tensor(members), "keys": torch.stack([keys[k] for k in members])}
+        return replace(state, phase=SHARE_KEYS).with_slice(self.owner, kept)
+
+    def _receive_boxes(self, state: State, updates: Iterable[Update]) -> State:
+        """Collect the boxes, (sender, recipient, bytes), and the commitments to the seeds."""
+        kept = state.slice_of(self.owner)
+        members: list[int] = kept["members"].tolist()
+        count = len(members)
+        alive = torch.zeros(count, dtype=torch.bool)
+        boxes = torch.zeros(count, count, member.BOX, dtype=torch.uint8)
+        seals = torch.zeros(count, KEY, dtype=torch.uint8)
+        for update in updates:
+            index = members.index(update.client.id)
+            alive[index] = True
+            boxes[index] = update.payload[_BOXES]
+            seals[index] = update.payload[_SEAL]
+        self._check_enough(int(alive.sum()), count)
+        kept |= {"alive": alive, "boxes": boxes, "seals": seals}
+        return replace(state, phase=MASK).with_slice(self.owner, kept)
+
+    def _receive_masked(self, state: State, updates: Iterable[Update]) -> State:
+        """Sum up what is masked, one reply in memory at a time."""
+        kept = state.slice_of(self.owner)
+        members: list[int] = kept["members"].tolist()
+        sent = torch.zeros(len(members), dtype=torch.bool)
+        fixed_point = self._fixed_point(state.round, len(members))
+        total = np.zeros(self._form(state).numbers, dtype=np.uint64)
+        for update in updates:
+            sent[members.index(update.client.id)] = True
+            fixed_point.add_packed(total, update.payload[_MASKED].numpy())
+        self._check_enough(int(sent.sum()), len(members))
+        kept |= {"sent": sent, "sum": torch.from_numpy(total.view(np.int64))}
+        return replace(state, phase=UNMASK).with_slice(self.owner, kept)
+
+    def _receive_shares(self, state: State, updates: Iterable[Update]) -> State:
+        """Take the masks off the sum, and merge it as the method inside does."""
+        kept = state.slice_of(self.owner)
+        members: list[int] = kept["members"].tolist()
+        told: dict[int, list[bytes]] = {}
+        for update in updates:
+            shares = update.payload[_SHARES]
+            told[members.index(update.client.id)] = [as_bytes(share) for share in shares]
+        roster = _roster(state.round, kept["members"], kept["keys"])
+        sent: list[bool] = kept["sent"].tolist()
+        secrets = opening.recover(
+            roster=roster,
+            seals=[as_bytes(seal) for seal in kept["seals"]],
+            alive=kept["alive"].tolist(),
+            sent=sent,
+            told=told,
+            enough=self.rules.enough(len(members)),
+        )
+        total = kept["sum"].clone().numpy().view(np.uint64)
+        opening.uncover(total, roster, sent, secrets)
+        numbers = self._fixed_point(state.round, len(members)).decode(total)
+        return self._merged(state, self._form(state).mean(numbers))
+
+    def _check_enough(self, count: int, members: int) -> None:
+        """Raise WireError where fewer than the rules ask for are left of so many ``members``."""
+        enough = self.rules.enough(members)
+        if count < enough:
+            raise WireError(f"secagg: {count} clients are left, {enough} needed")
+
+    def _inside(self, state: State) -> State:
+        """Return the state as the method inside knows it, whose rounds have one exchange."""
+        return replace(state.without(self.owner), phase=TRAIN)
+
+    def _merged(self, state: State, total: Mean) -> State:
+        """Return the state of the next round; nothing of this one's keys is left in it."""
+        return self.merge_of(state.round).merge(self._inside(state), total)
+
+    def _form(self, state: State) -> Form:
+        """Return the form of what each client's update adds to the sum."""
+        inside = self._inside(state)
+        # What is sent may differ from client to client, but not what they contribute.
+        down = self.inner.send(inside, Client(0))
+        reply = self.inner.expects(inside, down)
+        return form_of(self.merge_of(state.round).contribution, reply)
+
+    def _fixed_point(self, round_number: int, members: int) -> FixedPoint:
+        """Return how numbers are written in a round of so many ``members``."""
+        settings = self.settings
+        by_examples = self.merge_of(round_number).weighting == "examples"
+        heaviest = settings.examples if by_examples else 1
+        return FixedPoint.fitting(settings.bits, members, settings.range * heaviest)
+
+    # The client's half.
+
+    @contextmanager
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
+        """Mount as the method inside does; the later exchanges of a round train nothing."""
+        if context.phase == TRAIN:
+            with self.inner.mount(model, down, lasting(memory), context) as task:
+                reply = partial(self._after_training, task, context)
+                yield replace(task, reply=reply, discreet=True)
+            return
+        # Each client for itself: from here on there is nothing to compute side by side.
+        steps = {SHARE_KEYS: self._share_keys, MASK: self._mask, UNMASK: self._tell_shares}
+        if context.phase not in steps:
+            raise WireError(f"a round of secagg has no phase {context.phase}")
+        step, secrets = steps[context.phase], once(memory)
+
+        def reply_of_all() -> tuple[Payload, Payload]:
+            ups: list[Row] = []
+            stays: list[Row] = []
+            for row, client in enumerate(context.clients):
+                kept = _row(secrets, row)
+                _check_when(kept, client, context)
+                up, keeps = step(_row(down, row), kept, client, context)
+                ups.append(up)
+                stays.append({**keeps, "!when": torch.tensor([context.round, context.phase])})
+            return _stacked(ups), _stacked(stays)
+
+        yield LocalTask({}, reply_of_all, steps=0, discreet=True)
+
+    def _after_training(self, task: LocalTask, context: Context) -> tuple[Payload, Payload]:
+        """Reply with public keys; keep the update, and what the method inside keeps."""
+        merge = self.merge_of(context.round)
+        up, stays = task.reply()
+        ups: list[Row] = []
+        secrets: list[Row] = []
+        for row, client in enumerate(context.clients):
+            weight = context.examples[row] if merge.weighting == "examples" else 1
+            update = merge.contribution(_row(up, row))
+            if fault := self._fault(update, weight):
+                raise WireError(f"client {client}: {fault}")
+            mask_secret, box_secret = new_secret(), new_secret()
+            keys = [public_bytes(private_key(secret)) for secret in (mask_secret, box_secret)]
+            ups.append({_KEYS: torch.stack([as_tensor(key) for key in keys])})
+            secrets.append(
+                {
+                    "!when": torch.tensor([context.round, TRAIN]),
+                    "!mask_secret": as_tensor(mask_secret),
+                    "!box_secret": as_tensor(box_secret),
+                    "!weight": torch.tensor(weight, dtype=torch.float64),
+                    **{f"{_UPDATE}{name}": tensor for name, tensor in update.items()},
+                }
+            )
+        return _stacked(ups), {**stays, **_stacked(secrets)}
+
+    def _fault(self, update: Payload, weight: int) -> str:
+        """Return why an update cannot be summed, empty where it can."""
+        if weight > self.settings.examples:
+            most = self.settings.examples
+            return f"holds {weight} examples, more than wrap.examples = {most} of secagg"
+        return out_of_range(update, self.settings.range)
+
+    def _share_keys(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
+        """Draw the seed of the own mask; give every member shares of it and of the mask key."""
+        members, keys = _field(down, _MEMBERS), _field(down, _KEYS)
+        roster = _roster(context.round, members, keys)
+        mask_secret, box_secret = as_bytes(kept["!mask_secret"]), as_bytes(kept["!box_secret"])
+        own = public_bytes(private_key(mask_secret)), public_bytes(private_key(box_secret))
+        me = roster.check(self.rules, client, own)
+        enough = self.rules.enough(len(roster.members))
+        seed = new_secret()
+        secrets = mask_secret, seed
+        boxes, own_shares = member.share_secrets(roster, me, enough, box_secret, secrets)
+        up = {_BOXES: torch.stack([as_tensor(box) for box in boxes])}
+        up[_SEAL] = as_tensor(commitment(seed))
+        stays = {
+            **kept,
+            "!seed": as_tensor(seed),
+            "!own_shares": as_tensor(own_shares),
+            "!members": members,
+            "!keys": keys,
+        }
+        return up, stays
+
+    def _mask(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
+        """Send the weighted update under the masks; forget it, and the secrets of the masks."""
+        roster = _roster(context.round, kept["!members"], kept["!keys"])
+        alive: list[bool] = _field(down, _ALIVE).tolist()
+        everyone = [True] * len(roster.members)
+        roster.check_part(self.rules, alive, within=everyone)
+        me = roster.members.index(client)
+        update: Row = {}
+        for name, tensor in kept.items():
+            if name.startswith(_UPDATE):
+                update[name.removeprefix(_UPDATE)] = tensor
+        fixed_point = self._fixed_point(context.round, len(roster.members))
+        numbers = fixed_point.encode(flat(update, float(kept["!weight"])))
+        secrets = as_bytes(kept["!mask_secret"]), as_bytes(kept["!seed"])
+        masked = member.hide(numbers, roster, me, secrets, alive)
+        stays = {name: kept[name] for name in ("!box_secret", "!own_shares", "!members", "!keys")}
+        stays["!alive"] = torch.tensor(alive)
+        return {_MASKED: torch.from_numpy(fixed_point.pack(masked))}, stays
+
+    def _tell_shares(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
+        """Tell one share of every member's secrets, once; forget all there is to tell."""
+        roster = _roster(context.round, kept["!members"], kept["!keys"])
+        alive: list[bool] = kept["!alive"].tolist()
+        sent: list[bool] = _field(down, _SENT).tolist()
+        roster.check_part(self.rules, sent, within=alive)
+        me = roster.members.index(client)
+        boxes: dict[int, bytes] = {}
+        for index, box in enumerate(_field(down, _BOXES)):
+            if alive[index] and index != me:
+                boxes[index] = as_bytes(box)
+        shares = member.open_boxes(roster, me, as_bytes(kept["!box_secret"]), boxes)
+        own = as_bytes(kept["!own_shares"])
+        shares[me] = own[:SHARE], own[SHARE:]
+        told = torch.zeros(len(roster.members), SHARE, dtype=torch.uint8)
+        for index, share in member.shares_to_open(shares, sent).items():
+            told[index] = as_tensor(share)
+        return {_SHARES: told}, {}
+
+
+def _bytes_of(*shape: int) -> Tensor:
+    """Return the form of so many bytes."""
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
+def _roster(round_number: int, members: Tensor, keys: Tensor) -> Roster:
+    """Return the roster of ``members``, (n,), with ``keys``, (n, 2, 32)."""
+    if keys.dim() != 3 or len(keys) != len(members):
+        raise WireError("a roster needs two keys for each member")
+    return Roster(
+        round_number,
+        tuple(members.tolist()),
+        tuple(as_bytes(key) for key in keys[:, 0]),
+        tuple(as_bytes(key) for key in keys[:, 1]),
+    )
+
+
+def _check_when(kept: Row, client: int, context: Context) -> None:
+    """Raise WireError unless ``kept`` was written in the phase before this one."""
+    due = [context.round, context.phase - 1]
+    if "!when" not in kept or kept["!when"].tolist() != due:
+        raise WireError(
+            f"client {client} holds no secrets for phase {context.phase} of round {context.round}: "
+            "they are used once"
+        )
+
+
+def _field(down: Row, name: str) -> Tensor:
+    """Return a tensor of a request; WireError where it is missing."""
+    if name not in down:
+        raise WireError(f"a request of secagg lacks {name!r}")
+    return down[name]
+
+
+def _row(stacks: Payload, row: int) -> Row:
+    """Return the tensors of the client in ``row``, (K, ...) -> (...), in plain memory."""
+    return {name: stack[row].detach().cpu() for name, stack in stacks.items()}
+
+
+def _stacked(rows: list[Row]) -> Row:
+    """Return the tensors of K clients with a client axis, (...) -> (K, ...)."""
+    stacks: Row = {}
+    for name in rows[0]:
+        stacks[name] = torch.stack([row[name] for row in rows])
+    return stacks
