@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.lowrank import by_module
+from fedpeft.errors import WireError
 from fedpeft.types import Payload
 
 Score = Literal["sensitivity", "gradient", "magnitude"]
@@ -52,7 +53,8 @@ class Importance:
 
     ``trained``: ``<module>:A`` (K, r, in), ``:B`` (K, out, r) and ``:e`` (K, r); names without a
     colon, those of the head, are passed over. ``clients``: K. It is told because it cannot be read
-    off a tensor once every module has lost all of its ranks.
+    off a tensor once every module has lost all of its ranks. A module that has not just these three
+    raises WireError.
     """
 
     def __init__(
@@ -68,6 +70,10 @@ class Importance:
         self._tensors: dict[str, Tensor] = {}
         self._smooth: dict[str, Tensor] = {}  # running mean of |p * grad|
         self._spread: dict[str, Tensor] = {}  # running mean of its distance from that mean
+        for name, factors in by_module(trained).items():
+            if factors.keys() != {"A", "B", "e"}:
+                parts = ", ".join(sorted(factors))
+                raise WireError(f"the triplets of {name!r} are {parts}, and not A, B, e")
         for name, tensor in trained.items():
             if ":" in name:
                 self._tensors[name] = tensor

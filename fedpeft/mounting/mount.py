@@ -133,7 +133,7 @@ def bottlenecks(
     """Mount small networks behind dense layers: U f(D y + d) + u is added to an output y.
 
     ``tensors``: ``<module>:D`` (K, m, out), ``:d`` (K, m), ``:U`` (K, out, m) and ``:u`` (K, out).
-    ``activation``: f. Names or shapes that do not fit raise WireError.
+    ``activation``: f. Names, shapes or dtypes that do not fit raise WireError.
 
     >>> model = nn.Sequential(nn.Linear(3, 2))
     >>> shapes = {"D": (1, 1, 2), "d": (1, 1), "U": (1, 2, 1), "u": (1, 2)}
@@ -143,6 +143,7 @@ def bottlenecks(
     >>> bool((adapted >= model(torch.zeros(1, 3)) + 1).all())
     True
     """
+    check_dtypes(model, tensors)
     with ExitStack() as undo:
         for name, parts in by_module(tensors).items():
             out = dense_shape(model, name)[0]
