@@ -21,18 +21,12 @@ from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
 from fedpeft.tasks import Counts
 from fedpeft.types import Engine, State
-from tests.e2e.builders import Ground, write_ground
+from tests.e2e.builders import SMALL, Ground, write_ground
 from tests.e2e.task_grounds import TASK_GROUNDS
 
 ROUNDS = 3
 KEPT = ("lora", "federa")
 """Methods whose optimizers go on when they are played again: without a memory of its own, and with."""
-
-SMALL: Mapping[str, Mapping[str, object]] = {
-    "lora": {"rank": 4},
-    "ravan": {"rank": 4},
-}
-"""Fields of methods whose defaults are for wider models."""
 
 TASKS = ("tagging", "qa", "causal_lm")
 """Tasks beside classification, on which every method is played."""

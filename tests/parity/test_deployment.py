@@ -22,8 +22,7 @@ from fedpeft.ledger import MEASURED, ClientRow, EvaluationRow, read, to_json
 from fedpeft.methods import METHODS
 from fedpeft.types import State
 from tests.contract.reference import PERSONAL
-from tests.e2e.builders import Ground, assert_same, write_ground
-from tests.parity.flower_runs import SMALL
+from tests.e2e.builders import SMALL, Ground, assert_same, write_ground
 from tests.parity.sockets import Behind, behind_sockets, grid_of, own_site
 
 ROUNDS = 3
