@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.methods.lora import LoRA
 from fedpeft.models.tokens import spare_last_block
-from fedpeft.mounting import describe
+from fedpeft.mounting import BLOCK, Packed, PackedLinear, describe
 from fedpeft.tasks import CausalLM, Classification, Encoded, Example, Task
 from fedpeft.tasks.dialogue import Writer
 from fedpeft.training.hardware import Machine, resolve
@@ -199,10 +199,11 @@ def llama_in_4_bits(
 ) -> nn.Module:
     """Return a Llama of random weights whose dense layers have 4 bits a weight, as QLoRA has them.
 
-    Layer by layer, so that no more than one of them is there in full. Raises ImportError without
-    bitsandbytes. ``changes``: of the configuration in ``shapes``.
+    They are those of ``model.bits = 4``, packed layer by layer, so that no more than one of them is
+    there in full. Raises ImportError without bitsandbytes. ``changes``: of the configuration in
+    ``shapes``.
     """
-    layers: Any = import_module("bitsandbytes.nn")
+    packing: Any = import_module("bitsandbytes.functional")
     make: Any = LlamaForCausalLM
     rotary: Any = LlamaRotaryEmbedding
     dtype, config = DTYPES[precision], llama_config(shapes, changes)
@@ -210,13 +211,11 @@ def llama_in_4_bits(
         model: Any = make(config)
     for name, module in list(model.model.layers.named_modules()):
         if isinstance(module, nn.Linear):
-            size = module.in_features, module.out_features
-            layer = layers.Linear4bit(
-                *size, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-            )
-            values = _random(size[::-1], device, dtype)
-            layer.weight = layers.Params4bit(values, quant_type="nf4", module=layer)
-            _put(model.model.layers, name, layer.to(device))  # quantised here
+            values = _random(module.weight.shape, device, dtype)
+            codes, state = packing.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            packed = Packed(codes, state.absmax.float(), values.shape, 4)
+            layer = PackedLinear(packed, None, is_conv1d=False)
+            _put(model.model.layers, name, layer)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             # Vectors are the weights of norms.
@@ -225,7 +224,7 @@ def llama_in_4_bits(
                 values = _random(parameter.shape, device, dtype)
             _put(model, name, nn.Parameter(values, requires_grad=False))
     # Its buffers are computed when it is made.
-    model.model.rotary_emb = rotary(config, device=device)
+    model.model.rotary_emb = rotary(config).to(device)
     chosen: nn.Module = model.requires_grad_(False)
     return chosen
 

@@ -102,6 +102,16 @@ class MeanMerge:
     ``contribution``: a reply's payload -> what is summed of it, in floating point, of the same
     names and shapes for all clients of a round. ``merge``: state and sums -> the next state;
     without anything summed up it is a silent round.
+
+    >>> halved = MeanMerge(
+    ...     "uniform",
+    ...     contribution=lambda payload: {"w": payload["w"] / 2},
+    ...     merge=lambda state, total: replace(state, round=state.round + 1, shared=total.result()),
+    ... )
+    >>> total = Mean()
+    >>> total.add(halved.contribution({"w": torch.tensor(6.0)}), weight=1.0)
+    >>> halved.merge(State(0, {}), total).shared
+    {'w': tensor(3.)}
     """
 
     weighting: Weighting
@@ -132,7 +142,14 @@ def mean_merge(method: Method, round_number: int) -> MeanMerge | None:
 
 
 def plain_mean(weighting: Weighting) -> MeanMerge:
-    """Return the merge of ``averaged``: what comes back is averaged, all else is kept."""
+    """Return the merge of ``averaged``: what comes back is averaged, all else is kept.
+
+    >>> total = Mean()
+    >>> total.add({"w": torch.tensor(4.0)}, weight=2.0)
+    >>> after = plain_mean("examples").merge(State(0, {"w": torch.tensor(1.0)}), total)
+    >>> after.round, after.shared
+    (1, {'w': tensor(4.)})
+    """
 
     def merge(state: State, total: Mean) -> State:
         # A silent round has no mean to offer, so every tensor is kept.

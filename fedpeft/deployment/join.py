@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from fedpeft.deployment.child import TrainerProcess, trainer_process
 from fedpeft.deployment.replies import LastReply
 from fedpeft.deployment.site import Site, read_site
-from fedpeft.engines.flower.connector import Asked, Gate, Session, forever
+from fedpeft.engines.flower.connector import Asked, Session, forever
+from fedpeft.engines.flower.reach import Gate
 from fedpeft.errors import BadInput, WireError
 from fedpeft.wire.frames import Frame, check_private
 

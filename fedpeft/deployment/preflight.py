@@ -14,15 +14,8 @@ from fedpeft.deployment.join import gate_of
 from fedpeft.deployment.offer import accepted, check_sections, read_offer
 from fedpeft.deployment.own import own_run
 from fedpeft.deployment.site import Site, read_site
-from fedpeft.engines.flower.connector import (
-    Gate,
-    clock_fault,
-    is_online,
-    key_is_known,
-    offered,
-    probe,
-    tls_fault,
-)
+from fedpeft.engines.flower.connector import is_online
+from fedpeft.engines.flower.reach import Gate, clock_fault, key_is_known, offered, probe, tls_fault
 from fedpeft.errors import BadInput
 from fedpeft.models.choice import locate
 

@@ -36,6 +36,9 @@ from fedpeft.wire.frames import check_private
 Say = Callable[[str], None]
 LOOK: Final = 0.3
 """Seconds between two looks for sites that join."""
+RETURN: Final = 60.0
+"""Seconds for which a run that is gone on with waits for all sites that it knows: after a crash of
+the server they try again for as long, and not all in the same moment."""
 
 
 @final
@@ -232,8 +235,13 @@ class _Gathering:
         run, roster = self._run, self._run.roster
         is_new = roster.visits is None
         plan = run.config
-        # A run that is gone on with need not wait for sites that have left for good.
-        self._wait_for(plan.server.min_sites if is_new else plan.federation.min_replies)
+        if is_new:
+            self._wait_for(plan.server.min_sites)
+        else:
+            # With all of them it ends as if it had never been stopped; but some may have left for
+            # good.
+            self._online_within(len(roster.known), RETURN)
+            self._wait_for(plan.federation.min_replies)
         if is_new:
             texts = sum(site.texts for site in roster.known.values())
             roster.visits = visits_per_text(run.config, len(roster.known), texts)
@@ -265,19 +273,23 @@ class _Gathering:
 
     def _wait_for(self, count: int) -> None:
         """Wait until ``count`` sites are online; BadInput where they are not in time."""
-        joining, roster = self._run.config.server.joining, self._run.roster
-        deadline, told = time.monotonic() + joining, -1
+        joining = self._run.config.server.joining
+        online = self._online_within(count, joining)
+        if online < count:
+            raise BadInput(
+                f"{online} of {count} sites are online after {joining:g} s; start the others "
+                "with: fedpeft join site.toml, and try again"
+            )
+
+    def _online_within(self, count: int, seconds: float) -> int:
+        """Wait until ``count`` sites are online, or so many seconds; return how many are."""
+        roster, deadline, told = self._run.roster, time.monotonic() + seconds, -1
         while True:
             self._engine.nodes.look()
             roster.online = tuple(self._engine.nodes.online())
             online = len(roster.clients)
-            if online >= count:
-                return
-            if time.monotonic() > deadline:
-                raise BadInput(
-                    f"{online} of {count} sites are online after {joining:g} s; start the others "
-                    "with: fedpeft join site.toml, and try again"
-                )
+            if online >= count or time.monotonic() > deadline:
+                return online
             if online != told:
                 self._say(f"{online} of {count} sites are online; waiting for others")
                 told = online

@@ -14,9 +14,10 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.agreement import agreement
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.sections import EvaluationSection
+from fedpeft.experiment.server_side import Prepared
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
-from fedpeft.models import Loaded, is_large, kernels, load
+from fedpeft.models import Loaded, is_large_model, kernels, load
 from fedpeft.seeds import generator
 from fedpeft.tasks import TASKS, Encoded, Task, TokenCache
 from fedpeft.training.activation_cache import ActivationCache, fitting
@@ -30,32 +31,12 @@ With fewer, what is computed for the cache is hardly ever read from it.
 """
 
 
-class Built(Protocol):
+class Built(Prepared, Protocol):
     """What was built before, and may be taken over where the settings agree."""
-
-    @property
-    def config(self) -> Config:
-        """The settings that it was built from."""
-        ...
 
     @property
     def dataset(self) -> data.Dataset:
         """The rows, as they were read."""
-        ...
-
-    @property
-    def hardware(self) -> Hardware:
-        """The choices for the machine."""
-        ...
-
-    @property
-    def loaded(self) -> Loaded:
-        """The model."""
-        ...
-
-    @property
-    def task(self) -> Task:
-        """The task, with the model's tokenizer."""
         ...
 
     @property
@@ -93,7 +74,7 @@ def hardware_for(config: Config, task: Task, reuse: Built | None) -> Hardware:
         config.machine,
         config.model.max_length,
         kernels(config.model, task),
-        is_large(config.model, task),
+        is_large_model(config.model, task),
     )
 
 

@@ -11,12 +11,12 @@ from fedpeft.training.hardware import Hardware
 from fedpeft.types import Client, Method, State
 
 
-class ServerSide(Protocol):
-    """A run as its server sees it: settings, model, method, task; nothing that clients hold."""
+class Prepared(Protocol):
+    """What every half of a run has: settings, choices for the machine, model and task."""
 
     @property
     def config(self) -> Config:
-        """The settings."""
+        """The settings that it was built from."""
         ...
 
     @property
@@ -33,6 +33,10 @@ class ServerSide(Protocol):
     def task(self) -> Task:
         """The task, with the model's tokenizer."""
         ...
+
+
+class ServerSide(Prepared, Protocol):
+    """A run as its server sees it: settings, model, method, task; nothing that clients hold."""
 
     @property
     def method(self) -> Method:

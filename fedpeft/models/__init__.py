@@ -4,7 +4,7 @@ from fedpeft.models.choice import ModelSection as ModelSection
 from fedpeft.models.choice import locate as locate
 from fedpeft.models.embedding import embed as embed
 from fedpeft.models.loading import Loaded as Loaded
-from fedpeft.models.loading import is_large as is_large
+from fedpeft.models.loading import is_large_model as is_large_model
 from fedpeft.models.loading import kernels as kernels
 from fedpeft.models.loading import load as load
 from fedpeft.models.quantising import check_bits as check_bits

@@ -55,7 +55,7 @@ def kernels(choice: ModelSection, task: Task) -> Kernels:
     return ("eager", "sdpa") if source.supports_sdpa(source.configuration()) else ("eager",)
 
 
-def is_large(choice: ModelSection, task: Task) -> bool:
+def is_large_model(choice: ModelSection, task: Task) -> bool:
     """Return whether the chosen model has more than ``LARGE`` parameters."""
     source = find(choice, task.form.auto_class)
     return source.num_parameters(source.configuration()) > LARGE
@@ -84,14 +84,14 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     _configure_dropout(config, choice.dropout)
     # 2. Weights and head.
     draw = derive(seed, "head")
-    kept_once = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
+    is_large = hardware.precision == "bf16" and source.num_parameters(config) > LARGE
     packing = _packing(choice, source, config, task.form)
     model, report = source.weights(
         config,
         hardware.attention,
         draw,
         # What is packed is read in float32, so that its bits do not depend on the machine.
-        as_stored=kept_once and packing is None,
+        as_stored=is_large and packing is None,
         quantisation=packing,
     )
     trained = task.form.head_is_trained
@@ -115,7 +115,7 @@ def load(choice: ModelSection, task: Task, hardware: Hardware, seed: int) -> Loa
     # 4. Freeze it. The digest comes before the move: it reads the checkpoint's bytes on the CPU.
     model.requires_grad_(False)
     digest = _digest(model, drawn)
-    if kept_once:
+    if is_large:
         keep_matrices_in(model, torch.bfloat16, head_fit.head)
     if choice.checkpointing:
         checkpoint_blocks(model, choice)

@@ -73,6 +73,9 @@ def pack_layers(model: Any, choice: ModelSection) -> None:
         raise BadInput(f"model.bits = {choice.bits}: {why}; leave it out")
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    for parameter in model.parameters():
+        # As read it is a view of the checkpoint's file, which would stay in memory as a whole.
+        parameter.data = parameter.data.clone()
     # From here on it is a model like any other, which may be moved.
     model.hf_quantizer.remove_quantization_config(model)
 

@@ -147,8 +147,8 @@ def resolve(
     """Return the choice for this machine and texts of up to ``max_length`` tokens.
 
     ``kernels``: those that the model's family has for attention. ``is_large``: whether the model
-    is (``models.is_large``). A kernel that the family lacks, a device that does not work and too
-    many threads raise BadInput.
+    is, as ``models.is_large_model`` says. A kernel that the family lacks, a device that does not
+    work and too many threads raise BadInput.
     """
     cores = os.cpu_count() or 1
     most = 4 * cores

@@ -86,7 +86,8 @@ class WithMomentum:
         """Return what becomes of ``state`` once the method inside has merged the replies."""
         velocities = state.slice_of(self.owner)
         if silent or merged.round == state.round:
-            # Without this, the old velocity would go on moving the model that nobody trained.
+            # Without this, the old velocity would go on moving the model that nobody trained; and a
+            # round of several phases has one step, after the last.
             return merged.with_slice(self.owner, velocities)
         shared = dict(merged.shared)
         new_velocities: dict[str, Tensor] = {}

@@ -182,7 +182,9 @@ def test_a_silent_round_leaves_everything_as_it_is() -> None:
     assert_same_state(method.receive(state, ()), replace(state, round=2))
 
 
-@pytest.mark.parametrize("phase", [TRAIN, SHARE_KEYS, MASK, UNMASK])
+@pytest.mark.parametrize(
+    "phase", [TRAIN, *(pytest.param(p, marks=pytest.mark.slow) for p in (SHARE_KEYS, MASK, UNMASK))]
+)
 def test_clients_that_were_lost_are_there_again_with_their_memory(phase: int) -> None:
     """FeDeRA's anchor is kept through rounds that a client did not end."""
     playing = federation(secure("federa"), losing({4 + phase: [3]}), sizes=TEN)
@@ -346,7 +348,7 @@ def test_bytes_are_those_of_the_formula() -> None:
     start = playing.start
     playing.play(1)
     n, d = 10, sum(tensor.numel() for tensor in start.shared.values())
-    due = {
+    due: dict[int, dict[str, tuple[int, ...]]] = {
         TRAIN: {"secagg.keys": (2, 32)},
         SHARE_KEYS: {"secagg.boxes": (n, 82), "secagg.seal": (32,)},
         MASK: {"secagg.masked": (5 * (d + 1),)},

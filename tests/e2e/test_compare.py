@@ -225,6 +225,7 @@ def test_the_majority_is_that_of_the_texts_that_are_scored(ground: Ground) -> No
     assert len(whole.scored) == 10
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_end_in_the_same_bits_and_are_resumed_side_by_side(
     ground: Ground, runs: Path
 ) -> None:

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from fedpeft.deployment.join import gate_of
 from fedpeft.deployment.site import read_site
 from fedpeft.engines.flower.app_folder import APP
-from fedpeft.engines.flower.connector import public_bytes
 from fedpeft.engines.flower.gate import FLEET
+from fedpeft.engines.flower.reach import public_bytes
 from fedpeft.engines.flower.sites import numbers_of
 from fedpeft.errors import BadInput
 from fedpeft.experiment.config import from_tree, merge, read

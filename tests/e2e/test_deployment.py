@@ -183,7 +183,9 @@ def test_a_site_whose_key_is_unknown_or_whose_ca_is_another_is_refused_in_one_li
 
 def pid_of(*words: str) -> int:
     """Return the process whose command line holds all ``words``."""
-    told = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True
+    )
     [line] = [line for line in told.stdout.splitlines() if all(word in line for word in words)]
     return int(line.split()[0])
 

@@ -60,7 +60,11 @@ def settings(bits: int, method: str, **model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[(4, "federa"), (8, "fedara")], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(4, "federa"), pytest.param((8, "fedara"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def done(
     request: pytest.FixtureRequest, ground: Ground, tmp_path_factory: pytest.TempPathFactory
 ) -> Done:
@@ -199,6 +203,7 @@ def test_a_language_model_is_tuned_on_four_bits(ground: Ground, tmp_path: Path) 
     assert len(open_run(done.folder).predict(list(row.texts))) == len(row.texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_every_family_computes_with_packed_layers(family: str, tmp_path: Path) -> None:
     """As with ordinary layers that hold the same matrices, and not as with the checkpoint's."""

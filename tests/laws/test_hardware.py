@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from transformers import LlamaConfig
 
-from fedpeft.models import ModelSection, is_large
+from fedpeft.models import ModelSection, is_large_model
 from fedpeft.tasks import CausalLM
 from fedpeft.training.hardware import FEW_TOKENS, GRAIN, TOKENS, Hardware, Machine, resolve
 
@@ -33,7 +33,7 @@ def test_fewer_tokens_of_a_large_model_go_through_together(
     )
     config.save_pretrained(tmp_path)  # no weights: its size follows from this
     model = ModelSection(name=str(tmp_path))
-    assert is_large(model, CausalLM(max_length=16)) is large
+    assert is_large_model(model, CausalLM(max_length=16)) is large
     machine = Machine(device="cpu", precision="fp32")
     assert resolve(machine, 64, is_large=large).tokens == (FEW_TOKENS if large else TOKENS)
 

@@ -112,7 +112,7 @@ def test_the_backward_pass_keeps_no_copy_of_the_matrix(bits: int) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         ours(drawn(4, 64).requires_grad_()).sum()
-    assert torch.Size([32, 64]) not in saved
+    assert saved == []  # of W nothing but its codes, which the layer has anyway
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -532,7 +532,7 @@ SKEWED: dict[str, Callable[[Dataset, int, float], Partition]] = {
 def test_a_large_alpha_is_near_iid_and_a_small_one_near_one_label(kind: str, seed: int) -> None:
     """Of 4 equal labels, a client of one label alone has a total variation of 3/4 to all."""
     near = total_variations(FOUR_LABELS, SKEWED[kind](FOUR_LABELS, seed, 1000.0))
-    far = total_variations(FOUR_LABELS, SKEWED[kind](FOUR_LABELS, seed, 0.02))
+    far = total_variations(FOUR_LABELS, SKEWED[kind](FOUR_LABELS, seed, 0.05))
     # Of an IID client of 200 rows, four shares of 1/4 differ by 0.024 on average: together 0.05.
     assert near.mean() < 0.08
     # Not quite 3/4: what runs out is made up for from other labels.

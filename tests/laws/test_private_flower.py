@@ -11,7 +11,7 @@ from fedpeft.errors import BadInput
 
 FOLDER = Path(private.__file__).parent
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation"}
-SITE = {"connector.py"}
+SITE = {"connector.py", "reach.py"}
 CLASSES_WITH_MAKERS = {"FleetHttpClient", "ControlHttpClient", "RuntimeHttpClient"}
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from tests.tiny import Tapped, federation, small
 LEVEL = 4.75
 """Standard deviations: a test of what is truly random fails once in a million times."""
 SIZES = dict.fromkeys(range(10), 6)
-BITS = 40
+BITS: Literal[40] = 40
 
 
 def chi_square(values: ArrayLike, cells: int) -> float:

@@ -13,7 +13,8 @@ from flwr.app import Error, Message, RecordDict
 from fedpeft.deployment import trainer as trainers
 from fedpeft.deployment.join import Answering
 from fedpeft.deployment.site import Site
-from fedpeft.engines.flower.connector import FAILED, replied
+from fedpeft.engines.flower.connector import replied
+from fedpeft.engines.flower.grid import FAILED
 from fedpeft.errors import WireError
 from fedpeft.wire.frames import Frame, connected, listening, receive, send
 from tests.parity.here import Here, Node

@@ -7,13 +7,12 @@ from typing import Final, final
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedpeft.engines.flower.grid import arrays, blob, record
+from fedpeft.engines.flower.grid import FAILED, arrays, blob, record
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import still_needed, used
 from fedpeft.types import NO_MEMORY
 from fedpeft.wire.messages import Response, forgotten
 
-FAILED: Final = 2  # Flower's code for an app that raised
 Build = Callable[[str], Worker]
 """Makes a worker from its configuration."""
 

@@ -40,7 +40,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedpeft.engines.flower.app_folder import APP
-from fedpeft.engines.flower.connector import error_code
+from fedpeft.engines.flower.reach import error_code
 from fedpeft.engines.flower.superlink import Link
 from fedpeft.errors import BadInput
 

@@ -8,17 +8,13 @@ even fetched.
 """
 
 import contextlib
-import ssl
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Any, Final, TypeVar, final
+from typing import Any, TypeVar, final
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
@@ -37,7 +33,6 @@ from flwr.proto.message_pb2 import (
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.date import now
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -52,30 +47,26 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedpeft.engines.flower.grid import blob, record
+from fedpeft.engines.flower.grid import FAILED, blob, record
+from fedpeft.engines.flower.reach import (
+    AGAIN,
+    DOWN,
+    NOT_ACTIVATED,
+    Gate,
+    error_code,
+    public_bytes,
+    refused,
+    tls_fault,
+)
 from fedpeft.errors import BadInput, WireError
 
 T = TypeVar("T")
-FAILED: Final = 2
-"""Flower's code for an app that raised."""
-NOT_ACTIVATED: Final = 2004
-"""Flower's code where a key is not registered, or is online already; it does not say which."""
-AGAIN: Final = 75.0
-"""Seconds for which a site asks again with a key that is online: so long, and a little more, the
-SuperLink takes a site for online that was killed."""
 SOONEST, LATEST, GROWTH = 0.2, 2.0, 1.5
 """Seconds between two questions for messages: after an answer, at most, and how they grow."""
-DOWN: Final = frozenset({502, 503, 504})
-"""Statuses of a gate or a SuperLink that is being restarted."""
-KEY_ROUTE: Final = "/v1/fedpeft/key"
-"""Where the embedded gate tells whether a key is registered."""
 
-OFFER_ROUTE: Final = "/v1/fedpeft/offer"
-"""Where the embedded gate tells registered sites what is offered."""
 
 Say = Callable[[str], None]
 
@@ -86,27 +77,6 @@ class SessionLost(Exception):
 
 class RunOver(Exception):
     """The message belongs to a run that has ended."""
-
-
-@final
-@dataclass(frozen=True)
-class Gate:
-    """How a site reaches its server: host, port, the CA's certificate (PEM), its own key."""
-
-    host: str
-    port: int
-    ca: bytes
-    key: ec.EllipticCurvePrivateKey
-
-    @property
-    def address(self) -> str:
-        """Return host and port as Flower writes them."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-    def tls(self) -> ssl.SSLContext:
-        """Return the context in which the server's certificate is checked against the CA."""
-        return ssl.create_default_context(cadata=self.ca.decode("ascii"))
 
 
 @final
@@ -349,11 +319,6 @@ def _client(gate: Gate) -> FleetHttpClient:
     )
 
 
-def public_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Return the public half of a site's key as Flower's messages hold it."""
-    return public_key_to_bytes(key.public_key())
-
-
 def _activated(client: FleetHttpClient, gate: Gate, say: Say) -> int:
     """Return the number of the node that this site is now online as."""
     request = ActivateNodeRequest(
@@ -368,114 +333,12 @@ def _activated(client: FleetHttpClient, gate: Gate, say: Say) -> int:
                 raise BadInput(f"server = {gate.address!r}: {fault}") from error
             reason = f"waiting for the server at {gate.address} ({type(error).__name__})"
         except httpx.HTTPStatusError as error:
-            reason = _refused(error.response, gate, time.monotonic() - began)
+            reason = refused(error.response, gate, time.monotonic() - began)
         if reason != told:
             say(reason)
             told = reason
         time.sleep(wait)
         wait = min(5.0, 1.5 * wait)
-
-
-def _refused(response: httpx.Response, gate: Gate, waited: float) -> str:
-    """Return what to say while waiting after a refusal; BadInput where waiting is of no use."""
-    status, code = response.status_code, error_code(response)
-    if status in DOWN:
-        return f"waiting for the server at {gate.address} (status {status})"
-    if status == httpx.codes.UNAUTHORIZED:
-        raise BadInput(
-            f"server = {gate.address!r}: refuses the signature of this site; "
-            f"{clock_fault(response) or 'its clock and this one must agree within 5 s'}"
-        )
-    if code == NOT_ACTIVATED:
-        known = key_is_known(gate)
-        if known is False:
-            raise BadInput(
-                f"key: the server at {gate.address} does not know this site's key; give its "
-                "public half (the .pub file) to whoever runs the server"
-            )
-        if waited < AGAIN:
-            return "the server takes this site for online still, as after a crash; trying again"
-        raise BadInput(
-            f"key: the server at {gate.address} has had a site with this key online for "
-            f"{AGAIN:g} s, or does not know the key; is the site running twice?"
-        )
-    raise BadInput(f"server = {gate.address!r}: refuses this site (status {status}, code {code})")
-
-
-def error_code(response: httpx.Response) -> int | None:
-    """Return Flower's code of an error; None where there is none."""
-    try:
-        content = response.json()
-    except ValueError:
-        return None
-    code = content.get("code") if isinstance(content, dict) else None
-    return code if isinstance(code, int) else None
-
-
-def clock_fault(response: httpx.Response) -> str:
-    """Return by how much the server's clock differs from this one; empty where it does not."""
-    try:
-        there = parsedate_to_datetime(response.headers["date"]).timestamp()
-    except (KeyError, ValueError):
-        return ""
-    ahead = time.time() - there
-    if abs(ahead) < 4:
-        return ""
-    return f"the clock here is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} its own"
-
-
-def tls_fault(error: BaseException) -> str:
-    """Return what is wrong with the server's TLS; empty where the error is of another kind."""
-    text = str(error)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        if "ostname mismatch" in text or "IP address mismatch" in text:
-            return "its certificate is for another name; see the names in deploy init --host"
-        if "expired" in text:
-            return "its certificate has expired"
-        return "its certificate is not signed by the CA in `ca`; get that file from the server"
-    if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
-        return "does not speak TLS there; is it the gate's port?"
-    if "ssl" in text.lower() or "tls" in text.lower():
-        return f"TLS fails ({' '.join(text.split())[:120]})"
-    return ""
-
-
-def key_is_known(gate: Gate) -> bool | None:
-    """Return whether the server knows the site's key; None where its gate does not tell."""
-    try:
-        known = _asked(gate, KEY_ROUTE)["registered"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return None
-    return known if isinstance(known, bool) else None
-
-
-def offered(gate: Gate) -> Mapping[str, Any]:
-    """Return what the server offers now; empty where it offers nothing, or its gate is another."""
-    try:
-        content = _asked(gate, OFFER_ROUTE)
-    except (httpx.HTTPError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def probe(gate: Gate) -> httpx.Response:
-    """Return the gate's answer to a question that it answers to everybody; errors are httpx's."""
-    with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
-        return client.get(f"https://{gate.address}{KEY_ROUTE}")
-
-
-def _asked(gate: Gate, route: str) -> Any:
-    """Return what the embedded gate says, as JSON; the question is signed as Flower does it."""
-    said = now().isoformat()
-    headers = {
-        "flwr-public-key": b64encode(public_bytes(gate.key)).decode("ascii"),
-        "flwr-timestamp": said,
-        "flwr-signature": b64encode(sign_message(gate.key, said.encode("ascii"))).decode("ascii"),
-    }
-    with httpx.Client(verify=gate.tls(), timeout=10.0) as client:
-        response = client.get(f"https://{gate.address}{route}", headers=headers)
-        response.raise_for_status()
-        return response.json()
 
 
 def is_online(gate: Gate) -> bool:
@@ -492,7 +355,7 @@ def is_online(gate: Gate) -> bool:
         except httpx.HTTPStatusError as error:
             if error_code(error.response) == NOT_ACTIVATED:
                 return True
-            _refused(error.response, gate, AGAIN)
+            refused(error.response, gate, AGAIN)
             raise
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
     return False

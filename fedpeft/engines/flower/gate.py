@@ -31,7 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedpeft.engines.flower.connector import DOWN, KEY_ROUTE, OFFER_ROUTE
+from fedpeft.engines.flower.reach import DOWN, KEY_ROUTE, OFFER_ROUTE
 from fedpeft.wire.lifeline import end_with_parent
 
 CALLS: Final = (

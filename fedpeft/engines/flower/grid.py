@@ -13,6 +13,8 @@ from fedpeft.errors import WireError
 
 BYTES: Final = "fedpeft.bytes"
 """Our stype: the data is a message of ``wire``, not a saved NumPy array."""
+FAILED: Final = 2
+"""Flower's code for an app that raised."""
 REASON: Final = 300
 """Characters of a node's error text that reach the ledger: nodes could send megabytes."""
 

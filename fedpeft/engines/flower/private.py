@@ -63,7 +63,7 @@ SITE: Final[Pieces] = {
         "public_key",
     ),
 }
-"""What a site's connector uses (``connector.py``)."""
+"""What a site uses (``connector.py``, ``reach.py``)."""
 
 SERVER: Final[Pieces] = {
     "flwr.cli.build:build_fab_from_files": ("files",),

@@ -15,14 +15,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.engines.flower.engine import FlowerEngine
-from fedpeft.engines.flower.grid import blob, record
+from fedpeft.engines.flower.grid import FAILED, blob, record
 from fedpeft.engines.flower.nodes import Admit, Nodes, Said
 from fedpeft.engines.flower.sites import CLIENTS, engine_for
 from fedpeft.errors import WireError
 from fedpeft.wire.frames import Closed, Frame, connected, receive, send
 
-FAILED: Final = 2
-"""Flower's code for an app that raised."""
 TRAINER: Final = "trainer"
 """In a node's settings, the path of its trainer's socket."""
 
