@@ -143,13 +143,22 @@ def _whole_matrices(model: nn.Module, down: Payload) -> Iterator[LocalTask]:
     def reply() -> tuple[Payload, Payload]:
         up = detached(plain_parameters(trained))
         for module, rank in ranks.items():
-            pairs = [principal(D.detach(), rank, "left") for D in trained[f"{module}:dense"]]
+            pairs = [_largest(D.detach(), rank) for D in trained[f"{module}:dense"]]
             up[f"{module}:B"] = torch.stack([B for B, _ in pairs])
             up[f"{module}:A"] = torch.stack([A for _, A in pairs])
         return up, {}
 
     with mounted(model, trained):
         yield LocalTask(trained, reply, partial(mounted_deltas, trained, 1.0))
+
+
+def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B and A of the ``rank`` largest components of a matrix."""
+    # What diverged has no SVD: NaN, which no server accepts.
+    if not matrix.isfinite().all():
+        out, width = matrix.shape
+        return matrix.new_full((out, rank), torch.nan), matrix.new_full((rank, width), torch.nan)
+    return principal(matrix, rank, "left")
 
 
 def _frozen(payload: Payload) -> dict[str, Tensor]:

@@ -84,8 +84,11 @@ class Peft:
         # The head's parameters are the model's own, which peft has given other names.
         names = {id(parameter): name for name, parameter in tuned.named_parameters()}
         makers: dict[str, Callable[[Tensor], Tensor]] = {}
+        parameters = dict(model.named_parameters())
         for name in plain_parameters(trained):
-            makers[names[id(model.get_parameter(name))]] = partial(_of_one, trained[name])
+            if name not in parameters:
+                raise WireError(f"{name} is no parameter of the model")
+            makers[names[id(parameters[name])]] = partial(_of_one, trained[name])
         for name, stack in trained.items():
             if name.startswith(PREFIX):
                 makers[name.removeprefix(PREFIX)] = partial(_of_one, stack)

@@ -118,8 +118,10 @@ def buffers(payload: Payload) -> list[memoryview]:
             "data_offsets": [begin, end],
         }
         if tensor.numel() > 0:
-            # Viewed as bytes, since numpy has no bfloat16.
-            data.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            # Viewed as bytes, since numpy has no bfloat16. A tensor of one number may keep any
+            # stride and still call itself contiguous, but only a stride of 1 can be viewed so.
+            flat = tensor.as_strided((tensor.numel(),), (1,))
+            data.append(flat.view(torch.uint8).numpy().data)
     # 3. Write the header, padded with spaces so that the tensors after it are aligned, too.
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH)

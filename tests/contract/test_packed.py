@@ -17,6 +17,7 @@ from tests.packed import BITS, KINDS, SIZES, bases, kept, loaded, worker
 from tests.tiny import CONFIG, FIELDS, SEED, assert_same_state, close, small
 
 TARGETS = {"bert": "query|value", "llama": "q_proj|v_proj"}
+NORMS = {"bert": ["LayerNorm"], "llama": ["input_layernorm", "post_attention_layernorm"]}
 REFUSED = {("full", "bert"), ("full", "llama"), ("bitfit", "llama")}
 """What trains every weight; biases, of which Llama has none."""
 LEFT_OUT = [(*refused, bits) for refused in REFUSED for bits in BITS]
@@ -30,7 +31,7 @@ def method_of(name: str, kind: str, **fields: object) -> Method:
     if "targets" in FIELDS[name]:
         chosen = {"targets": TARGETS[kind]}
     if name == "peft":  # a tuner that does not change what is packed
-        chosen = {"tuner": "ln_tuning"}
+        chosen = {"tuner": "ln_tuning", "settings": {"target_modules": NORMS[kind]}}
     return small(name, **{**chosen, **fields})
 
 

@@ -21,6 +21,13 @@ from tests.tiny import CONFIG, SEED, assert_same, base_of, bert, small, worker
 VICTIM = 1
 CLIENTS = [Client(0), Client(VICTIM), Client(2)]
 
+
+def without_last_axis(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 0:
+        return tensor
+    return tensor[..., 0] if tensor.numel() else tensor.new_zeros(tensor.shape[:-1])
+
+
 Damage = Callable[[str, Tensor], Mapping[str, Tensor]]
 DAMAGES: Mapping[str, Damage] = {
     "missing": lambda name, tensor: {},
@@ -30,7 +37,7 @@ DAMAGES: Mapping[str, Damage] = {
         if tensor.ndim
         else {name: torch.stack([tensor, tensor])}
     ),
-    "without its last axis": lambda name, tensor: {name: tensor[..., 0] if tensor.ndim else tensor},
+    "without its last axis": lambda name, tensor: {name: without_last_axis(tensor)},
     "empty": lambda name, tensor: {name: tensor.flatten()[:0]},
     "in float64": lambda name, tensor: {name: tensor.double()},
     "in whole numbers": lambda name, tensor: {name: tensor.long()},

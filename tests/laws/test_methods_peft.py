@@ -16,6 +16,7 @@ from tests.causal_lms import worker
 from tests.contract.test_tasks import Played
 from tests.products import LAYERS
 from tests.tiny import CONFIG, CPU, HEAD, SEED, SGD, base_of, bert, close, federation, logits, small
+from tests.tiny_tasks import TASK_CASES
 
 TUNERS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "target_modules": ["query", "value"]},
@@ -97,10 +98,10 @@ def quickly(names: Iterable[str]) -> list[Any]:
 def test_a_tuner_trains_on_a_task_or_is_refused_in_one_line(name: str, kind: str) -> None:
     if name in LENGTHENING and kind != "classification":
         with pytest.raises(BadInput, match=f"method.tuner = '{name}'") as refused:
-            Played("peft", kind, **tuned(name)).handled([0])
+            Played("peft", TASK_CASES[kind].ground(), **tuned(name)).handled([0])
         assert "\n" not in str(refused.value)
         return
-    played = Played("peft", kind, **tuned(name))
+    played = Played("peft", TASK_CASES[kind].ground(), **tuned(name))
     [reply] = played.handled([0])
     moved = {
         part: float((reply[part] - tensor).abs().max())
