@@ -34,7 +34,7 @@ from fedpeft.training.loop import Training
 from fedpeft.types import Client, Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import BERT, COMMON, DISTIL, FAMILIES, GPT2, GPT2_PLAIN, NO_DROPOUT, played
-from tests.laws.test_cohorts import ENCODER_DECODERS, HEADS, encoder_decoder
+from tests.laws.test_stacks import ENCODER_DECODERS, HEADS, encoder_decoder
 from tests.tiny import CONFIG, CPU, SEED, TASK, close, examples, shaken
 
 SIZES = {0: 6, 1: 11, 2: 9}

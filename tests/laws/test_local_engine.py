@@ -76,7 +76,7 @@ def request(rank: int = 3) -> bytes:
     return Request(Kind.TRAIN, 0, CONFIG, state.shared, NO_MEMORY).encode()
 
 
-def test_cohorts_are_as_large_as_asked_for_and_the_last_one_smaller() -> None:
+def test_stacks_are_as_large_as_asked_for_and_the_last_one_smaller() -> None:
     playing = listening()
     blob = request()
     found = list(engine(playing, 4).exchange([Client(k) for k in range(10)], lambda _: blob))
@@ -106,7 +106,7 @@ def test_only_requests_of_one_form_meet_in_a_stack_and_the_answers_are_those_of_
         close(Response.decode(reply.blob).payload, Response.decode(alone).payload, 2e-5)
 
 
-def test_no_client_waits_for_its_like_past_two_cohorts() -> None:
+def test_no_client_waits_for_its_like_past_two_stacks() -> None:
     """However rare its form is: the server would have to hold back the answers of all that come after it."""
     playing = listening()
     blobs = {k: request(rank=3 if k else 2) for k in range(10)}
