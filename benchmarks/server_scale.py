@@ -26,7 +26,7 @@ from fedpeft.types import Client, Payload, Reply, State
 from fedpeft.wire.messages import Response
 
 COUNTS = (10, 100, 1_000, 10_000)
-METHODS = ("lora", "fedara", "full")
+METHODS = ("lora", "fedara", "flexlora", "raflora", "fedsvd", "florist", "full")
 
 
 @dataclass

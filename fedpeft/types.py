@@ -129,6 +129,8 @@ class Base:
     (out, in), by module name, also where the model stores the transpose. ``head``: names of the
     parameters of the task's output module, and of all others that the checkpoint lacks. ``packed``:
     the dense layers of which the matrix is kept in a few bits: it can be read, and no more.
+    ``twin``: returns a copy of the model's modules with the very same parameters, for methods that
+    let another library change modules; None where there is none.
 
     >>> import torch
     >>> base = Base({"w": torch.ones(2), "head.bias": torch.ones(3)}, {}, frozenset({"head.bias"}))
@@ -140,6 +142,7 @@ class Base:
     layers: Mapping[str, Tensor]
     head: frozenset[str]
     packed: frozenset[str] = frozenset()
+    twin: Callable[[], nn.Module] | None = None
 
     def heads(self) -> dict[str, Tensor]:
         """Return the parameters of the head; every method trains and sends them in full."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.lowrank import by_module
+from fedpeft.errors import WireError
 from fedpeft.types import Payload
 
 Score = Literal["sensitivity", "gradient", "magnitude"]
@@ -20,12 +21,40 @@ Score = Literal["sensitivity", "gradient", "magnitude"]
 """
 
 
+def cubic_budget(
+    rounds_done: int, total: int, *, rounds: int, kept: float, warmup: float, settled: float
+) -> int:
+    """Return how many of ``total`` ranks may live after so many of ``rounds``.
+
+    AdaLoRA's cubic schedule, in rounds: all of them until ``begin`` (a share ``warmup`` of the
+    rounds), a share ``kept`` of them from ``end`` on (a share ``settled`` before the last). In
+    between, after t rounds,
+
+        last + (total - last) * (1 - (t - begin) / (end - begin))^3
+
+    >>> shares = {"kept": 0.25, "warmup": 0.2, "settled": 0.3}
+    >>> [cubic_budget(done, 100, rounds=10, **shares) for done in (1, 2, 5, 7, 10)]
+    [100, 100, 30, 25, 25]
+    """
+    # In AdaLoRA's letters: begin = t_i, end = T - t_f, last = b_T, total = b_0.
+    begin = warmup * rounds
+    end = (1 - settled) * rounds
+    last = max(1, round(kept * total))
+    if end > begin:
+        decayed = (rounds_done - begin) / (end - begin)
+        left = min(1.0, max(0.0, 1 - decayed))
+    else:  # nothing between the two: one cut
+        left = 1.0 if rounds_done < begin else 0.0
+    return last + round((total - last) * left**3)
+
+
 class Importance:
     """Scores of the rank-one terms (triplets) of every module, kept per client.
 
     ``trained``: ``<module>:A`` (K, r, in), ``:B`` (K, out, r) and ``:e`` (K, r); names without a
     colon, those of the head, are passed over. ``clients``: K. It is told because it cannot be read
-    off a tensor once every module has lost all of its ranks.
+    off a tensor once every module has lost all of its ranks. A module that has not just these three
+    raises WireError.
     """
 
     def __init__(
@@ -41,6 +70,10 @@ class Importance:
         self._tensors: dict[str, Tensor] = {}
         self._smooth: dict[str, Tensor] = {}  # running mean of |p * grad|
         self._spread: dict[str, Tensor] = {}  # running mean of its distance from that mean
+        for name, factors in by_module(trained).items():
+            if factors.keys() != {"A", "B", "e"}:
+                parts = ", ".join(sorted(factors))
+                raise WireError(f"the triplets of {name!r} are {parts}, and not A, B, e")
         for name, tensor in trained.items():
             if ":" in name:
                 self._tensors[name] = tensor

@@ -14,6 +14,8 @@ from fedpeft.types import Delta, Payload
 
 Split = Literal["sqrt", "left", "right"]
 """Where the singular values go: half each, all to B (left), or all to A (right)."""
+Drawn = Literal["random", "orthogonal"]
+"""How A is drawn: LoRA's uniform numbers, or orthonormal rows."""
 LARGE: Final = 1024
 """From so many rows and columns on, only the leading part of an SVD is computed."""
 SPARE: Final = 8
@@ -29,6 +31,9 @@ RESIDUAL: Final = 1e-6
 class LowRank:
     """A difference scale * B diag(e) A, stacked over K clients; ``e`` is None for plain LoRA.
 
+    With ``H``, (K, h, p, p), the r = h p ranks form h heads with a square core each, and the
+    difference is scale * sum_i s_i B_i H_i A_i; ``s``, (K, h), is None where all are 1.
+
     >>> A, B = torch.ones(1, 1, 3), torch.ones(1, 2, 1)
     >>> LowRank(A, B, scale=2.0).dense()
     tensor([[[2., 2., 2.],
@@ -39,9 +44,18 @@ class LowRank:
     B: Tensor
     scale: float
     e: Tensor | None = None
+    H: Tensor | None = None
+    s: Tensor | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (B, A), (K, out, r) and (K, r, in), with the scale and e inside B."""
+        """Return (B, A), (K, out, r) and (K, r, in), with all that is between them inside B."""
+        if self.H is not None:
+            cores = self.H if self.s is None else self.H * self.s[..., None, None]
+            clients, out, rank = self.B.shape
+            heads = self.B.view(clients, out, *self.H.shape[1:3])  # (K, out, h, p)
+            # [B_1 H_1, B_2 H_2, ...], (K, out, r).
+            left = torch.einsum("kohp,khpq->kohq", heads, cores).reshape(clients, out, rank)
+            return (self.scale * left).detach(), self.A.detach()
         # e becomes (K, 1, r), so that it scales the columns of B (K, out, r).
         weight = self.scale if self.e is None else self.scale * self.e.unsqueeze(-2)
         return (self.B * weight).detach(), self.A.detach()
@@ -55,8 +69,8 @@ class LowRank:
 def deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     """Return the differences that factors stand for, by module.
 
-    ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, stacked over K; other names are passed
-    over.
+    ``tensors``: ``<module>:A``, ``:B`` and maybe ``:e``, or ``:H`` and maybe ``:s``, stacked over
+    K; other names are passed over.
 
     >>> A, B = torch.ones(1, 1, 3), torch.ones(1, 2, 1)
     >>> list(deltas({"query:A": A, "query:B": B, "bias": torch.ones(1, 2)}, scale=1.0))
@@ -65,7 +79,8 @@ def deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     by_name: dict[str, Delta] = {}
     for module, factors in by_module(tensors).items():
         if "A" in factors:
-            by_name[module] = LowRank(factors["A"], factors["B"], scale, factors.get("e"))
+            between = (factors.get(name) for name in ("e", "H", "s"))
+            by_name[module] = LowRank(factors["A"], factors["B"], scale, *between)
     return by_name
 
 
@@ -189,6 +204,25 @@ def uniform(rank: int, width: int, seed: int, module: str) -> Tensor:
     bound = 1.0 / math.sqrt(width)
     draw = torch.rand(rank, width, generator=generator(seed, "lora", module))
     return draw * (2 * bound) - bound
+
+
+def orthonormal(rank: int, width: int, seed: int, module: str) -> Tensor:
+    """Return a random A, (rank, width), with orthonormal rows, for one module.
+
+    >>> A = orthonormal(rank=2, width=16, seed=0, module="query")
+    >>> bool(torch.allclose(A @ A.T, torch.eye(2), atol=1e-6))
+    True
+    """
+    draw = torch.randn(width, rank, generator=generator(seed, "orthonormal", module))
+    # In float64, so that machines agree on the last digits of float32.
+    basis: Tensor = torch.linalg.qr(draw.to(torch.float64)).Q
+    return basis.T.float().contiguous()
+
+
+def drawn(start: Drawn, rank: int, width: int, seed: int, module: str) -> Tensor:
+    """Return the A, (rank, width), that one module starts with."""
+    draw = {"random": uniform, "orthogonal": orthonormal}[start]
+    return draw(rank, width, seed, module)
 
 
 def check_ranks(layers: Mapping[str, Tensor], rank: int, field: str = "method.rank") -> None:

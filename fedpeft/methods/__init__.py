@@ -7,13 +7,29 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
 from fedpeft.errors import BadInput
+from fedpeft.methods.adalora import AdaLoRA
+from fedpeft.methods.adapters import Adapters
 from fedpeft.methods.bitfit import BitFit
+from fedpeft.methods.fed_sb import FedSB
 from fedpeft.methods.fedara import FedARA
 from fedpeft.methods.federa import FeDeRA
+from fedpeft.methods.fedex_lora import FedExLoRA
+from fedpeft.methods.fedrot_lora import FedRotLoRA
+from fedpeft.methods.fedsa_lora import FedSALoRA
+from fedpeft.methods.fedsvd import FedSVD
 from fedpeft.methods.ffa_lora import FFALoRA
+from fedpeft.methods.flexlora import FlexLoRA
+from fedpeft.methods.flora import FLoRA
+from fedpeft.methods.florist import FLoRIST
 from fedpeft.methods.full import Full
+from fedpeft.methods.hetlora import HetLoRA
 from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.lora_fair import LoRAFAIR
+from fedpeft.methods.peft import Peft
+from fedpeft.methods.raflora import RaFLoRA
+from fedpeft.methods.ravan import Ravan
+from fedpeft.methods.rolora import RoLoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.types import Method
@@ -28,6 +44,22 @@ METHODS: Mapping[str, type[Method]] = {
     "slora": SLoRA,
     "fedara": FedARA,
     "local_only": LocalOnly,
+    "rolora": RoLoRA,
+    "fedsa_lora": FedSALoRA,
+    "flexlora": FlexLoRA,
+    "fedsvd": FedSVD,
+    "fedex_lora": FedExLoRA,
+    "flora": FLoRA,
+    "hetlora": HetLoRA,
+    "raflora": RaFLoRA,
+    "lora_fair": LoRAFAIR,
+    "fed_sb": FedSB,
+    "ravan": Ravan,
+    "fedrot_lora": FedRotLoRA,
+    "florist": FLoRIST,
+    "adalora": AdaLoRA,
+    "adapters": Adapters,
+    "peft": Peft,
 }
 """Our methods by their names in a configuration; the contract tests run each of them."""
 

@@ -5,16 +5,22 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Mean, MeanMerge, Weighting
-from fedpeft.algebra.importance import Importance, Score, counted, rank_norms, survivors
-from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, orthogonality
-from fedpeft.errors import WireError
+from fedpeft.algebra.importance import (
+    Importance,
+    Score,
+    counted,
+    cubic_budget,
+    rank_norms,
+    survivors,
+)
+from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, orthogonality, orthonormal
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
@@ -62,9 +68,12 @@ class FedARA:
     weighting: Weighting = "examples"
     """How clients' factors and votes are averaged: by their examples, or all alike.
     Reconstruction."""
+    start: Literal["normal", "orthogonal"] = "normal"
+    """How A and B are drawn: from N(0, deviation^2), or with orthonormal rows and columns, which
+    AdaLoRA's penalty aims at. Both a reconstruction."""
 
     def init(self, base: Base, seed: int) -> State:
-        """Draw A and B from N(0, deviation^2) and set e to 0; all ranks are alive.
+        """Draw A and B, from N(0, deviation^2) by default, and set e to 0; all ranks are alive.
 
         So the model starts unchanged.
         """
@@ -75,8 +84,13 @@ class FedARA:
         for name, weight in layers.items():
             out, width = weight.shape
             draw = generator(seed, "fedara", name)
-            start[f"{name}:A"] = self.deviation * torch.randn(self.rank, width, generator=draw)
-            start[f"{name}:B"] = self.deviation * torch.randn(out, self.rank, generator=draw)
+            if self.start == "normal":
+                A = self.deviation * torch.randn(self.rank, width, generator=draw)
+                B = self.deviation * torch.randn(out, self.rank, generator=draw)
+            else:
+                A = orthonormal(self.rank, width, seed, f"{name}:A")
+                B = orthonormal(self.rank, out, seed, f"{name}:B").T.contiguous()
+            start |= {f"{name}:A": A, f"{name}:B": B}
             # E = diag(e) = 0: the first gradient moves only e, in a random subspace that all share.
             start[f"{name}:e"] = torch.zeros(self.rank)
             alive[f"{name}:alive"] = torch.ones(self.rank, dtype=torch.bool)
@@ -85,26 +99,18 @@ class FedARA:
     def budget(self, round_number: int, total: int) -> int:
         """Return how many of ``total`` ranks may live after round ``round_number``.
 
-        AdaLoRA's cubic schedule, in rounds: all of them until ``begin``, a share ``kept`` of them
-        from ``end`` on. In between, after t rounds,
-
-            last + (total - last) * (1 - (t - begin) / (end - begin))^3
-
         >>> method = FedARA(rounds=10, warmup=0.2, settled=0.3, kept=0.25)
         >>> [method.budget(round_number, total=100) for round_number in (0, 1, 4, 6, 9)]
         [100, 100, 30, 25, 25]
         """
-        # In AdaLoRA's letters: begin = t_i, end = T - t_f, last = b_T, total = b_0.
-        begin = self.warmup * self.rounds
-        end = (1 - self.settled) * self.rounds
-        last = max(1, round(self.kept * total))
-        rounds_done = round_number + 1
-        if end > begin:
-            decayed = (rounds_done - begin) / (end - begin)
-            left = min(1.0, max(0.0, 1 - decayed))
-        else:  # nothing between the two: one cut
-            left = 1.0 if rounds_done < begin else 0.0
-        return last + round((total - last) * left**3)
+        return cubic_budget(
+            round_number + 1,
+            total,
+            rounds=self.rounds,
+            kept=self.kept,
+            warmup=self.warmup,
+            settled=self.settled,
+        )
 
     def send(self, state: State, client: Client) -> Payload:
         """Send the live triplets of every module that has any, the head, and the budget.
@@ -129,10 +135,6 @@ class FedARA:
         tensors = dict(down)
         budget = int(tensors.pop("budget").max())  # (K,), the same for all clients
         trained = trainable(tensors)  # live ranks: A (K, r, in), B (K, out, r), e (K, r); head
-        for name, factors in by_module(trained).items():
-            if factors.keys() != {"A", "B", "e"}:
-                parts = ", ".join(sorted(factors))
-                raise WireError(f"the triplets of {name!r} are {parts}, and not A, B, e")
         importance = Importance(trained, len(context.clients), self.score, self.beta1, self.beta2)
 
         def after_backward(active: slice) -> None:

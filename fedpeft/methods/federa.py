@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
-from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, principal
+from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, deltas, principal
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.types import NO_MEMORY, Base, Client, Context, Delta, LocalTask, Payload, State, Update
 
@@ -72,12 +72,12 @@ class FeDeRA:
         The anchor stays with the client.
         """
         del context
-        sent_anchor, adapter = _split_anchor(down)
+        sent_anchor, adapter = split_anchor(down)
         trained = trainable(adapter)  # A (K, r, in), B (K, out, r), head (K, ...)
         anchor: dict[str, Tensor] = {}
         for name, factor in (sent_anchor or memory).items():
             anchor[name.removesuffix("0")] = factor
-        difference = partial(_differences, anchor, trained, self.scale)
+        difference = partial(differences, anchor, trained, self.scale)
         # W_0 - s B_0 A_0 as W_0 with a branch beside it: the base model is shared, and stays as it
         # is for other clients and methods.
         with mounted(model, anchor, -self.scale), mounted(model, trained, self.scale):
@@ -86,7 +86,7 @@ class FeDeRA:
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect A, B and head back."""
         del state
-        _, adapter = _split_anchor(down)
+        _, adapter = split_anchor(down)
         return specs(adapter)
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
@@ -99,7 +99,7 @@ class FeDeRA:
         return plain_mean(self.weighting)
 
 
-def _split_anchor(payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_anchor(payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the anchor in a payload, ``<module>:A0`` and ``:B0``, and the rest of it."""
     anchor: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
@@ -109,11 +109,13 @@ def _split_anchor(payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor
     return anchor, adapter
 
 
-def _differences(anchor: Payload, trained: Payload, scale: float) -> dict[str, Delta]:
+def differences(anchor: Payload, trained: Payload, scale: float) -> dict[str, Delta]:
     """Return what is added to every W_0, scale * (B A - B_0 A_0), by module.
 
-    As factors of rank 2 r: [B, -B_0] [A; A_0].
+    As factors of rank 2 r: [B, -B_0] [A; A_0]. Without an anchor it is scale * B A.
     """
+    if not anchor:
+        return deltas(trained, scale)
     first = by_module(anchor)
     differences: dict[str, Delta] = {}
     for name, now in by_module(trained).items():

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
-from fedpeft.algebra.lowrank import check_ranks, deltas, uniform
+from fedpeft.algebra.lowrank import Drawn, check_ranks, deltas, drawn
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
@@ -37,6 +37,9 @@ class LoRA:
     """What B A is multiplied by: alpha / r."""
     weighting: Weighting = "examples"
     """How clients are averaged: by their examples (FedAvg), or all alike."""
+    start: Drawn = "random"
+    """How A is drawn: LoRA's uniform numbers, or `orthogonal` rows of norm 1 (reconstruction). The
+    start from the pre-trained weights' principal components is the method `federa`."""
 
     def init(self, base: Base, seed: int) -> State:
         """Draw A, (r, in), from the seed; B, (out, r), is 0, so the model starts unchanged."""
@@ -47,7 +50,7 @@ class LoRA:
         for name, weight in layers.items():
             out, width = weight.shape
             # With both at 0 neither would have a gradient; with B = 0 alone, B has one.
-            A[f"{name}:A"] = uniform(self.rank, width, seed, name)  # (r, in)
+            A[f"{name}:A"] = drawn(self.start, self.rank, width, seed, name)  # (r, in)
             B[f"{name}:B"] = weight.new_zeros(out, self.rank)  # (out, r)
         return State(0, A | B | base.heads())
 

@@ -53,6 +53,7 @@ def adapter(loaded: Loaded, local: LocalTask, name: str, folder: Path) -> None:
     factors, the head above all, is saved as whole modules, as peft does. Methods without factors
     (full, bitfit, sparse) and a folder that exists raise BadInput.
     """
+    _check_mergeable(local)
     # 1. Which modules are saved whole, and which as factors.
     deltas = local.deltas()
     saved = saved_modules(loaded.model, loaded.base.head | _plain(local).keys())
@@ -96,6 +97,7 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
 
     A difference to a weight that several modules share raises BadInput: it belongs to one of them.
     """
+    _check_mergeable(local)
     # In float32, as the differences are: a large model may be kept in bf16, or packed.
     merged_model = copy.deepcopy(model).float()
     unpack_layers(merged_model)
@@ -113,6 +115,18 @@ def merge(model: nn.Module, local: LocalTask) -> nn.Module:
         difference = delta.dense()[0]  # (1, out, in) -> (out, in)
         weight.add_(oriented(merged_model, name, difference))
     return merged_model
+
+
+def _check_mergeable(local: LocalTask) -> None:
+    """Raise BadInput where something that was trained is no difference to a layer's matrix."""
+    deltas = local.deltas()
+    for name in local.trainable:
+        module, colon, _ = name.partition(":")
+        if colon and module not in deltas:
+            raise BadInput(
+                f"{name!r} was trained, which is no change of a layer's matrix: this run can "
+                "neither be merged nor exported; `fedpeft predict` uses it from the run's folder"
+            )
 
 
 def _num_holders(model: nn.Module, weight: nn.Parameter) -> int:

@@ -1,6 +1,6 @@
 """Which layers are adapted, and how adapters are mounted on a shared frozen model for a while."""
 
-from fedpeft.mounting.deltas import mounted_deltas
+from fedpeft.mounting.deltas import Total, mounted_deltas
 from fedpeft.mounting.layers import (
     Targets,
     dense_layer,
@@ -10,6 +10,7 @@ from fedpeft.mounting.layers import (
     select,
 )
 from fedpeft.mounting.mount import (
+    bottlenecks,
     check_dtypes,
     detached,
     mounted,
@@ -18,19 +19,23 @@ from fedpeft.mounting.mount import (
     replaced,
     shifted,
     specs,
+    standing_in,
     trainable,
 )
 from fedpeft.mounting.packed import BLOCK, Packed, PackedLinear, packed_layers, unpack_layers
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
+from fedpeft.mounting.twins import twin_of
 
 __all__ = [
     "BLOCK",
     "Packed",
     "PackedLinear",
     "Targets",
+    "Total",
     "Trace",
+    "bottlenecks",
     "cast_once",
     "changes",
     "check_dtypes",
@@ -50,8 +55,10 @@ __all__ = [
     "select",
     "shifted",
     "specs",
+    "standing_in",
     "touched",
     "trace",
     "trainable",
+    "twin_of",
     "unpack_layers",
 ]

@@ -18,6 +18,8 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 BRANCHES: Sequence[Collection[str]] = (
     {"A", "B"},
     {"A", "B", "e"},
+    {"A", "B", "H"},
+    {"A", "B", "H", "s"},
     {"dense"},
     {"A", "B", "dense"},
     {"A", "B", "e", "dense"},
@@ -38,13 +40,15 @@ def branches(parts: Mapping[str, Tensor], scale: float) -> list[Hook]:
 def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> set[int]:
     """Raise WireError unless ``parts`` fit dense layer ``name`` of ``shape``, (out, in).
 
-    A branch of low rank is A (K, r, in), B (K, out, r) and maybe e (K, r); a dense one is ``dense``
-    (K, out, in). A branch without the client axis is the same for all clients. Returns the numbers
-    of clients for which there are tensors: {K}, or the empty set where none has that axis.
+    A branch of low rank is A (K, r, in), B (K, out, r) and maybe e (K, r), or H (K, h, p, p) of
+    h p = r and maybe s (K, h); a dense one is ``dense`` (K, out, in). A branch without the client
+    axis is the same for all clients. Returns the numbers of clients for which there are tensors:
+    {K}, or the empty set where none has that axis.
     """
     if set(parts) not in BRANCHES:
         names = ", ".join(sorted(parts))
-        raise WireError(f"the branch on {name!r} has {names}; it needs A and B, maybe e, or dense")
+        needs = "A and B, maybe e, or H and s, or dense"
+        raise WireError(f"the branch on {name!r} has {names}; it needs {needs}")
     # 1. The shapes that would fit. A says which rank this is; an A that has no such axis is refused
     # below, whatever rank is assumed.
     rank = torch.Size([1])
@@ -52,13 +56,14 @@ def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> s
         rank = parts["A"].shape[-2:-1]
     height, width = shape[:1], shape[1:]
     due = {"A": rank + width, "B": height + rank, "e": rank, "dense": shape}
+    due |= _shapes_of_cores(parts, rank[0])
     # 2. Each part has its shape after at most one more axis, that of the clients.
     client_axes: dict[str, torch.Size] = {}  # of each part: (K,) or ()
     for part, tensor in parts.items():
         axes = len(due[part])
         if tensor.shape[-axes:] != due[part] or tensor.ndim > axes + 1:
-            size, fitting = tuple(tensor.shape), tuple(due[part])
-            raise WireError(f"{name}:{part} is {size}; {fitting} after a client axis would fit")
+            found, fitting = tuple(tensor.shape), tuple(due[part])
+            raise WireError(f"{name}:{part} is {found}; {fitting} after a client axis would fit")
         client_axes[part] = tensor.shape[:-axes]
     # 3. Factors are multiplied with each other, client by client; a dense part stands by itself.
     axes_of_factors = {axis for part, axis in client_axes.items() if part != "dense"}
@@ -67,11 +72,25 @@ def check_branch(name: str, parts: Mapping[str, Tensor], shape: torch.Size) -> s
     return {axis[0] for axis in client_axes.values() if axis}
 
 
+def _shapes_of_cores(parts: Mapping[str, Tensor], rank: int) -> dict[str, torch.Size]:
+    """Return the shapes of H and s that fit ``rank`` ranks: of as many heads as H has.
+
+    One head of all ranks where H cannot say, or where they are not to be divided so.
+    """
+    heads = 1
+    if "H" in parts and parts["H"].ndim >= 3:
+        said = parts["H"].shape[-3]
+        heads = said if said and rank % said == 0 else 1
+    size = rank // heads
+    return {"H": torch.Size([heads, size, size]), "s": torch.Size([heads])}
+
+
 def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     """Return a forward hook that adds scale * B diag(e) A x to an output; ``e`` may be missing.
 
-    ``parts``: A (K, r, in), B (K, out, r), e (K, r), or all of them without the client axis, the
-    same for all clients. ``row_owners`` says which client each row of x, (rows, ..., in), is of.
+    Or scale * sum_i s_i B_i H_i A_i x, where there is H. ``parts``: A (K, r, in), B (K, out, r),
+    e (K, r), H (K, h, p, p), s (K, h), or all of them without the client axis, the same for all
+    clients. ``row_owners`` says which client each row of x, (rows, ..., in), is of.
     """
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
@@ -83,10 +102,21 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
         inner = torch.bmm(x, down)  # (n, tokens, r)
         if e is not None:
             inner = inner * _entries(e, 1).unsqueeze(1)  # (n, 1, r)
+        if "H" in parts:
+            inner = _through_cores(inner, parts)
         flat = output.reshape(len(down), -1, output.shape[-1])  # (n, tokens, out)
         return torch.baddbmm(flat, inner, up, alpha=scale).view(output.shape)
 
     return add
+
+
+def _through_cores(inner: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """Return s_i H_i times what A_i has made of the input, for every head i: (n, tokens, r)."""
+    cores = _entries(parts["H"], 3)  # (n, h, p, p)
+    if "s" in parts:
+        cores = cores * _entries(parts["s"], 1)[..., None, None]
+    heads = inner.view(*inner.shape[:2], *cores.shape[1:3])  # (n, tokens, h, p)
+    return torch.einsum("nthq,nhpq->nthp", heads, cores).flatten(2)
 
 
 def dense(difference: Tensor, scale: float) -> Hook:
@@ -106,6 +136,24 @@ def dense(difference: Tensor, scale: float) -> Hook:
         for client, rows in by_client(x, len(matrices)):
             products.append(functional.linear(rows, matrices[client]))
         return torch.add(output, torch.cat(products), alpha=scale)
+
+    return add
+
+
+def bottleneck(parts: Mapping[str, Tensor], activation: Callable[[Tensor], Tensor]) -> Hook:
+    """Return a forward hook that adds U f(D y + d) + u to a layer's output y.
+
+    ``parts``: D (K, m, out), d (K, m), U (K, out, m), u (K, out). ``activation``: f.
+    ``row_owners`` says which client each row of y, (rows, ..., out), is of.
+    """
+    D, U, d, u = parts["D"], parts["U"], parts["d"], parts["u"]
+
+    def add(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        down, up = select_clients(D.mT), select_clients(U.mT)  # (n, out, m), (n, m, out)
+        y = group_by_client(output, len(down))  # (n, tokens, out)
+        inner = activation(torch.baddbmm(select_clients(d).unsqueeze(1), y, down))
+        outer = torch.baddbmm(select_clients(u).unsqueeze(1), inner, up)
+        return output + outer.view(output.shape)
 
     return add
 

@@ -85,7 +85,9 @@ def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
         if "A" in factors:
             A, B = _stacked(factors["A"], 2), _stacked(factors["B"], 2)
             e = _stacked(factors["e"], 1) if "e" in factors else None
-            added.append(LowRank(A, B, scale, e))
+            H = _stacked(factors["H"], 3) if "H" in factors else None
+            s = _stacked(factors["s"], 1) if "s" in factors else None
+            added.append(LowRank(A, B, scale, e, H, s))
         if "dense" in factors:
             added.append(Dense(_stacked(factors["dense"], 2), scale))
         deltas[module] = added[0] if len(added) == 1 else Total(added)

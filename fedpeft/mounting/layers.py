@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Protocol, final
 
 import torch
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import BadInput, WireError
 from fedpeft.mounting.packed import Packed, PackedLinear
+from fedpeft.mounting.twins import twin_of
 from fedpeft.types import Base
 
 WORDS = {"attention": r"(?i)attention|attn", "all-linear": r""}
@@ -115,7 +117,9 @@ def describe(model: nn.Module, head: Iterable[str], without: nn.Module | None = 
             layers[name] = weight
         else:
             layers[name] = weight.detach()
-    return Base(_InFloat32(parameters), _InFloat32(layers), frozenset(head), frozenset(packed))
+    twin = partial(twin_of, model)
+    as_float32, matrices = _InFloat32(parameters), _InFloat32(layers)
+    return Base(as_float32, matrices, frozenset(head), frozenset(packed), twin)
 
 
 class _Readable(Protocol):

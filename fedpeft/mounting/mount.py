@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.errors import NotStackable, WireError
-from fedpeft.mounting.branches import branches, check_branch, stackable, stacked
+from fedpeft.mounting.branches import bottleneck, branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_shape, oriented
 from fedpeft.mounting.packed import PackedLinear
 from fedpeft.mounting.tracing import Place, claimed
@@ -124,6 +124,39 @@ def _check_shapes(model: nn.Module, plain: Payload) -> None:
         if parameter is not None and stack.shape[1:] != parameter.shape:
             size, fitting = tuple(stack.shape), tuple(parameter.shape)
             raise WireError(f"{name} is {size}; {fitting} after a client axis would fit")
+
+
+@contextmanager
+def bottlenecks(
+    model: nn.Module, tensors: Payload, activation: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Mount small networks behind dense layers: U f(D y + d) + u is added to an output y.
+
+    ``tensors``: ``<module>:D`` (K, m, out), ``:d`` (K, m), ``:U`` (K, out, m) and ``:u`` (K, out).
+    ``activation``: f. Names, shapes or dtypes that do not fit raise WireError.
+
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> shapes = {"D": (1, 1, 2), "d": (1, 1), "U": (1, 2, 1), "u": (1, 2)}
+    >>> tensors = {f"0:{part}": torch.ones(shape) for part, shape in shapes.items()}
+    >>> with bottlenecks(model, tensors, torch.relu):
+    ...     adapted = model(torch.zeros(1, 3))
+    >>> bool((adapted >= model(torch.zeros(1, 3)) + 1).all())
+    True
+    """
+    check_dtypes(model, tensors)
+    with ExitStack() as undo:
+        for name, parts in by_module(tensors).items():
+            out = dense_shape(model, name)[0]
+            width = parts["d"].shape[-1] if "d" in parts else 0
+            due = {"D": (width, out), "d": (width,), "U": (out, width), "u": (out,)}
+            shapes = {part: tuple(tensor.shape[1:]) for part, tensor in parts.items()}
+            if shapes != due:
+                raise WireError(f"the adapter behind {name!r} has {shapes}; {due} would fit")
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(bottleneck(parts, activation))
+            undo.callback(handle.remove)
+            undo.enter_context(claimed([(module, "_forward_hooks", handle.id)]))
+        yield
 
 
 @contextmanager
@@ -253,6 +286,27 @@ def overridden(module: nn.Module, forward: Callable[..., object]) -> Iterator[No
             vars(module).pop("forward", None)
         else:
             module.forward = before
+
+
+@contextmanager
+def standing_in(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let ``other`` compute what ``model`` is asked for, in the mode in which ``model`` is.
+
+    For the length of a ``with``.
+
+    >>> model, other = nn.Sequential(nn.Identity()), nn.Sequential(nn.ReLU())
+    >>> with standing_in(model, other):
+    ...     model(torch.tensor(-1.0)).item()
+    0.0
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if other.training != model.training:
+            other.train(model.training)
+        return other(*args, **kwargs)
+
+    with overridden(model, forward), claimed([(model, "__dict__", "forward")]):
+        yield
 
 
 def _only_clients(stack: Tensor, parameter: Tensor) -> Tensor:

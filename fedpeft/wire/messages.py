@@ -341,5 +341,5 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     # An infinity is the least or the greatest value, and a NaN makes both NaN. So one pass is
     # enough, without the mask of the tensor's size that isfinite would allocate.
-    extremes = torch.stack(torch.aminmax(tensor))
-    return bool(torch.isfinite(extremes).all())
+    least, greatest = torch.aminmax(tensor)
+    return math.isfinite(least.item()) and math.isfinite(greatest.item())

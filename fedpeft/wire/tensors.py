@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -118,8 +119,10 @@ def buffers(payload: Payload) -> list[memoryview]:
             "data_offsets": [begin, end],
         }
         if tensor.numel() > 0:
-            # Viewed as bytes, since numpy has no bfloat16.
-            data.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            # Viewed as bytes, since numpy has no bfloat16. A tensor of one number may keep any
+            # stride and still call itself contiguous, but only a stride of 1 can be viewed so.
+            flat = tensor.as_strided((tensor.numel(),), (1,))
+            data.append(flat.view(torch.uint8).numpy().data)
     # 3. Write the header, padded with spaces so that the tensors after it are aligned, too.
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _LENGTH)
@@ -153,12 +156,19 @@ def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
         data = _LENGTH + int.from_bytes(file[:_LENGTH], "little")
         if not _LENGTH <= data <= min(len(file), _LENGTH + HEADER):
             raise ValueError(f"{len(file)} bytes are no header")
-        by_name = _entries(bytes(file[_LENGTH:data]), data)
-        # Sorted by the end, too: an empty tensor stands before another at the same byte.
-        in_file = sorted(by_name.values(), key=lambda place: (place.start, place.stop))
-        _check_cover(in_file, data, len(file))
+        return dict(_layout(bytes(file[_LENGTH:data]), len(file)))
     except ValueError as error:
         raise WireError(f"not a safetensors message: {error}") from error
+
+
+@lru_cache(maxsize=2)  # the clients of a round reply with one header, which is read once
+def _layout(header: bytes, end: int) -> Mapping[str, Place]:
+    """Return the places in a file of ``end`` bytes that begins with ``header``."""
+    data = _LENGTH + len(header)
+    by_name = _entries(header, data)
+    # Sorted by the end, too: an empty tensor stands before another at the same byte.
+    in_file = sorted(by_name.values(), key=lambda place: (place.start, place.stop))
+    _check_cover(in_file, data, end)
     return by_name
 
 

@@ -1,15 +1,18 @@
 """Four rounds of every method, played once; the tests compare with them or go on from the middle of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import final
+from itertools import product
+from typing import Any, final
 
+import pytest
 from torch import Tensor
 
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow
+from fedpeft.methods import METHODS
 from fedpeft.types import Client, Lost, Reply, State
 from fedpeft.wire.messages import decode
 from tests.tiny import Tapped, TinyFederation, federation, small, unchanged
@@ -19,8 +22,58 @@ BEGINS = [0, 3]
 """Rounds that contract tests look at: the first, and one in SLoRA's second stage, FedARA's ranks dying, memories stored."""
 
 
-SINGLE = {("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)}
+SINGLE = {
+    *(("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)),
+    *(("peft", 0), ("peft", 3)),
+}
 """(method, round) of which one client is as much as a model can carry: parameters of any kind, or whole matrices."""
+
+
+LIKE = {
+    **dict.fromkeys(["flexlora", "raflora", "lora_fair", "fedrot_lora"], "lora"),
+    **dict.fromkeys(["fedsvd", "rolora"], "ffa_lora"),
+    **dict.fromkeys(["fedex_lora", "florist"], "flora"),
+    "fedsa_lora": "local_only",
+    "adalora": "fedara",
+}
+"""Methods that mount and train as another one does. Tests of that alone run on them in ``make test-all``."""
+
+
+def rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
+    """Return the rows of a table of methods and other ``columns``, those of methods in ``LIKE`` marked as slow."""
+    table: list[Any] = []
+    for row in product(METHODS, *columns):
+        if row not in without and row[0] not in without:
+            marks = pytest.mark.slow if row[0] in LIKE else ()
+            table.append(pytest.param(*row, marks=marks))
+    return table
+
+
+PERSONAL = {"local_only", "fedsa_lora"}
+"""Methods that keep a part of the model with each client."""
+
+NOT_MEANS = {
+    "local_only": "nothing goes up",
+    "flexlora": "the products B A are averaged",
+    "fedex_lora": "the server needs the mean of the products B A beside those of A and B",
+    "flora": "the factors are stacked",
+    "hetlora": "clients weigh as much as their products",
+    "raflora": "each rank has a mean of its own, over the clients that have it",
+    "lora_fair": "the server needs the mean of the products B A beside those of A and B",
+    "fed_sb": "products are averaged in the first round that is not silent, which may be any",
+    "ravan": "each head has a mean of its own, over the clients that train it",
+    "florist": "the factors are stacked",
+}
+"""Methods whose merge reads more of the replies than weighted sums, and what that is."""
+
+
+def is_mean(name: str, begin: int) -> bool:
+    """Return whether what goes up in round ``begin`` is the mean of all replies afterwards."""
+    # Means with something beside them; and of RAVAN's heads the clients here train all.
+    if name in {"fedex_lora", "ravan"} or (name == "fed_sb" and begin > 0):
+        return True
+    # Sums suffice, but the server makes something else of them.
+    return name not in NOT_MEANS and name not in {"fedsvd", "adalora"}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,52 @@ import pytest
 from fedpeft.methods import METHODS
 from fedpeft.wire.messages import decode
 from tests.contract.reference import ROUNDS, reference
+from tests.products import numbers
 
-CONSTANT = ["full", "bitfit", "lora", "ffa_lora", "sparse"]
+CONSTANT = [
+    *("full", "bitfit", "lora", "ffa_lora", "sparse"),
+    *("flexlora", "fedsvd", "raflora", "lora_fair", "ravan", "fedrot_lora", "adalora", "adapters"),
+]
 """Methods that say the same things every round; the others' messages change with stages, memories and dying ranks."""
+
+
+LAYERS, OUT, IN, HEAD = 4, 32, 32, 3 * 32 + 3
+"""Adapted layers and their size, and the numbers of the head, in ``tests/tiny.py``."""
+K = 3
+ADAPTER = 3 * (OUT + IN) * LAYERS
+"""Numbers of A and B of rank 3 in all layers."""
+HALF = 3 * OUT * LAYERS
+"""Those of B alone, or of A alone: the layers are square."""
+
+NUMBERS = {
+    "lora": (ADAPTER + HEAD, ADAPTER + HEAD),
+    "ffa_lora": (HALF + HEAD, HALF + HEAD),
+    "rolora": (ADAPTER + HEAD, HALF + HEAD),
+    "fedsa_lora": (HALF, HALF),
+    "flexlora": (ADAPTER + HEAD, ADAPTER + HEAD),
+    "fedsvd": (ADAPTER + HEAD, HALF + HEAD),
+    # The residual of the round before has the ranks of all clients.
+    "fedex_lora": (ADAPTER + HEAD + K * ADAPTER, ADAPTER + HEAD),
+    "flora": (HEAD + K * ADAPTER, ADAPTER + HEAD),
+    "raflora": (ADAPTER + HEAD, ADAPTER + HEAD),
+    "lora_fair": (ADAPTER + HEAD, ADAPTER + HEAD),
+    "fed_sb": (3 * 3 * LAYERS + HEAD, 3 * 3 * LAYERS + HEAD),
+    # Two heads of 3 x 3, and going down their numbers.
+    "ravan": ((2 * 3 * 3 + 2) * LAYERS + HEAD, 2 * 3 * 3 * LAYERS + HEAD),
+    "fedrot_lora": (ADAPTER + HEAD, ADAPTER + HEAD),
+    "adalora": (4 * (OUT + IN + 1) * LAYERS + HEAD, 4 * (OUT + IN + 2) * LAYERS + HEAD),
+    # Two adapters of width 3 in each of two blocks, behind layers of width 32.
+    "adapters": ((2 * 3 * OUT + 3 + OUT) * 4 + HEAD, (2 * 3 * OUT + 3 + OUT) * 4 + HEAD),
+}
+"""How many numbers go down and up in the third round, worked out from ranks and widths."""
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_travels_is_what_ranks_and_widths_say(name: str) -> None:
+    """The bytes of a message follow from these by the test at the end of this file."""
+    down, up = NUMBERS[name]
+    for request, reply in reference(name).playing.engine.talks[2].values():
+        assert (numbers(decode(request)), numbers(decode(reply))) == (down, up)
 
 
 @pytest.mark.parametrize("name", METHODS)

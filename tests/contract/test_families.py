@@ -47,7 +47,8 @@ def table(quick: str, *, stacks: bool = False) -> list[Any]:
     """
     rows: list[Any] = []
     for name, (family, kind) in product(METHODS, PAIRS):
-        applies = name != "bitfit" or family not in NO_BIASES
+        # peft finds its layers by itself, in the families that it knows.
+        applies = name != "peft" and (name != "bitfit" or family not in NO_BIASES)
         if stacks:
             applies = applies and name not in SINGLE and family not in ALONE
         if applies:

@@ -4,15 +4,10 @@ import pytest
 import torch
 
 from fedpeft.algebra.averaging import Mean, mean_merge, weight_of
-from fedpeft.methods import METHODS
 from fedpeft.types import Client, Method, Update
 from fedpeft.wrappers import FedAvgM, FedProx
-from tests.contract.reference import BEGINS, reference
+from tests.contract.reference import BEGINS, NOT_MEANS, reference, rows
 from tests.tiny import assert_same_state, close, small
-
-NOT_MEANS = {"local_only": "nothing goes up"}
-"""Methods whose merge is no mean, and why."""
-SUMMED = [name for name in METHODS if name not in NOT_MEANS]
 
 
 def updates(name: str, begin: int) -> list[Update]:
@@ -28,8 +23,7 @@ def wrapped(method: Method) -> Method:
     return FedProx(mu=0.1).around(FedAvgM(momentum=0.5).around(method, "1.fedavgm"), "0.fedprox")
 
 
-@pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize(("name", "begin"), rows(BEGINS, without=NOT_MEANS))
 @pytest.mark.parametrize("around", [lambda method: method, wrapped], ids=["bare", "wrapped"])
 def test_receive_is_the_merge_of_weighted_sums(name: str, begin: int, around: object) -> None:
     method = around(small(name))  # type: ignore[operator]
@@ -45,8 +39,7 @@ def test_receive_is_the_merge_of_weighted_sums(name: str, begin: int, around: ob
     assert_same_state(merge.merge(state, Mean()), method.receive(state, ()))
 
 
-@pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize(("name", "begin"), rows(BEGINS, without=NOT_MEANS))
 def test_it_makes_no_difference_who_sums(name: str, begin: int) -> None:
     """Two clients' sum as one reply of their common weight gives what both replies give."""
     method, state, replies = small(name), reference(name).states[begin], updates(name, begin)
@@ -77,13 +70,13 @@ def test_methods_whose_merge_is_no_mean_say_so(name: str) -> None:
     assert mean_merge(wrapped(small(name)), 0) is None
 
 
-def test_an_empty_merge_is_a_silent_round() -> None:
-    for name in SUMMED:
-        state = reference(name).states[1]
-        merge = mean_merge(small(name), 1)
-        assert merge is not None
-        after = merge.merge(state, Mean())
-        assert after.round == 2
-        for entry, tensor in state.shared.items():
-            if entry in after.shared:
-                assert torch.equal(after.shared[entry], tensor)
+@pytest.mark.parametrize("name", rows(without=NOT_MEANS))
+def test_an_empty_merge_is_a_silent_round(name: str) -> None:
+    state = reference(name).states[1]
+    merge = mean_merge(small(name), 1)
+    assert merge is not None
+    after = merge.merge(state, Mean())
+    assert after.round == 2
+    for entry, tensor in state.shared.items():
+        if entry in after.shared:
+            assert torch.equal(after.shared[entry], tensor)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fedpeft.engines.local import LocalEngine
 from fedpeft.methods import METHODS
-from fedpeft.types import Lost, Payload, Reply, State
+from fedpeft.types import Client, Lost, Payload, Reply, State, Update
 from fedpeft.wire.messages import Response, decode
-from tests.contract.reference import BEGINS, asked, going_on, reference, replayed
+from tests.contract.reference import BEGINS, asked, going_on, is_mean, reference, replayed
 from tests.tiny import (
     CONFIG,
     HEAD,
@@ -40,18 +40,19 @@ def test_every_client_moves_every_tensor_of_the_adapter(name: str, begin: int) -
     playing = reference(name).playing
     for client, answer in playing.answers(begin).items():
         down = asked(playing, begin, client)
-        moving = [
-            part for part in answer.payload if part in down and not part.endswith(SOFTMAX_BLIND)
-        ]
+        moving = [part for part in answer.payload if not part.endswith(SOFTMAX_BLIND)]
         assert any(part not in HEAD for part in moving)
         for part in moving:
-            assert not torch.equal(answer.payload[part], down[part]), (
+            # What is not sent begins anew, B at 0.
+            begun = down.get(part, torch.zeros_like(answer.payload[part]))
+            assert not torch.equal(answer.payload[part], begun), (
                 f"client {client} did not move {part}"
             )
 
 
-@pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", EXCHANGING)
+@pytest.mark.parametrize(
+    ("name", "begin"), [(n, b) for n in EXCHANGING for b in BEGINS if is_mean(n, b)]
+)
 def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) -> None:
     method, played = small(name), reference(name)
     before, after = played.states[begin : begin + 2]
@@ -72,6 +73,32 @@ def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) ->
             assert (merged - without).norm() > 30 * (merged - value).norm(), (
                 f"reply {left_out} does not show in {part}"
             )
+
+
+@pytest.mark.parametrize(
+    ("name", "begin"), [(n, b) for n in EXCHANGING for b in BEGINS if not is_mean(n, b)]
+)
+def test_every_reply_shows_in_a_merge_that_is_no_mean(name: str, begin: int) -> None:
+    method, played = small(name), reference(name)
+    before, after = played.states[begin : begin + 2]
+    answers = played.playing.answers(begin)
+    updates = [Update(Client(k), a.measured.examples, a.payload) for k, a in answers.items()]
+    whole = method.receive(before, updates)
+    assert_same(whole.shared, after.shared)
+    assert_same(whole.server, after.server)
+    for left_out in range(len(updates)):
+        rest = [update for place, update in enumerate(updates) if place != left_out]
+        without = method.receive(before, rest)
+        changes = [
+            float((tensor - merged[part]).norm() / tensor.norm().clamp(min=1e-9))
+            for merged, state in ((without.shared, whole.shared), (without.server, whole.server))
+            for part, tensor in state.items()
+            if tensor.is_floating_point()
+            and part not in HEAD
+            and part in merged
+            and merged[part].shape == tensor.shape
+        ]
+        assert max(changes) > 1e-2, f"reply {left_out} does not show"
 
 
 def weight_of(answer: Response, weighting: str) -> float:

@@ -17,7 +17,7 @@ from fedpeft.training.evaluation import mounted_state
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import NO_MEMORY, Client, Context, LocalTask, Payload
 from fedpeft.wire.messages import Kind, Request, Response, decode, encode
-from tests.contract.reference import BEGINS, ROUNDS, SINGLE, asked, reference
+from tests.contract.reference import BEGINS, PERSONAL, ROUNDS, SINGLE, asked, reference, rows
 from tests.tiny import CONFIG, CPU, SEED, SIZES, assert_same, base_of, bert, logits, small, worker
 
 
@@ -51,7 +51,7 @@ class Broken(Exception):
 @pytest.mark.parametrize("breaks", [False, True], ids=["ends", "raises"])
 @pytest.mark.parametrize("clients", [1, 2])
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_mounting_leaves_no_trace(
     name: str, begin: int, clients: int, breaks: bool, model: nn.Module
 ) -> None:
@@ -101,7 +101,7 @@ LANES = Hardware("cpu", "bf16", "eager", 2, tokens=40)
 @pytest.mark.parametrize("hardware", [CPU, LANES], ids=["float32", "bf16 in lanes"])
 @pytest.mark.parametrize("clients", [1, 2])
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_a_forward_pass_that_fails_leaves_no_trace(
     name: str, begin: int, clients: int, hardware: Hardware
 ) -> None:
@@ -219,7 +219,7 @@ def test_the_model_is_another_once_trained(name: str, model: nn.Module) -> None:
     """The mirror of the law above, without which a mount that does nothing would pass it."""
     method, said = small(name), logits(model)
     start, state = (reference(name).states[n] for n in (0, ROUNDS))
-    memory = decode(reference(name).memories[ROUNDS].get(0, 3)) if name == "local_only" else {}
+    memory = decode(reference(name).memories[ROUNDS].get(0, 3)) if name in PERSONAL else {}
     client = Client(0, memory=3) if memory else Client(NO_MEMORY)
     with mounted_state(method, state, model, CPU, SEED, client, memory):
         assert (logits(model) - said).abs().max() > 1e-2
@@ -227,7 +227,7 @@ def test_the_model_is_another_once_trained(name: str, model: nn.Module) -> None:
         **state.shared,
         **{part: tensor for part, tensor in start.shared.items() if part.startswith("classifier")},
     }
-    if name != "local_only":
+    if name not in PERSONAL:
         with mounted_state(method, replace(state, shared=headless), model, CPU, SEED):
             assert (logits(model) - said).abs().max() > 1e-3, "the adapter itself does something"
 

@@ -8,33 +8,30 @@ import torch
 
 from fedpeft.errors import BadInput
 from fedpeft.federation.client import Worker
-from fedpeft.methods import METHODS
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import Client, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
+from tests.contract.reference import rows
 from tests.packed import BITS, KINDS, SIZES, bases, kept, loaded, worker
 from tests.tiny import CONFIG, FIELDS, SEED, assert_same_state, close, small
 
 TARGETS = {"bert": "query|value", "llama": "q_proj|v_proj"}
+NORMS = {"bert": ["LayerNorm"], "llama": ["input_layernorm", "post_attention_layernorm"]}
 REFUSED = {("full", "bert"), ("full", "llama"), ("bitfit", "llama")}
 """What trains every weight; biases, of which Llama has none."""
-TABLE = [
-    (name, kind, bits)
-    for name in METHODS
-    for kind in KINDS
-    for bits in BITS
-    if (name, kind) not in REFUSED
-]
-
-
-SIDE_BY_SIDE = [
-    row for row in TABLE if row[0] != "sparse" and row[1:] in {("bert", 4), ("llama", 8)}
-]
+LEFT_OUT = [(*refused, bits) for refused in REFUSED for bits in BITS]
+TABLE = rows(KINDS, BITS, without=LEFT_OUT)
+SIDE_BY_SIDE = rows(["bert"], [4], without=[*LEFT_OUT, "sparse", "peft"])
+SIDE_BY_SIDE += rows(["llama"], [8], without=[*LEFT_OUT, "sparse", "peft"])
 
 
 def method_of(name: str, kind: str, **fields: object) -> Method:
-    chosen = {"targets": TARGETS[kind]} if "targets" in FIELDS[name] else {}
+    chosen: dict[str, object] = {}
+    if "targets" in FIELDS[name]:
+        chosen = {"targets": TARGETS[kind]}
+    if name == "peft":  # a tuner that does not change what is packed
+        chosen = {"tuner": "ln_tuning", "settings": {"target_modules": NORMS[kind]}}
     return small(name, **{**chosen, **fields})
 
 
@@ -130,3 +127,11 @@ def test_what_cannot_be_trained_is_refused_in_one_line(name: str, kind: str) -> 
     assert "\n" not in str(error.value)
     if name == "full":
         assert "model.bits" in str(error.value)
+
+
+def test_a_tuner_of_peft_that_changes_what_is_packed_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        BadInput, match="method.tuner = 'ia3' does not fit: .*PackedLinear"
+    ) as error:
+        small("peft").init(loaded("bert", 4).base, SEED)
+    assert "\n" not in str(error.value)

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedpeft.methods import METHODS
 from fedpeft.training.hardware import GRAIN, Hardware
 from fedpeft.types import NO_MEMORY, Client
 from fedpeft.wire.messages import Kind, Request, Response, decode
-from tests.contract.reference import BEGINS, SINGLE, asked, reference
+from tests.contract.reference import BEGINS, SINGLE, asked, reference, rows
 from tests.tiny import CONFIG, bert, small, worker
 
 BF16 = Hardware("cpu", "bf16", "eager", 1, pad_to_multiple_of=GRAIN)
@@ -17,7 +16,7 @@ BF16 = Hardware("cpu", "bf16", "eager", 1, pad_to_multiple_of=GRAIN)
 
 @pytest.mark.parametrize("begin", BEGINS)
 @pytest.mark.parametrize("stack", [[0], [0, 1]], ids=["alone", "side by side"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_training_in_bf16_is_near_training_in_float32(
     name: str, begin: int, stack: list[int]
 ) -> None:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fedpeft.errors import WireError
 from fedpeft.ledger import COUNTS, Measured
-from fedpeft.methods import METHODS
 from fedpeft.types import Lost, Payload, Reply
 from fedpeft.wire.messages import Response, decode, encode
-from tests.contract.reference import replayed
+from tests.contract.reference import replayed, rows
 from tests.tiny import SIZES, assert_same_state
 
 BEGIN = 1
@@ -133,7 +132,7 @@ def check_refused(name: str, damage: Callable[[bytes], bytes], reason: str) -> N
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "local_only"])
+@pytest.mark.parametrize("name", rows(without={"local_only"}))
 def test_a_reply_with_a_tensor_that_is_wrong_is_refused(name: str, kind: str) -> None:
     check_refused(name, *TENSORS[kind])
 

@@ -14,13 +14,13 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.config import from_tree
 from fedpeft.federation import checkpoint
 from fedpeft.method_kit import WireError
+from fedpeft.methods import METHODS
 from fedpeft.types import Client, Lost, Method, Reply, State
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
 from fedpeft.wire.versions import as_told, once, stamp
 from fedpeft.wrappers import FedAvgM, FedProx, SecAgg
 from fedpeft.wrappers.secagg import MASK, SHARE_KEYS, TRAIN, UNMASK, Secure
-from tests.contract.reference import BEGINS, reference, unmeasured
-from tests.contract.test_mean_merge import SUMMED
+from tests.contract.reference import BEGINS, NOT_MEANS, reference, rows, unmeasured
 from tests.tiny import (
     CONFIG,
     TinyFederation,
@@ -58,8 +58,7 @@ def lost_rows(playing: TinyFederation) -> dict[tuple[int, int], str | None]:
     return {(row.phase, row.client): row.lost for row in playing.rows if row.lost}
 
 
-@pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize(("name", "begin"), rows(BEGINS, without=NOT_MEANS))
 def test_a_round_is_that_of_the_method_inside(name: str, begin: int) -> None:
     """Within the rounding of float32: the step of 56 bits is far below it. Counts of votes are exact."""
     found = reference(name)
@@ -78,7 +77,7 @@ def test_a_round_is_that_of_the_method_inside(name: str, begin: int) -> None:
         assert once(kept).keys() == {"!when"}, "no secret outlives its round"
 
 
-@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("name", rows(without=NOT_MEANS))
 def test_what_goes_down_for_training_is_what_the_method_inside_sends(name: str) -> None:
     playing = federation(secure(name))
     playing.play(1)
@@ -312,10 +311,15 @@ def test_a_client_with_too_many_examples_is_told_so() -> None:
     assert len([row for row in playing.rows if row.phase == UNMASK and not row.lost]) == 2
 
 
-def test_methods_that_merge_otherwise_are_refused_by_name() -> None:
-    tree = {"method": {"name": "local_only"}, "wrap": [{"name": "secagg"}]}
-    with pytest.raises(BadInput, match=r"^wrap.name = 'secagg': LocalOnly does not merge by a .*"):
+@pytest.mark.parametrize("name", NOT_MEANS)
+def test_methods_that_merge_otherwise_are_refused_by_name(name: str) -> None:
+    tree = {"method": {"name": name}, "wrap": [{"name": "secagg"}]}
+    kind = METHODS[name].__name__
+    with pytest.raises(BadInput, match=rf"^wrap.name = 'secagg': {kind} does not merge by a .*"):
         from_tree(tree)
+
+
+def test_it_does_not_go_around_itself() -> None:
     nested = [{"name": "secagg"}, {"name": "secagg"}]
     with pytest.raises(BadInput, match=r"^wrap.name = 'secagg': Secure does not merge by a .*"):
         from_tree({"method": {"name": "lora"}, "wrap": nested})

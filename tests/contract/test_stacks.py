@@ -10,13 +10,12 @@ from torch import Tensor
 from fedpeft.errors import WireError
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Memories
-from fedpeft.methods import METHODS
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
-from tests.contract.reference import BEGINS, SINGLE, reference
+from tests.contract.reference import BEGINS, SINGLE, reference, rows
 from tests.tiny import CONFIG, SOFTMAX_BLIND, assert_same, bert, close, small, worker
 
 SIZES = {0: 6, 1: 11, 2: 9}
@@ -57,9 +56,7 @@ def comparable(payload: Payload, training: Training) -> dict[str, Tensor]:
     [replace(SGD, steps=1), SGD, ADAMW],
     ids=["one step", "unequal steps of SGD", "unequal steps of AdamW"],
 )
-@pytest.mark.parametrize(
-    ("name", "begin"), [(n, b) for n in METHODS for b in BEGINS if (n, b) not in SINGLE]
-)
+@pytest.mark.parametrize(("name", "begin"), rows(BEGINS, without=SINGLE))
 def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: Training) -> None:
     """Ragged batches, clipping, momentum, decay and memories included: who has stopped training does not move any more."""
     played = reference(name)
@@ -85,7 +82,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "begin"), [(n, b) for n in METHODS for b in BEGINS])
+@pytest.mark.parametrize(("name", "begin"), rows(BEGINS))
 def test_which_lane_is_faster_changes_no_bit(
     name: str, begin: int, precision: Literal["fp32", "bf16"]
 ) -> None:

@@ -19,13 +19,14 @@ from fedpeft.training.loop import Share, Training, fit
 from fedpeft.types import Client, LocalTask, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests import causal_lms
+from tests.contract.reference import rows
 from tests.tiny import CONFIG, CPU, FIELDS, SEED, close, small
 from tests.tiny_tasks import TASK_CASES, Ground
 
 SIZES = {0: 5, 1: 9, 2: 7}
 """Client -> rows of training; batches of 4 are ragged, and clients have unequal numbers of steps."""
 SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, batch_size=4, clip=0.3)
-SINGLE = {"full", "sparse"}
+SINGLE = {"full", "sparse", "peft"}
 """Methods that train parameters of any kind, or whole matrices: a model carries one client."""
 TABLE = [(name, kind) for name in METHODS for kind in TASK_CASES]
 
@@ -84,7 +85,7 @@ def assert_equal(one: Counts, other: Counts) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("name", "kind"), [row for row in TABLE if row[0] not in SINGLE])
+@pytest.mark.parametrize(("name", "kind"), rows(TASK_CASES, without=SINGLE))
 def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
     played = Played(name, TASK_CASES[kind].ground())
     together = played.handled([0, 1, 2])
@@ -92,26 +93,28 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
         close(together[client], played.handled([client])[0], 2e-5)
 
 
-@pytest.mark.parametrize(("name", "kind"), TABLE)
+@pytest.mark.parametrize(("name", "kind"), rows(TASK_CASES))
 def test_kept_hidden_states_change_nothing(name: str, kind: str) -> None:
     """Methods that choose their layers adapt the last block, so that the first is never run again."""
     chosen: dict[str, Any] = (
         {"targets": r"layer\.1\..*(query|value)"} if "targets" in FIELDS[name] else {}
     )
     played = Played(name, TASK_CASES[kind].ground(), **chosen)
-    rows: list[int] = []  # that go through the first block, pass by pass
+    passed: list[int] = []  # rows that go through the first block, pass by pass
     first = played.worker.model.get_submodule("bert.encoder.layer.0.attention.self.key")
-    first.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    first.register_forward_hook(lambda _, inputs, __: passed.append(len(inputs[0])))
     cache = ActivationCache(SIZES, rows=4)
     for stack in [[0], [1], [2]] if name in SINGLE else [[0, 1, 2]]:
         plain, kept = played.handled(stack), played.handled(stack, cache=cache)
-        rows.clear()
+        passed.clear()
         again = played.handled(stack, cache=cache)
         for one, other, once_more in zip(plain, kept, again, strict=True):
             close(one, other, 1e-5)
             close(one, once_more, 1e-5)
         if chosen:
-            assert sum(rows) <= 3  # no more than the trial that shows whether the model has changed
+            assert (
+                sum(passed) <= 3
+            )  # no more than the trial that shows whether the model has changed
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)

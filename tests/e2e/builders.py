@@ -196,6 +196,13 @@ def write_examples(path: Path) -> Path:
     return path
 
 
+SMALL: Mapping[str, Mapping[str, object]] = {
+    "lora": {"rank": 4},
+    "ravan": {"rank": 4},
+}
+"""Fields of methods whose defaults are for wider models."""
+
+
 @dataclass(frozen=True)
 class Ground:
     """A folder that holds the tiny model, the data and ``config.toml``, which points to both."""

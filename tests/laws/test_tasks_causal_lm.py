@@ -403,12 +403,12 @@ LM_PAIRS = [
     if (family, name) != ("llama", "bitfit")
 ]
 """Llama has no biases for BitFit to train."""
-ALONE = {"full", "sparse", "slora"}
+ALONE = {"full", "sparse", "slora", "peft"}
 """Methods that train one client at a time, SLoRA in its first stage."""
 
 
 def tuned(name: str) -> Method:
-    settings = {} if name in {"full", "bitfit"} else {"targets": "attention"}
+    settings = {} if name in {"full", "bitfit", "peft"} else {"targets": "attention"}
     return small(name, **settings)
 
 

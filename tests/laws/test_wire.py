@@ -420,6 +420,7 @@ def test_views_and_tensors_that_train_are_sent_as_they_are_seen() -> None:
     payload = {
         "turned": whole.t(),
         "row": whole[1],
+        "of one row, read down a column": whole[:1, 1],
         "spread": whole[:1].expand(3, 4),
         "trained": whole.clone().requires_grad_(),
     }

@@ -21,7 +21,7 @@ from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
 from fedpeft.tasks import Counts
 from fedpeft.types import Engine, State
-from tests.e2e.builders import Ground, write_ground
+from tests.e2e.builders import SMALL, Ground, write_ground
 from tests.e2e.task_grounds import TASK_GROUNDS
 
 ROUNDS = 3
@@ -76,10 +76,8 @@ def assemblies(ground: Ground) -> dict[str, Federation]:
     """Return a federation of five clients for every method, for two whose optimizers go on, and for every task."""
     made: dict[str, Federation] = {}
     for name in METHODS:
-        settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
-        made[name] = build(
-            ground.chosen({"method": {"rank": 4}} if name == "lora" else {}, settings)
-        )
+        method = {"name": name, **SMALL.get(name, {})}
+        made[name] = build(ground.chosen({"method": method, "federation": {"rounds": ROUNDS}}))
     for name in KEPT:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})

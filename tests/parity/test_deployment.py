@@ -21,12 +21,13 @@ from fedpeft.federation import checkpoint
 from fedpeft.ledger import MEASURED, ClientRow, EvaluationRow, read, to_json
 from fedpeft.methods import METHODS
 from fedpeft.types import State
-from tests.e2e.builders import Ground, assert_same, write_ground
+from tests.contract.reference import PERSONAL
+from tests.e2e.builders import SMALL, Ground, assert_same, write_ground
 from tests.parity.sockets import Behind, behind_sockets, grid_of, own_site
 
 ROUNDS = 3
 CASES: Mapping[str, Mapping[str, Any]] = {
-    **{name: {"method": {"name": name}} for name in METHODS},
+    **{name: {"method": {"name": name, **SMALL.get(name, {})}} for name in METHODS},
     "federa, optimizer kept": {
         "method": {"name": "federa"},
         "training": {"keep_optimizer": True},
@@ -52,9 +53,7 @@ def settings(ground: Ground, case: Mapping[str, Any]) -> Config:
         "federation": {"rounds": ROUNDS, "clients_per_round": 2},
         "data": {"labels": ["birds", "fish", "trees", "winds"]},
     }
-    return ground.chosen(
-        {"method": {"rank": 4}} if case["method"]["name"] == "lora" else {}, shape, case
-    )
+    return ground.chosen(shape, case)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_sites_end_where_the_local_engine_does(
     assert [row["lost"] for row in rows(folder) if "lost" in row] == [None] * 2 * ROUNDS, said
     # A method that keeps parts with its clients is scored on its clients' own texts where these are
     # elsewhere; all else is equal.
-    scored = () if name == "local_only" else (EvaluationRow,)
+    scored = () if name in PERSONAL else (EvaluationRow,)
     assert rows(folder, *scored) == rows(tmp_path / "here", *scored)
     assert_same(last_state(folder), here)
 
