@@ -1,10 +1,12 @@
 """``[[wrap]]`` tables -> a method inside its wrappers."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import checked, nearest
+from fedpeft.methods import METHODS
 from fedpeft.types import Method
 from fedpeft.wrappers import WRAPPERS, Wrapper
 
@@ -26,5 +28,22 @@ def wrapped(method: Method, tables: Sequence[Mapping[str, Any]]) -> Method:
             hint = nearest(str(name), list(WRAPPERS))
             raise BadInput(f"wrap[{index}].name = {name!r} is not a wrapper; {hint}")
         wrapper: Wrapper = checked(WRAPPERS[name], fields, f"wrap[{index}]", also=("name",))
-        method = wrapper.around(method, f"{index}.{name}")
+        owner = f"{index}.{name}"
+        try:
+            method = wrapper.around(method, owner)
+        except BadInput as error:
+            # With other wrappers in between it need not be the method's fault.
+            is_innermost = index == len(tables) - 1
+            hint = f"; it goes around {_possible(wrapper, owner)}" if is_innermost else ""
+            raise BadInput(f"{error}{hint}") from error
     return method
+
+
+def _possible(wrapper: Wrapper, owner: str) -> str:
+    """Return the names of the methods that ``wrapper`` goes around, or ``no method``."""
+    possible: list[str] = []
+    for name, constructor in METHODS.items():
+        with suppress(BadInput):
+            wrapper.around(constructor(), owner)
+            possible.append(name)
+    return ", ".join(possible) or "no method"

@@ -1,0 +1,181 @@
+"""SCAFFOLD: control variates against the drift of clients (Karimireddy et al. 2020, algorithm 1)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, final
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from fedpeft.algebra.averaging import mean_merge
+from fedpeft.errors import BadInput
+from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
+from fedpeft.wire.versions import slice_of, with_slice, without
+from fedpeft.wrappers.differences import is_difference
+
+
+@final
+@dataclass(frozen=True)
+class Scaffold:
+    """Add c - c_i to every gradient: by how much the client's own gradients are not all clients'.
+
+    c_i is the mean of the client's gradients in its last round, c the mean of all c_i. With SGD
+    without momentum, weight decay or clipping this is the paper's option II; other optimizers take
+    the same gradients, which is a reconstruction. Messages double in size, both ways.
+    """
+
+    paper: ClassVar[str] = "SCAFFOLD: Karimireddy et al. 2020, arXiv 1910.06378"
+    clients: Annotated[int, Ge(1)] | None = None
+    """Clients of the whole federation, the paper's N. Left out: those that have taken part so far,
+    which is the same once all have (reconstruction)."""
+
+    def around(self, method: Method, owner: str) -> Method:
+        """Return ``method`` with control variates; BadInput where it is no method of means."""
+        if mean_merge(method, 0) is None:
+            raise BadInput(
+                f"wrap.name = 'scaffold': {type(method).__name__} does not merge by a weighted "
+                "mean of what all clients train alike, and so has no mean gradient"
+            )
+        return Controlled(method, owner, self.clients)
+
+
+@final
+@dataclass(frozen=True)
+class Controlled:
+    """A method whose clients correct their gradients.
+
+    The ``owner``'s slice of the state has the sum of all c_i, ``sum/<name>``, and the ids of the
+    clients ``seen``. c goes down and changes of c_i come up as ``<owner>/<name>``.
+    """
+
+    paper: ClassVar[str] = Scaffold.paper
+    inner: Method
+    owner: str
+    clients: int | None
+
+    # The server's half.
+
+    def init(self, base: Base, seed: int) -> State:
+        """Begin as the method inside does; all control variates are 0."""
+        return self.inner.init(base, seed)
+
+    def send(self, state: State, client: Client) -> Payload:
+        """Send what the method inside sends, and c as far as it is not 0."""
+        down = self.inner.send(state.without(self.owner), client)
+        kept = state.slice_of(self.owner)
+        controls: dict[str, Tensor] = {}
+        for name in down:
+            total = kept.get(f"sum/{name}")
+            # Of a tensor whose shape has changed, as where ranks die, c begins anew.
+            if total is not None and is_difference(name, total, down):
+                controls[f"{self.owner}/{name}"] = total / (self.clients or len(kept["seen"]))
+        return {**down, **controls} if controls else down
+
+    def expects(self, state: State, down: Payload) -> Payload:
+        """Expect what the method inside expects, and by how much each c_i has changed."""
+        sent, _ = self._parted(down)
+        expected = dict(self.inner.expects(state.without(self.owner), sent))
+        for name, spec in list(expected.items()):
+            if is_difference(name, spec, sent):
+                expected[f"{self.owner}/{name}"] = spec
+        return expected
+
+    def receive(self, state: State, updates: Iterable[Update]) -> State:
+        """Merge as the method inside does; add the changes up: c <- c + 1 / N sum_i dc_i."""
+        kept = state.slice_of(self.owner)
+        sums: dict[str, Tensor] = {}
+        seen: set[int] = set()
+
+        def inside() -> Iterator[Update]:
+            """Pass on the updates without the changes, which are added up on the way."""
+            for update in updates:
+                payload, changes = self._parted(update.payload)
+                seen.add(update.client.id)
+                for name, change in changes.items():
+                    if name not in sums:
+                        sums[name] = torch.zeros(change.shape, dtype=torch.float64)
+                    sums[name] += change
+                yield replace(update, payload=payload)
+
+        merged = self.inner.receive(state.without(self.owner), inside())
+        if not seen:
+            return merged.with_slice(self.owner, kept)
+        before: list[int] = kept["seen"].tolist() if kept else []
+        now = {**kept, "seen": torch.tensor(sorted(seen.union(before)))}
+        for name, total in sums.items():
+            last = kept.get(f"sum/{name}")
+            if last is not None and last.shape == total.shape:
+                total += last
+            now[f"sum/{name}"] = total.float()
+        return merged.with_slice(self.owner, now)
+
+    # The client's half.
+
+    @contextmanager
+    def mount(
+        self, model: nn.Module, down: Payload, memory: Payload, context: Context
+    ) -> Iterator[LocalTask]:
+        """Mount as the method inside does; correct the gradients of what comes back as it went."""
+        sent, common = self._parted(down)  # c
+        held = slice_of(memory, self.owner)  # c_i, (K, ...) each
+        count = len(context.clients)
+        with self.inner.mount(model, sent, without(memory, self.owner), context) as task:
+            own: dict[str, Tensor] = {}
+            totals: dict[str, Tensor] = {}
+            for name, parameter in task.trainable.items():
+                if name not in task.personal and is_difference(name, parameter, sent):
+                    known = name in held and held[name].shape == parameter.shape
+                    own[name] = held[name] if known else torch.zeros_like(parameter)
+                    totals[name] = torch.zeros_like(parameter)
+            steps = [0] * count
+
+            def after_backward(active: slice) -> None:
+                # What the method adds to the loss is part of the gradient, so it comes first.
+                task.after_backward(active)
+                for row in range(active.start, active.stop):
+                    steps[row] += 1
+                for name, total in totals.items():
+                    gradient = task.trainable[name].grad
+                    if gradient is None:
+                        continue
+                    total[active] += gradient[active]
+                    gradient[active] -= own[name][active]
+                    if name in common:
+                        gradient[active] += common[name][active]
+
+            def reply() -> tuple[Payload, Payload]:
+                up, stays = task.reply()
+                taken = torch.tensor(steps).clamp(min=1)
+                means: dict[str, Tensor] = {}
+                changes: dict[str, Tensor] = {}
+                for name, tensor in up.items():
+                    if not is_difference(name, tensor, sent):
+                        continue
+                    change = torch.zeros_like(tensor)  # of what comes back without being trained
+                    if name in totals:
+                        total = totals[name]
+                        per_client = taken.to(total.device).view(-1, *[1] * (total.dim() - 1))
+                        means[name] = total / per_client  # c_i+
+                        change = means[name] - own[name]
+                    changes[f"{self.owner}/{name}"] = change
+                # One factor of two that take turns keeps its c_i until its next turn.
+                for name, tensor in held.items():
+                    if name not in means and is_difference(name, tensor, sent):
+                        means[name] = tensor
+                return {**up, **changes}, with_slice(stays, self.owner, means)
+
+            yield replace(task, after_backward=after_backward, reply=reply)
+
+    def _parted(self, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the part of the method inside, and the control variates by the tensors' names."""
+        prefix = f"{self.owner}/"
+        inside: dict[str, Tensor] = {}
+        controls: dict[str, Tensor] = {}
+        for name, tensor in payload.items():
+            if name.startswith(prefix):
+                controls[name.removeprefix(prefix)] = tensor
+            else:
+                inside[name] = tensor
+        return inside, controls
