@@ -48,9 +48,9 @@ def _is_tall(shape: Sequence[int]) -> bool:
 
 
 def quantised(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Return ``rows``, (..., n), as whole numbers in -levels ... levels, and each row's largest |x|.
+    """Return ``rows``, (..., n), as whole numbers in -levels ... levels, and their largest |x|.
 
-    The first are int8, (..., n), the others (...), in the dtype of ``rows``.
+    The first are int8, (..., n), the others one a row, (...), in the dtype of ``rows``.
 
     >>> codes, largest = quantised(torch.tensor([[0.5, -2.0, 1.0]]), levels=127)
     >>> codes, largest

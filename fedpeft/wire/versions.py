@@ -12,9 +12,9 @@ the stamp of the memory in its lower 32 bits, and above them the round of the me
 only ever see the version of their own part, so it makes no difference to them whether the loop
 keeps anything.
 
-Names that begin with ``~`` are those of wrappers around the method, such as what a compression still
-owes the server. They are treated as the loop's part is: the method never sees them, and where
-nothing else is new, its own part is carried along.
+Names that begin with ``~`` are those of wrappers around the method, such as what a compression
+still owes the server. They are treated as the loop's part is: the method never sees them, and where
+it has nothing new, its own part is carried along.
 
 Names that begin with ``!`` are for the next exchange alone, such as the keys of secure aggregation:
 they are written with any part, count as news of none, and leave a memory as soon as a newer

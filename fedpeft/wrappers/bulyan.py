@@ -1,4 +1,4 @@
-"""Bulyan: Krum's choice of replies, then the numbers nearest to the median (El Mhamdi et al. 2018)."""
+"""Bulyan: Krum's choice, then what is nearest to the median (El Mhamdi et al. 2018)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

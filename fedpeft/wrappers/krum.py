@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, final
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""SCAFFOLD: control variates against the drift of clients (Karimireddy et al. 2020, algorithm 1)."""
+"""SCAFFOLD: control variates against client drift (Karimireddy et al. 2020, algorithm 1)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -104,11 +104,11 @@ class Controlled:
             return merged.with_slice(self.owner, kept)
         before: list[int] = kept["seen"].tolist() if kept else []
         now = {**kept, "seen": torch.tensor(sorted(seen.union(before)))}
-        for name, total in sums.items():
+        for name, change in sums.items():
             last = kept.get(f"sum/{name}")
-            if last is not None and last.shape == total.shape:
-                total += last
-            now[f"sum/{name}"] = total.float()
+            if last is None or last.shape != change.shape:
+                last = torch.zeros_like(change)
+            now[f"sum/{name}"] = (last + change).float()
         return merged.with_slice(self.owner, now)
 
     # The client's half.
@@ -120,51 +120,19 @@ class Controlled:
         """Mount as the method inside does; correct the gradients of what comes back as it went."""
         sent, common = self._parted(down)  # c
         held = slice_of(memory, self.owner)  # c_i, (K, ...) each
-        count = len(context.clients)
         with self.inner.mount(model, sent, without(memory, self.owner), context) as task:
-            own: dict[str, Tensor] = {}
-            totals: dict[str, Tensor] = {}
-            for name, parameter in task.trainable.items():
-                if name not in task.personal and is_difference(name, parameter, sent):
-                    known = name in held and held[name].shape == parameter.shape
-                    own[name] = held[name] if known else torch.zeros_like(parameter)
-                    totals[name] = torch.zeros_like(parameter)
-            steps = [0] * count
+            variates = _Variates(task, sent, common, held, len(context.clients))
 
             def after_backward(active: slice) -> None:
                 # What the method adds to the loss is part of the gradient, so it comes first.
                 task.after_backward(active)
-                for row in range(active.start, active.stop):
-                    steps[row] += 1
-                for name, total in totals.items():
-                    gradient = task.trainable[name].grad
-                    if gradient is None:
-                        continue
-                    total[active] += gradient[active]
-                    gradient[active] -= own[name][active]
-                    if name in common:
-                        gradient[active] += common[name][active]
+                variates.correct(active)
 
             def reply() -> tuple[Payload, Payload]:
                 up, stays = task.reply()
-                taken = torch.tensor(steps).clamp(min=1)
-                means: dict[str, Tensor] = {}
-                changes: dict[str, Tensor] = {}
-                for name, tensor in up.items():
-                    if not is_difference(name, tensor, sent):
-                        continue
-                    change = torch.zeros_like(tensor)  # of what comes back without being trained
-                    if name in totals:
-                        total = totals[name]
-                        per_client = taken.to(total.device).view(-1, *[1] * (total.dim() - 1))
-                        means[name] = total / per_client  # c_i+
-                        change = means[name] - own[name]
-                    changes[f"{self.owner}/{name}"] = change
-                # One factor of two that take turns keeps its c_i until its next turn.
-                for name, tensor in held.items():
-                    if name not in means and is_difference(name, tensor, sent):
-                        means[name] = tensor
-                return {**up, **changes}, with_slice(stays, self.owner, means)
+                changes, kept = variates.renewed(up)
+                named = {f"{self.owner}/{name}": change for name, change in changes.items()}
+                return {**up, **named}, with_slice(stays, self.owner, kept)
 
             yield replace(task, after_backward=after_backward, reply=reply)
 
@@ -179,3 +147,66 @@ class Controlled:
             else:
                 inside[name] = tensor
         return inside, controls
+
+
+@final
+class _Variates:
+    """The control variates of K clients while they train.
+
+    ``sent``: what the method inside was sent. ``common``: c. ``held``: each client's c_i. All are
+    (K, ...); what is missing is 0.
+    """
+
+    def __init__(
+        self, task: LocalTask, sent: Payload, common: Payload, held: Payload, clients: int
+    ) -> None:
+        self._trainable, self._sent = task.trainable, sent
+        self._common, self._held = common, held
+        self._own: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}  # of the gradients so far
+        self._steps = [0] * clients
+        for name, parameter in task.trainable.items():
+            if name not in task.personal and is_difference(name, parameter, sent):
+                known = name in held and held[name].shape == parameter.shape
+                self._own[name] = held[name] if known else torch.zeros_like(parameter)
+                self._totals[name] = torch.zeros_like(parameter)
+
+    def correct(self, active: slice) -> None:
+        """Take note of the ``active`` clients' gradients, then add c - c_i to them."""
+        for row in range(active.start, active.stop):
+            self._steps[row] += 1
+        for name, total in self._totals.items():
+            gradient = self._trainable[name].grad
+            if gradient is None:
+                continue
+            total[active] += gradient[active]
+            gradient[active] -= self._own[name][active]
+            if name in self._common:
+                gradient[active] += self._common[name][active]
+
+    def renewed(self, up: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return by how much c_i changes for what goes ``up``, and all c_i that are kept.
+
+        c_i+ is the mean gradient: c_i - c + (x - y_i) / (steps * rate) of option II, as
+        x - y_i is the rate times the sum of the gradients plus c - c_i.
+        """
+        changes: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        for name, tensor in up.items():
+            if not is_difference(name, tensor, self._sent):
+                continue
+            changes[name] = torch.zeros_like(tensor)  # of what comes back without being trained
+            if name in self._totals:
+                kept[name] = self._per_step(self._totals[name])
+                changes[name] = kept[name] - self._own[name]
+        # One factor of two that take turns keeps its c_i until its next turn.
+        for name, tensor in self._held.items():
+            if name not in kept and is_difference(name, tensor, self._sent):
+                kept[name] = tensor
+        return changes, kept
+
+    def _per_step(self, total: Tensor) -> Tensor:
+        """Return a sum over each client's steps, (K, ...), as a mean."""
+        steps = torch.tensor(self._steps, device=total.device).clamp(min=1)
+        one_axis_each = [1] * (total.dim() - 1)
+        return total / steps.view(-1, *one_axis_each)

@@ -97,15 +97,13 @@ class Largest:
 
     def decode(self, written: Payload, values: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """Return the numbers at their places, and 0 elsewhere."""
-        forms = {
-            name: (shape.numel(), self._chosen(shape.numel())) for name, shape in values.items()
-        }
-        total = sum(place_bits(*form) for form in forms.values())
-        bits = unpack(written[f"{self.owner}/places"], total)
+        packed = written[f"{self.owner}/places"]
+        bits = unpack(packed, 8 * len(packed))
         numbers: dict[str, Tensor] = {}
         begin = 0
         for name in sorted(values):
-            count, chosen = forms[name]
+            count = values[name].numel()
+            chosen = self._chosen(count)
             end = begin + place_bits(count, chosen)
             places = places_from_bits(bits[begin:end], count, chosen)
             flat = torch.zeros(count)

@@ -30,7 +30,7 @@ class TrimmedMean:
         return 1
 
     def around(self, method: Method, owner: str) -> Method:
-        """Return ``method`` with a trimmed mean as its merge; BadInput where it is none of means."""
+        """Return ``method`` with a trimmed mean as its merge; BadInput for a merge of no means."""
         del owner  # nothing is kept on the server
         return around(method, self)
 
