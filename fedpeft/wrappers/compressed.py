@@ -170,7 +170,7 @@ class Compressed:
     def _check_range(self, values: Payload, context: Context) -> None:
         """Raise WireError where a client's numbers, (K, ...), are beyond what can be written."""
         for name, stack in values.items():
-            flat = stack.flatten(1)
+            flat = stack.reshape(len(stack), -1)
             least, most = flat.aminmax(dim=1)  # (K,) each, NaN where there is one
             fits = (least >= -self.code.largest) & (most <= self.code.largest)
             for row in (~fits).nonzero().flatten().tolist():

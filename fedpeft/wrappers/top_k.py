@@ -78,7 +78,7 @@ class Largest:
         places: dict[str, Tensor] = {}
         bits: list[Tensor] = []
         for name, stack in sorted(values.items()):
-            flat = stack.flatten(1)  # (K, n)
+            flat = stack.reshape(len(stack), -1)  # (K, n)
             top = flat.abs().topk(self._chosen(flat.shape[1]), dim=1, sorted=False).indices
             places[name] = top.sort(dim=1).values
             written[f"{name}/top"] = flat.gather(1, places[name])
@@ -88,7 +88,7 @@ class Largest:
         def read() -> dict[str, Tensor]:
             numbers: dict[str, Tensor] = {}
             for name, stack in values.items():
-                flat = torch.zeros_like(stack).flatten(1)
+                flat = torch.zeros_like(stack).reshape(len(stack), -1)
                 flat.scatter_(1, places[name], written[f"{name}/top"])
                 numbers[name] = flat.view(stack.shape)
             return numbers
