@@ -42,7 +42,7 @@ class Quantise:
     """What numbers of requests are written in. Clients then begin at rounded values; the server's
     own are not rounded, so nothing adds up."""
     feedback: bool = True
-    """Whether what rounding took from a reply is added to the client's next. Leave it out where the
+    """Whether what rounding took from a reply is added to the client's next. `false` where the
     server turns factors between rounds, as by an SVD."""
 
     def around(self, method: Method, owner: str) -> Method:

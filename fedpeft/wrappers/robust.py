@@ -78,11 +78,13 @@ class Robust:
         """Merge by the rule; WireError where it needs more replies than have come."""
         merge = self.merge_of(state.round)
         summands: list[Summand] = []
+        compared: Sequence[str] = ()
         for update in updates:
             weight = weight_of(update, merge.weighting)
             if weight:
                 numbers = merge.contribution(update.payload)
-                summands.append(Summand(numbers, weight, self._compared(state, update, numbers)))
+                compared = compared or self._compared(state, update, numbers)
+                summands.append(Summand(numbers, weight, compared))
         if not summands:
             return merge.merge(state, Mean())
         if len(summands) < self.rule.least:

@@ -47,7 +47,8 @@ class Controlled:
     """A method whose clients correct their gradients.
 
     The ``owner``'s slice of the state has the sum of all c_i, ``sum/<name>``, and the ids of the
-    clients ``seen``. c goes down and changes of c_i come up as ``<owner>/<name>``.
+    clients ``seen``. c goes down as ``<owner>/c/<name>``, and by how much each c_i has changed comes
+    up as ``<owner>/change/<name>``.
     """
 
     paper: ClassVar[str] = Scaffold.paper
@@ -70,16 +71,17 @@ class Controlled:
             total = kept.get(f"sum/{name}")
             # Of a tensor whose shape has changed, as where ranks die, c begins anew.
             if total is not None and is_difference(name, total, down):
-                controls[f"{self.owner}/{name}"] = total / (self.clients or len(kept["seen"]))
+                clients = self.clients or len(kept["seen"])
+                controls[f"{self._common}{name}"] = total / clients
         return {**down, **controls} if controls else down
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect what the method inside expects, and by how much each c_i has changed."""
-        sent, _ = self._parted(down)
+        sent, _ = _parted(down, self._common)
         expected = dict(self.inner.expects(state.without(self.owner), sent))
         for name, spec in list(expected.items()):
             if is_difference(name, spec, sent):
-                expected[f"{self.owner}/{name}"] = spec
+                expected[f"{self._change}{name}"] = spec
         return expected
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
@@ -91,7 +93,7 @@ class Controlled:
         def inside() -> Iterator[Update]:
             """Pass on the updates without the changes, which are added up on the way."""
             for update in updates:
-                payload, changes = self._parted(update.payload)
+                payload, changes = _parted(update.payload, self._change)
                 seen.add(update.client.id)
                 for name, change in changes.items():
                     if name not in sums:
@@ -103,7 +105,10 @@ class Controlled:
         if not seen:
             return merged.with_slice(self.owner, kept)
         before: list[int] = kept["seen"].tolist() if kept else []
-        now = {**kept, "seen": torch.tensor(sorted(seen.union(before)))}
+        now = {"seen": torch.tensor(sorted(seen.union(before)))}
+        for name in merged.shared:  # what is left of it after a bridge between stages
+            if f"sum/{name}" in kept:
+                now[f"sum/{name}"] = kept[f"sum/{name}"]
         for name, change in sums.items():
             last = kept.get(f"sum/{name}")
             if last is None or last.shape != change.shape:
@@ -118,7 +123,7 @@ class Controlled:
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
         """Mount as the method inside does; correct the gradients of what comes back as it went."""
-        sent, common = self._parted(down)  # c
+        sent, common = _parted(down, self._common)  # c
         held = slice_of(memory, self.owner)  # c_i, (K, ...) each
         with self.inner.mount(model, sent, without(memory, self.owner), context) as task:
             variates = _Variates(task, sent, common, held, len(context.clients))
@@ -131,22 +136,32 @@ class Controlled:
             def reply() -> tuple[Payload, Payload]:
                 up, stays = task.reply()
                 changes, kept = variates.renewed(up)
-                named = {f"{self.owner}/{name}": change for name, change in changes.items()}
+                named = {f"{self._change}{name}": change for name, change in changes.items()}
                 return {**up, **named}, with_slice(stays, self.owner, kept)
 
             yield replace(task, after_backward=after_backward, reply=reply)
 
-    def _parted(self, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the part of the method inside, and the control variates by the tensors' names."""
-        prefix = f"{self.owner}/"
-        inside: dict[str, Tensor] = {}
-        controls: dict[str, Tensor] = {}
-        for name, tensor in payload.items():
-            if name.startswith(prefix):
-                controls[name.removeprefix(prefix)] = tensor
-            else:
-                inside[name] = tensor
-        return inside, controls
+    @property
+    def _common(self) -> str:
+        """Return what stands before the names of c."""
+        return f"{self.owner}/c/"
+
+    @property
+    def _change(self) -> str:
+        """Return what stands before the names of changes of c_i."""
+        return f"{self.owner}/change/"
+
+
+def _parted(payload: Payload, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the part of the method inside, and what stands under ``prefix``, by tensors' names."""
+    inside: dict[str, Tensor] = {}
+    controls: dict[str, Tensor] = {}
+    for name, tensor in payload.items():
+        if name.startswith(prefix):
+            controls[name.removeprefix(prefix)] = tensor
+        else:
+            inside[name] = tensor
+    return inside, controls
 
 
 @final

@@ -30,7 +30,7 @@ class TopK:
     """Share of each tensor that is sent, at least one number. A number takes 4 bytes, and its place
     some log2(1 / density) + 2 bits."""
     feedback: bool = True
-    """Whether what was not sent is added to the client's next. Leave it out where the server turns
+    """Whether what was not sent is added to the client's next. `false` where the server turns
     factors between rounds, as by an SVD."""
 
     def around(self, method: Method, owner: str) -> Method:

@@ -31,8 +31,12 @@ def scaffold(training: Training = PLAIN, clients: int | None = None) -> TinyFede
 
 def controls(payload: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what of a message is about control variates, by the tensors' own names."""
-    prefix = f"{OWNER}/"
-    return {n.removeprefix(prefix): t for n, t in payload.items() if n.startswith(prefix)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in payload.items():
+        for prefix in (f"{OWNER}/c/", f"{OWNER}/change/"):
+            if name.startswith(prefix):
+                found[name.removeprefix(prefix)] = tensor
+    return found
 
 
 def variate(playing: TinyFederation, state: State, client: int) -> dict[str, Tensor]:
