@@ -47,8 +47,8 @@ class Controlled:
     """A method whose clients correct their gradients.
 
     The ``owner``'s slice of the state has the sum of all c_i, ``sum/<name>``, and the ids of the
-    clients ``seen``. c goes down as ``<owner>/c/<name>``, and by how much each c_i has changed comes
-    up as ``<owner>/change/<name>``.
+    clients ``seen``. c goes down as ``<owner>/c/<name>``; by how much each c_i has changed comes up
+    as ``<owner>/change/<name>``.
     """
 
     paper: ClassVar[str] = Scaffold.paper
