@@ -1,7 +1,7 @@
 """Optimizers and robust merges on the server: Flower's own are the yardstick, on numbers that the test draws."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ from fedpeft.wrappers import (
     Scaffold,
     TrimmedMean,
 )
-from fedpeft.wrappers.robust import Summand
+from fedpeft.wrappers.robust import Summand, around
 from fedpeft.wrappers.wrapper import Wrapper
 from tests.contract.reference import reference
 from tests.drifting import SHAPES, Drifting, drawn
@@ -220,21 +220,18 @@ def test_with_too_few_replies_a_round_is_silent_and_the_ledger_says_why(
 
 def test_replies_are_compared_by_what_went_down_and_not_by_votes() -> None:
     """FedARA's ballots of 0s and 1s would outweigh all differences between factors."""
-    name = "fedara"
     seen: list[Sequence[str]] = []
 
     class Spy:
-        name = "spy"
+        name: ClassVar[str] = "spy"
         least = 1
 
         def merged(self, summands: Sequence[Summand]) -> dict[str, Tensor]:
             seen.append(summands[0].compared)
             return dict(summands[0].numbers)
 
-    from fedpeft.wrappers.robust import around
-
-    method = around(small(name), Spy())
-    found = reference(name)
+    method = around(small("fedara"), Spy())
+    found = reference("fedara")
     updates = [
         Update(Client(client), response.measured.examples, response.payload)
         for client, response in found.playing.answers(0).items()
@@ -279,7 +276,7 @@ NOT_MEANS = ["local_only"]
 def test_methods_of_no_means_are_refused_with_those_that_can(name: str, method: str) -> None:
     kind = METHODS[method].__name__
     says = (
-        rf"^wrap.name = '{name}': {kind} does not merge by a weighted mean .*; "
+        rf"^wrap.name = '{name}': {kind} does not merge by a weighted mean.*; "
         "it goes around full, bitfit, lora, ffa_lora, federa, "
     )
     with pytest.raises(BadInput, match=says) as refused:
