@@ -17,7 +17,7 @@ from fedpeft.wrappers.secagg import SecAgg
 from fedpeft.wrappers.staged import Staged
 from fedpeft.wrappers.top_k import TopK
 from fedpeft.wrappers.trimmed_mean import TrimmedMean
-from fedpeft.wrappers.wrapper import Wrapper
+from fedpeft.wrappers.wrapper import NeedsReplies, Wrapper
 
 WRAPPERS: Mapping[str, type[Wrapper]] = {
     "fedprox": FedProx,
@@ -47,6 +47,7 @@ __all__ = [
     "FedYogi",
     "Krum",
     "Median",
+    "NeedsReplies",
     "NormClip",
     "Quantise",
     "Scaffold",

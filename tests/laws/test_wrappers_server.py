@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fedpeft.algebra.averaging import Weighting
 from fedpeft.errors import BadInput
+from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.wrapping import check_replies
 from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
 from fedpeft.types import Client, State, Update
@@ -216,6 +218,27 @@ def test_with_too_few_replies_a_round_is_silent_and_the_ledger_says_why(
     last = playing.play(1)
     close(last.shared, start.shared, 0.0)
     assert {row.lost for row in playing.rows} == {says}
+
+
+def test_more_replies_than_a_round_has_clients_are_refused_before_it_begins() -> None:
+    tables = [{"name": "fedprox"}, {"name": "bulyan", "malicious": 2}]
+    check_replies(tables, clients_per_round=11)
+    says = (
+        r"^wrap\[1\].name = 'bulyan' needs 11 replies, and federation.clients_per_round = 10 can "
+        "never give them; choose at least 11$"
+    )
+    with pytest.raises(BadInput, match=says):
+        check_replies(tables, clients_per_round=10)
+
+
+def test_the_references_of_a_comparison_have_no_wrappers() -> None:
+    compare = {"methods": ["lora"], "references": ["centralised", "local-only"]}
+    runs = plan({"wrap": [{"name": "krum"}], "training": {"steps": 2}, "compare": compare})
+    assert [(run.label, len(run.config.wrap)) for run in runs] == [
+        ("lora", 1),
+        ("centralised", 0),
+        ("local-only", 0),
+    ]
 
 
 def test_replies_are_compared_by_what_went_down_and_not_by_votes() -> None:
