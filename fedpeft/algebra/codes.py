@@ -8,6 +8,8 @@ from torch import Tensor
 
 _QUIET: Final = 1e-30
 """A row without any larger number is written as 0: the quotient of a smaller one could overflow."""
+_HUGE: Final = 3.4e38
+"""Nearly the largest number of float32."""
 
 
 def row_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -56,7 +58,8 @@ def quantised(rows: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     >>> codes, largest
     (tensor([[  32, -127,   64]], dtype=torch.int8), tensor([2.]))
     """
-    largest = rows.abs().amax(-1)
+    least, most = rows.aminmax(dim=-1)
+    largest = torch.maximum(-least, most)
     factor = torch.where(largest > _QUIET, levels / largest, 0.0)
     # Half to even; no value gets beyond +-levels, as x * (levels / x) is levels within rounding.
     return (rows * factor.unsqueeze(-1)).round_().to(torch.int8), largest
@@ -67,8 +70,9 @@ def dequantised(codes: Tensor, largest: Tensor, levels: int) -> Tensor:
 
     What anybody may send as ``codes`` gives finite numbers where ``largest`` is finite.
     """
-    shares = codes.clamp(-levels, levels).to(largest.dtype) / levels
-    return shares.mul_(largest.unsqueeze(-1))
+    # Without the bounds a forged code, or the rounding of a quotient, could overflow.
+    steps = largest.clamp(max=_HUGE) / levels
+    return codes.clamp(-levels, levels).to(largest.dtype).mul_(steps.unsqueeze(-1))
 
 
 def in_halves(codes: Tensor) -> Tensor:
