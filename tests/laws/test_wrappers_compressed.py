@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,9 @@ from fedpeft.wrappers.wrapper import Wrapper
 from tests.drifting import SHAPES, Drifting, drawn
 from tests.tiny import TinyFederation, assert_same, base_of, bert, close, federation, small
 
+Numbers = np.ndarray[Any, Any]
+Form = tuple[str, int, tuple[int, ...]]
+"""Of a tensor in a message: its dtype, the bytes of one number, its shape."""
 OWNER = "0.it"
 SETTINGS: Mapping[str, Wrapper] = {
     "bf16": Quantise(up="bf16"),
@@ -34,7 +37,7 @@ SETTINGS: Mapping[str, Wrapper] = {
 NUMBERS = sum(math.prod(shape) for shape in SHAPES.values())
 
 
-def by_rows(values: np.ndarray[Any, Any], levels: int) -> np.ndarray[Any, Any]:
+def by_rows(values: Numbers, levels: int) -> Numbers:
     """Return what whole numbers of steps, one step for each of the longer rows, make of a tensor."""
     if values.ndim == 2 and values.shape[0] > values.shape[1]:
         return by_rows(values.T, levels).T
@@ -43,7 +46,7 @@ def by_rows(values: np.ndarray[Any, Any], levels: int) -> np.ndarray[Any, Any]:
     return (np.round(rows / steps) * steps).reshape(values.shape)
 
 
-def largest_only(values: np.ndarray[Any, Any], density: float) -> np.ndarray[Any, Any]:
+def largest_only(values: Numbers, density: float) -> Numbers:
     """Return a tensor's largest numbers, and 0 elsewhere."""
     flat = values.reshape(-1)
     chosen = max(1, round(density * flat.size))
@@ -53,7 +56,7 @@ def largest_only(values: np.ndarray[Any, Any], density: float) -> np.ndarray[Any
     return kept.reshape(values.shape)
 
 
-READ = {
+READ: Mapping[str, Callable[[Numbers], Numbers]] = {
     "bf16": lambda values: torch.from_numpy(values).float().bfloat16().double().numpy(),
     "int8": lambda values: by_rows(values, 127),
     "int4": lambda values: by_rows(values, 7),
@@ -119,10 +122,11 @@ def test_clients_side_by_side_send_what_each_sends_alone(kind: str) -> None:
             assert_same(beside.answers(exchange)[client].payload, response.payload)
 
 
-def message_bytes(tensors: Mapping[str, tuple[str, int, tuple[int, ...]]]) -> int:
+def message_bytes(tensors: Mapping[str, Form]) -> int:
     """Return the bytes of a message: digest, length of the header, header to a multiple of 8, numbers."""
     order = sorted(tensors, key=lambda name: (-tensors[name][1], name))
-    header, end = {}, 0
+    header: dict[str, object] = {}
+    end = 0
     for name in order:
         dtype, width, shape = tensors[name]
         begin, end = end, end + width * math.prod(shape)
@@ -131,7 +135,7 @@ def message_bytes(tensors: Mapping[str, tuple[str, int, tuple[int, ...]]]) -> in
     return 16 + 8 + math.ceil(text / 8) * 8 + end
 
 
-OF_REPLY = {
+OF_REPLY: Mapping[str, Form] = {
     "@about": ("I64", 8, (4,)),
     "@counts": ("I64", 8, (5,)),
     "@measures": ("F64", 8, (3,)),
@@ -139,9 +143,10 @@ OF_REPLY = {
 }
 
 
-def top(density: float) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+def top(density: float) -> dict[str, Form]:
     """Return the tensors of a reply of ``top_k``: k numbers of each, Elias-Fano's bits of all places."""
-    tensors, bits = {}, 0
+    tensors: dict[str, Form] = {}
+    bits = 0
     for name, shape in SHAPES.items():
         n = math.prod(shape)
         k = max(1, round(density * n))
@@ -153,7 +158,7 @@ def top(density: float) -> dict[str, tuple[str, int, tuple[int, ...]]]:
 
 ROWS = 3 + 3 + 1 + 1
 """Those of a wide matrix, the columns of a tall one, a vector, a number."""
-SENT: Mapping[str, Mapping[str, tuple[str, int, tuple[int, ...]]]] = {
+SENT: Mapping[str, Mapping[str, Form]] = {
     "bf16": {name: ("BF16", 2, shape) for name, shape in SHAPES.items()},
     "int8": {f"{OWNER}/codes": ("I8", 1, (NUMBERS,)), f"{OWNER}/largest": ("F32", 4, (ROWS,))},
     "int4": {
