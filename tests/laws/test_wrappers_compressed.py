@@ -57,7 +57,7 @@ def largest_only(values: Numbers, density: float) -> Numbers:
 
 
 READ: Mapping[str, Callable[[Numbers], Numbers]] = {
-    "bf16": lambda values: torch.from_numpy(values).float().bfloat16().double().numpy(),
+    "bf16": lambda values: torch.as_tensor(values).float().bfloat16().double().numpy(),
     "int8": lambda values: by_rows(values, 127),
     "int4": lambda values: by_rows(values, 7),
     "top_k": lambda values: largest_only(values, 0.2),
