@@ -43,7 +43,8 @@ def by_rows(values: Numbers, levels: int) -> Numbers:
         return by_rows(values.T, levels).T
     rows = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(1, 1)
     steps = np.abs(rows).max(axis=1, keepdims=True) / levels
-    return (np.round(rows / steps) * steps).reshape(values.shape)
+    rounded: Numbers = (np.round(rows / steps) * steps).reshape(values.shape)
+    return rounded
 
 
 def largest_only(values: Numbers, density: float) -> Numbers:

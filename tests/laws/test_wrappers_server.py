@@ -221,7 +221,7 @@ def test_with_too_few_replies_a_round_is_silent_and_the_ledger_says_why(
 
 
 def test_more_replies_than_a_round_has_clients_are_refused_before_it_begins() -> None:
-    tables = [{"name": "fedprox"}, {"name": "bulyan", "malicious": 2}]
+    tables: list[dict[str, Any]] = [{"name": "fedprox"}, {"name": "bulyan", "malicious": 2}]
     check_replies(tables, clients_per_round=11)
     says = (
         r"^wrap\[1\].name = 'bulyan' needs 11 replies, and federation.clients_per_round = 10 can "
