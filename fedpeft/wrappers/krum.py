@@ -48,6 +48,7 @@ class Krum:
 def krum_scores(distances: Tensor, malicious: int) -> Tensor:
     """Return the sum of each reply's squared distances to its nearest, (n, n) -> (n,).
 
+    >>> import torch
     >>> krum_scores(torch.tensor([[0.0, 1.0, 9.0], [1.0, 0.0, 4.0], [9.0, 4.0, 0.0]]), malicious=0)
     tensor([1., 1., 4.])
     """
