@@ -184,7 +184,8 @@ def test_two_rounds_are_merged_and_resumed_to_the_bit(name: str, kind: str) -> N
             updates.append(Update(Client(client), response.measured.examples, response.payload))
         merged = method.receive(state, updates)
         if name != "local_only":
-            assert any(not torch.equal(merged.shared[n], state.shared[n]) for n in state.shared)
+            both = state.shared.keys() & merged.shared.keys()  # not all, across SLoRA's bridge
+            assert any(not torch.equal(merged.shared[part], state.shared[part]) for part in both)
         again = method.receive(saved, updates)
         assert_same_state(again, merged)
         state, saved = merged, checkpoint.unpack(checkpoint.pack(again))
