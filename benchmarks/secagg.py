@@ -66,7 +66,10 @@ class Still:
 
 
 def rounds(whole: Federation, method: Method) -> Callable[[], dict[str, float]]:
-    """Return what plays one more round at a time, and tells its seconds and megabytes; the first one is left out."""
+    """Return what plays one more round at a time, and tells its seconds, its megabytes, and the kilobytes of a reply.
+
+    The first round is left out.
+    """
     worker = replace(whole.worker, method=method)
     engine, rows = LocalEngine(worker), list[ClientRow]()
     states = federate(
@@ -87,7 +90,11 @@ def rounds(whole: Federation, method: Method) -> Callable[[], dict[str, float]]:
         seconds = time.perf_counter() - began
         if any(row.lost for row in rows):
             raise SystemExit(f"a client was lost: {next(row for row in rows if row.lost)}")
-        return {"seconds": seconds, "MB": sum(row.down + row.up for row in rows) / 1e6}
+        return {
+            "seconds": seconds,
+            "MB": sum(row.down + row.up for row in rows) / 1e6,
+            "up": rows[0].up / 1e3,
+        }
 
     measure()
     return measure

@@ -15,6 +15,7 @@ from fedpeft.experiment.config import Config
 from fedpeft.experiment.pieces import hardware_for, row_of, to_score, tokenised
 from fedpeft.experiment.reading import read_test
 from fedpeft.experiment.run_folder import SITES
+from fedpeft.experiment.wrapping import check_replies
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded
 from fedpeft.tasks import TASKS, Encoded, Task, make_task
@@ -151,6 +152,7 @@ def sites_run(
     ``hardware``: as an earlier start of the same run resolved it. ``reuse``: a run whose data and
     model are taken over where the settings agree. BadInput for settings that do not work together.
     """
+    check_replies(config.wrap, config.federation.clients_per_round)
     same_data = reuse is not None and (
         (reuse.config.data, reuse.config.task) == (config.data, config.task)
     )

@@ -19,6 +19,7 @@ from fedpeft.experiment.pieces import (
 )
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
+from fedpeft.experiment.wrapping import check_replies
 from fedpeft.federation.client import ClientData, Worker
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, check_bits
@@ -187,6 +188,7 @@ def _check_partition(config: Config, partition: data.Partition) -> None:
             f"federation.clients_per_round = {count}: there are {clients} clients; "
             f"choose at most {clients}"
         )
+    check_replies(config.wrap, count)
     test_texts = sum(len(rows) for rows in partition.test)
     if config.evaluation.per_client and not test_texts:
         raise BadInput(

@@ -211,10 +211,11 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
 
     That is either clients that never exchange anything, or all data at one client. In a round,
     centralised training takes as many examples as the federation's cohort does together. Its one
-    optimizer goes on from round to round, as that of ordinary training does.
+    optimizer goes on from round to round, as that of ordinary training does. Wrappers are left out:
+    there is no exchange that they could change.
     """
     if name == "local-only":
-        return merge(_with_method(tree, choice, "local_only"), {"reference": True})
+        return merge(_with_method(tree, choice, "local_only"), {"reference": True, "wrap": []})
     method = choice.reference_method
     plain = _with_method(tree, choice, method, "reference_method")
     settings = _with_own_settings(plain, choice, method)
@@ -222,6 +223,7 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
     federation, steps = config.federation, config.training.steps
     together = {
         "reference": True,
+        "wrap": [],
         "partition": {"kind": "iid", "clients": 1},
         "federation": {"clients_per_round": 1, "min_replies": 1},
         "training": {"keep_optimizer": True},

@@ -17,7 +17,7 @@ from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
 from fedpeft.types import Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
-from fedpeft.wire.versions import carried, joined, lasting, parted, stamp
+from fedpeft.wire.versions import carried, joined, own, parted, stamp
 
 Item = TypeVar("Item")
 
@@ -161,7 +161,7 @@ class Worker:
             steps=[len(share.steps) for share in shares],
             up=up,
             remembered=remembered,
-            news=bool(lasting(stays)),
+            news=bool(own(stays)),
             discreet=local.discreet,
             losses=losses,
             num_trained=num_trained,

@@ -12,8 +12,12 @@ the stamp of the memory in its lower 32 bits, and above them the round of the me
 only ever see the version of their own part, so it makes no difference to them whether the loop
 keeps anything.
 
+Names that begin with ``~`` are those of wrappers around the method, such as what a compression
+still owes the server. They are treated as the loop's part is: the method never sees them, and where
+it has nothing new, its own part is carried along.
+
 Names that begin with ``!`` are for the next exchange alone, such as the keys of secure aggregation:
-they are written with either part, count as news of neither, and leave a memory as soon as a newer
+they are written with any part, count as news of none, and leave a memory as soon as a newer
 version of it is written. So nobody can have them used twice by assuming an older version.
 """
 
@@ -28,6 +32,8 @@ RESERVED: Final = "@"
 """The first character of the names that the training loop uses in a memory."""
 ONCE: Final = "!"
 """The first character of the names in a memory that are for the next exchange alone."""
+AROUND: Final = "~"
+"""The first character of the names in a memory that are those of wrappers."""
 _SHIFT: Final = 32
 """Lower bits of a version, which hold a stamp; those above hold the round of the method's part."""
 _ROUND: Final = 24
@@ -80,7 +86,7 @@ def as_told(client: Client) -> Client:
 
 
 def parted(memory: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the method's part of a memory, and the loop's.
+    """Return the part of the method and its wrappers, and the loop's.
 
     >>> methods_part, loops_part = parted({"anchor": Tensor(), "@steps": Tensor()})
     >>> list(methods_part), list(loops_part)
@@ -97,15 +103,61 @@ def parted(memory: Payload) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def joined(stays: Payload, methods_part: Payload, loops_part: Payload) -> Payload:
     """Return the memory to write after a round; empty where the old one is kept.
 
-    ``stays``: what the method keeps of this round, empty for nothing new. ``methods_part``: what it
-    has kept so far, which is carried along where there is a ``loops_part`` to write, or something
-    for the next exchange.
+    ``stays``: what method and wrappers keep of this round, empty for nothing new. ``methods_part``:
+    what they have kept so far. Where there is anything to write, as a ``loops_part``, or something
+    for the next exchange, the parts of those that have nothing new are carried along.
     """
-    news, for_once = lasting(stays), once(stays)
-    if not loops_part and not for_once:
-        return news
-    # Writing replaces the whole memory, so the method's older part must be written again.
-    return {**(news or lasting(methods_part)), **for_once, **loops_part}
+    if not stays and not loops_part:
+        return {}
+    # Writing replaces the whole memory, so what is older must be written again.
+    news = own(stays) or own(methods_part)
+    return {**news, **_of_wrappers(stays, methods_part), **once(stays), **loops_part}
+
+
+def _of_wrappers(stays: Payload, before: Payload) -> dict[str, Tensor]:
+    """Return what wrappers keep: each its part of ``stays``, or of ``before`` where it has none."""
+    kept = {name: tensor for name, tensor in stays.items() if name.startswith(AROUND)}
+    owners = {name.partition("/")[0] for name in kept}
+    for name, tensor in before.items():
+        if name.startswith(AROUND) and name.partition("/")[0] not in owners:
+            kept[name] = tensor
+    return kept
+
+
+def own(memory: Payload) -> dict[str, Tensor]:
+    """Return what the method itself keeps in a memory.
+
+    >>> list(own({"anchor": Tensor(), "~0.top_k/w": Tensor(), "!key": Tensor()}))
+    ['anchor']
+    """
+    special = RESERVED, ONCE, AROUND
+    return {name: tensor for name, tensor in memory.items() if not name.startswith(special)}
+
+
+def slice_of(memory: Payload, owner: str) -> dict[str, Tensor]:
+    """Return what the wrapper ``owner`` keeps in a memory, under its own names.
+
+    >>> list(slice_of(with_slice({"anchor": Tensor()}, "0.top_k", {"w": Tensor()}), "0.top_k"))
+    ['w']
+    """
+    prefix = f"{AROUND}{owner}/"
+    entries: dict[str, Tensor] = {}
+    for name, tensor in memory.items():
+        if name.startswith(prefix):
+            entries[name.removeprefix(prefix)] = tensor
+    return entries
+
+
+def without(memory: Payload, owner: str) -> dict[str, Tensor]:
+    """Return a memory as a method inside the wrapper ``owner`` knows it."""
+    prefix = f"{AROUND}{owner}/"
+    return {name: tensor for name, tensor in memory.items() if not name.startswith(prefix)}
+
+
+def with_slice(memory: Payload, owner: str, entries: Payload) -> dict[str, Tensor]:
+    """Return a memory with ``entries`` beside what others keep in it, as those of ``owner``."""
+    named = {f"{AROUND}{owner}/{name}": tensor for name, tensor in entries.items()}
+    return {**memory, **named}
 
 
 def once(memory: Payload) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The seam of wrappers: settings that turn a method into another method."""
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from fedpeft.types import Method
 
@@ -17,4 +17,14 @@ class Wrapper(Protocol):
         in the slice of ``State.server`` under that name (see ``State.slice_of``). The method inside
         never sees that slice.
         """
+        ...
+
+
+@runtime_checkable
+class NeedsReplies(Wrapper, Protocol):
+    """A wrapper with which rounds of few replies change nothing."""
+
+    @property
+    def least(self) -> int:
+        """Return the fewest replies of a round that changes anything."""
         ...

@@ -1,7 +1,9 @@
 """Wrappers go around every method: at rest they change nothing, at work they do what is written, and none sees another's."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,67 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.config import from_tree
 from fedpeft.federation import checkpoint
 from fedpeft.methods import METHODS
-from fedpeft.types import Client, Method, State
-from fedpeft.wrappers import FedAvgM, FedProx
+from fedpeft.types import Client, Method, State, Update
+from fedpeft.wrappers import (
+    WRAPPERS,
+    Bulyan,
+    FedAdagrad,
+    FedAdam,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Krum,
+    Median,
+    NormClip,
+    Quantise,
+    Scaffold,
+    TopK,
+    TrimmedMean,
+)
 from fedpeft.wrappers.fedprox import pull
+from fedpeft.wrappers.wrapper import Wrapper
 from tests.contract.reference import ROUNDS, is_mean, reference, rows, unmeasured
-from tests.tiny import assert_same_state, close, federation, small
+from tests.tiny import (
+    TinyFederation,
+    assert_same,
+    assert_same_state,
+    base_of,
+    bert,
+    close,
+    federation,
+    small,
+)
+
+ON_CLIENTS: Mapping[str, Wrapper] = {
+    "scaffold": Scaffold(),
+    "quantise": Quantise(),
+    "quantise, both ways": Quantise(up="int4", down="bf16"),
+    "top_k": TopK(density=0.3),
+}
+"""Wrappers that change what clients do, beside FedProx."""
+ON_SERVER: Mapping[str, Wrapper] = {
+    "fedadam": FedAdam(),
+    "fedyogi": FedYogi(),
+    "fedadagrad": FedAdagrad(),
+    "norm_clip": NormClip(norm=0.5),
+    "median": Median(),
+    "trimmed_mean": TrimmedMean(share=0.4),
+    "krum": Krum(malicious=0, keep=2),
+    "bulyan": Bulyan(malicious=0),
+}
+"""Wrappers that change what the server does with replies, beside FedAvgM."""
+OF_MEANS = ("scaffold", "median", "trimmed_mean", "krum", "bulyan")
+"""Wrappers that go around methods of means alone."""
+NOT_MEANS = [name for name in METHODS if not is_mean(name, 0)]
+REFUSED = {
+    **{("local_only", kind): "sends no real numbers up" for kind in ("quantise", "top_k")},
+    ("local_only", "quantise, both ways"): "sends no real numbers up",
+    ("local_only", "norm_clip"): "sends no real numbers up",
+    **dict.fromkeys(product(NOT_MEANS, OF_MEANS), "does not merge by a weighted mean"),
+}
+"""(method, wrapper) that do not go together, and why."""
+ROWS = rows(ON_CLIENTS, without=REFUSED)
+SERVER_ROWS = rows(ON_SERVER, without=REFUSED)
 
 EXCHANGING = [name for name in METHODS if name != "local_only"]
 IN_ONE_STAGE = [name for name in EXCHANGING if name != "slora"]
@@ -64,6 +122,75 @@ def test_a_wrapped_run_that_is_resumed_ends_as_one_that_went_on(name: str, tmp_p
     resumed = federation(method, memories=found.memories)
     assert_same_state(resumed.play(2, found.state), last)
     assert unmeasured(resumed.rows) == unmeasured(playing.rows[6:])
+
+
+def test_every_wrapper_is_tried_around_every_method() -> None:
+    tried = {kind.partition(",")[0] for kind in (*ON_CLIENTS, *ON_SERVER)}
+    elsewhere = {"fedprox", "fedavgm", "secagg"}
+    assert tried | elsewhere >= WRAPPERS.keys()
+
+
+@pytest.mark.parametrize(("name", "kind"), REFUSED)
+def test_what_does_not_go_together_is_refused_by_name(name: str, kind: str) -> None:
+    wrapper = {**ON_CLIENTS, **ON_SERVER}[kind]
+    with pytest.raises(BadInput) as refused:
+        wrapper.around(small(name), "0.it").init(base_of(bert()), 0)
+    wrapper_name = kind.partition(",")[0]
+    says = f"wrap.name = '{wrapper_name}': {METHODS[name].__name__} {REFUSED[name, kind]}"
+    assert str(refused.value).startswith(says)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), ROWS)
+def test_two_rounds_are_played_and_resumed_to_the_bit(name: str, kind: str, tmp_path: Path) -> None:
+    method = ON_CLIENTS[kind].around(small(name), "0.it")
+    playing = federation(method)
+    half = playing.play(1)
+    checkpoint.save(tmp_path, half, deepcopy(playing.memories), 0, "c")
+    last = playing.play(1, half)
+    assert not [row.lost for row in playing.rows if row.lost]
+    assert all(tensor.isfinite().all() for tensor in last.shared.values())
+    found = checkpoint.load(tmp_path, ["c"], pytest.fail)
+    assert found is not None
+    resumed = federation(method, memories=found.memories)
+    assert_same_state(resumed.play(1, found.state), last)
+    assert unmeasured(resumed.rows) == unmeasured(playing.rows[3:])
+    for client, version in last.memories.items():
+        assert resumed.memories.get(client, version) == playing.memories.get(client, version)
+    check_travel(name, kind, playing)
+
+
+def check_travel(name: str, kind: str, playing: TinyFederation) -> None:
+    """Assert that what a wrapper keeps in a memory is no news of the method, and that few bytes travel."""
+    plain = reference(name).playing.rows[:6]
+    if kind in ("quantise", "top_k") and name != "fedara":  # whose dying ranks depend on replies
+        assert [row.down for row in playing.rows] == [row.down for row in plain]
+    if kind != "scaffold":
+        assert all(row.up < due.up for row, due in zip(playing.rows, plain, strict=True))
+
+
+@pytest.mark.parametrize(("name", "kind"), SERVER_ROWS)
+def test_two_rounds_are_merged_and_resumed_to_the_bit(name: str, kind: str) -> None:
+    method = ON_SERVER[kind].around(small(name), "0.it")
+    if name == "fedara":  # the form of its second round depends on how the first one was merged
+        playing = federation(method)
+        assert_same_state(playing.play(1, playing.play(1)), federation(method).play(2))
+        assert not [row.lost for row in playing.rows if row.lost]
+        return
+    state = saved = method.init(base_of(bert()), 0)
+    for begin in range(2):
+        updates: list[Update] = []
+        for client, response in reference(name).playing.answers(begin).items():
+            updates.append(Update(Client(client), response.measured.examples, response.payload))
+        merged = method.receive(state, updates)
+        if name != "local_only":
+            both = state.shared.keys() & merged.shared.keys()  # not all, across SLoRA's bridge
+            assert any(not torch.equal(merged.shared[part], state.shared[part]) for part in both)
+        again = method.receive(saved, updates)
+        assert_same_state(again, merged)
+        state, saved = merged, checkpoint.unpack(checkpoint.pack(again))
+    assert state.round == 2
+    assert_same(method.receive(state, ()).shared, state.shared)
 
 
 @pytest.mark.parametrize("name", [name for name in EXCHANGING if is_mean(name, 0)])
@@ -157,6 +284,14 @@ def test_wrap_tables_are_read_outermost_first() -> None:
         ({"mu": 1.0}, r"wrap\[0\].name = None is not a wrapper; choose from: fedprox, fedavgm"),
         ({"name": "fedprox", "nu": 1.0}, r"unknown key 'wrap\[0\].nu'; did you mean 'mu'"),
         ({"name": "fedprox", "mu": -1.0}, r"wrap\[0\].mu = -1.0: must be at least 0"),
+        (
+            {"name": "quantise", "up": "int2"},
+            r"wrap\[0\].up = 'int2': input should be 'bf16', 'int8'",
+        ),
+        ({"name": "top_k", "density": 0.0}, r"wrap\[0\].density = 0.0: must be greater than 0"),
+        ({"name": "trimmed_mean", "share": 0.5}, r"wrap\[0\].share = 0.5: must be less than 0.5"),
+        ({"name": "krum", "keep": 0}, r"wrap\[0\].keep = 0: must be at least 1"),
+        ({"name": "scaffold", "clients": 0}, r"wrap\[0\].clients = 0: must be at least 1"),
     ],
 )
 def test_a_table_that_is_no_wrapper_is_refused_in_one_line(

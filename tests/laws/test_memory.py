@@ -15,8 +15,12 @@ from fedpeft.wire.versions import (
     joined,
     lasting,
     once,
+    own,
     parted,
+    slice_of,
     stamp,
+    with_slice,
+    without,
     written,
     written_by_method,
 )
@@ -119,6 +123,32 @@ def test_what_is_for_one_exchange_is_news_of_nobody_and_written_with_everything(
     assert joined({}, {**anchor, **old_key}, steps) == {**anchor, **steps}
     assert joined({}, {**anchor, **old_key}, {}) == {}, "the memory stays as it was"
     assert (lasting({**anchor, **key}), once({**anchor, **key})) == (anchor, key)
+
+
+def test_what_wrappers_keep_is_no_news_of_the_method_and_outlives_what_others_write() -> None:
+    anchor, other = {"anchor": torch.tensor(1.0)}, {"anchor": torch.tensor(2.0)}
+    owed, old = (
+        {"~0.top_k/w": torch.tensor(3)},
+        {"~0.top_k/w": torch.tensor(4), "~0.top_k/v": torch.tensor(5)},
+    )
+    beside, key = {"~1.scaffold/w": torch.tensor(6)}, {"!key": torch.tensor(7)}
+    steps = {"@steps": torch.tensor(8)}
+    assert own({**anchor, **owed, **key, **steps}) == anchor
+    assert joined(owed, {**anchor, **old, **beside}, {}) == {**anchor, **owed, **beside}
+    assert joined(other, {**anchor, **old}, {}) == {**other, **old}
+    assert joined({**other, **owed}, {**anchor, **old, **beside}, steps) == {
+        **other,
+        **owed,
+        **beside,
+        **steps,
+    }
+    assert joined(key, {**anchor, **owed}, {}) == {**anchor, **owed, **key}
+    assert joined({}, {**anchor, **owed}, steps) == {**anchor, **owed, **steps}
+    assert joined({}, {**anchor, **owed}, {}) == {}
+    memory = with_slice(anchor, "0.top_k", {"w": torch.tensor(3)})
+    assert memory == {**anchor, **owed}
+    assert slice_of({**memory, **beside}, "0.top_k") == {"w": torch.tensor(3)}
+    assert without({**memory, **beside}, "0.top_k") == {**anchor, **beside}
 
 
 def test_what_was_for_one_exchange_leaves_older_versions_once_there_is_a_newer_one() -> None:

@@ -35,7 +35,7 @@ from fedpeft.methods import METHODS
 from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Engine, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode
-from fedpeft.wrappers import SecAgg
+from fedpeft.wrappers import Quantise, Scaffold, SecAgg
 from tests.parity.here import Answering, Here, Node, grid
 from tests.tiny import CONFIG, SEED, assert_same_state, base_of, bert, small, worker
 
@@ -160,6 +160,29 @@ def test_a_round_of_several_exchanges_is_that_of_the_local_engine_and_leaves_no_
             names = set(decode(array.data))
             assert any(name.endswith(":A0") for name in names)
             assert {name for name in names if name.startswith("!")} <= {"!when"}
+
+
+def test_what_wrappers_keep_with_a_client_lies_in_its_nodes_state_beside_the_methods() -> None:
+    around = Scaffold().around(small("federa"), "1.scaffold")
+    packed = Quantise(up="int4").around(around, "0.quantise")
+    here = grid()
+    here._app = app.client_app(lambda _: worker(packed, bert()))
+    state, rows = play(engine(here), method=packed)
+    assert [row.lost for row in rows] == [None] * 2 * 3
+    due, _ = play(LocalEngine(worker(packed, bert())), method=packed)
+    assert_same_state(state, due)
+    for node in here.nodes.values():
+        # The second round's, in which the method had nothing new.
+        kept = [
+            set(decode(array.data))
+            for record in node.context.state.array_records.values()
+            for array in record.values()
+        ][-1]
+        assert any(name.endswith(":A0") for name in kept)
+        assert {name.partition("/")[0] for name in kept if name.startswith("~")} == {
+            "~0.quantise",
+            "~1.scaffold",
+        }
 
 
 def holding(records: Mapping[str, Any]) -> Answering:
