@@ -33,7 +33,7 @@ from fedpeft.wrappers import (
 )
 from fedpeft.wrappers.fedprox import pull
 from fedpeft.wrappers.wrapper import Wrapper
-from tests.contract.reference import ROUNDS, is_mean, reference, rows, unmeasured
+from tests.contract.reference import NOT_MEANS, ROUNDS, is_mean, reference, rows, unmeasured
 from tests.tiny import (
     TinyFederation,
     assert_same,
@@ -65,11 +65,11 @@ ON_SERVER: Mapping[str, Wrapper] = {
 """Wrappers that change what the server does with replies, beside FedAvgM."""
 OF_MEANS = ("scaffold", "median", "trimmed_mean", "krum", "bulyan")
 """Wrappers that go around methods of means alone."""
-NOT_MEANS = [name for name in METHODS if not is_mean(name, 0)]
 REFUSED = {
     **{("local_only", kind): "sends no real numbers up" for kind in ("quantise", "top_k")},
     ("local_only", "quantise, both ways"): "sends no real numbers up",
     ("local_only", "norm_clip"): "sends no real numbers up",
+    **dict.fromkeys(product(["flora", "florist", "fed_sb"], ["top_k", "norm_clip"]), "sends up"),
     **dict.fromkeys(product(NOT_MEANS, OF_MEANS), "does not merge by a weighted mean"),
 }
 """(method, wrapper) that do not go together, and why."""
