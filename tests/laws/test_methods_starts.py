@@ -8,7 +8,7 @@ from fedpeft.mounting import dense_layer
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import Client
 from fedpeft.wire.messages import Kind, Request, Response, decode
-from tests.contract.test_cohorts import SGD, handled
+from tests.contract.test_stacks import SGD, handled
 from tests.products import LAYERS, SCALE, added, mean_product, off, shares, total
 from tests.tiny import (
     CONFIG,
