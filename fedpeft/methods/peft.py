@@ -1,7 +1,7 @@
 """Any tuner of the peft library, put in by peft itself; what it trains is averaged."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.errors import BadInput, NotStackable, WireError
 from fedpeft.mounting import (
     check_dtypes,
+    check_shapes,
     detached,
     plain_parameters,
     replaced,
@@ -92,7 +93,7 @@ class Peft:
         for name, stack in trained.items():
             if name.startswith(PREFIX):
                 makers[name.removeprefix(PREFIX)] = partial(_of_one, stack)
-        _check_shapes(tuned, makers)
+        check_shapes(tuned, makers)
         with replaced(tuned, makers), standing_in(model, tuned), warnings.catch_warnings():
             # Tuners that put something before a text take no segments, and say so in every pass.
             warnings.filterwarnings("ignore", message="Token type ids are not supported")
@@ -146,13 +147,6 @@ def _trained_by(tuned: nn.Module) -> dict[str, Tensor]:
         if parameter.requires_grad:
             trained[f"{PREFIX}{name}"] = parameter.detach().float()
     return trained
-
-
-def _check_shapes(tuned: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    """Raise WireError where what is to stand in for a parameter has another shape."""
-    for name, parameter in tuned.named_parameters():
-        if name in makers and makers[name](parameter).shape != parameter.shape:
-            raise WireError(f"{name} is of another shape than {tuple(parameter.shape)}")
 
 
 def _of_one(stack: Tensor, parameter: Tensor) -> Tensor:

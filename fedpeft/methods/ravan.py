@@ -1,10 +1,8 @@
 """RAVAN: several small cores a layer, of which a weak client trains some (Raje et al. 2025)."""
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -12,6 +10,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Mean, Weighting, weight_of
+from fedpeft.algebra.heads import Start, factors, others, picked, side_by_side
 from fedpeft.algebra.lowrank import by_module, check_ranks, deltas
 from fedpeft.algebra.ranks import share_of
 from fedpeft.mounting import (
@@ -26,8 +25,6 @@ from fedpeft.mounting import (
 )
 from fedpeft.seeds import generator
 from fedpeft.types import Base, Client, Context, Delta, LocalTask, Payload, State, Update
-
-Start = Literal["orthonormal", "normal"]
 
 
 @final
@@ -80,15 +77,16 @@ class Ravan:
         resting: dict[str, Tensor] = {}
         for module, entries in by_module(down).items():
             H, chosen = entries["H"], entries["heads"]  # (K, h, p, p), (K, m)
-            others = _others(chosen, H.shape[1])
-            B, A = self._factors(dense_shape(model, module), context.seed, module)
+            rest = others(chosen, H.shape[1])  # (K, h - m)
+            shape = dense_shape(model, module)
+            B, A = factors(shape, self.heads, self.rank, self.start, context.seed, module)
             B, A = B.to(H), A.to(H)  # (h, out, p), (h, p, in)
-            moving[f"{module}:H"] = _picked(H, chosen)
+            moving[f"{module}:H"] = picked(H, chosen)
             moving[f"{module}:s"] = torch.ones(chosen.shape).to(H)  # they start at 1 in every round
-            between |= _side_by_side(module, B[chosen], A[chosen])
-            if others.shape[1]:
-                resting[f"{module}:H"] = _picked(H, others)
-                resting |= _side_by_side(module, B[others], A[others])
+            between |= side_by_side(module, B[chosen], A[chosen])
+            if rest.shape[1]:
+                resting[f"{module}:H"] = picked(H, rest)
+                resting |= side_by_side(module, B[rest], A[rest])
         trained = trainable(moving)
         branches = trained | between
 
@@ -155,44 +153,3 @@ class Ravan:
                 order = torch.randperm(self.heads, generator=draw)
             chosen[module] = order[:count].sort().values
         return chosen
-
-    def _factors(self, shape: torch.Size, seed: int, module: str) -> tuple[Tensor, Tensor]:
-        """Return all B_i, (h, out, p), and A_i, (h, p, in), of a layer of ``shape``."""
-        out, width = shape
-        count = self.heads * self.rank
-        B = _drawn(out, count, self.start, seed, f"{module}:B").T  # (h p, out)
-        A = _drawn(width, count, self.start, seed, f"{module}:A").T  # (h p, in)
-        left = B.view(self.heads, self.rank, out).mT
-        return left, A.view(self.heads, self.rank, width)
-
-
-@lru_cache(maxsize=1024)
-def _drawn(length: int, count: int, start: Start, seed: int, name: str) -> Tensor:
-    """Return ``count`` random vectors, (length, count); drawn once, for reading only."""
-    with torch.inference_mode(mode=False):
-        draw = torch.randn(length, count, generator=generator(seed, "ravan", name))
-        if start == "normal":
-            return draw / math.sqrt(length)
-        basis: Tensor = torch.linalg.qr(draw.to(torch.float64)).Q
-        return basis.float()
-
-
-def _others(chosen: Tensor, heads: int) -> Tensor:
-    """Return which of ``heads`` are not ``chosen``, (K, m) -> (K, heads - m), ascending."""
-    taken = torch.zeros(len(chosen), heads, dtype=torch.bool, device=chosen.device)
-    taken.scatter_(1, chosen, value=True)
-    # A stable sort of False before True: what is not taken comes first, in order.
-    order = taken.to(torch.int8).argsort(dim=1, stable=True)
-    return order[:, : heads - chosen.shape[1]]
-
-
-def _picked(stack: Tensor, heads: Tensor) -> Tensor:
-    """Return those ``heads``, (K, m), of a stack of cores: (K, h, p, p) -> (K, m, p, p)."""
-    rows = torch.arange(len(stack), device=stack.device).unsqueeze(1)
-    return stack[rows, heads]
-
-
-def _side_by_side(module: str, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-    """Return the factors of m heads, (K, m, out, p) and (K, m, p, in), as a branch of rank m p."""
-    left = B.permute(0, 2, 1, 3).flatten(2)  # (K, out, m p)
-    return {f"{module}:B": left, f"{module}:A": A.flatten(1, 2)}

@@ -26,7 +26,7 @@ from fedpeft.mounting.packed import BLOCK, Packed, PackedLinear, packed_layers, 
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
 from fedpeft.mounting.rows import row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
-from fedpeft.mounting.twins import twin_of
+from fedpeft.mounting.twins import check_shapes, twin_of
 
 __all__ = [
     "BLOCK",
@@ -39,6 +39,7 @@ __all__ = [
     "cast_once",
     "changes",
     "check_dtypes",
+    "check_shapes",
     "dense_layer",
     "dense_shape",
     "describe",

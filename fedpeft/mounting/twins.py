@@ -1,9 +1,12 @@
 """A second model on the same parameters, whose modules another library may change."""
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from fedpeft.errors import WireError
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -19,3 +22,10 @@ def twin_of(model: nn.Module) -> nn.Module:
     for tensor in [*model.parameters(), *model.buffers()]:
         memo[id(tensor)] = tensor
     return copy.deepcopy(model, memo)
+
+
+def check_shapes(tuned: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """Raise WireError where what is to stand in for a parameter has another shape."""
+    for name, parameter in tuned.named_parameters():
+        if name in makers and makers[name](parameter).shape != parameter.shape:
+            raise WireError(f"{name} is of another shape than {tuple(parameter.shape)}")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedpeft.algebra.heads import factors
 from fedpeft.algebra.lowrank import LowRank
 from fedpeft.errors import BadInput, WireError
 from fedpeft.mounting import mounted, mounted_deltas
@@ -135,7 +136,7 @@ def test_ravan_merges_exactly_and_sends_cores_alone() -> None:
         assert pair is not None
         A = pair[1][0].double()
         exact = torch.zeros(32, 32, dtype=torch.float64)
-        B = frozen_B(playing.method, module)
+        B = frozen_B(module)
         for share, answer in zip(shares(answers), answers, strict=True):
             H = answer.payload[f"{module}:H"].double()
             for i in range(2):
@@ -149,9 +150,9 @@ def test_ravan_merges_exactly_and_sends_cores_alone() -> None:
     assert {n for a in answers for n in a.payload} == {f"{m}:H" for m in LAYERS} | HEAD
 
 
-def frozen_B(method: object, module: str) -> Tensor:
-    """Return RAVAN's B of a layer of 32 x 32, all heads side by side."""
-    left, _ = method._factors(torch.Size((32, 32)), SEED, module)  # type: ignore[attr-defined]
+def frozen_B(module: str) -> Tensor:
+    """Return RAVAN's B of a layer of 32 x 32, two heads of rank 3 side by side."""
+    left, _ = factors(torch.Size((32, 32)), 2, 3, "orthonormal", SEED, module)
     return torch.cat(list(left), dim=1).double()
 
 
