@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, final
 
 from fedpeft.deployment.certificates import loopback_tls
+from fedpeft.deployment.now import Announced
 from fedpeft.deployment.offer import Offer, offer_of
 from fedpeft.deployment.server import Known, Roster, SitesRun, read_roster, sites_run
 from fedpeft.engines.flower.engine import FlowerEngine
@@ -180,7 +181,7 @@ def serve_one(
         assert begin is not None
         run_rounds(
             run,
-            engine,
+            Announced(engine, job.folder),
             job.folder,
             begin,
             on_progress,

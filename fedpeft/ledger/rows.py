@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Final, final
 
 _LEAST, _MOST = "least", "most"
 """The keys of a field's metadata in ``Measured``: the range of values that can be true."""
@@ -110,6 +110,10 @@ class RunRow:
     metric_is_share: bool = True
 
 
+LATE: Final = "no answer within"
+"""How the reason of a reply begins that was lost because it did not come in time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
     """One client in one round, or in one phase of it where a round has several exchanges.
@@ -127,6 +131,15 @@ class ClientRow:
     measured: Measured = Measured()
     lost: str | None = None
     phase: int = 0
+
+    @property
+    def late(self) -> bool:
+        """Return whether the reply was lost because it did not come in time.
+
+        >>> ClientRow(round=0, client=1, down=5, up=0, lost="no answer within 3 s").late
+        True
+        """
+        return self.lost is not None and self.lost.startswith(LATE)
 
 
 @dataclass(frozen=True, kw_only=True)
