@@ -229,9 +229,7 @@ def serve(
     _serve(jobs, root / "report", overwrite, log)
 
 
-def _serve(
-    jobs: Sequence[Any], report: Path, overwrite: bool = False, form: str = "lines"
-) -> None:
+def _serve(jobs: Sequence[Any], report: Path, overwrite: bool = False, form: str = "lines") -> None:
     """Serve runs, with a bar or a line for each round, and report on them."""
     from fedpeft.cli.logs import log_of, round_lines
     from fedpeft.deployment.serve import serve

@@ -18,7 +18,7 @@ STARTING: Final = 120.0
 LEAVING: Final = 10.0
 """Seconds in which it may end by itself."""
 LOG: Final = "trainer.log"
-"""What a trainer says, beside its socket: why it failed, with paths and data, for its user alone."""
+"""What a trainer says, beside its socket: why it failed, with paths and data, for its user only."""
 LARGEST: Final = 1 << 20
 """Bytes beyond which that file begins anew at the next start."""
 

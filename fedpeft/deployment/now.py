@@ -1,4 +1,4 @@
-"""``now.json`` in a run's folder: who is there and who has answered, for those who watch the run."""
+"""``now.json`` in a run's folder: who is there and who has answered, for those who watch it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
