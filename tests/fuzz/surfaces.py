@@ -46,12 +46,9 @@ from fedpeft.federation import checkpoint
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import (
     FILE,
-    ClientRow,
-    EvaluationRow,
     Follower,
     Ledger,
     Row,
-    RunRow,
     stream,
     to_json,
 )
@@ -69,8 +66,8 @@ from fedpeft.wire.messages import (
     decode,
     digest,
     encode,
-    form,
     forgotten,
+    form,
 )
 from tests import tiny
 from tests.strategies import bits
@@ -708,7 +705,7 @@ def gate_target(content: bytes) -> str:
     for parser in (HttpToolsProtocol, H11Protocol):
         gate.upstream.asked.clear()
         gate.faults.records.clear()
-        with mock.patch.object(gates, "now", lambda: NOON):
+        with mock.patch.object(gates, "now", return_value=NOON):
             answer = gate.ask(parser, content)
         if gate.faults.records:
             raise AssertionError(gate.faults.records[0].getMessage()) from (
