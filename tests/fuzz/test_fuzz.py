@@ -1,5 +1,6 @@
 """No input crashes, hangs, or takes more memory than its surface declares; what is taken is equal to what was meant."""
 
+import os
 import random
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .trying import Tally, found_inputs, try_mutations, try_one, warmed
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 FULL = 10_000
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+"""Of Hypothesis, for each surface; ``make fuzz`` asks for more."""
 FOUND = found_inputs()
 
 
@@ -43,7 +46,7 @@ def test_ten_thousand_mutations_are_refused_or_decoded_to_an_equal_payload(name:
 def test_what_hypothesis_draws_is_refused_or_decoded_to_an_equal_payload(name: str) -> None:
     surface, seeds = warmed(name)
 
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=EXAMPLES)
     @given(st.one_of(st.binary(max_size=300), edited(surface, list(seeds))))
     def law(content: bytes) -> None:
         try_one(surface, content, Tally())
