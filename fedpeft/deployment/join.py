@@ -64,6 +64,7 @@ class Answering:
     ) -> None:
         self._site = site
         self._trainer = trainer
+        self._say = say
         self._tell = tell or in_lines(say)
         self._last = LastReply(site.state)
 
