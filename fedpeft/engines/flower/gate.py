@@ -97,13 +97,10 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
         if request.url.path not in FLEET:
             return PlainTextResponse("forbidden", 403)
         body = bytearray()
-        try:
-            async for piece in request.stream():
-                body += piece
-                if len(body) > BODY:
-                    return PlainTextResponse("too large", 413)
-        except ClientDisconnect:  # nobody reads the answer; a traceback would fill the log
-            return PlainTextResponse("left", 400)
+        async for piece in request.stream():
+            body += piece
+            if len(body) > BODY:
+                return PlainTextResponse("too large", 413)
         headers = {name: value for name, value in request.headers.items() if name in HEADERS}
         try:
             answer = await request.app.state.client.post(
@@ -133,7 +130,13 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
             Route("/{path:path}", forward, methods=["GET", "POST"]),
         ],
         lifespan=life,
+        exception_handlers={ClientDisconnect: _left},
     )
+
+
+def _left(_request: Request, _error: Exception) -> Response:
+    """Answer whoever left within the body: nobody reads it, but a traceback would fill the log."""
+    return PlainTextResponse("left", 400)
 
 
 def is_signed(headers: Mapping[str, str], known: set[str]) -> bool:
