@@ -6,6 +6,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final, final
 
@@ -50,6 +51,7 @@ def try_one(surface: Surface, content: bytes, tally: Tally) -> None:
     tally.worst = max(tally.worst, peak / bound)
 
 
+@cache
 def warmed(name: str) -> tuple[Surface, Sequence[bytes]]:
     """Return a surface and its seeds, each of which was tried, so that what is made once is not counted later."""
     surface = SURFACES[name]
