@@ -211,7 +211,8 @@ class Watch:
             stage = Stage.FINISHED
         elif rounds is None and written:
             stage = Stage.WAITING
-        pace = last = None
+        pace: float | None = None
+        last = 0.0
         if len(self._times) > 1:
             (first_round, first), (last_round, latest) = self._times[0], self._times[-1]
             pace = max(0.0, latest - first) / (last_round - first_round)
@@ -222,7 +223,7 @@ class Watch:
             stage=stage,
             done=done,
             summed=self._summed,
-            round_seconds=last or 0.0,
+            round_seconds=last,
             pace=pace,
             now=read_now(self.folder),
         )

@@ -338,16 +338,17 @@ def ledger_target(content: bytes) -> str:
     """Rows are read, by a report and by a watcher alike, or the line that is none is named."""
     path = _folder() / FILE
     path.write_bytes(content)
+    read: list[Row] = []
     followed: list[Row] = []
     refusals: list[str] = []
-    for read in (
-        lambda: list(stream(path)),
-        lambda: Follower(path).look(followed.append, followed.clear),
-    ):
-        try:
-            rows = read()
-        except BadInput as error:
-            refusals.append(str(error))
+    try:
+        read += stream(path)
+    except BadInput as error:
+        refusals.append(str(error))
+    try:
+        Follower(path).look(followed.append, followed.clear)
+    except BadInput as error:
+        refusals.append(str(error))
     if refusals:
         assert len(refusals) == 2
         assert refusals[0] == refusals[1]
@@ -357,8 +358,7 @@ def ledger_target(content: bytes) -> str:
         for row in followed:
             ledger.append(row)
     again = [repr(to_json(row)) for row in stream(path)]
-    assert again == [repr(to_json(row)) for row in followed]
-    del rows
+    assert again == [repr(to_json(row)) for row in followed] == [repr(to_json(row)) for row in read]
     return TAKEN
 
 
@@ -708,10 +708,8 @@ def gate_target(content: bytes) -> str:
         gate.faults.records.clear()
         with mock.patch.object(gates, "now", return_value=NOON):
             answer = gate.ask(parser, content)
-        if gate.faults.records:
-            raise AssertionError(gate.faults.records[0].getMessage()) from (
-                gate.faults.records[0].exc_info or (0, None)
-            )[1]
+        for record in gate.faults.records:
+            raise AssertionError(record.getMessage()) from (record.exc_info or [None, None])[1]
         for path, body, headers in gate.upstream.asked:
             assert path in gates.FLEET
             assert len(body) <= len(content)

@@ -143,7 +143,8 @@ def test_a_ledger_that_grows_by_any_pieces_is_read_once_and_whole(
         whole.grow()
     content = (whole.folder / FILE).read_bytes()
     path = whole.folder / "growing.jsonl"
-    follower, seen = Follower(path), []
+    follower = Follower(path)
+    seen: list[Row] = []
     forgotten: list[int] = []
 
     def forget() -> None:
@@ -177,11 +178,12 @@ def test_a_ledger_is_not_read_twice(run: Growing, monkeypatch: pytest.MonkeyPatc
 
     lines: list[int] = []
     real = module.row_of
-    monkeypatch.setattr(
-        module,
-        "row_of",
-        lambda path, number, line: (lines.append(number), real(path, number, line))[1],
-    )
+
+    def counted(path: Path, number: int, line: bytes) -> Row:
+        lines.append(number)
+        return real(path, number, line)
+
+    monkeypatch.setattr(module, "row_of", counted)
     watch = Watch(run.folder)
     for _ in range(ROUNDS):
         run.grow()
