@@ -4,7 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Final, final
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, Final, final, get_args, get_origin
 
 _LEAST, _MOST = "least", "most"
 """The keys of a field's metadata in ``Measured``: the range of values that can be true."""
@@ -177,8 +179,36 @@ def to_json(row: Row) -> dict[str, object]:
 def from_json(content: Mapping[str, Any]) -> Row:
     """Return the row that ``to_json`` turned into ``content``; KeyError or TypeError for others."""
     row_fields = dict(content)
-    read = _READERS[row_fields.pop("kind")]
-    return read(row_fields)
+    row = _READERS[row_fields.pop("kind")](row_fields)
+    _check_kinds(row)
+    return row
+
+
+def _check_kinds(row: Row | Measured) -> None:
+    """Raise TypeError where a field holds something of another kind than it should."""
+    for name, kinds in _kinds_of(type(row)).items():
+        value = getattr(row, name)
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} = {value!r:.40}")
+        if isinstance(value, Measured):
+            _check_kinds(value)
+    if isinstance(row, EvaluationRow):
+        for name, score in row.metrics.items():
+            if not isinstance(score, int | float):
+                raise TypeError(f"{name} = {score!r:.40}")
+
+
+@cache
+def _kinds_of(kind: type) -> dict[str, tuple[type, ...]]:
+    """Return the classes of what each field of a dataclass may hold."""
+    kinds: dict[str, tuple[type, ...]] = {}
+    for one in fields(kind):
+        parts = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+        classes = [get_origin(part) or part for part in parts]  # Mapping[str, float] -> Mapping
+        if float in classes:
+            classes.append(int)
+        kinds[one.name] = tuple(classes)
+    return kinds
 
 
 def _client_row(content: Mapping[str, Any]) -> ClientRow:

@@ -41,6 +41,7 @@ from fedpeft.engines.flower import gate as gates
 from fedpeft.engines.flower.reach import KEY_ROUTE, OFFER_ROUTE
 from fedpeft.errors import BadInput, WireError
 from fedpeft.experiment.config import from_tree
+from fedpeft.experiment.watching import Summed
 from fedpeft.federation import checkpoint
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import (
@@ -353,10 +354,12 @@ def ledger_target(content: bytes) -> str:
         assert len(refusals) == 2
         assert refusals[0] == refusals[1]
         return REFUSED
+    summed = Summed()
     with Ledger(path) as ledger:
         ledger.cut(0)
         for row in followed:
             ledger.append(row)
+            summed.add(row)
     again = [repr(to_json(row)) for row in stream(path)]
     assert again == [repr(to_json(row)) for row in followed] == [repr(to_json(row)) for row in read]
     return TAKEN
