@@ -10,9 +10,15 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["fedpeft"]):
+    from tests.fuzz.mutate import NUMBERS, TOKENS
     from tests.fuzz.surfaces import SURFACES
 
 FOLDER = Path(".fuzz")
+
+
+def _escaped(token: bytes) -> str:
+    """Return a word as libFuzzer's dictionaries have it."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in token) + '"'
 
 
 def main(name: str, options: list[str]) -> None:
@@ -24,12 +30,18 @@ def main(name: str, options: list[str]) -> None:
     for number, seed in enumerate(surface.seeds()):
         (corpus / f"seed-{number}").write_bytes(seed)
 
+    words = FOLDER / name / "words"
+    words.write_text(
+        "".join(f"{_escaped(token)}\n" for token in [*TOKENS, *NUMBERS] if len(token) < 64)
+    )
+
     def target(content: bytes) -> None:
         surface.target(content)
 
     arguments = [
         sys.argv[0],
         f"-artifact_prefix={found}/",
+        f"-dict={words}",
         "-max_len=65536",
         "-timeout=10",
         "-rss_limit_mb=3000",
