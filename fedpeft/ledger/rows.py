@@ -186,7 +186,8 @@ def from_json(content: Mapping[str, Any]) -> Row:
 
 def _check_kinds(row: Row | Measured) -> None:
     """Raise TypeError where a field holds something of another kind than it should."""
-    for name, kinds in _kinds_of(type(row)).items():
+    kind: Any = type(row)
+    for name, kinds in _kinds_of(kind).items():
         value = getattr(row, name)
         if not isinstance(value, kinds):
             raise TypeError(f"{name} = {value!r:.40}")

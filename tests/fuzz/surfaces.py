@@ -647,7 +647,7 @@ class _Gate:
         app = gates.gate("127.0.0.1:1", "none", self.folder, self.folder / "offer.json")
         app.state.client = self.upstream
         self.config = UvicornConfig(
-            app, lifespan="off", log_config=None, access_log=False, server_header=False
+            app, lifespan="off", ws="none", log_config=None, access_log=False, server_header=False
         )
         self.config.load()
         self.loop = asyncio.new_event_loop()

@@ -115,12 +115,14 @@ def test_a_trainers_own_words_go_into_a_file_of_its_users_alone(
     for times in (1, 2):
         with pytest.raises(BadInput, match=f"did not start: {MARK}$"):
             trainer.start()
+        trainer.stop()
         log = tmp_path / "state" / child.LOG
         assert log.read_text().count(MARK) == 2 * times
         assert log.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(child, "LARGEST", 10)
     with pytest.raises(BadInput):
         trainer.start()
+    trainer.stop()
     assert log.read_text().count(MARK) == 2
     assert MARK not in "".join(capfd.readouterr())
     assert sys.executable != str(program)

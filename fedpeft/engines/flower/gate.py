@@ -184,6 +184,7 @@ def main(settings: dict[str, Any]) -> None:
         port=settings["port"],
         ssl_certfile=settings["certificate"],
         ssl_keyfile=settings["key"],
+        ws="none",  # of HTTP it passes requests alone
         access_log=False,
         log_level="warning",
         server_header=False,
