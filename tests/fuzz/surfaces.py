@@ -730,15 +730,15 @@ def gate_target(content: bytes) -> str:
 SURFACES: Final[Mapping[str, Surface]] = {
     one.name: one
     for one in (
-        Surface("codec", codec_seeds, codec_target, fixed=100_000, each=20, quick=1500),
+        Surface("codec", codec_seeds, codec_target, fixed=100_000, each=20, quick=1000),
         Surface("wire", wire_seeds, wire_target, fixed=100_000, each=20, quick=600),
         Surface(
-            "checkpoint", checkpoint_seeds, checkpoint_target, fixed=200_000, each=20, quick=300
+            "checkpoint", checkpoint_seeds, checkpoint_target, fixed=200_000, each=20, quick=150
         ),
         Surface("ledger", ledger_seeds, ledger_target, fixed=400_000, each=40, quick=300),
-        Surface("offer", offer_seeds, offer_target, fixed=400_000, each=40, quick=300),
+        Surface("offer", offer_seeds, offer_target, fixed=400_000, each=40, quick=80),
         Surface("socket", socket_seeds, socket_target, fixed=2_000_000, each=40, quick=150),
-        Surface("worker", worker_seeds, worker_target, fixed=2_000_000, each=20, quick=100),
+        Surface("worker", worker_seeds, worker_target, fixed=2_000_000, each=20, quick=60),
         Surface("gate", gate_seeds, gate_target, fixed=400_000, each=40, quick=300),
     )
 }
