@@ -30,6 +30,7 @@ from fedpeft.experiment.run_folder import NOW
 from fedpeft.experiment.watching import Now, Stage, Standing, Traffic, Watch, read_now
 from fedpeft.federation.checkpoint import manifest
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Follower, Ledger, Measured, Row, read
+from fedpeft.ledger.file import row_of
 from fedpeft.types import Client, Lost, Reply
 from tests.laws.test_ledger import RUN
 
@@ -161,8 +162,7 @@ def test_a_ledger_that_grows_by_any_pieces_is_read_once_and_whole(
         assert seen == read(path)
     assert not forgotten
     # A run that goes on from an earlier checkpoint writes other rows there.
-    with path.open("r+b") as file:
-        file.truncate(whole.lengths[cut])
+    os.truncate(path, whole.lengths[cut])
     with Ledger(path) as ledger:
         for row in rows_of(7) * (ROUNDS + 1):
             ledger.append(row)
@@ -174,16 +174,13 @@ def test_a_ledger_that_grows_by_any_pieces_is_read_once_and_whole(
 
 
 def test_a_ledger_is_not_read_twice(run: Growing, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpeft.ledger import follow as module
-
     lines: list[int] = []
-    real = module.row_of
 
     def counted(path: Path, number: int, line: bytes) -> Row:
         lines.append(number)
-        return real(path, number, line)
+        return row_of(path, number, line)
 
-    monkeypatch.setattr(module, "row_of", counted)
+    monkeypatch.setattr("fedpeft.ledger.follow.row_of", counted)
     watch = Watch(run.folder)
     for _ in range(ROUNDS):
         run.grow()
@@ -250,6 +247,11 @@ def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
     return Console(file=out, force_terminal=terminal, width=120, emoji=False), out
 
 
+def never(_: float) -> None:
+    """Be slept in by nobody: the run is over."""
+    pytest.fail("waited for a run that is over")
+
+
 def test_where_there_is_no_terminal_each_round_is_a_line_and_the_last_one_ends_it(
     run: Growing,
 ) -> None:
@@ -265,7 +267,7 @@ def test_where_there_is_no_terminal_each_round_is_a_line_and_the_last_one_ends_i
     assert "accuracy 0.400 after round 4 (best 0.500)" in lines[-1]
     assert lines[-1].endswith("finished")
     assert "\x1b" not in out.getvalue()
-    follow(run.folder, plain, pytest.fail)  # a run that is over is told at once
+    follow(run.folder, plain, never)  # a run that is over is told at once
     assert out.getvalue().splitlines()[-1] == lines[-1]
 
 
@@ -306,13 +308,13 @@ def test_a_run_whose_process_has_ended_early_is_told_and_left(tmp_path: Path) ->
         growing.begin()
         growing.grow()
     assert not is_written(growing.folder)
-    follow(growing.folder, plain, pytest.fail)
+    follow(growing.folder, plain, never)
     assert out.getvalue().strip().endswith("stopped")
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="holds no run"):
-        follow(tmp_path / "none", console(terminal=False)[0], pytest.fail)
+        follow(tmp_path / "none", console(terminal=False)[0], never)
 
 
 def test_a_look_is_in_no_writers_way(tmp_path: Path) -> None:
