@@ -670,7 +670,8 @@ class _Gate:
         protocol = parser(config=self.config, server_state=state, app_state={}, _loop=self.loop)
         transport = _Transport()
         protocol.connection_made(transport)
-        protocol.data_received(content)
+        if content:  # asyncio never hands over nothing: to h11 it would be the end of the stream
+            protocol.data_received(content)
         for _ in range(5):  # what is complete is answered by now
             await asyncio.sleep(0)
         protocol.connection_lost(None)
