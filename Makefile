@@ -1,6 +1,7 @@
 # make demo: set up and train a federation with seven methods.  make test: set up and test.  make help: the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+SECONDS ?= 30
 # Threads that spin for long while they wait stall each other when the cores are shared (fedpeft/cli/app.py, WAITING).
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 1000
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --con
 # One process of tests for each core, each with whole files, whose fixtures cost the most.
 PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-llm deploy-demo compare test test-all lint setup clean
+.PHONY: help demo demo-llm deploy-demo compare test test-all fuzz lint setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -37,6 +38,10 @@ test: $(BIN)/.test ## lint, check types, run the tests
 test-all: test ## and the tests that take long
 	$(PYTEST) -m slow
 
+fuzz: $(BIN)/.fuzz ## wrong input for all that reads what others send (10 minutes; SECONDS of atheris for each surface: 30)
+	FUZZ_EXAMPLES=2000 $(BIN)/pytest -k hypothesis tests/fuzz
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
 lint: $(BIN)/.test ## put the code into form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -45,7 +50,7 @@ lint: $(BIN)/.test ## put the code into form
 setup: $(BIN)/.test ## everything a developer needs
 
 clean: ## remove the environment and all caches; runs stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz dist
 
 # torch comes first and by its exact version: on some systems the plain name would fetch gigabytes of CUDA libraries.
 $(BIN)/python:
@@ -75,4 +80,9 @@ $(BIN)/.flower: pyproject.toml constraints.txt | $(BIN)/.demo
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
 	$(PIP) --editable '.[data,flower,quant,dev]'
 	$(PIP) --no-deps flwr-datasets seaborn
+	@touch $@
+
+# Where the coverage-guided fuzzer has no wheel, mutations and Hypothesis are tried alone.
+$(BIN)/.fuzz: pyproject.toml constraints.txt | $(BIN)/.test
+	$(PIP) --editable '.[fuzz]'
 	@touch $@

@@ -27,7 +27,7 @@ WINGS: Mapping[str, str] = {
     "training": "mounting seeds tasks wire",
     "models": "data mounting seeds tasks training wire",
     "federation": "ledger seeds tasks training wire",
-    "engines": "federation wire",
+    "engines": "federation ledger wire",
     "experiment": "data engines federation ledger methods models mounting seeds tasks training wire wrappers",
     "deployment": "data engines experiment federation ledger methods models seeds tasks training wire",
     "api": "experiment",

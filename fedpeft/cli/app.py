@@ -64,6 +64,10 @@ Target = Annotated[
         "method's."
     ),
 ]
+LogForm = Annotated[
+    Literal["lines", "json"],
+    typer.Option("--log", help="How what happens is written: lines for people, or JSON."),
+]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
@@ -199,6 +203,7 @@ def serve(
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
     resume: Resume = False,
+    log: LogForm = "lines",
 ) -> None:
     """Be the server of a federation of sites, each of which runs `fedpeft join`."""
     from fedpeft.cli import parsing as arguments
@@ -215,44 +220,61 @@ def serve(
     if not methods:
         chosen = from_tree(tree)
         jobs = [job_of(chosen, runs / chosen.name, resume=resume)]
-        _serve(jobs, runs / chosen.name / "report", overwrite)
+        _serve(jobs, runs / chosen.name / "report", overwrite, log)
         return
     named = {"compare": {"methods": arguments.names(methods)}}
     planned = plan(merge(tree, named))
     root = runs / f"{planned[0].config.name}-sites"
     jobs = [job_of(one.config, one.folder(root), resume=resume) for one in planned]
-    _serve(jobs, root / "report", overwrite)
+    _serve(jobs, root / "report", overwrite, log)
 
 
-def _serve(jobs: Sequence[Any], report: Path, overwrite: bool = False) -> None:
-    """Serve runs, with a bar for each, and report on them."""
+def _serve(jobs: Sequence[Any], report: Path, overwrite: bool = False, form: str = "lines") -> None:
+    """Serve runs, with a bar or a line for each round, and report on them."""
+    from fedpeft.cli.logs import log_of, round_lines
     from fedpeft.deployment.serve import serve
 
     def go_on() -> str:
         return resume_one(jobs[0].folder) if len(jobs) == 1 else resume_all()
 
+    log = log_of(form, "serve", _say)
     with stoppable(go_on), ended_as_interrupted():
-        with progress_bars(out) as watch:
+        with progress_bars(out) as bars:
+            # A log, and what is no terminal, get a line after each round instead of a bar.
+            watch = bars if out.is_terminal and form == "lines" else round_lines(log.tell)
             folders = serve(
                 jobs,
                 overwrite=overwrite,
-                say=_say,
+                say=log.say,
                 on_progress=lambda job: watch(job.config.label or job.config.name),
+                tell=log.tell,
             )
-        _report(folders, report)
+        _report(folders, report, shown=form == "lines")
 
 
 @app.command()
 def join(
     site: Annotated[Path, typer.Argument(help="The site's TOML file.", show_default=False)],
+    log: LogForm = "lines",
 ) -> None:
     """Be a site of a federation: train on data that stay here."""
     from fedpeft.engines.flower import private
 
     private.check(private.SITE)
+    from fedpeft.cli.logs import log_of
     from fedpeft.deployment.join import join
 
-    join(site, _say)
+    told = log_of(log, "join", _say)
+    join(site, told.say, told.tell)
+
+
+@app.command()
+def watch(run: Folder) -> None:
+    """Follow a run that another process trains, here or on sites, until it ends."""
+    from fedpeft.cli.watch import follow
+
+    with ended_as_interrupted():
+        follow(run, out)
 
 
 @app.command()
@@ -622,15 +644,25 @@ def report(
 
 
 def _report(
-    folders: Sequence[Path], to: Path, target: float | None = None, bandwidth: float = 1e6
+    folders: Sequence[Path],
+    to: Path,
+    target: float | None = None,
+    bandwidth: float = 1e6,
+    *,
+    shown: bool = True,
 ) -> None:
-    """Print the report on ``folders`` and write its files; the figures only with matplotlib."""
+    """Write the files of the report on ``folders``, the figures only with matplotlib.
+
+    ``shown``: whether it is printed, too.
+    """
     from importlib.util import find_spec
 
     from fedpeft.report import write
 
     plots = find_spec("matplotlib") is not None
-    _wide().print(write(folders, to, target=target, bandwidth=bandwidth, plots=plots))
+    tables = write(folders, to, target=target, bandwidth=bandwidth, plots=plots)
+    if shown:
+        _wide().print(tables)
 
 
 def _wide() -> Console:

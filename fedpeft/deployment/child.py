@@ -1,13 +1,14 @@
 """The trainer as its parent sees it: a child process that is started, asked, and started again."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, final
+from typing import IO, Final, final
 
 from fedpeft.errors import BadInput, WireError
 from fedpeft.wire.frames import Closed, Frame, connected, receive, send
@@ -16,6 +17,10 @@ STARTING: Final = 120.0
 """Seconds that a trainer may take until it listens: it loads torch first."""
 LEAVING: Final = 10.0
 """Seconds in which it may end by itself."""
+LOG: Final = "trainer.log"
+"""What a trainer says, beside its socket: why it failed, with paths and data, for its user only."""
+LARGEST: Final = 1 << 20
+"""Bytes beyond which that file begins anew at the next start."""
 
 
 @final
@@ -25,6 +30,8 @@ class TrainerProcess:
     def __init__(self, settings: Path, path: Path, say: Callable[[str], None]) -> None:
         self._settings = settings
         self._path = path
+        self._log = path.parent / LOG
+        self._told_before = 0  # bytes of it that are of earlier trainers
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
@@ -34,13 +41,20 @@ class TrainerProcess:
         self.stop()
         command = [sys.executable, "-m", "fedpeft.deployment.trainer", str(self._settings), "child"]
         # A group of its own: Ctrl-C in a terminal ends the parent, which then ends the trainer.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        # What it says goes to a file: this process's own output may be carried elsewhere.
+        with _private(self._log) as log:
+            self._told_before = log.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + STARTING
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise BadInput(f"{self._settings}: the trainer did not start; see above")
+                raise BadInput(f"{self._settings}: the trainer did not start: {self._reason()}")
             try:
                 self._connection = connected(self._path)
             except Closed:
@@ -75,6 +89,12 @@ class TrainerProcess:
             return f" (code {self._process.wait(1.0)})"
         return ""
 
+    def _reason(self) -> str:
+        """Return the last line that this trainer has said."""
+        told = self._log.read_bytes()[self._told_before :].decode("utf-8", "replace")
+        lines = told.splitlines()
+        return lines[-1].removeprefix("fedpeft: ") if lines else "it said nothing"
+
     def stop(self) -> None:
         """End the trainer."""
         if self._connection is not None:
@@ -91,6 +111,15 @@ class TrainerProcess:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+
+def _private(path: Path) -> IO[bytes]:
+    """Return the file at ``path``, open to be added to, which its user alone can read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One that has grown large over many starts begins anew.
+    large = path.exists() and path.stat().st_size > LARGEST
+    kept = 0 if not large else os.O_TRUNC
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | kept, 0o600), "ab")
 
 
 @contextlib.contextmanager

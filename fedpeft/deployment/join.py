@@ -6,6 +6,7 @@ on to the trainer are bytes that it does not look into.
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -16,9 +17,10 @@ from typing import Any, final
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fedpeft.deployment.child import TrainerProcess, trainer_process
+from fedpeft.deployment.child import LOG, TrainerProcess, trainer_process
 from fedpeft.deployment.replies import LastReply
 from fedpeft.deployment.site import Site, read_site
+from fedpeft.deployment.telling import Tell, in_lines
 from fedpeft.engines.flower.connector import Asked, Session, forever
 from fedpeft.engines.flower.reach import Gate
 from fedpeft.errors import BadInput, WireError
@@ -52,12 +54,18 @@ def gate_of(site: Site) -> Gate:
 
 @final
 class Answering:
-    """Answers what the server asks, by the trainer; a request that comes again, from disk."""
+    """Answers what the server asks, by the trainer; a request that comes again, from disk.
 
-    def __init__(self, site: Site, trainer: TrainerProcess, say: Say) -> None:
+    ``tell`` gets what is done, with fields; left out, ``say`` gets the lines.
+    """
+
+    def __init__(
+        self, site: Site, trainer: TrainerProcess, say: Say, tell: Tell | None = None
+    ) -> None:
         self._site = site
         self._trainer = trainer
         self._say = say
+        self._tell = tell or in_lines(say)
         self._last = LastReply(site.state)
 
     def __call__(self, asked: Asked) -> "bytes | Mapping[str, Any]":
@@ -66,11 +74,19 @@ class Answering:
             return self._about(asked.to)
         key = LastReply.key(dict(asked.to), asked.request)
         if (kept := self._last.get(key)) is not None:
-            self._say("asked again, answered as before")
+            self._tell("again", "asked again, answered as before", up=len(kept))
             return kept
+        began = time.monotonic()
         reply = self._answered(self._trainer.ask(_request(asked)))
         self._last.put(key, reply.body)
-        self._say(f"{reply.header.get('done', 'answered')}, {len(reply.body)} bytes")
+        self._tell(
+            "answered",
+            f"{reply.header.get('done', 'answered')}, {len(reply.body)} bytes",
+            round=reply.header.get("round"),
+            down=len(asked.request),
+            up=len(reply.body),
+            seconds=round(time.monotonic() - began, 3),
+        )
         return reply.body
 
     def _about(self, to: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,14 +99,16 @@ class Answering:
             return about
         said = self._trainer.ask(Frame({"kind": "about", "config": to["config"]}))
         header = self._answered(said).header
-        self._say(f"ready for a run, with {header.get('examples')} examples")
+        examples = header.get("examples")
+        self._tell("ready", f"ready for a run, with {examples} examples", examples=examples)
         return {**about, **header}
 
     def _answered(self, frame: Frame) -> Frame:
         """Return ``frame``; WireError where the trainer tells of an error."""
         if "error" in frame.header:
-            self._say(f"refused: {frame.header['error']}")
-            raise WireError(str(frame.header["error"]))
+            reason = str(frame.header["error"])
+            self._tell("refused", f"refused: {reason} ({LOG} has the rest)", reason=reason)
+            raise WireError(reason)
         return frame
 
 
@@ -104,11 +122,13 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
-def join(path: Path, say: Say) -> None:
+def join(path: Path, say: Say, tell: Tell | None = None) -> None:
     """Be the site with settings at ``path`` until a signal ends this process.
 
-    BadInput where the settings, the key or the server are wrong.
+    ``tell`` gets events with their fields; left out, ``say`` gets their lines. BadInput where the
+    settings, the key or the server are wrong.
     """
+    tell = tell or in_lines(say)
     site = read_site(path)
     gate = gate_of(site)
     site.state.mkdir(parents=True, exist_ok=True)
@@ -119,12 +139,13 @@ def join(path: Path, say: Say) -> None:
     with trainer_process(path, site.socket, say) as trainer:
         forever(
             gate,
-            Answering(site, trainer, say),
+            Answering(site, trainer, say, tell),
             int(site.limits.message * 1e6),
             say,
-            partial(_online, site, say),
+            partial(_online, site, tell),
         )
 
 
-def _online(site: Site, say: Say, _session: Session) -> None:
-    say(f"site {site.client} is online at {site.server}")
+def _online(site: Site, tell: Tell, _session: Session) -> None:
+    line = f"site {site.client} is online at {site.server}"
+    tell("online", line, site=site.client, server=site.server)

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, Final, Protocol, final
 
 from fedpeft.deployment.certificates import loopback_tls
+from fedpeft.deployment.metrics import LOOPBACK, metrics_endpoint
+from fedpeft.deployment.now import Announced
 from fedpeft.deployment.offer import Offer, offer_of
 from fedpeft.deployment.server import Known, Roster, SitesRun, read_roster, sites_run
+from fedpeft.deployment.telling import Tell, in_lines
 from fedpeft.engines.flower.engine import FlowerEngine
 from fedpeft.engines.flower.sites import OFFER, Door, serving
 from fedpeft.errors import BadInput, WireError
@@ -97,24 +100,37 @@ def serve(
     say: Say = lambda _: None,
     on_progress: Callable[[Job], OnProgress] = lambda _: lambda _: None,
     on_open: Callable[[], None] = lambda: None,
+    tell: Tell | None = None,
 ) -> list[Path]:
     """Serve runs, one after another, with the same sites, and return their folders.
 
     Each run's folder is what ``fedpeft run`` would make of it. ``on_open`` is called once sites can
-    join. Raises BadInput before anything is
-    started where settings, keys or folders are of no use.
+    join. ``tell`` gets events with their fields; left out, ``say`` gets their lines. Raises
+    BadInput before anything is started where settings, keys or folders are of no use.
     """
+    tell = tell or in_lines(say)
     with ExitStack() as claims:
         for job in sorted(jobs, key=lambda job: job.folder):
             claims.enter_context(_claim(job, overwrite=overwrite))
         door = door_of(jobs[0].config)
         server = claims.enter_context(serving(door, loopback_tls, say))
-        say(f"sites can join at {door.host}:{server.port}")
+        tell(
+            "open",
+            f"sites can join at {door.host}:{server.port}",
+            host=door.host,
+            port=server.port,
+        )
+        if (wanted := jobs[0].config.server.metrics) is not None:
+            folders = [job.folder for job in jobs]
+            port = claims.enter_context(metrics_endpoint(wanted, folders, say))
+            tell("metrics", f"metrics are at http://{LOOPBACK}:{port}/metrics", port=port)
         on_open()
         run: SitesRun | None = None
         for job in jobs:
             if not (job.resume and finished(job.folder, job.config)):
-                run = serve_one(job, server.run, server.admit_new, run, say, on_progress(job))
+                run = serve_one(
+                    job, server.run, server.admit_new, run, say, on_progress(job), tell=tell
+                )
     return [job.folder for job in jobs]
 
 
@@ -149,10 +165,12 @@ def serve_one(
     reuse: SitesRun | None,
     say: Say,
     on_progress: OnProgress = lambda _: None,
+    tell: Tell | None = None,
 ) -> SitesRun:
     """Serve one run, whose folder is claimed, and return what was built for it.
 
-    ``enter``: begins the run of Flower's. ``admit_new``: lets in sites whose keys are new.
+    ``enter``: begins the run of Flower's. ``admit_new``: lets in sites whose keys are new. ``tell``
+    as in ``serve``.
     """
     # 1. What the server needs itself, and where the run stands.
     hardware: Hardware | None = None
@@ -169,7 +187,8 @@ def serve_one(
 
     # 2. The sites: they are asked what they have, and the run begins with those that are there.
     with enter() as sites:
-        gathering = _Gathering(run, sites, admit_new, job.folder, say)
+        tell = tell or in_lines(say)
+        gathering = _Gathering(run, sites, admit_new, job.folder, tell)
         engine = gathering.first()
         memories = Memories(elsewhere=True)
         if not job.resume:
@@ -180,7 +199,7 @@ def serve_one(
         assert begin is not None
         run_rounds(
             run,
-            engine,
+            Announced(engine, job.folder),
             job.folder,
             begin,
             on_progress,
@@ -215,13 +234,13 @@ class _Gathering:
         sites: Reach,
         admit_new: Callable[[], None],
         folder: Path,
-        say: Say,
+        tell: Tell,
     ) -> None:
         self._run = run
         self._sites = sites
         self._admit_new = admit_new
         self._folder = folder
-        self._say = say
+        self._tell = tell
         self._saved = 0  # sites that the run's folder knows
         labels = run.dataset.listed
         self._offer = offer_of(run.config, run.roster.run, version("fedpeft"), labels)
@@ -267,7 +286,12 @@ class _Gathering:
             self._run.roster.save(self._folder)
             self._saved = len(self._run.roster.known)
         if tries:
-            self._say(f"round {round_number}: too few replies; played again with a fresh cohort")
+            self._tell(
+                "again",
+                f"round {round_number}: too few replies; played again with a fresh cohort",
+                round=round_number,
+                tries=tries,
+            )
         seed = derive(config.seed, "again", tries) if tries else config.seed
         return sample(self._run.clients, config.federation.clients_per_round, seed, round_number)
 
@@ -291,7 +315,12 @@ class _Gathering:
             if online >= count or time.monotonic() > deadline:
                 return online
             if online != told:
-                self._say(f"{online} of {count} sites are online; waiting for others")
+                self._tell(
+                    "waiting",
+                    f"{online} of {count} sites are online; waiting for others",
+                    online=online,
+                    wanted=count,
+                )
                 told = online
             time.sleep(LOOK)
             self._admit_new()
@@ -303,7 +332,7 @@ class _Gathering:
         return self._sites.engine(
             {"config": offer.to_json()},
             self._admit,
-            lambda reason: self._say(f"a site is not taken: {reason}"),
+            lambda reason: self._tell("refused", f"a site is not taken: {reason}", reason=reason),
             choice.deadline,
             choice.window,
         )
@@ -326,7 +355,12 @@ class _Gathering:
             raise WireError(self._disagreement(number, said))
         known = Known(*(_count(number, said, name) for name in ("examples", "texts", "tests")))
         if number not in self._run.roster.known:
-            self._say(f"site {number} has joined, with {known.examples} examples")
+            self._tell(
+                "joined",
+                f"site {number} has joined, with {known.examples} examples",
+                site=number,
+                examples=known.examples,
+            )
         self._run.roster.known[number] = known
         return number
 

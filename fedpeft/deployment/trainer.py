@@ -98,7 +98,7 @@ class Trainer:
             new_version = Response.decode(reply).memory
             self._memories.put(self._offer.run, new_version, new_memory, assumed=version)
         done = {Kind.TRAIN: "trained", Kind.EVALUATE: "scored"}[request.kind]
-        return Frame({"done": f"round {request.round}: {done}"}, reply)
+        return Frame({"done": f"round {request.round}: {done}", "round": request.round}, reply)
 
     def _built(self, text: str) -> OwnRun:
         """Return what is built for an offer; it is built unless it was the last one."""

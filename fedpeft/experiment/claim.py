@@ -76,6 +76,27 @@ def _take_from_processes(folder: Path) -> None:
             pass
 
 
+def is_written(folder: Path) -> bool:
+    """Return whether a process writes ``folder`` now.
+
+    Where a lock cannot be tried, it is taken for held as long as its file is there.
+    """
+    for name in LOCKS:
+        try:
+            descriptor = os.open(folder / name, os.O_RDWR)
+        except PermissionError:
+            return True
+        except OSError:
+            continue
+        try:
+            # Held for the moment until it is closed, and only where nobody else holds it.
+            if not _try_lock(descriptor, unknown=False):
+                return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
 def never_begun(folder: Path) -> bool:
     """Return whether ``folder`` holds locks alone, as after a command that was killed early on."""
     try:
@@ -140,8 +161,11 @@ def _is_taken(path: Path, descriptor: int) -> bool:
     return False
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Lock the file, or only its first byte (Windows), and return whether that could be done."""
+def _try_lock(descriptor: int, *, unknown: bool = True) -> bool:
+    """Lock the file, or only its first byte (Windows), and return whether that could be done.
+
+    ``unknown``: what to return where the system knows no locks.
+    """
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -150,7 +174,7 @@ def _try_lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS_HERE:
-            return True  # better unguarded than no run at all
+            return unknown  # better unguarded than no run at all
         if error.errno in _HELD:
             return False
         raise

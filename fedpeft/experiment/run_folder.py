@@ -7,6 +7,7 @@
       hardware.json          what was resolved automatically for the machine
       labels.json            the names of the labels, in their order
       sites.json             of a run on sites, what the server knows of them
+      now.json               of a run on sites, who is there and who has answered, as of now
       ledger.jsonl           the run, then every reply and every evaluation: a row a line
       checkpoints/           the last two of them
         000012.json          after 12 rounds: digests of its files, and how long the ledger was
@@ -39,10 +40,12 @@ LABELS: Final = "labels.json"
 """The names of the labels, in their order."""
 SITES: Final = "sites.json"
 """What the server knows of its sites, in a run on sites."""
+NOW: Final = "now.json"
+"""Who is there and who has answered, in a run on sites, for those who watch it."""
 REPORT: Final = "report"
 """The folder of the run's own report."""
 
-_FILES: Final = frozenset({CONFIG, HARDWARE, LABELS, SITES, FILE, *LOCKS})
+_FILES: Final = frozenset({CONFIG, HARDWARE, LABELS, SITES, NOW, FILE, *LOCKS})
 _REPORTED: Final = frozenset(
     {
         "summary.csv",

@@ -214,6 +214,9 @@ class ServerSection:
     because it got fewer than `federation.min_replies`."""
     window: Annotated[int, Ge(1)] = 16
     """Sites that are at work at once."""
+    metrics: Annotated[int, Ge(0), Le(65535)] | None = None
+    """The port of 127.0.0.1 on which `/metrics` is answered, in Prometheus' format; 0 for one that
+    is free; left out, there is none."""
 
 
 Reference = Literal["centralised", "local-only"]

@@ -24,6 +24,8 @@ KEEP = 2
 _NOTHING = torch.zeros(0, 0)
 _DAMAGE = (WireError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged checkpoint may raise; the last one for JSON that is nested too deep."""
+_WITHOUT_DIGEST = frozenset({"round", "config", "ledger", "files"})
+"""What a manifest holds of a version that wrote none; nothing vouches for it."""
 # The `.tmp` files are those that a crash left behind before their rename.
 _OURS = re.compile(r"(\d{6,}\.(json|state)|client-\d+-\d{6,}\.memory)(\.tmp)?")
 
@@ -147,6 +149,7 @@ def save(
     }
     if memories.elsewhere:
         content["elsewhere"] = True
+    content["digest"] = _vouched(content)
     write(manifest(folder, state.round), json.dumps(content, indent=1).encode())
     written.checkpoints[state.round] = files
     # 3. Drop old checkpoints. Once the folder is tidy, what to drop is known without a look at it.
@@ -228,6 +231,7 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
     BadInput where it belongs to none of ``configs``.
     """
     content = json.loads(path.read_bytes())
+    _check_vouched(content)
     if content["config"] not in configs:
         raise BadInput(
             f"{path} belongs to configuration {content['config']}, "
@@ -249,6 +253,21 @@ def _read(path: Path, configs: Collection[str]) -> Checkpoint:
         for client, version in state.memories.items():
             memories.put(client, version, blobs[_memory_file(client, version)])
     return Checkpoint(state, memories, content["ledger"], content["files"])
+
+
+def _vouched(content: Mapping[str, object]) -> str:
+    """Return the digest of what a manifest says besides it."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return digest(canonical.encode()).hex()
+
+
+def _check_vouched(content: dict[str, object]) -> None:
+    """Raise WireError unless a manifest is as it was written."""
+    if content.keys() - {"elsewhere"} == _WITHOUT_DIGEST:
+        return
+    said = content.pop("digest", None)
+    if said != _vouched(content):
+        raise WireError("its manifest does not match its digest")
 
 
 def _prune(folder: Path) -> None:

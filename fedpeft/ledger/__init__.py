@@ -1,9 +1,11 @@
 """What a run records about itself: the ledger's rows, its file, and the meter that measures."""
 
 from fedpeft.ledger.file import FILE, Ledger, read, stream
+from fedpeft.ledger.follow import Follower
 from fedpeft.ledger.meter import Measurement, measured
 from fedpeft.ledger.rows import (
     COUNTS,
+    LATE,
     MEASURED,
     REALS,
     ClientRow,
@@ -17,10 +19,12 @@ from fedpeft.ledger.rows import (
 __all__ = [
     "COUNTS",
     "FILE",
+    "LATE",
     "MEASURED",
     "REALS",
     "ClientRow",
     "EvaluationRow",
+    "Follower",
     "Ledger",
     "Measured",
     "Measurement",

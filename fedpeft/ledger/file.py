@@ -95,7 +95,7 @@ def stream(path: Path) -> Iterator[Row]:
         with path.open("rb") as lines:
             for line_number, line in enumerate(lines, 1):
                 if line.endswith(b"\n"):
-                    yield _row(path, line_number, line)
+                    yield row_of(path, line_number, line)
     except OSError as error:
         raise BadInput(f"{path}: no ledger to read here ({error.strerror})") from error
 
@@ -105,10 +105,11 @@ def read(path: Path) -> list[Row]:
     return list(stream(path))
 
 
-def _row(path: Path, line_number: int, line: bytes) -> Row:
+def row_of(path: Path, line_number: int, line: bytes) -> Row:
+    """Return the row that a line of the ledger at ``path`` holds; BadInput for anything else."""
     try:
         return from_json(json.loads(line, object_hook=_untagged))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}, line {line_number}: not a row of a ledger ({error!r})") from error
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, final
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, Final, final, get_args, get_origin
 
 _LEAST, _MOST = "least", "most"
 """The keys of a field's metadata in ``Measured``: the range of values that can be true."""
@@ -110,6 +112,10 @@ class RunRow:
     metric_is_share: bool = True
 
 
+LATE: Final = "no answer within"
+"""How the reason of a reply begins that was lost because it did not come in time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
     """One client in one round, or in one phase of it where a round has several exchanges.
@@ -127,6 +133,15 @@ class ClientRow:
     measured: Measured = Measured()
     lost: str | None = None
     phase: int = 0
+
+    @property
+    def late(self) -> bool:
+        """Return whether the reply was lost because it did not come in time.
+
+        >>> ClientRow(round=0, client=1, down=5, up=0, lost="no answer within 3 s").late
+        True
+        """
+        return self.lost is not None and self.lost.startswith(LATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +179,37 @@ def to_json(row: Row) -> dict[str, object]:
 def from_json(content: Mapping[str, Any]) -> Row:
     """Return the row that ``to_json`` turned into ``content``; KeyError or TypeError for others."""
     row_fields = dict(content)
-    read = _READERS[row_fields.pop("kind")]
-    return read(row_fields)
+    row = _READERS[row_fields.pop("kind")](row_fields)
+    _check_kinds(row)
+    return row
+
+
+def _check_kinds(row: Row | Measured) -> None:
+    """Raise TypeError where a field holds something of another kind than it should."""
+    kind: Any = type(row)
+    for name, kinds in _kinds_of(kind).items():
+        value = getattr(row, name)
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} = {value!r:.40}")
+        if isinstance(value, Measured):
+            _check_kinds(value)
+    if isinstance(row, EvaluationRow):
+        for name, score in row.metrics.items():
+            if not isinstance(score, int | float):
+                raise TypeError(f"{name} = {score!r:.40}")
+
+
+@cache
+def _kinds_of(kind: type) -> dict[str, tuple[type, ...]]:
+    """Return the classes of what each field of a dataclass may hold."""
+    kinds: dict[str, tuple[type, ...]] = {}
+    for one in fields(kind):
+        parts = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+        classes = [get_origin(part) or part for part in parts]  # Mapping[str, float] -> Mapping
+        if float in classes:
+            classes.append(int)
+        kinds[one.name] = tuple(classes)
+    return kinds
 
 
 def _client_row(content: Mapping[str, Any]) -> ClientRow:

@@ -66,8 +66,8 @@ class Deployment:
             )
         return self.processes[name]
 
-    def join(self, number: int) -> None:
-        self.start(f"site-{number}", "join", self.site(number))
+    def join(self, number: int, *options: str) -> None:
+        self.start(f"site-{number}", "join", self.site(number), *options)
 
     def wait_for(self, there: Callable[[], bool], seconds: float = 90.0) -> None:
         """Wait until something is so; fail with all logs where it does not come."""

@@ -12,6 +12,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ from fedpeft.experiment.build import build
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.run import start
 
-from .builders import LABELS, Ground
+from .builders import LABELS, OWN_WORDS, Ground
 from .sites import Deployment, deployed
 
 pytestmark = pytest.mark.slow
@@ -74,13 +75,21 @@ def test_sites_end_in_the_bits_of_a_run_in_one_process_and_others_see_one_port_a
 ) -> None:
     here = write_test_texts(ground, chosen(ground, 4), short / "test.jsonl")
     runs = short / "runs"
-    server = deployment.start("server", "serve", deployment.server, "--runs", runs)
+    form = ("--log", "json")
+    metrics = ("--set", "server.metrics=0")
+    server = deployment.start("server", "serve", deployment.server, "--runs", runs, *metrics, *form)
     deployment.wait_for(deployment.says("server", "sites can join"))
     for number in range(3):
-        deployment.join(number)
+        deployment.join(number, *form)
     deployment.wait_for(deployment.says("server", "site 2 has joined"))
+    watch = deployment.start("watch", "watch", runs / "sites")
     assert_guarded(deployment)
+    assert "fedpeft_bytes_total" in scraped(deployment)
     deployment.wait_for(lambda: server.poll() is not None, 120.0)
+    assert watch.wait(30.0) == 0
+    assert "sites: round 4 of 4" in deployment.log("watch")
+    assert deployment.log("watch").strip().endswith("finished")
+    assert_logs_without_data(deployment)
     assert server.returncode == 0, deployment.log("server")
     assert state_digest(runs / "sites") == here
     assert (runs / "sites" / "report" / "summary.csv").exists()
@@ -88,6 +97,40 @@ def test_sites_end_in_the_bits_of_a_run_in_one_process_and_others_see_one_port_a
     assert [deployment.processes[f"site-{n}"].poll() for n in range(3)] == [None] * 3
     deployment.stop()
     assert [deployment.processes[f"site-{n}"].returncode for n in range(3)] == [0] * 3
+
+
+def events(deployment: Deployment, name: str) -> list[dict[str, Any]]:
+    """Return what a process has told, each line of it one object of JSON."""
+    return [json.loads(line) for line in deployment.log(name).splitlines()]
+
+
+def scraped(deployment: Deployment) -> str:
+    """Return what ``/metrics`` says."""
+    [port] = [one["port"] for one in events(deployment, "server") if one["event"] == "metrics"]
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+
+
+def assert_logs_without_data(deployment: Deployment) -> None:
+    """Assert that logs tell of every round and every answer, and of no text, no label and no path of a site."""
+    told = events(deployment, "server")
+    assert [one["round"] for one in told if one["event"] == "round"] == [0, 1, 2, 3, 4]
+    assert {one["site"] for one in told if one["event"] == "joined"} == {0, 1, 2}
+    planted = [
+        str(deployment.folder),
+        *LABELS,
+        *(word for own in OWN_WORDS.values() for word in own),
+    ]
+    for number in range(3):
+        name = f"site-{number}"
+        answered = [one for one in events(deployment, name) if one["event"] == "answered"]
+        assert len(answered) == 4
+        assert all(one["down"] > 0 and one["up"] > 0 for one in answered)
+        for mark in planted:
+            assert mark not in deployment.log(name)
+        private = deployment.site(number).parent / "state" / "trainer.log"
+        assert private.stat().st_mode & 0o077 == 0
+    for mark in planted[1:]:
+        assert mark not in deployment.log("server")
 
 
 def assert_guarded(deployment: Deployment) -> None:

@@ -39,6 +39,7 @@ def as_of_old(run: Path, settings: Mapping[str, Any]) -> None:
     (run / CONFIG).write_text(json.dumps(settings, indent=1))
     for path in (run / CHECKPOINTS).glob("*.json"):
         content = json.loads(path.read_text())
+        del content["digest"]  # manifests had none
         path.write_text(json.dumps({**content, "config": old_digest(settings)}, indent=1))
 
 

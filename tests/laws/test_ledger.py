@@ -107,9 +107,16 @@ def test_a_file_cut_anywhere_by_a_crash_gives_the_rows_whose_line_is_whole(tmp_p
         '{"round":1}',
         '{"kind":"client","round":1}',
         "",
+        '{"kind":"client","round":0,"client":1,"down":"x","up":0}',
+        '{"kind":"client","round":0,"client":1,"down":1,"up":0,"lost":5}',
+        '{"kind":"client","round":0,"client":1,"down":1,"up":0,"seconds":[]}',
+        '{"kind":"evaluation","round":1,"split":"test","examples":4,"metrics":{"accuracy":"x"}}',
+        '{"kind":"evaluation","round":1,"split":"test","examples":4,"metrics":[]}',
+        "[" * 100_000,
         '"\\ud800',
         "\xff",
     ],
+    ids=lambda line: line[:20],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / FILE

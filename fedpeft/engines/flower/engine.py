@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fedpeft.engines.flower.grid import Unavailable, blob, pull, push, record
 from fedpeft.engines.flower.nodes import Nodes
 from fedpeft.errors import BadInput, WireError
+from fedpeft.ledger import LATE
 from fedpeft.types import Client, Lost, Reply
 
 
@@ -139,7 +140,7 @@ class FlowerEngine:
                     raise Unavailable("its node has left and come back")
                 # The clock is read after the look: an answer that is there is never too late.
                 if reply is None and time.monotonic() >= pending.deadline:
-                    raise WireError(f"no answer within {self.patience:g} s")
+                    raise WireError(f"{LATE} {self.patience:g} s")
             except Unavailable as error:
                 del under_way.asked[sent]
                 yield from self._put_off(pending, under_way, str(error))

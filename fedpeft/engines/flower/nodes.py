@@ -31,7 +31,7 @@ class Nodes:
     A node is no client if it names no partition of this federation, or one that another node holds
     which is still connected. ``question``: what nodes are asked. ``admit``: makes of an answer a
     client. ``on_fault`` is told why a node is none. ``sessions``: returns which nodes are there,
-    each with what changes when it leaves and comes back.
+    each with what changes when it leaves and comes back. ``on_look`` is called after every look.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Nodes:
         sessions: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         self.question = question
+        self.on_look: Callable[[], None] = lambda: None
         self._grid = grid
         self._look_up = sessions or self._ids
         self._clients = range(clients)
@@ -89,6 +90,7 @@ class Nodes:
             except WireError as error:
                 self._on_fault(str(error))
             del self._asked[question]
+        self.on_look()
 
     def _message(self, node: int) -> Message:
         """Return the question to ``node``."""
