@@ -39,12 +39,29 @@ LIKE = {
 """Methods that mount and train as another one does. Tests of that alone run on them in ``make test-all``."""
 
 
+CORE = frozenset(
+    ["full", "bitfit", "lora", "ffa_lora", "federa", "sparse", "slora", "fedara", "local_only"]
+)
+"""Methods that between them mount, train and merge in every way there is."""
+
+
 def rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
     """Return the rows of a table of methods and other ``columns``, those of methods in ``LIKE`` marked as slow."""
+    return _table(METHODS.keys() - LIKE.keys(), columns, without)
+
+
+def core_rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
+    """Return the same of a table that takes long: the rows of all but the ``CORE`` are marked as slow."""
+    return _table(CORE, columns, without)
+
+
+def _table(
+    quick: Collection[str], columns: Iterable[Iterable[Any]], without: Collection[Any]
+) -> list[Any]:
     table: list[Any] = []
     for row in product(METHODS, *columns):
         if row not in without and row[0] not in without:
-            marks = pytest.mark.slow if row[0] in LIKE else ()
+            marks = () if row[0] in quick else pytest.mark.slow
             table.append(pytest.param(*row, marks=marks))
     return table
 

@@ -10,7 +10,7 @@ from fedpeft.engines.local import LocalEngine
 from fedpeft.methods import METHODS
 from fedpeft.types import Client, Lost, Payload, Reply, State, Update
 from fedpeft.wire.messages import Response, decode
-from tests.contract.reference import BEGINS, asked, going_on, is_mean, reference, replayed
+from tests.contract.reference import BEGINS, asked, going_on, is_mean, reference, replayed, rows
 from tests.tiny import (
     CONFIG,
     HEAD,
@@ -146,7 +146,7 @@ def test_a_silent_round_changes_no_tensor_and_counts(name: str, begin: int) -> N
 
 
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_a_round_with_too_few_replies_is_silent(name: str, begin: int) -> None:
     def change(number: int, outcome: Reply | Lost) -> Reply | Lost:
         return Lost(outcome.client, "silence") if (number, outcome.client.id) == (0, 2) else outcome
@@ -165,7 +165,7 @@ def test_a_round_with_too_few_replies_is_silent(name: str, begin: int) -> None:
 
 
 @pytest.mark.parametrize("begin", [0, 1])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_a_lost_reply_is_as_though_the_client_had_not_been_asked(name: str, begin: int) -> None:
     """Another round follows: a client that stored a memory with the lost reply goes on from the one before."""
 

@@ -17,7 +17,7 @@ from fedpeft.training.evaluation import mounted_state
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import NO_MEMORY, Client, Context, LocalTask, Payload
 from fedpeft.wire.messages import Kind, Request, Response, decode, encode
-from tests.contract.reference import BEGINS, PERSONAL, ROUNDS, SINGLE, asked, reference, rows
+from tests.contract.reference import BEGINS, PERSONAL, ROUNDS, SINGLE, asked, core_rows, reference
 from tests.tiny import CONFIG, CPU, SEED, SIZES, assert_same, base_of, bert, logits, small, worker
 
 
@@ -51,7 +51,7 @@ class Broken(Exception):
 @pytest.mark.parametrize("breaks", [False, True], ids=["ends", "raises"])
 @pytest.mark.parametrize("clients", [1, 2])
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", core_rows())
 def test_mounting_leaves_no_trace(
     name: str, begin: int, clients: int, breaks: bool, model: nn.Module
 ) -> None:
@@ -101,7 +101,7 @@ LANES = Hardware("cpu", "bf16", "eager", 2, tokens=40)
 @pytest.mark.parametrize("hardware", [CPU, LANES], ids=["float32", "bf16 in lanes"])
 @pytest.mark.parametrize("clients", [1, 2])
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", core_rows())
 def test_a_forward_pass_that_fails_leaves_no_trace(
     name: str, begin: int, clients: int, hardware: Hardware
 ) -> None:

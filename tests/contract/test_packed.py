@@ -12,7 +12,7 @@ from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import Client, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
-from tests.contract.reference import rows
+from tests.contract.reference import core_rows
 from tests.packed import BITS, KINDS, SIZES, bases, kept, loaded, worker
 from tests.tiny import CONFIG, FIELDS, SEED, assert_same_state, close, small
 
@@ -21,9 +21,9 @@ NORMS = {"bert": ["LayerNorm"], "llama": ["input_layernorm", "post_attention_lay
 REFUSED = {("full", "bert"), ("full", "llama"), ("bitfit", "llama")}
 """What trains every weight; biases, of which Llama has none."""
 LEFT_OUT = [(*refused, bits) for refused in REFUSED for bits in BITS]
-TABLE = rows(KINDS, BITS, without=LEFT_OUT)
-SIDE_BY_SIDE = rows(["bert"], [4], without=[*LEFT_OUT, "sparse", "peft"])
-SIDE_BY_SIDE += rows(["llama"], [8], without=[*LEFT_OUT, "sparse", "peft"])
+TABLE = core_rows(KINDS, BITS, without=LEFT_OUT)
+SIDE_BY_SIDE = core_rows(["bert"], [4], without=[*LEFT_OUT, "sparse", "peft"])
+SIDE_BY_SIDE += core_rows(["llama"], [8], without=[*LEFT_OUT, "sparse", "peft"])
 
 
 def method_of(name: str, kind: str, **fields: object) -> Method:

@@ -15,7 +15,7 @@ from fedpeft.mounting import mounted
 from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Lost, Payload, Reply
 from fedpeft.wire.messages import Kind, Request, Response
-from tests.contract.reference import rows
+from tests.contract.reference import core_rows
 from tests.tiny import CONFIG, SEED, assert_same, base_of, bert, small, worker
 
 VICTIM = 1
@@ -69,7 +69,7 @@ def one_of_each(payload: Payload) -> list[str]:
     return list(kinds.values())
 
 
-@pytest.mark.parametrize(("name", "damage"), rows(DAMAGES))
+@pytest.mark.parametrize(("name", "damage"), core_rows(DAMAGES))
 def test_it_is_refused_as_a_message_or_worked_on(name: str, damage: str) -> None:
     """Whether it trains or scores; the next request is worked on as if nothing had been."""
     playing, payload = made(name)

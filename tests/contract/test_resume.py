@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from fedpeft.federation import checkpoint
-from fedpeft.methods import METHODS
-from tests.contract.reference import ROUNDS, reference, unmeasured
+from tests.contract.reference import ROUNDS, reference, rows, unmeasured
 from tests.tiny import assert_same_state, federation, small
 
 
 @pytest.mark.parametrize("done", [1, 3])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_resuming_equals_going_on(name: str, done: int, tmp_path: Path) -> None:
     """Everything but the checkpoint is made anew: model, worker, engine. SLoRA is in its first stage, then in its second."""
     whole = reference(name)
@@ -30,7 +29,7 @@ def test_resuming_equals_going_on(name: str, done: int, tmp_path: Path) -> None:
         assert resumed.memories.get(client, version) == whole.memories[ROUNDS].get(client, version)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows())
 def test_the_same_seed_gives_the_same_run_whatever_torch_drew_before(name: str) -> None:
     torch.rand(17)
     again = federation(small(name))

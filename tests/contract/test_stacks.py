@@ -15,7 +15,7 @@ from fedpeft.training.hardware import Hardware
 from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
-from tests.contract.reference import BEGINS, SINGLE, reference, rows
+from tests.contract.reference import BEGINS, SINGLE, core_rows, reference, rows
 from tests.tiny import CONFIG, SOFTMAX_BLIND, assert_same, bert, close, small, worker
 
 SIZES = {0: 6, 1: 11, 2: 9}
@@ -82,7 +82,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "begin"), rows(BEGINS))
+@pytest.mark.parametrize(("name", "begin"), core_rows(BEGINS))
 def test_which_lane_is_faster_changes_no_bit(
     name: str, begin: int, precision: Literal["fp32", "bf16"]
 ) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedpeft.federation.client import ClientData, Worker
-from fedpeft.methods import METHODS
 from fedpeft.mounting import mounted, trainable
 from fedpeft.tasks import Counts, Encoded, Task
 from fedpeft.training.activation_cache import ActivationCache
@@ -19,7 +18,7 @@ from fedpeft.training.loop import Share, Training, fit
 from fedpeft.types import Client, LocalTask, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests import causal_lms
-from tests.contract.reference import rows
+from tests.contract.reference import core_rows
 from tests.tiny import CONFIG, CPU, FIELDS, SEED, close, small
 from tests.tiny_tasks import TASK_CASES, Ground
 
@@ -28,7 +27,7 @@ SIZES = {0: 5, 1: 9, 2: 7}
 SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, batch_size=4, clip=0.3)
 SINGLE = {"full", "sparse", "peft"}
 """Methods that train parameters of any kind, or whole matrices: a model carries one client."""
-TABLE = [(name, kind) for name in METHODS for kind in TASK_CASES]
+TABLE = core_rows(TASK_CASES)
 
 
 class Played:
@@ -85,7 +84,7 @@ def assert_equal(one: Counts, other: Counts) -> None:
         torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("name", "kind"), rows(TASK_CASES, without=SINGLE))
+@pytest.mark.parametrize(("name", "kind"), core_rows(TASK_CASES, without=SINGLE))
 def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
     played = Played(name, TASK_CASES[kind].ground())
     together = played.handled([0, 1, 2])
@@ -93,7 +92,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, kind: str) -> None:
         close(together[client], played.handled([client])[0], 2e-5)
 
 
-@pytest.mark.parametrize(("name", "kind"), rows(TASK_CASES))
+@pytest.mark.parametrize(("name", "kind"), core_rows(TASK_CASES))
 def test_kept_hidden_states_change_nothing(name: str, kind: str) -> None:
     """Methods that choose their layers adapt the last block, so that the first is never run again."""
     chosen: dict[str, Any] = (

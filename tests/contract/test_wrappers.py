@@ -33,7 +33,14 @@ from fedpeft.wrappers import (
 )
 from fedpeft.wrappers.fedprox import pull
 from fedpeft.wrappers.wrapper import Wrapper
-from tests.contract.reference import NOT_MEANS, ROUNDS, is_mean, reference, rows, unmeasured
+from tests.contract.reference import (
+    NOT_MEANS,
+    ROUNDS,
+    core_rows,
+    is_mean,
+    reference,
+    unmeasured,
+)
 from tests.tiny import (
     TinyFederation,
     assert_same,
@@ -73,8 +80,8 @@ REFUSED = {
     **dict.fromkeys(product(NOT_MEANS, OF_MEANS), "does not merge by a weighted mean"),
 }
 """(method, wrapper) that do not go together, and why."""
-ROWS = rows(ON_CLIENTS, without=REFUSED)
-SERVER_ROWS = rows(ON_SERVER, without=REFUSED)
+ROWS = core_rows(ON_CLIENTS, without=REFUSED)
+SERVER_ROWS = core_rows(ON_SERVER, without=REFUSED)
 
 EXCHANGING = [name for name in METHODS if name != "local_only"]
 IN_ONE_STAGE = [name for name in EXCHANGING if name != "slora"]
@@ -91,13 +98,13 @@ def bare(state: State) -> State:
     return state.without("0.fedavgm").without("1.fedavgm")
 
 
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", core_rows())
 def test_a_term_of_weight_nothing_changes_no_bit(name: str) -> None:
     around = federation(FedProx(mu=0.0).around(small(name), "0.fedprox"))
     assert_same_state(around.play(ROUNDS), reference(name).states[ROUNDS])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", core_rows())
 def test_wrappers_at_rest_leave_every_method_as_it_is(name: str) -> None:
     """Masks, anchors, seeds and stages are there as ever, and nothing of the wrappers' travels."""
     around = federation(twice(small(name), momentum=0.0))
@@ -110,7 +117,7 @@ def test_wrappers_at_rest_leave_every_method_as_it_is(name: str) -> None:
     assert [(row.down, row.up) for row in around.rows] == [(row.down, row.up) for row in plain]
 
 
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", core_rows())
 def test_a_wrapped_run_that_is_resumed_ends_as_one_that_went_on(name: str, tmp_path: Path) -> None:
     method = FedProx(mu=0.1).around(twice(small(name), momentum=0.5), "2.fedprox")
     playing = federation(method)
