@@ -73,8 +73,16 @@ REFUSED = {
     },
 }
 """(method, wrapper) that do not go together, and why."""
-ROWS = [row for row in product(METHODS, ON_CLIENTS) if row not in REFUSED]
+BOTH_WAYS = {"lora", "federa", "slora", "fedara"}
+"""Methods around which requests are rounded, too: one of each kind of message."""
+ROWS = [
+    row
+    for row in product(METHODS, ON_CLIENTS)
+    if row not in REFUSED and (row[1] != "quantise, both ways" or row[0] in BOTH_WAYS)
+]
 SERVER_ROWS = [row for row in product(METHODS, ON_SERVER) if row not in REFUSED]
+
+BASE = base_of(bert())
 
 EXCHANGING = [name for name in METHODS if name != "local_only"]
 IN_ONE_STAGE = [name for name in EXCHANGING if name != "slora"]
@@ -134,7 +142,7 @@ def test_every_wrapper_is_tried_around_every_method() -> None:
 def test_what_does_not_go_together_is_refused_by_name(name: str, kind: str) -> None:
     wrapper = {**ON_CLIENTS, **ON_SERVER}[kind]
     with pytest.raises(BadInput) as refused:
-        wrapper.around(small(name), "0.it").init(base_of(bert()), 0)
+        wrapper.around(small(name), "0.it").init(BASE, 0)
     wrapper_name = kind.partition(",")[0]
     says = f"wrap.name = '{wrapper_name}': {METHODS[name].__name__} {REFUSED[name, kind]}"
     assert str(refused.value).startswith(says)
@@ -177,7 +185,7 @@ def test_two_rounds_are_merged_and_resumed_to_the_bit(name: str, kind: str) -> N
         assert_same_state(playing.play(1, playing.play(1)), federation(method).play(2))
         assert not [row.lost for row in playing.rows if row.lost]
         return
-    state = saved = method.init(base_of(bert()), 0)
+    state = saved = method.init(BASE, 0)
     for begin in range(2):
         updates: list[Update] = []
         for client, response in reference(name).playing.answers(begin).items():
