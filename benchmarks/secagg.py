@@ -66,7 +66,7 @@ class Still:
 
 
 def rounds(whole: Federation, method: Method) -> Callable[[], dict[str, float]]:
-    """Return what plays one more round at a time, and tells its seconds, its megabytes, and the kilobytes of a reply.
+    """Return what plays one more round at a time, and tells its seconds, the processor's, its megabytes, and the kilobytes of a reply.
 
     The first round is left out.
     """
@@ -85,13 +85,14 @@ def rounds(whole: Federation, method: Method) -> Callable[[], dict[str, float]]:
 
     def measure() -> dict[str, float]:
         rows.clear()
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         next(states)
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
         if any(row.lost for row in rows):
             raise SystemExit(f"a client was lost: {next(row for row in rows if row.lost)}")
         return {
             "seconds": seconds,
+            "cpu": cpu,
             "MB": sum(row.down + row.up for row in rows) / 1e6,
             "up": rows[0].up / 1e3,
         }

@@ -1,11 +1,11 @@
 """What wrappers cost: a round of training and its bytes, over the same round of the method inside.
 
     python -m benchmarks.wrappers            # about 6 minutes on 2 cores
-    python -m benchmarks.wrappers --quick
+    python -m benchmarks.wrappers --quick    # 2 of 6 layers
 
 LoRA of rank 8 on query and value of MiniLM; all clients in this process, one after another, so that
-the time of a round is that of its client steps and of the server's merge. Bytes are those of a
-reply. Secure aggregation has a benchmark of its own.
+the time of a round is that of its client steps and of the server's merge: the processor's time, of
+all threads together, which other jobs disturb less. Bytes are those of a reply. Secure aggregation has a benchmark of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,13 +57,15 @@ MOST = {"int8": 1.10, "int8-both": 1.10}
 
 
 def main(
-    look: Annotated[bool, typer.Option("--quick", help="Few steps, three rounds.")] = False,
+    look: Annotated[
+        bool, typer.Option("--quick", help="Two layers, few steps, three rounds.")
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
 ) -> None:
     """Print seconds of a client step and kilobytes of a reply under every wrapper."""
     setting = Setting(clients=4, precision="fp32", stack=1)
     if look:
-        setting, repeats = replace(setting, steps=2), 3
+        setting, repeats = replace(setting, clients=3, steps=2, layers=2), 3
     whole = setting.assembly()
     contenders: dict[str, Callable[[], dict[str, float]]] = {"plain": rounds(whole, whole.method)}
     for name, wrapper in WRAPPERS.items():
@@ -72,14 +74,14 @@ def main(
     plain = found.pop("plain")
     steps = setting.clients * setting.steps
     lines: list[tuple[object, ...]] = [
-        ("plain", f"{plain['seconds'].median / steps:.3f}", "", "", plain["up"], "")
+        ("plain", f"{plain['cpu'].median / steps:.3f}", "", "", plain["up"], "")
     ]
     for name, figures in found.items():
-        over = ratio(figures["seconds"], plain["seconds"])
+        over = ratio(figures["cpu"], plain["cpu"])
         lines.append(
             (
                 name,
-                f"{figures['seconds'].median / steps:.3f}",
+                f"{figures['cpu'].median / steps:.3f}",
                 over,
                 MOST.get(name, 1.05),
                 figures["up"],

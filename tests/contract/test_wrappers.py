@@ -83,6 +83,8 @@ REFUSED = {
 ROWS = core_rows(ON_CLIENTS, without=REFUSED)
 SERVER_ROWS = core_rows(ON_SERVER, without=REFUSED)
 
+BASE = base_of(bert())
+
 EXCHANGING = [name for name in METHODS if name != "local_only"]
 IN_ONE_STAGE = [name for name in EXCHANGING if name != "slora"]
 
@@ -141,7 +143,7 @@ def test_every_wrapper_is_tried_around_every_method() -> None:
 def test_what_does_not_go_together_is_refused_by_name(name: str, kind: str) -> None:
     wrapper = {**ON_CLIENTS, **ON_SERVER}[kind]
     with pytest.raises(BadInput) as refused:
-        wrapper.around(small(name), "0.it").init(base_of(bert()), 0)
+        wrapper.around(small(name), "0.it").init(BASE, 0)
     wrapper_name = kind.partition(",")[0]
     says = f"wrap.name = '{wrapper_name}': {METHODS[name].__name__} {REFUSED[name, kind]}"
     assert str(refused.value).startswith(says)
@@ -184,7 +186,7 @@ def test_two_rounds_are_merged_and_resumed_to_the_bit(name: str, kind: str) -> N
         assert_same_state(playing.play(1, playing.play(1)), federation(method).play(2))
         assert not [row.lost for row in playing.rows if row.lost]
         return
-    state = saved = method.init(base_of(bert()), 0)
+    state = saved = method.init(BASE, 0)
     for begin in range(2):
         updates: list[Update] = []
         for client, response in reference(name).playing.answers(begin).items():
