@@ -41,7 +41,7 @@ from fedpeft.wrappers import (
 )
 from fedpeft.wrappers.robust import Summand, around
 from fedpeft.wrappers.wrapper import Wrapper
-from tests.contract.reference import reference
+from tests.contract.reference import NOT_MEANS, reference
 from tests.drifting import SHAPES, Drifting, drawn
 from tests.tiny import assert_same_state, base_of, bert, close, federation, small
 
@@ -288,10 +288,6 @@ def test_no_reply_is_longer_than_the_bound() -> None:
         read = np.concatenate([part.ravel() for part in arrays(told)])
         np.testing.assert_allclose(read, due, atol=1e-6)
     assert lengths[1] < 0.9 < min(lengths[0], lengths[2])
-
-
-NOT_MEANS = ["local_only"]
-"""Methods that these wrappers refuse by name."""
 
 
 @pytest.mark.parametrize("method", NOT_MEANS)
