@@ -69,9 +69,17 @@ class Answering:
             self._say("asked again, answered as before")
             return kept
         reply = self._answered(self._trainer.ask(_request(asked)))
-        self._last.put(key, reply.body)
+        self._keep(key, reply.body)
         self._say(f"{reply.header.get('done', 'answered')}, {len(reply.body)} bytes")
         return reply.body
+
+    def _keep(self, key: str, reply: bytes) -> None:
+        """Keep a reply in case it is lost; where the disk is full, it is sent all the same."""
+        try:
+            self._last.put(key, reply)
+        except OSError as error:
+            where = f"{self._site.state}: the last reply cannot be kept ({error.strerror})"
+            self._say(f"{where}; it is sent, and made again where it gets lost: make room")
 
     def _about(self, to: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return who this site is, and what it has for the run that is offered."""
