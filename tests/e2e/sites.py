@@ -24,9 +24,18 @@ PROGRAM = "from fedpeft.cli import main; main()"
 ROOT = Path(__file__).parents[2]
 
 
-def fedpeft(*arguments: str | Path) -> list[str]:
+def fedpeft(*arguments: str | Path, program: str = PROGRAM) -> list[str]:
     """Return the command line of ``fedpeft`` with this Python."""
-    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return [sys.executable, "-c", program, *map(str, arguments)]
+
+
+def pids_of(*words: str) -> list[int]:
+    """Return the processes whose command lines hold all ``words``."""
+    told = subprocess.run(
+        ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in told.stdout.splitlines() if all(word in line for word in words)]
+    return [int(line.split()[0]) for line in lines]
 
 
 @final
@@ -48,7 +57,9 @@ class Deployment:
         path = self.folder / f"{name}.log"
         return path.read_text() if path.exists() else ""
 
-    def start(self, name: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, *arguments: str | Path, program: str = PROGRAM
+    ) -> subprocess.Popen[bytes]:
         """Start ``fedpeft`` with ``arguments``; its output goes into a log of that name."""
         environment = {
             **os.environ,
@@ -57,7 +68,7 @@ class Deployment:
         }
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                fedpeft(*arguments),
+                fedpeft(*arguments, program=program),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
