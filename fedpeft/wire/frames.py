@@ -119,28 +119,36 @@ def connected(path: Path) -> socket.socket:
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen on a socket at ``path`` that its user alone can reach; remove it in the end.
 
-    Its folder gets mode 0700, the socket 0600. BadInput where the path is too long, and where
-    another process listens there and does not end within ``LEAVING`` seconds.
+    Its folder gets mode 0700, the socket 0600. BadInput where the path is too long, where it cannot
+    be made, and where another process listens there and does not end within ``LEAVING`` seconds.
     """
     if len(str(path)) > SOCKET_PATH:
         raise BadInput(
             f"{path}: is too long for the path of a socket ({SOCKET_PATH} characters); "
             "choose a shorter `state`"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
-    with _alone(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        path.unlink(missing_ok=True)  # one that was killed has left it
-        before = os.umask(0o177)  # from its first moment on
+    with contextlib.ExitStack() as undo:
         try:
-            server.bind(str(path))
-        finally:
-            os.umask(before)
-        server.listen()
-        try:
-            yield server
-        finally:
-            path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.chmod(0o700)
+            undo.enter_context(_alone(path))
+            path.unlink(missing_ok=True)  # one that was killed has left it
+            server = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            undo.callback(path.unlink, missing_ok=True)
+            _bind(server, path)
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be made ({error.strerror})") from error
+        yield server
+
+
+def _bind(server: socket.socket, path: Path) -> None:
+    """Let ``server`` listen at ``path``, its user's alone from its first moment on."""
+    before = os.umask(0o177)
+    try:
+        server.bind(str(path))
+    finally:
+        os.umask(before)
+    server.listen()
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def test_a_program_that_is_killed_is_started_again_and_one_that_does_not_come_up
     assert said[-1].startswith("the gate ends at once (code 3); see ")
 
 
-def test_a_program_that_never_comes_up_is_told_of_at_once(
+def test_a_program_that_never_comes_up_is_soon_given_up(
     interrupted: threading.Event, path: Path
 ) -> None:
     port, said = free_port(), list[str]()
@@ -214,5 +214,6 @@ def test_a_program_that_never_comes_up_is_told_of_at_once(
         pytest.raises(BadInput, match=f"port {port}"),
     ):
         wait_for(port, it, path.parent / "log")
-    assert len(said) == 1
+    assert len(said) == 1 + superlink.FIRST
+    assert "ends at once" in said[-1]
     assert not interrupted.is_set()

@@ -28,6 +28,8 @@ AT_ONCE: Final = 5.0
 """Seconds; a program that ends sooner has not come up."""
 WAITS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further start of a program that had been up and now ends at once."""
+FIRST: Final = 2
+"""Further starts of one that has not been up yet: a killed server's own may still be at its port."""
 PROGRAM: Final = (
     "from fedpeft.wire.lifeline import end_with_parent; end_with_parent(); "
     "from flwr.superlink.cli import flower_superlink; flower_superlink()"
@@ -145,9 +147,9 @@ def watched(
     """Run a program for the length of a ``with``; started again when it ends.
 
     ``log``: where its output goes. ``first``: a line that it reads from its standard input. One
-    that does not come up is given up. One that had been up and does not come up any more, after all
-    of ``WAITS``, ends this process as Ctrl-C does: nobody could reach it, and the run can be
-    resumed.
+    that does not come up is soon given up. One that had been up and does not come up any more,
+    after all of ``WAITS``, ends this process as Ctrl-C does: nobody could reach it, and the run can
+    be resumed.
     """
     program = Program(command, log, environment, name, say, first)
     program.start()
@@ -225,7 +227,7 @@ class Program:
             else:
                 in_vain = 0
                 self.up.set()
-            if not self.up.is_set() or in_vain > len(WAITS):
+            if in_vain > (len(WAITS) if self.up.is_set() else FIRST):
                 self.given_up.set()
                 self._say(f"the {self._name} ends at once (code {code}); see {self._log}")
                 if self.up.is_set():
