@@ -29,7 +29,7 @@ AT_ONCE: Final = 5.0
 WAITS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Seconds before each further start of a program that had been up and now ends at once."""
 FIRST: Final = 2
-"""Further starts of one that has not been up yet: a killed server's own may still be at its port."""
+"""Further starts of one that was not up yet: that of a killed server may be at its port still."""
 PROGRAM: Final = (
     "from fedpeft.wire.lifeline import end_with_parent; end_with_parent(); "
     "from flwr.superlink.cli import flower_superlink; flower_superlink()"
