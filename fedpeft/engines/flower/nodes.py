@@ -1,6 +1,5 @@
 """Which of Flower's nodes is which client."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import final
 
@@ -80,8 +79,10 @@ class Nodes:
         new = {node for node, _ in self._present.items() - before.items()}
         lost, self._unheard = self._unheard & self._present.keys(), set()
         for node in sorted(new | lost):
-            with contextlib.suppress(WireError):
+            try:
                 self._asked[push(self._grid, self._message(node))] = node
+            except WireError:
+                self._unheard.add(node)
         # 2. Read answers. A node that answers with nonsense is asked no more: it stays no client.
         for question, node in list(self._asked.items()):
             try:
