@@ -103,10 +103,13 @@ def test_fault_after_fault_costs_no_bit_and_a_slow_site_its_rounds_alone(
         for number in range(3):
             made.join(number)
         run.go_on()
+        # It tries for as long as the first might be a ghost, while the others die.
         second = made.start("second", "join", copied(made, 0, "second"))
+        del made.processes["second"]
         stack.callback(second.kill)
         let_sites_die(run)
-        refuse_a_second_site_with_one_key(made)
+        assert second.wait(120.0) == 2
+        assert "is the site running twice?" in made.log("second")
         let_the_links_die(run)
         let_the_server_die(run)
         assert state_digest(run.folder) == here
@@ -119,13 +122,6 @@ def refuse_a_wrong_clock(made: Deployment) -> None:
     assert late.wait(90.0) == 2
     assert "the clock here is 60 s ahead of its own" in made.log("ahead")
     del made.processes["ahead"]
-
-
-def refuse_a_second_site_with_one_key(made: Deployment) -> None:
-    """It has tried for as long as the other might have been a ghost."""
-    second = made.processes.pop("second")
-    assert second.wait(120.0) == 2
-    assert "is the site running twice?" in made.log("second")
 
 
 def let_sites_die(run: UnderWay) -> None:
@@ -175,7 +171,7 @@ def let_the_server_die(run: UnderWay) -> None:
 
 
 def gate_of(made: Deployment) -> list[int]:
-    """Return the process of this deployment's gate: the parent of all of them has the server's settings."""
+    """Return the gate's process, a child of the server; its command line is that of every gate."""
     server = made.processes["server"].pid
     told = subprocess.run(
         ["ps", "--ppid", str(server), "-ww", "-o", "pid,args"],
