@@ -115,10 +115,10 @@ def deployed(
     tree = ground.tree()
     del tree["engine"]
     tree["data"] = {"source": "files", "labels": list(LABELS), "test": str(test)}
-    for section in ("name", "federation", "training", "method", "evaluation"):
-        tree[section] = json.loads(config.to_json())[section]
-    tree["evaluation"].pop("limit")
-    tree["training"] = {k: v for k, v in tree["training"].items() if v is not None}
+    tree["name"] = config.name
+    for section in ("federation", "training", "method", "evaluation"):
+        fields = json.loads(config.to_json())[section]
+        tree[section] = {name: value for name, value in fields.items() if value is not None}
     settings = folder / "config.toml"
     settings.write_text(to_toml(tree))
     deploy_init(folder / "d", Wanted(3, "localhost", free_port(), settings))

@@ -1,6 +1,7 @@
 """What a site's session bears: a gate or a SuperLink that is restarted, a session that is lost, a clock that is wrong, a key
 that is online elsewhere; and what its gate says meanwhile."""
 
+import asyncio
 import base64
 import contextlib
 import time
@@ -15,7 +16,6 @@ import pytest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
-from starlette.testclient import TestClient
 
 from fedpeft.deployment.certificates import authority, site_key
 from fedpeft.deployment.join import gate_of
@@ -204,7 +204,15 @@ def test_the_gate_takes_a_signed_time_for_now_within_five_minutes(
 def test_a_gate_without_a_superlink_says_so_and_sites_wait(tmp_path: Path) -> None:
     (tmp_path / "ca.crt").write_bytes(authority("tests").pem)
     app = gate("127.0.0.1:1", str(tmp_path / "ca.crt"), tmp_path, tmp_path / "offer.json")
-    with TestClient(app) as client:
-        response = client.post("/v1/fleet/pull-messages", content=b"x")
-    assert response.status_code == 502
-    assert reach.is_down(response.status_code)
+
+    async def asked() -> int:
+        there = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=there, base_url="https://gate") as site,
+        ):
+            return (await site.post("/v1/fleet/pull-messages", content=b"x")).status_code
+
+    status_code = asyncio.run(asked())
+    assert status_code == 502
+    assert reach.is_down(status_code)
