@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,14 +62,12 @@ def light(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Let the trainer without a model be started, and give the path of its socket."""
     real = subprocess.Popen
 
-    class Popen(real):  # type: ignore[type-arg,misc]
-        def __init__(self, command: list[str], **others: object) -> None:
-            assert command[1:3] == ["-m", "fedpeft.deployment.trainer"]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-c", TRAINER, str(path)]
-            super().__init__(command, env=environment, **others)  # type: ignore[call-overload]
+    def popen(command: list[str], **others: Any) -> Any:
+        assert command[1:3] == ["-m", "fedpeft.deployment.trainer"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return real([sys.executable, "-c", TRAINER, str(path)], env=environment, **others)
 
-    monkeypatch.setattr(child.subprocess, "Popen", Popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
     return path
 
 
@@ -149,7 +148,7 @@ def test_who_comes_a_moment_too_soon_waits_for_the_other_to_leave(path: Path) ->
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when this process is told to end as by Ctrl-C."""
     event = threading.Event()
-    monkeypatch.setattr(superlink.signal, "raise_signal", lambda _: event.set())
+    monkeypatch.setattr(signal, "raise_signal", lambda _: event.set())
     monkeypatch.setattr(superlink, "WAITS", (0.0,) * 5)
     return event
 

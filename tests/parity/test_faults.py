@@ -53,6 +53,7 @@ from fedpeft.federation import server as loop
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow, Ledger, Row
 from fedpeft.types import Client, State
+from fedpeft.wire import durable
 from fedpeft.wire.frames import Frame
 from tests.e2e.builders import LABELS, Ground, assert_same, write_ground
 from tests.parity.here import Here
@@ -212,10 +213,12 @@ class Served:
     def play(self, grid: Here, *, resume: bool = False) -> None:
         """Serve the run to the sites of ``grid``, or go on with it."""
         job = resumed(self.folder, self.said.append) if resume else Job(self.config, self.folder)
-        enter = partial(nullcontext, StockSites(grid))
+        there = StockSites(grid)
         with claimed(self.folder):
             reuse = self.built[-1] if self.built else None
-            self.built.append(serve_one(job, enter, lambda: None, reuse, self.said.append))
+            self.built.append(
+                serve_one(job, lambda: nullcontext(there), lambda: None, reuse, self.said.append)
+            )
 
     def lost(self) -> dict[tuple[int, int], str]:
         """Return (round, client) -> reason of all rows of lost clients."""
@@ -526,7 +529,7 @@ def named(ending: str) -> Callable[[Path, bytes], bool]:
 @contextmanager
 def halved(ending: str) -> Iterator[None]:
     """Kill this process half-way through a file of that name."""
-    real = checkpoint.write
+    real = durable.write
 
     def writing(path: Path, content: bytes) -> None:
         if path.name == ending:
@@ -673,7 +676,7 @@ def test_the_servers_clock_may_be_set_during_a_run(
 
     def jumping() -> float:
         looks[0] += 1
-        return real() + 86400.0 * (-1) ** looks[0]
+        return real() + (86400.0 if looks[0] % 2 else -86400.0)
 
     monkeypatch.setattr(time, "time", jumping)
     served = serving({"server": {"deadline": 30.0}})
