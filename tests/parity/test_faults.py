@@ -144,12 +144,12 @@ Death = Callable[[], Any]
 class Mortal:
     """A site that may be killed: what it has on disk stays, all else is gone.
 
-    ``fate``: what happens to it while it answers its second training request. ``asked``: how often it was asked to train.
+    ``asked``: how often it was asked to train. ``fates``: that number -> what happens to it meanwhile.
     ``spare``: what sites of other tests have built, of which data and model are taken over: reading them takes its time.
     """
 
     site: Site
-    fate: Death = nullcontext
+    fates: Mapping[int, Death] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
     asked: int = 0
@@ -173,7 +173,7 @@ class Mortal:
         self.asked += message.metadata.message_type == MessageType.TRAIN
         content: RecordDict | Error
         try:
-            with self.fate() if self.asked == 2 else nullcontext():
+            with self.fates.get(self.asked, nullcontext)():
                 content = replied(answering, message.metadata.message_type, message.content)
         except WireError as error:
             content = Error(FAILED, str(error))
@@ -288,18 +288,33 @@ DEATHS: Mapping[str, Death] = {
 }
 
 
-@pytest.mark.parametrize("moment", DEATHS)
 def test_a_site_killed_at_any_moment_costs_no_bit(
-    moment: str, serving: Serving, held: list[Mortal], undisturbed: Undisturbed
+    ground: Ground, serving: Serving, held: list[Mortal], tmp_path: Path
 ) -> None:
-    held[VICTIM].fate = DEATHS[moment]
-    served = serving()
+    """One death a round, each time while the request is answered for the first time."""
+    longer = {"federation": {"rounds": 1 + len(DEATHS)}}
+    federation = build(settings(ground, longer))
+    due = Undisturbed(federation, tmp_path / "due", start(federation, tmp_path / "due"))
+    victim, killed_at = held[VICTIM], list[str]()
+
+    @contextmanager
+    def noted(moment: str) -> Iterator[None]:
+        with DEATHS[moment]():
+            try:
+                yield
+            except Killed:
+                killed_at.append(moment)
+                raise
+
+    # Round 0 goes well; from then on every second request is one that was asked before.
+    victim.fates = {2 + 2 * number: partial(noted, one) for number, one in enumerate(DEATHS)}
+    served = serving(longer)
     served.play(grid_of(held))
-    assert_undisturbed(served, undisturbed)
-    assert held[VICTIM].asked == ROUNDS + 1
-    again = [line for line in held[VICTIM].said if "answered as before" in line]
-    assert len(again) == (moment == "before it sends its reply")
-    assert not [*held[VICTIM].site.state.rglob("*.tmp")]
+    assert killed_at == list(DEATHS)
+    assert_undisturbed(served, due)
+    # What had been kept was not worked on again.
+    assert len([line for line in victim.said if "answered as before" in line]) == 1
+    assert not [*victim.site.state.rglob("*.tmp")]
 
 
 def astray(answer: Message) -> list[Message]:
@@ -391,7 +406,7 @@ def test_a_site_whose_disk_is_full_is_lost_for_the_round_and_says_why(
     serving: Serving, held: list[Mortal], without_victim: State
 ) -> None:
     """It could not remember what its reply makes the server believe, so there is no reply."""
-    held[VICTIM].fate = partial(mock.patch.object, memories, "write", full)
+    held[VICTIM].fates = {2: partial(mock.patch.object, memories, "write", full)}
     served = serving()
     served.play(grid_of(held))
     assert served.lost() == {(1, VICTIM): "OSError: No space left on device; see the site's log"}
@@ -403,7 +418,7 @@ def test_a_site_whose_disk_is_full_is_lost_for_the_round_and_says_why(
 def test_a_site_that_cannot_keep_its_reply_sends_it_all_the_same(
     serving: Serving, held: list[Mortal], undisturbed: Undisturbed
 ) -> None:
-    held[VICTIM].fate = partial(mock.patch.object, replies, "write", full)
+    held[VICTIM].fates = {2: partial(mock.patch.object, replies, "write", full)}
     served = serving()
     served.play(grid_of(held))
     assert_undisturbed(served, undisturbed)
@@ -512,30 +527,33 @@ def always(*_: object, **__: object) -> bool:
     return True
 
 
+def of_second_round(_: object, round_number: int, _tries: int) -> bool:
+    return round_number == 1
+
+
 def row_of_second_round(_: Ledger, row: Row) -> bool:
     return isinstance(row, ClientRow) and row.round == 1
 
 
-def second_state(*arguments: Any) -> bool:
-    """Return whether one of the arguments is the state after two rounds."""
-    return any(isinstance(one, State) and one.round == 2 for one in arguments)
+def state_after(rounds_done: int, *arguments: Any) -> bool:
+    """Return whether one of the arguments is the state after so many rounds."""
+    return any(isinstance(one, State) and one.round == rounds_done for one in arguments)
 
 
-def named(ending: str) -> Callable[[Path, bytes], bool]:
+def named(ending: str, path: Path, _: bytes) -> bool:
     """Return whether a file of that name is written."""
-    return lambda path, _: path.name == ending
+    return path.name == ending
 
 
 @contextmanager
 def halved(ending: str) -> Iterator[None]:
     """Kill this process half-way through a file of that name."""
-    real = durable.write
 
     def writing(path: Path, content: bytes) -> None:
         if path.name == ending:
             path.with_name(f"{path.name}.tmp").write_bytes(content[: len(content) // 2])
             die()
-        real(path, content)
+        durable.write(path, content)
 
     with mock.patch.object(checkpoint, "write", writing):
         yield
@@ -557,60 +575,51 @@ def in_the_middle_of_a_row() -> Iterator[None]:
         yield
 
 
+after_two, after_three = partial(state_after, 2), partial(state_after, 3)
+manifest = partial(named, "000002.json")
 STEPS: Mapping[str, tuple[int, Death]] = {
-    "before the cohort is drawn": (1, partial(fatal, serve._Gathering, "cohort", always, count=2)),
-    "before anyone is asked": (1, partial(fatal, FlowerEngine, "exchange", always, count=2)),
-    "when one of three has been asked": (
-        1,
-        partial(fatal, engine, "push", always, count=4, after=True),
-    ),
-    "when one of three replies is in": (1, partial(fatal, loop, "_check_norm", always, count=4)),
+    "before the cohort is drawn": (1, partial(fatal, serve._Gathering, "cohort", of_second_round)),
+    "before anyone is asked": (1, partial(fatal, FlowerEngine, "exchange", always)),
+    "when one of three was asked": (1, partial(fatal, engine, "push", always, after=True)),
+    "when one of three replies is in": (1, partial(fatal, loop, "_check_norm", always, count=2)),
     "when all replies are in, before they are merged": (
         1,
-        partial(fatal, loop, "_check_norm", always, count=6),
+        partial(fatal, loop, "_check_norm", always, count=3, after=True),
     ),
     "when they are merged, before that is written down": (
         1,
         partial(fatal, Ledger, "append", row_of_second_round),
     ),
     "in the middle of a row": (1, in_the_middle_of_a_row),
-    "when rows are written, before the score": (
-        1,
-        partial(fatal, rounds, "evaluation_row", second_state),
-    ),
-    "when the score is written, before the ledger is on the disk": (
-        1,
-        partial(fatal, Recorder, "save", second_state),
-    ),
-    "when the ledger is on the disk, before the checkpoint": (
-        1,
-        partial(fatal, checkpoint, "save", second_state),
-    ),
+    "before the score": (1, partial(fatal, rounds, "evaluation_row", after_two)),
+    "before the ledger is on the disk": (1, partial(fatal, Recorder, "save", after_two)),
+    "before the checkpoint": (1, partial(fatal, checkpoint, "save", after_two)),
     "in the middle of the state's file": (1, partial(halved, "000002.state")),
     "when the state is there, before its manifest": (
         1,
-        partial(fatal, checkpoint, "write", named("000002.json")),
+        partial(fatal, checkpoint, "write", manifest),
     ),
     "in the middle of the manifest": (1, partial(halved, "000002.json")),
     "when the manifest is there, before older files go": (
         2,
-        partial(fatal, checkpoint, "write", named("000002.json"), after=True),
+        partial(fatal, checkpoint, "write", manifest, after=True),
     ),
-    "when the checkpoint is made, before anyone is told": (
-        2,
-        partial(fatal, checkpoint, "save", second_state, after=True),
+    "when the last checkpoint is made, before anyone is told": (
+        3,
+        partial(fatal, checkpoint, "save", after_three, after=True),
     ),
 }
-"""The steps of the second round in their order, each with the rounds that its end leaves on the disk."""
+"""The steps of a round in their order, each with the rounds that are on the disk when the server is killed there. All but the
+last are of the second round, which is begun again and again; all but the first are met by a server that goes on."""
 
 
-def killed(served: Served, grid: Here, death: Death) -> None:
-    """Serve the run in a forked process that is killed on the way."""
+def killed(served: Served, grid: Here, death: Death, *, resume: bool) -> None:
+    """Serve the run, or go on with it, in a forked process that is killed on the way."""
     process = os.fork()
     if process == 0:
         try:
             with death():
-                served.play(grid)
+                served.play(grid, resume=resume)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -620,49 +629,43 @@ def killed(served: Served, grid: Here, death: Death) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-@pytest.fixture(scope="module")
-def two_rounds(ground: Ground, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    federation = build(settings(ground, {"federation": {"rounds": 2}}))
-    folder = tmp_path_factory.mktemp("two") / "run"
-    return Undisturbed(federation, folder, start(federation, folder))
-
-
 def last_round(folder: Path) -> int:
     return max(int(path.stem) for path in (folder / "checkpoints").glob("*.json"))
 
 
-@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the server is a forked process")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_server_killed_at_any_step_of_a_round_loses_that_round_at_most(
-    step: str, serving: Serving, behind: list[Behind], two_rounds: Undisturbed
+    serving: Serving, behind: list[Behind], undisturbed: Undisturbed
 ) -> None:
-    left, death = STEPS[step]
-    served, grid = serving({"federation": {"rounds": 2}}), grid_of(behind)
-    killed(served, grid, death)
-    assert last_round(served.folder) == left
+    """Again and again, at the next step each time."""
+    served, grid = serving(), grid_of(behind)
+    for number, (step, (left, death)) in enumerate(STEPS.items()):
+        killed(served, grid, death, resume=number > 0)
+        assert last_round(served.folder) == left, step
     served.play(grid, resume=True)
-    assert_undisturbed(served, two_rounds)
-    assert last_round(served.folder) == 2
+    assert_undisturbed(served, undisturbed)
     assert not [*served.folder.rglob("*.tmp")]
 
 
 SECURE = {"wrap": [{"name": "secagg", "bits": 56}], "training": {"keep_optimizer": False}}
 
 
-@pytest.mark.parametrize("exchange", [5, 6, 7, 8])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the server is a forked process")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_server_killed_between_the_exchanges_of_secure_aggregation_begins_the_round_anew(
-    exchange: int, ground: Ground, serving: Serving, behind: list[Behind], tmp_path: Path
+    ground: Ground, serving: Serving, behind: list[Behind], tmp_path: Path
 ) -> None:
-    """Each time one of three has been asked; what sites keep from one exchange to the next is of no use any more."""
+    """In each exchange of the second round, when one of three has been asked; what sites have kept for the next exchange is
+    of no use any more."""
     changes = {**SECURE, "federation": {"rounds": 2}}
     due = start(build(settings(ground, changes)), tmp_path / "due")
     served, grid = serving(changes), grid_of(behind)
-    asked = 3 * (exchange - 1) + 1
-    killed(served, grid, partial(fatal, engine, "push", always, count=asked, after=True))
-    assert last_round(served.folder) == 1
+    for exchange in range(4):
+        asked = 3 * exchange + 1 + (0 if exchange else 3 * 4)  # the first server plays round 0, too
+        death = partial(fatal, engine, "push", always, count=asked, after=True)
+        killed(served, grid, death, resume=exchange > 0)
+        assert last_round(served.folder) == 1
     served.play(grid, resume=True)
     assert served.lost() == {}
     assert_same(last_state(served.folder), due)
