@@ -2,11 +2,19 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
 NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
+
+
+@cache
+def tests_in(file: str) -> set[str]:
+    """Return the names of the functions in a file of tests."""
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_row_names_tests_that_are_there() -> None:
@@ -23,6 +31,4 @@ def test_every_row_names_tests_that_are_there() -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     for file, name in NAMED.findall(PAGE):
-        tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
-        found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert name in found, f"{file}::{name}"
+        assert name in tests_in(file), f"{file}::{name}"
