@@ -120,7 +120,7 @@ def test_fault_after_fault_costs_no_bit_and_a_slow_site_its_rounds_alone(
 def refuse_a_wrong_clock(made: Deployment) -> None:
     late = made.start("ahead", "join", copied(made, 2, "ahead"), program=AHEAD)
     assert late.wait(90.0) == 2
-    assert "the clock here is 60 s ahead of its own" in made.log("ahead")
+    assert "s ahead of its own" in made.log("ahead")
     del made.processes["ahead"]
 
 
