@@ -269,6 +269,7 @@ class TinyFederation:
         state: State | None = None,
         cohort: Callable[[int], Sequence[Client]] | None = None,
         min_replies: int = 1,
+        largest_update: float | None = None,
     ) -> State:
         """Return the state after so many more rounds."""
         begin = state or self.start
@@ -281,6 +282,7 @@ class TinyFederation:
             config=CONFIG,
             min_replies=min_replies,
             record=self.rows.append,
+            largest_update=largest_update,
         )
         return [begin, *states][-1]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import IO, Final, final
 
 from fedpeft.errors import BadInput, WireError
-from fedpeft.wire.frames import Closed, Frame, connected, receive, send
+from fedpeft.wire.frames import LEAVING, TAKEN, Closed, Frame, connected, receive, send
 
 STARTING: Final = 120.0
 """Seconds that a trainer may take until it listens: it loads torch first."""
-LEAVING: Final = 10.0
+ENDING: Final = 10.0
 """Seconds in which it may end by itself."""
 LOG: Final = "trainer.log"
 """What a trainer says, beside its socket: why it failed, with paths and data, for its user only."""
@@ -37,8 +37,12 @@ class TrainerProcess:
         self._connection: socket.socket | None = None
 
     def start(self) -> None:
-        """Start the trainer and wait until it listens; BadInput where it ends at once."""
+        """Start the trainer and wait until it listens; BadInput where it ends at once.
+
+        BadInput, too, where another trainer listens there and stays.
+        """
         self.stop()
+        self._wait_for_another()
         command = [sys.executable, "-m", "fedpeft.deployment.trainer", str(self._settings), "child"]
         # A group of its own: Ctrl-C in a terminal ends the parent, which then ends the trainer.
         # What it says goes to a file: this process's own output may be carried elsewhere.
@@ -63,6 +67,21 @@ class TrainerProcess:
                 return
         self.stop()
         raise BadInput(f"{self._path}: the trainer does not listen after {STARTING:g} s")
+
+    def _wait_for_another(self) -> None:
+        """Wait until nobody listens, as a trainer whose parent was killed does for a moment still.
+
+        Otherwise it would be taken for the one that is started now.
+        """
+        deadline = time.monotonic() + LEAVING
+        while True:
+            try:
+                connected(self._path).close()
+            except Closed:
+                return
+            if time.monotonic() > deadline:
+                raise BadInput(f"{self._path}: {TAKEN}")
+            time.sleep(0.05)
 
     def ask(self, frame: Frame) -> Frame:
         """Return the trainer's answer; a trainer that has died is started again, once.
@@ -106,7 +125,7 @@ class TrainerProcess:
         self._process.stdin.close()
         self._process.terminate()
         try:
-            self._process.wait(LEAVING)
+            self._process.wait(ENDING)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

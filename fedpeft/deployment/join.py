@@ -78,7 +78,7 @@ class Answering:
             return kept
         began = time.monotonic()
         reply = self._answered(self._trainer.ask(_request(asked)))
-        self._last.put(key, reply.body)
+        self._keep(key, reply.body)
         self._tell(
             "answered",
             f"{reply.header.get('done', 'answered')}, {len(reply.body)} bytes",
@@ -88,6 +88,14 @@ class Answering:
             seconds=round(time.monotonic() - began, 3),
         )
         return reply.body
+
+    def _keep(self, key: str, reply: bytes) -> None:
+        """Keep a reply in case it is lost; where the disk is full, it is sent all the same."""
+        try:
+            self._last.put(key, reply)
+        except OSError as error:
+            what = f"the last reply cannot be kept in the site's state ({error.strerror})"
+            self._say(f"{what}; it is sent, and made again where it gets lost: make room")
 
     def _about(self, to: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return who this site is, and what it has for the run that is offered."""

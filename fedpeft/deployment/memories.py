@@ -9,6 +9,7 @@ from fedpeft.deployment.offer import Refusal
 from fedpeft.federation.memory import still_needed, used
 from fedpeft.types import NO_MEMORY
 from fedpeft.wire.durable import write
+from fedpeft.wire.messages import is_whole
 
 FOLDER: Final = "memories"
 _RUN: Final = re.compile(r"[0-9a-f]{8,64}")
@@ -28,13 +29,15 @@ class DiskMemories:
         self._most = most
 
     def get(self, run: str, version: int) -> bytes | None:
-        """Return a memory, empty for ``NO_MEMORY``; None where it is missing."""
+        """Return a memory, empty for ``NO_MEMORY``; None where it is missing, or damaged."""
         if version == NO_MEMORY:
             return b""
         try:
-            return self._path(run, version).read_bytes()
+            content = self._path(run, version).read_bytes()
         except FileNotFoundError:
             return None
+        # The server sends what is missing anew; with a damaged one it would try for ever.
+        return content if is_whole(content) else None
 
     def put(self, run: str, version: int, content: bytes, assumed: int) -> None:
         """Store a new memory of the run; forget those that it makes useless."""

@@ -283,7 +283,7 @@ class _Gathering:
         self._admit_new()
         self._wait_for(config.federation.min_replies)
         if len(self._run.roster.known) != self._saved:
-            self._run.roster.save(self._folder)
+            self._save_roster()
             self._saved = len(self._run.roster.known)
         if tries:
             self._tell(
@@ -294,6 +294,17 @@ class _Gathering:
             )
         seed = derive(config.seed, "again", tries) if tries else config.seed
         return sample(self._run.clients, config.federation.clients_per_round, seed, round_number)
+
+    def _save_roster(self) -> None:
+        """Write down the sites that are known; BadInput where the disk is full."""
+        try:
+            self._run.roster.save(self._folder)
+        except OSError as error:
+            raise BadInput(
+                f"{self._folder}: a site that has joined cannot be written down "
+                f"({error.strerror}); make the folder writable, with room, "
+                f"then: fedpeft resume {self._folder}"
+            ) from error
 
     def _wait_for(self, count: int) -> None:
         """Wait until ``count`` sites are online; BadInput where they are not in time."""
@@ -346,7 +357,13 @@ class _Gathering:
             "agreed": self._run.agreed.hex(),
             "flwr": version("flwr"),
         }
-        write(self._run.config.server.state / OFFER, json.dumps(content).encode())
+        path = self._run.config.server.state / OFFER
+        try:
+            write(path, json.dumps(content).encode())
+        except OSError as error:
+            raise BadInput(
+                f"{path}: cannot be written ({error.strerror}); make room, and start again"
+            ) from error
 
     def _admit(self, node: int, said: Mapping[str, Any]) -> int:
         """Return which client a node is; WireError where it is none of this run's."""

@@ -5,6 +5,7 @@ offer, ``handle`` brings a request of the server's. Nothing of what it is told i
 """
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -61,7 +62,7 @@ class Trainer:
             return Frame({"error": "the site's own settings or data do not fit; see its log"})
         except Exception as error:
             self._on_error(error)
-            return Frame({"error": f"{type(error).__name__}; see the site's log"})
+            return Frame({"error": f"{_kind(error)}; see the site's log"})
 
     def _about(self, frame: Frame) -> Frame:
         """Return what the server may know of the site: how much it holds, and of which model."""
@@ -114,6 +115,17 @@ class Trainer:
         if now - self._last_training < least:
             raise Refusal(f"this site trains at most once in {least:g} s")
         self._last_training = now
+
+
+def _kind(error: Exception) -> str:
+    """Return of what kind an error is: its type, and of the system's errors which one it was.
+
+    >>> _kind(OSError(28, "secret", "/secret")), _kind(ValueError("secret"))
+    ('OSError: No space left on device', 'ValueError')
+    """
+    name = type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    return name if number is None else f"{name}: {os.strerror(number)}"
 
 
 def _text(frame: Frame, name: str) -> str:

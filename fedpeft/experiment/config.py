@@ -233,6 +233,13 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             f"choose at most {federation.clients_per_round}"
         )
     config.build_method()  # checks the fields of method and wrappers, which are mere tables so far
+    masks = any(table["name"] == "secagg" for table in config.wrap)
+    if federation.largest_update is not None and masks:
+        raise BadInput(
+            f"federation.largest_update = {federation.largest_update}: no update can be measured "
+            "under the masks of wrap.name = 'secagg', whose `range` bounds every number of it; "
+            "leave one of the two out"
+        )
     _check_source(config.data, has_train=config.engine.kind != "sites")
     if config.partition.kind == "file" and config.partition.file is None:
         raise BadInput(

@@ -107,6 +107,7 @@ def _one_round(
         config=side.agreed,
         min_replies=side.config.federation.min_replies,
         record=record,
+        largest_update=side.config.federation.largest_update,
     )
     return after
 

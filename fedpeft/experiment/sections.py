@@ -143,6 +143,9 @@ class FederationSection:
     """Clients that are drawn at random for each round."""
     min_replies: Annotated[int, Ge(1)] = 1
     """With fewer usable replies a round changes nothing; at most `clients_per_round`."""
+    largest_update: Annotated[float, Gt(0)] | None = None
+    """Largest L2 norm of an update, the difference between what a client replies and what it was
+    sent; a reply with a larger one is not used. Left out: any finite update is."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The server's loop, a generator of states: ask a cohort, check what comes back, merge, go on."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -43,13 +44,15 @@ def federate(
     config: bytes,
     min_replies: int,
     record: Callable[[ClientRow], None],
+    largest_update: float | None = None,
 ) -> Iterator[State]:
     """Yield the state after each of ``rounds``.
 
     ``config``: digest of what server and clients must agree on. A reply that cannot be used is
     recorded with the reason and left out. With fewer than ``min_replies`` usable ones the round is
     silent: it merges nothing. ``record`` gets one row per client. All clients of a cohort are
-    asked, also where ``receive`` leaves some of their updates unread.
+    asked, also where ``receive`` leaves some of their updates unread. ``largest_update``: largest
+    norm of an update that is used (see ``update_norm``); None for any finite one.
 
     Where the method's rounds have several phases, each is an exchange with the clients that have
     answered in the one before, and a phase with too few replies makes the whole round silent. So
@@ -59,7 +62,7 @@ def federate(
         before, clients = state, cohort(round_number)
         while state.round == round_number:  # once, or once a phase
             # 1. Ask the clients; `receive` pulls the updates one by one, so that few are in memory.
-            exchange = _Exchange(method, state, engine, config)
+            exchange = _Exchange(method, state, engine, config, largest_update)
             updates = exchange.updates(_with_memories(clients, state))
             useless = ""
             try:
@@ -83,6 +86,39 @@ def federate(
             _check_next(method, state, merged)
             state, clients = replace(merged, memories=known), exchange.answered
         yield state
+
+
+def update_norm(down: Payload, up: Payload) -> float:
+    """Return the L2 norm of an update: of all that came up, less what of it was sent down.
+
+    What was not sent, or in another shape, counts as a difference to zero. Whole numbers, such as
+    votes, do not count.
+
+    >>> update_norm({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 4.0]), "new": torch.tensor(4.0)})
+    5.0
+    """
+    squares = 0.0
+    for name, tensor in up.items():
+        if not tensor.is_floating_point():
+            continue
+        # In float64: the square of a large float32 is none any more.
+        difference = tensor.to(torch.float64)
+        sent = down.get(name)
+        if sent is not None and sent.shape == tensor.shape:
+            difference = difference - sent.to(difference)
+        squares += float(difference.square().sum())
+    return math.sqrt(squares)
+
+
+def _check_norm(down: Payload, up: Payload, largest: float | None) -> None:
+    """Raise WireError where the update is larger than ``largest``; None for no limit."""
+    if largest is None:
+        return
+    norm = update_norm(down, up)
+    if norm > largest:
+        raise WireError(
+            f"its update has norm {norm:.3g}, and federation.largest_update is {largest:g}"
+        )
 
 
 def _check_next(method: Method, before: State, after: State) -> None:
@@ -183,12 +219,14 @@ class _Exchange:
     state: State
     engine: Engine
     config: bytes
+    largest_update: float | None = None
     rows: list[ClientRow] = field(default_factory=list)
     memories: dict[int, int] = field(default_factory=dict)
     forgetful: set[int] = field(default_factory=set)
     answered: list[Client] = field(default_factory=list)
-    # Client -> bytes of its request, and what a valid reply to it looks like.
-    _under_way: dict[int, tuple[int, Payload]] = field(default_factory=dict)
+    # Client -> bytes of its request, its payload, and what a valid reply to it looks like. Not the
+    # request itself, which may be another one for every client.
+    _under_way: dict[int, tuple[int, Payload, Payload]] = field(default_factory=dict)
     _last: _Sent | None = None  # encoded once for all clients that are sent the same
 
     def updates(self, cohort: Sequence[Client]) -> Iterator[Update]:
@@ -196,7 +234,7 @@ class _Exchange:
         for outcome in in_order(cohort, self.engine.exchange(cohort, self._request)):
             client = outcome.client
             # An engine that cannot reach a client never encodes its request: 0 bytes down.
-            down, expected = self._under_way.pop(client.id, (0, {}))
+            size, down, expected = self._under_way.pop(client.id, (0, {}, {}))
             measured, lost, response = Measured(), None, None
             try:
                 response = _response(outcome)
@@ -209,6 +247,7 @@ class _Exchange:
                     examples=client.examples,
                     phase=self.state.phase,
                 )
+                _check_norm(down, response.payload, self.largest_update)
             except Forgotten as error:
                 self.forgetful.add(client.id)
                 lost = str(error)
@@ -218,7 +257,7 @@ class _Exchange:
                 round=self.state.round,
                 phase=self.state.phase,
                 client=client.id,
-                down=down,
+                down=size,
                 up=len(outcome.blob),
                 measured=measured,
                 lost=lost,
@@ -247,7 +286,7 @@ class _Exchange:
             request = Request(Kind.TRAIN, state.round, self.config, down, memory, state.phase)
             expected = self.method.expects(state, down)
             self._last = sent = _Sent(down, memory, request.encode(), expected)
-        self._under_way[client.id] = len(sent.blob), sent.expected
+        self._under_way[client.id] = len(sent.blob), sent.down, sent.expected
         return sent.blob
 
 

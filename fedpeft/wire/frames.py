@@ -10,6 +10,8 @@ import os
 import socket
 import stat
 import struct
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +19,19 @@ from typing import Any, Final, final
 
 from fedpeft.errors import BadInput, WireError
 
+if sys.platform != "win32":
+    import fcntl
+
 HEADER: Final = 1 << 20
 """Bytes of a header at most."""
 BODY: Final = 1 << 34
 """Bytes of a body at most, where the caller sets no closer bound."""
 SOCKET_PATH: Final = 100
 """Characters of a socket's path at most: the system has room for 108, macOS for 104."""
+
+LEAVING: Final = 15.0
+"""Seconds in which whoever listens at a path may end, before another one is refused."""
+TAKEN: Final = "another process listens there; is the site running twice?"
 
 _LENGTHS: Final = struct.Struct("<IQ")
 _PIECE: Final = 1 << 20
@@ -110,27 +119,56 @@ def connected(path: Path) -> socket.socket:
 def listening(path: Path) -> Iterator[socket.socket]:
     """Listen on a socket at ``path`` that its user alone can reach; remove it in the end.
 
-    Its folder gets mode 0700, the socket 0600. BadInput where the path is too long.
+    Its folder gets mode 0700, the socket 0600. BadInput where the path is too long, where it cannot
+    be made, and where another process listens there and does not end within ``LEAVING`` seconds.
     """
     if len(str(path)) > SOCKET_PATH:
         raise BadInput(
             f"{path}: is too long for the path of a socket ({SOCKET_PATH} characters); "
             "choose a shorter `state`"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        before = os.umask(0o177)  # from its first moment on
+    with contextlib.ExitStack() as undo:
         try:
-            server.bind(str(path))
-        finally:
-            os.umask(before)
-        server.listen()
-        try:
-            yield server
-        finally:
-            path.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.chmod(0o700)
+            undo.enter_context(_alone(path))
+            path.unlink(missing_ok=True)  # one that was killed has left it
+            server = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            undo.callback(path.unlink, missing_ok=True)
+            _bind(server, path)
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be made ({error.strerror})") from error
+        yield server
+
+
+def _bind(server: socket.socket, path: Path) -> None:
+    """Let ``server`` listen at ``path``, its user's alone from its first moment on."""
+    before = os.umask(0o177)
+    try:
+        server.bind(str(path))
+    finally:
+        os.umask(before)
+    server.listen()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock beside a socket's path for the length of a ``with``.
+
+    The system takes it off a process that is killed, so that the next one need not guess.
+    """
+    assert sys.platform != "win32"  # which has no such sockets either
+    with path.with_name(f"{path.name}.lock").open("ab") as lock:
+        deadline = time.monotonic() + LEAVING
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise BadInput(f"{path}: {TAKEN}") from error
+                time.sleep(0.05)
+        yield
 
 
 def is_own(connection: socket.socket) -> bool:

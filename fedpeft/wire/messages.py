@@ -62,6 +62,15 @@ def encode(payload: Payload) -> bytes:
     return b"".join([hashed.digest(), *body])
 
 
+def is_whole(blob: bytes) -> bool:
+    """Return whether ``blob`` begins with the digest of the rest, as all that is encoded does.
+
+    >>> is_whole(encode({"w": torch.ones(2)})), is_whole(b"something else entirely")
+    (True, False)
+    """
+    return digest(memoryview(blob)[DIGEST:]) == blob[:DIGEST]
+
+
 def decode(blob: bytes) -> dict[str, Tensor]:
     """Return the payload that ``encode`` turned into ``blob``, in order of names.
 
@@ -71,7 +80,7 @@ def decode(blob: bytes) -> dict[str, Tensor]:
     Traceback (most recent call last):
     fedpeft.errors.WireError: damaged message: 23 bytes do not match their digest
     """
-    if digest(memoryview(blob)[DIGEST:]) != blob[:DIGEST]:
+    if not is_whole(blob):
         raise WireError(f"damaged message: {len(blob)} bytes do not match their digest")
     return codec.tensors(blob, DIGEST)
 

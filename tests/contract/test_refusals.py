@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fedpeft.errors import WireError
+from fedpeft.federation.server import update_norm
 from fedpeft.ledger import COUNTS, Measured
 from fedpeft.types import Lost, Payload, Reply
 from fedpeft.wire.messages import Response, decode, encode
-from tests.contract.reference import replayed, rows
+from tests.contract.reference import asked, reference, replayed, rows
 from tests.tiny import SIZES, assert_same_state
 
 BEGIN = 1
@@ -170,3 +172,96 @@ def test_a_reply_that_nobody_asked_for_is_not_counted() -> None:
     intruded, _ = replayed("lora", BEGIN, intrude)
     assert_same_state(intruded.play(1, state), expected)
     assert {row.client: row.lost for row in intruded.rows} == {0: None, 1: "no answer", 2: None}
+
+
+TRAINED = [name for name in METHODS if name != "local_only"]
+"""The methods of which something comes back."""
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_reply_of_another_method_is_refused_unless_it_has_the_very_same_form(name: str) -> None:
+    """A site trains by no other method than that of the request, whose digest says which one it is. Here it is made to."""
+    expected = reference(name).playing.answers(BEGIN)[VICTIM].payload
+    for other in METHODS:
+        theirs = reference(other).playing.answers(BEGIN)[VICTIM].payload
+        forms = [
+            {key: (tensor.shape, tensor.dtype) for key, tensor in payload.items()}
+            for payload in (expected, theirs)
+        ]
+        if forms[0] != forms[1]:
+            check_refused(name, partial(_with_payload, theirs), "tensor")
+
+
+def _with_payload(payload: Payload, blob: bytes) -> bytes:
+    return replace(Response.decode(blob), payload=payload).encode()
+
+
+def moved(down: Payload, factor: float) -> Callable[[bytes], bytes]:
+    """Return a damage: the client claims to have gone ``factor`` times as far from what it was sent."""
+
+    def damage(blob: bytes) -> bytes:
+        answer, payload = Response.decode(blob), dict[str, Tensor]()
+        for name, tensor in answer.payload.items():
+            payload[name] = tensor
+            if tensor.is_floating_point():
+                began = down.get(name, torch.zeros_like(tensor))
+                payload[name] = began + factor * (tensor - began)
+        return replace(answer, payload=payload).encode()
+
+    return damage
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_update_of_a_thousand_times_the_norm_counts_unless_a_limit_is_declared(
+    name: str,
+) -> None:
+    """Any finite number may be honest; who knows better says so, and the update is as if its client had not been asked."""
+    playing, _ = replayed(name, BEGIN)
+    found = reference(name).playing
+    down = asked(found, BEGIN, VICTIM)
+    norms = [
+        update_norm(asked(found, BEGIN, k), one.payload) for k, one in found.answers(BEGIN).items()
+    ]
+    far = moved(down, 1000.0)
+
+    def spoil(_: int, outcome: Reply | Lost) -> Reply | Lost:
+        if outcome.client.id != VICTIM or not isinstance(outcome, Reply):
+            return outcome
+        return replace(outcome, blob=far(outcome.blob))
+
+    # 1. Without a limit it is merged like any other.
+    spoilt, state = replayed(name, BEGIN, spoil)
+    after = spoilt.play(1, state)
+    assert [row.lost for row in spoilt.rows] == [None] * 3
+    assert not all(
+        torch.equal(tensor, reference(name).states[BEGIN + 1].shared[key])
+        for key, tensor in after.shared.items()
+    )
+    # 2. A limit that no honest update reaches changes nothing.
+    limit = 2 * max(norms)
+    assert_same_state(
+        playing.play(1, state, largest_update=limit), reference(name).states[BEGIN + 1]
+    )
+    # 3. With it the update is refused, in one line that names both numbers.
+    limited, _ = replayed(name, BEGIN, spoil)
+    refused = limited.play(1, state, largest_update=limit)
+    [row] = [row for row in limited.rows if row.client == VICTIM]
+    assert row.lost == (
+        f"its update has norm {1000 * norms[VICTIM]:.3g}, and federation.largest_update is {limit:g}"
+    )
+    others = [client for client in playing.clients() if client.id != VICTIM]
+    untroubled, _ = replayed(name, BEGIN)
+    assert_same_state(refused, untroubled.play(1, state, cohort=lambda _: others))
+
+
+def test_the_norm_of_an_update_is_that_of_all_differences_as_one_vector() -> None:
+    down = {"a": torch.tensor([1.0, 2.0]), "b": torch.full((2, 2), 3.0), "unchanged": torch.ones(5)}
+    up = {
+        "a": torch.tensor([1.0, 4.0]),
+        "b": torch.full((2, 2), 4.0),
+        "grown": torch.full((4,), 2.0),
+        "votes": torch.full((9,), 200, dtype=torch.uint8),
+    }
+    vector = torch.cat([torch.tensor([0.0, 2.0]), torch.ones(4), torch.full((4,), 2.0)])
+    assert update_norm(down, up) == pytest.approx(float(vector.norm()))
+    assert update_norm({}, {"a": torch.tensor([3e38, 3e38])}) == pytest.approx(3e38 * 2**0.5)

@@ -24,9 +24,18 @@ PROGRAM = "from fedpeft.cli import main; main()"
 ROOT = Path(__file__).parents[2]
 
 
-def fedpeft(*arguments: str | Path) -> list[str]:
+def fedpeft(*arguments: str | Path, program: str = PROGRAM) -> list[str]:
     """Return the command line of ``fedpeft`` with this Python."""
-    return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return [sys.executable, "-c", program, *map(str, arguments)]
+
+
+def pids_of(*words: str) -> list[int]:
+    """Return the processes whose command lines hold all ``words``."""
+    told = subprocess.run(
+        ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in told.stdout.splitlines() if all(word in line for word in words)]
+    return [int(line.split()[0]) for line in lines]
 
 
 @final
@@ -48,7 +57,9 @@ class Deployment:
         path = self.folder / f"{name}.log"
         return path.read_text() if path.exists() else ""
 
-    def start(self, name: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, *arguments: str | Path, program: str = PROGRAM
+    ) -> subprocess.Popen[bytes]:
         """Start ``fedpeft`` with ``arguments``; its output goes into a log of that name."""
         environment = {
             **os.environ,
@@ -57,7 +68,7 @@ class Deployment:
         }
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                fedpeft(*arguments),
+                fedpeft(*arguments, program=program),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -104,10 +115,10 @@ def deployed(
     tree = ground.tree()
     del tree["engine"]
     tree["data"] = {"source": "files", "labels": list(LABELS), "test": str(test)}
-    for section in ("name", "federation", "training", "method", "evaluation"):
-        tree[section] = json.loads(config.to_json())[section]
-    tree["evaluation"].pop("limit")
-    tree["training"] = {k: v for k, v in tree["training"].items() if v is not None}
+    tree["name"] = config.name
+    for section in ("federation", "training", "method", "evaluation"):
+        fields = json.loads(config.to_json())[section]
+        tree[section] = {name: value for name, value in fields.items() if value is not None}
     settings = folder / "config.toml"
     settings.write_text(to_toml(tree))
     deploy_init(folder / "d", Wanted(3, "localhost", free_port(), settings))

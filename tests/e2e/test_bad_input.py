@@ -230,6 +230,10 @@ SETTINGS: dict[str, Wrong] = {
         ("federation.min_replies=3",),
         ("federation.min_replies = 3", "federation.clients_per_round = 2"),
     ),
+    "a limit for updates that nobody sees": Wrong(
+        ("federation.largest_update=1", 'wrap=[{name="secagg"}]'),
+        ("federation.largest_update = 1", "secagg", "leave one of the two out"),
+    ),
 }
 
 

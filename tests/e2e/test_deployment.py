@@ -222,38 +222,3 @@ def test_a_site_whose_key_is_unknown_or_whose_ca_is_another_is_refused_in_one_li
     assert careless.wait(60.0) == 2
     assert "can be read by others" in deployment.log("careless")
     del deployment.processes["careless"]
-
-
-def pid_of(*words: str) -> int:
-    """Return the process whose command line holds all ``words``."""
-    told = subprocess.run(
-        ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True
-    )
-    [line] = [line for line in told.stdout.splitlines() if all(word in line for word in words)]
-    return int(line.split()[0])
-
-
-def test_a_trainer_and_a_superlink_that_are_killed_are_started_again_and_cost_no_bit(
-    ground: Ground, short: Path
-) -> None:
-    config = chosen(ground, 8)
-    made = deployed(ground, short, config, {})
-    try:
-        here = write_test_texts(ground, config, short / "test.jsonl")
-        runs = short / "runs"
-        server = made.start("server", "serve", made.server, "--runs", runs)
-        for number in range(3):
-            made.join(number)
-        checkpoints = runs / "sites" / "checkpoints"
-        made.wait_for((checkpoints / "000002.json").exists, 120.0)
-        os.kill(pid_of("deployment.trainer", str(made.site(0))), signal.SIGKILL)
-        made.wait_for((checkpoints / "000004.json").exists, 120.0)
-        state = str(made.server.parent / "server-state")
-        os.kill(pid_of("flower_superlink", state), signal.SIGKILL)
-        made.wait_for(lambda: server.poll() is not None, 240.0)
-        assert server.returncode == 0, made.log("server")
-        assert "starting it again" in made.log("site-0")
-        assert "the SuperLink has ended" in made.log("server")
-        assert state_digest(runs / "sites") == here, made.log("server")
-    finally:
-        made.stop()

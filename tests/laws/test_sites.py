@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedpeft.deployment.carving import carve
 from fedpeft.deployment.memories import DiskMemories
@@ -17,7 +18,7 @@ from fedpeft.deployment.site import Limits, Site, read_site
 from fedpeft.deployment.trainer import Trainer
 from fedpeft.errors import BadInput
 from fedpeft.wire.frames import Frame
-from fedpeft.wire.messages import Kind, Request
+from fedpeft.wire.messages import Kind, Request, encode
 from tests.e2e.builders import LABELS, Ground, write_ground
 from tests.parity.sockets import own_site
 
@@ -169,20 +170,29 @@ def test_a_frame_of_another_form_is_refused(
 
 def test_memories_are_kept_in_two_versions_and_of_few_runs(tmp_path: Path) -> None:
     memories = DiskMemories(tmp_path, client=3, most=2)
-    memories.put(RUN, 0, b"first", assumed=-1)
-    memories.put(RUN, 1, b"second", assumed=0)
-    assert [memories.get(RUN, version) for version in (-1, 0, 1, 2)] == [
-        b"",
-        b"first",
-        b"second",
-        None,
-    ]
-    memories.put(RUN, 2, b"third", assumed=1)
-    assert [memories.get(RUN, version) for version in (0, 1, 2)] == [None, b"second", b"third"]
+    first, second, third = (encode({"anchor": torch.tensor(number)}) for number in range(3))
+    memories.put(RUN, 0, first, assumed=-1)
+    memories.put(RUN, 1, second, assumed=0)
+    assert [memories.get(RUN, version) for version in (-1, 0, 1, 2)] == [b"", first, second, None]
+    memories.put(RUN, 2, third, assumed=1)
+    assert [memories.get(RUN, version) for version in (0, 1, 2)] == [None, second, third]
     for other in ("a" * 16, "b" * 16):
-        memories.put(other, 0, b"other", assumed=-1)
+        memories.put(other, 0, first, assumed=-1)
     assert memories.get(RUN, 2) is None
-    assert DiskMemories(tmp_path, client=3, most=2).get("b" * 16, 0) == b"other"
+    assert DiskMemories(tmp_path, client=3, most=2).get("b" * 16, 0) == first
+
+
+def test_a_memory_that_is_damaged_counts_as_forgotten(tmp_path: Path) -> None:
+    """So the server sends what it held anew; it would refuse the round for ever otherwise."""
+    memories = DiskMemories(tmp_path, client=3, most=2)
+    memories.put(RUN, 0, encode({"anchor": torch.ones(9)}), assumed=-1)
+    [path] = tmp_path.rglob("*.memory")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damaged)
+        assert memories.get(RUN, 0) is None
+    path.write_bytes(whole)
+    assert memories.get(RUN, 0) == whole
 
 
 @pytest.mark.parametrize("run", ["", "..", "../../etc", "A" * 16, "a" * 65, "aaaaaaaa/b"])

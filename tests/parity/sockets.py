@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from flwr.app import Error, Message, RecordDict
 
@@ -92,7 +92,15 @@ def own_site(client: int, folder: Path, models: Mapping[str, str], **changes: An
     return Site(**{**settings, **changes})
 
 
-def grid_of(sites: Iterable[Behind]) -> Here:
+class Answers(Protocol):
+    """A site as a grid reaches it."""
+
+    site: Site
+
+    def answer(self, message: Message) -> Message: ...
+
+
+def grid_of(sites: Iterable[Answers]) -> Here:
     """Return a grid whose nodes, numbered from 100, are these sites."""
     handlers = {100 + number: one for number, one in enumerate(sites)}
     grid = Here({node: Node.holding(one.site.client) for node, one in handlers.items()})

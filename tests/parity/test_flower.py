@@ -339,6 +339,18 @@ def test_a_node_that_cannot_be_asked_what_it_holds_costs_its_client_alone(fault:
     assert_lost(here, "no node has joined")
 
 
+def test_a_node_whose_word_was_lost_is_asked_once_more() -> None:
+    """As when it was out of reach for a moment, and is still the same session."""
+    here = grid()
+    here.spoilt = MessageType.QUERY
+    lost = [error("the node is unavailable", 5)]
+    here.spoil[100 + VICTIM] = lambda answer: lost.pop()(answer) if lost else [answer]
+    state, rows = play(engine(here))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
+    assert here.asked.count((100 + VICTIM, MessageType.QUERY)) == 2
+
+
 def test_a_run_without_any_node_ends_in_one_line() -> None:
     for here in (grid([]), grid(["x"])):
         with pytest.raises(BadInput, match="no node joined within 0.05 s") as refusal:

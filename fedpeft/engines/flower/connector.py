@@ -53,10 +53,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedpeft.engines.flower.grid import FAILED, blob, record
 from fedpeft.engines.flower.reach import (
     AGAIN,
-    DOWN,
     NOT_ACTIVATED,
     Gate,
     error_code,
+    is_down,
     public_bytes,
     refused,
     tls_fault,
@@ -114,7 +114,7 @@ class Session:
         except httpx.TransportError:
             return False
         except httpx.HTTPStatusError as error:
-            if error.response.status_code in DOWN:
+            if is_down(error.response.status_code):
                 return False
             known = False
         if not known:
@@ -233,7 +233,7 @@ class Session:
 
     def _call(self, method: Callable[[Any], T], request: object) -> T:
         """Call the server; wait and try again while it is out of reach."""
-        wait = SOONEST
+        began, wait = time.monotonic(), SOONEST
         while True:
             try:
                 return method(request)
@@ -243,7 +243,9 @@ class Session:
                 status = error.response.status_code
                 if status == httpx.codes.FORBIDDEN:
                     raise RunOver from error
-                if status not in DOWN:
+                # An error inside the server may come of this very request: not tried for ever.
+                inside = status == httpx.codes.INTERNAL_SERVER_ERROR
+                if not is_down(status) or (inside and time.monotonic() - began > AGAIN):
                     raise SessionLost(f"the server answers with status {status}") from error
                 reason = f"status {status}"
             if wait == SOONEST:

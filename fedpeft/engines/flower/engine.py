@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Final, final
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +18,9 @@ from fedpeft.engines.flower.nodes import Nodes
 from fedpeft.errors import BadInput, WireError
 from fedpeft.ledger import LATE
 from fedpeft.types import Client, Lost, Reply
+
+LOOK: Final = 1.0
+"""Seconds between two looks for nodes that are away."""
 
 
 @final
@@ -160,8 +163,8 @@ class FlowerEngine:
         return self.away > 0 and now is not None and now != pending.session
 
     def _ask_again(self, under_way: _Round) -> Iterator[Lost]:
-        """Once a second, look for the nodes that are away, and ask those that are back."""
-        if self.away <= 0 or time.monotonic() - under_way.looked < 1.0:
+        """Every ``LOOK`` seconds, look for the nodes that are away, and ask those that are back."""
+        if self.away <= 0 or time.monotonic() - under_way.looked < LOOK:
             return
         self.nodes.look()
         under_way.looked = time.monotonic()

@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedpeft.engines.flower.reach import DOWN, KEY_ROUTE, OFFER_ROUTE
+from fedpeft.engines.flower.reach import KEY_ROUTE, OFFER_ROUTE, UNREACHED
 from fedpeft.wire.lifeline import end_with_parent
 
 CALLS: Final = (
@@ -107,7 +107,7 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
                 request.url.path, content=bytes(body), headers=headers
             )
         except httpx.TransportError:  # it is being restarted; sites try again
-            return PlainTextResponse("the SuperLink is out of reach", min(DOWN))
+            return PlainTextResponse("the SuperLink is out of reach", UNREACHED)
         back = {name: value for name, value in answer.headers.items() if name in BACK}
         return Response(answer.content, answer.status_code, headers=back)
 

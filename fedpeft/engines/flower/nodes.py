@@ -1,13 +1,12 @@
 """Which of Flower's nodes is which client."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import final
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.engines.flower.grid import pull, push
+from fedpeft.engines.flower.grid import Unavailable, pull, push
 from fedpeft.errors import WireError
 
 Said = Mapping[str, ConfigRecordValues]
@@ -52,6 +51,7 @@ class Nodes:
         self._on_fault = on_fault
         self._present: Mapping[int, str] = {}  # node -> its session
         self._asked: dict[str, int] = {}  # id of the question -> the node that was asked
+        self._unheard: set[int] = set()  # nodes whose question, or whose answer, was lost
         self._node_of: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -77,9 +77,13 @@ class Nodes:
         """Ask the nodes that have joined since the last look, and read the answers so far."""
         # 1. Ask newcomers. One that left and came back is asked again.
         before, self._present = self._present, self._look_up()
-        for node in sorted(node for node, _ in self._present.items() - before.items()):
-            with contextlib.suppress(WireError):
+        new = {node for node, _ in self._present.items() - before.items()}
+        lost, self._unheard = self._unheard & self._present.keys(), set()
+        for node in sorted(new | lost):
+            try:
                 self._asked[push(self._grid, self._message(node))] = node
+            except WireError:
+                self._unheard.add(node)
         # 2. Read answers. A node that answers with nonsense is asked no more: it stays no client.
         for question, node in list(self._asked.items()):
             try:
@@ -87,6 +91,8 @@ class Nodes:
                 if content is None:
                     continue
                 self._assign(node, self._admit(node, _said(content)))
+            except Unavailable:
+                self._unheard.add(node)
             except WireError as error:
                 self._on_fault(str(error))
             del self._asked[question]

@@ -20,8 +20,8 @@ NOT_ACTIVATED: Final = 2004
 AGAIN: Final = 75.0
 """Seconds for which a site asks again with a key that is online: so long, and a little more, the
 SuperLink takes a site for online that was killed."""
-DOWN: Final = frozenset({502, 503, 504})
-"""Statuses of a gate or a SuperLink that is being restarted."""
+UNREACHED: Final = 502
+"""The status of a gate behind which the SuperLink does not answer."""
 KEY_ROUTE: Final = "/v1/fedpeft/key"
 """Where the embedded gate tells whether a key is registered."""
 OFFER_ROUTE: Final = "/v1/fedpeft/offer"
@@ -49,6 +49,17 @@ class Gate:
         return ssl.create_default_context(cadata=self.ca.decode("ascii"))
 
 
+def is_down(status: int) -> bool:
+    """Return whether a status tells of trouble at the server, which passes: sites try again.
+
+    So is the SuperLink's while it is restarted, or has no room for what it wants to write.
+
+    >>> is_down(502), is_down(401)
+    (True, False)
+    """
+    return status >= httpx.codes.INTERNAL_SERVER_ERROR
+
+
 def public_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     """Return the public half of a site's key as Flower's messages hold it."""
     return public_key_to_bytes(key.public_key())
@@ -57,7 +68,7 @@ def public_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
 def refused(response: httpx.Response, gate: Gate, waited: float) -> str:
     """Return what to say while waiting after a refusal; BadInput where waiting is of no use."""
     status, code = response.status_code, error_code(response)
-    if status in DOWN:
+    if is_down(status):
         return f"waiting for the server at {gate.address} (status {status})"
     if status == httpx.codes.UNAUTHORIZED:
         raise BadInput(

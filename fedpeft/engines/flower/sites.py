@@ -206,7 +206,8 @@ def _gate(door: Door, link: Link, say: Say) -> Iterator[int]:
     command = [sys.executable, "-m", "fedpeft.engines.flower.gate"]
     log = door.state / "gate.log"
     first = json.dumps(settings).encode() + b"\n"
-    with watched(command, log, surroundings(door.state), "gate", say, first) as running:
+    with watched(command, log, surroundings(door.state), "gate", say, first) as program:
         if door.host in ("127.0.0.1", "localhost", "0.0.0.0", "::"):
-            wait_for(port, running, log)
+            wait_for(port, program, log)
+        program.up.set()
         yield port

@@ -8,6 +8,7 @@ where sites have keys; a secret keeps the tasks of a run from other local users.
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,12 @@ from fedpeft.errors import BadInput
 LOOPBACK: Final = "127.0.0.1"
 STARTING: Final = 90.0
 """Seconds that a SuperLink may take until it listens."""
+AT_ONCE: Final = 5.0
+"""Seconds; a program that ends sooner has not come up."""
+WAITS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before each further start of a program that had been up and now ends at once."""
+FIRST: Final = 2
+"""Further starts of one that was not up yet: that of a killed server may be at its port still."""
 PROGRAM: Final = (
     "from fedpeft.wire.lifeline import end_with_parent; end_with_parent(); "
     "from flwr.superlink.cli import flower_superlink; flower_superlink()"
@@ -109,20 +116,21 @@ def superlink(
     ]
     if database:
         command.append(f"--database={folder / 'link.db'}")
-    with watched(command, folder / "superlink.log", surroundings(folder), "SuperLink", say) as up:
-        wait_for(chosen, up, folder / "superlink.log")
+    with watched(command, folder / "superlink.log", surroundings(folder), "SuperLink", say) as it:
+        wait_for(chosen, it, folder / "superlink.log")
         yield Link(chosen, ca, secret)
 
 
-def wait_for(port: int, running: Callable[[], bool], log: Path) -> None:
-    """Wait until something listens on ``port`` of the loopback; BadInput where nothing does."""
+def wait_for(port: int, program: "Program", log: Path) -> None:
+    """Wait until ``program`` listens on ``port`` of the loopback; BadInput where it does not."""
     deadline = time.monotonic() + STARTING
-    while time.monotonic() < deadline and running():
+    while time.monotonic() < deadline and not program.given_up.is_set():
         try:
             socket.create_connection((LOOPBACK, port), 1.0).close()
         except OSError:
             time.sleep(0.1)
         else:
+            program.up.set()
             return
     raise BadInput(f"{log}: what should listen on port {port} does not; its last lines say why")
 
@@ -135,26 +143,34 @@ def watched(
     name: str,
     say: Say,
     first: bytes = b"",
-) -> Iterator[Callable[[], bool]]:
-    """Run a program for the length of a ``with``; started again when it ends, unless at once.
+) -> Iterator["Program"]:
+    """Run a program for the length of a ``with``; started again when it ends.
 
-    ``log``: where its output goes. ``first``: a line that it reads from its standard input. Yields
-    what tells whether it is given a chance still.
+    ``log``: where its output goes. ``first``: a line that it reads from its standard input. One
+    that does not come up is soon given up. One that had been up and does not come up any more,
+    after all of ``WAITS``, ends this process as Ctrl-C does: nobody could reach it, and the run can
+    be resumed.
     """
-    program = _Program(command, log, environment, name, say, first)
+    program = Program(command, log, environment, name, say, first)
     program.start()
     watching = threading.Thread(target=program.watch, daemon=True)
     watching.start()
     try:
-        yield lambda: not program.given_up.is_set()
+        yield program
     finally:
-        program.stop()
+        # First nobody starts it any more.
+        program.stopping.set()
         watching.join()
+        program.stop()
 
 
 @final
-class _Program:
-    """A program that is watched."""
+class Program:
+    """A program that is watched.
+
+    ``up``: set once it has come up. ``given_up``: set when it is not started again. ``stopping``:
+    set when it is not to be.
+    """
 
     def __init__(
         self,
@@ -171,10 +187,11 @@ class _Program:
         self._name = name
         self._say = say
         self._first = first
-        self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
+        self.up = threading.Event()
         self.given_up = threading.Event()
+        self.stopping = threading.Event()
 
     def start(self) -> None:
         """Start it; its output is appended to the log."""
@@ -195,26 +212,35 @@ class _Program:
             self._process.stdin.flush()  # and left open: it ends where this process does
 
     def watch(self) -> None:
-        """Start it again whenever it ends; give up where it ends at once."""
-        while not self._stopping.is_set():
+        """Start it again whenever it ends, until it does not come up any more."""
+        in_vain = 0
+        while not self.stopping.is_set():
             assert self._process is not None
             try:
                 code = self._process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 return
-            if time.monotonic() - self._began < 5.0:
+            if time.monotonic() - self._began < AT_ONCE:
+                in_vain += 1
+            else:
+                in_vain = 0
+                self.up.set()
+            if in_vain > (len(WAITS) if self.up.is_set() else FIRST):
                 self.given_up.set()
                 self._say(f"the {self._name} ends at once (code {code}); see {self._log}")
+                if self.up.is_set():
+                    signal.raise_signal(signal.SIGINT)
                 return
             self._say(f"the {self._name} has ended (code {code}); starting it again")
             self._close()
+            if in_vain and self.stopping.wait(WAITS[in_vain - 1]):
+                return
             self.start()
 
     def stop(self) -> None:
         """End it."""
-        self._stopping.set()
         if self._process is None or self._process.poll() is not None:
             self._close()
             return

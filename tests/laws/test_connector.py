@@ -1,0 +1,218 @@
+"""What a site's session bears: a gate or a SuperLink that is restarted, a session that is lost, a clock that is wrong, a key
+that is online elsewhere; and what its gate says meanwhile."""
+
+import asyncio
+import base64
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import sign_message
+
+from fedpeft.deployment.certificates import authority, site_key
+from fedpeft.deployment.join import gate_of
+from fedpeft.engines.flower import connector, reach
+from fedpeft.engines.flower.connector import Asked, RunOver, Session, SessionLost, forever
+from fedpeft.engines.flower.gate import gate, is_signed
+from fedpeft.engines.flower.reach import AGAIN, NOT_ACTIVATED, Gate, public_bytes, refused
+from fedpeft.engines.flower.sites import numbers_of
+from fedpeft.errors import BadInput
+from tests.parity.sockets import own_site
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits long before trying again."""
+    monkeypatch.setattr(connector, "SOONEST", 0.001)
+    monkeypatch.setattr(connector, "LATEST", 0.002)
+
+
+def status(code: int, content: object = None, **headers: str) -> httpx.HTTPStatusError:
+    """Return the error of an answer with this status."""
+    request = httpx.Request("POST", "https://localhost/v1/fleet/x")
+    response = httpx.Response(code, json=content, headers=headers, request=request)
+    return httpx.HTTPStatusError(str(code), request=request, response=response)
+
+
+DOWN = [httpx.ConnectError("refused"), httpx.ReadError("reset"), httpx.ReadTimeout("slow")]
+
+
+def session(said: list[str], client: Any = None) -> Session:
+    return Session(client, 7, said.append)
+
+
+def answering(*answers: Any) -> Callable[[object], Any]:
+    """Return a call that raises or returns one of ``answers`` after the other."""
+    left = list(answers)
+
+    def call(_: object) -> Any:
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return call
+
+
+def test_a_site_tries_again_while_gate_or_superlink_are_restarted_and_says_so_once() -> None:
+    """Connections are refused or cut off; the gate is there and what is behind it is not."""
+    said: list[str] = []
+    trouble = [*DOWN, *(status(code) for code in (502, 503, 504, 500))]
+    assert session(said)._call(answering(*trouble, "there"), object()) == "there"
+    assert said == ["the server is out of reach (ConnectError); trying again"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "raised"),
+    [(status(401), SessionLost), (status(412), SessionLost), (status(403), RunOver)],
+)
+def test_what_does_not_pass_is_not_waited_for(answer: Exception, raised: type[Exception]) -> None:
+    with pytest.raises(raised):
+        session([])._call(answering(answer), object())
+
+
+def test_an_error_inside_the_server_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connector, "AGAIN", 0.01)
+    with pytest.raises(SessionLost, match="status 500"):
+        session([])._call(answering(status(500)), object())
+
+
+class Beating:
+    """A server that answers heartbeats one after another."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.SendNodeHeartbeat = answering(*answers)
+
+
+def test_a_heartbeat_that_does_not_arrive_is_sent_again_and_a_refused_one_ends_the_session() -> (
+    None
+):
+    beaten = SendNodeHeartbeatResponse(success=True)
+    running = session([], Beating(*DOWN, status(503), beaten, status(401)))
+    assert [running.beat() for _ in range(5)] == [False] * 4 + [True]
+    assert not running._lost.is_set()
+    assert running.beat()
+    with pytest.raises(SessionLost):
+        running._call(answering(*DOWN), object())
+
+
+class Scripted:
+    """A session whose work ends in an error."""
+
+    def __init__(self, error: Exception, *, ended: bool = False) -> None:
+        self.error, self.ended = error, ended
+
+    def work(self, answer: object, most: int) -> None:
+        raise self.error
+
+
+def test_a_lost_session_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = [Scripted(SessionLost("gone")), Scripted(SessionLost("end"), ended=True)]
+    left, online, said = list(scripted), list[object](), list[str]()
+
+    @contextlib.contextmanager
+    def begun(*_: object) -> Iterator[Any]:
+        yield left.pop(0)
+
+    monkeypatch.setattr(connector, "session", begun)
+    ours: Any = None
+
+    def never(_: Asked) -> bytes:
+        raise AssertionError
+
+    forever(ours, never, 1, said.append, online.append)
+    assert online == scripted
+    assert said == ["gone; joining anew"]
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Gate:
+    """How a site reaches a server."""
+    private, _ = site_key()
+    site = own_site(0, tmp_path, {"bert": "bert"})
+    site.key.write_bytes(private)
+    site.key.chmod(0o600)
+    site.ca.write_bytes(authority("tests").pem)
+    return gate_of(site)
+
+
+def answer(error: httpx.HTTPStatusError) -> httpx.Response:
+    return error.response
+
+
+@pytest.mark.parametrize(
+    ("ahead", "told"),
+    [(60.0, "s ahead of its own"), (-400.0, "s behind its own"), (0.0, "must agree within 5 s")],
+)
+def test_a_site_whose_clock_is_wrong_is_told_by_how_much(
+    ahead: float, told: str, ours: Gate
+) -> None:
+    response = answer(status(401, date=formatdate(time.time() - ahead, usegmt=True)))
+    with pytest.raises(BadInput) as refusal:
+        refused(response, ours, 0.0)
+    assert told in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_key_that_is_online_is_waited_for_and_then_taken_for_a_second_site(
+    ours: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it may be the ghost of a site that was killed."""
+    monkeypatch.setattr(reach, "key_is_known", lambda _: True)
+    response = answer(status(412, {"code": NOT_ACTIVATED}))
+    assert "takes this site for online still" in refused(response, ours, AGAIN - 1)
+    with pytest.raises(BadInput, match="is the site running twice?"):
+        refused(response, ours, AGAIN + 1)
+    monkeypatch.setattr(reach, "key_is_known", lambda _: False)
+    with pytest.raises(BadInput, match="does not know this site's key"):
+        refused(response, ours, 0.0)
+
+
+def test_one_key_is_not_registered_for_two_sites(tmp_path: Path) -> None:
+    _, public = site_key()
+    _, other = site_key()
+    (tmp_path / "site-0.pub").write_bytes(public)
+    (tmp_path / "site-1.pub").write_bytes(public)
+    with pytest.raises(BadInput, match="site-1.pub: its key, or its number 1, is that of another"):
+        numbers_of(tmp_path)
+    (tmp_path / "site-1.pub").write_bytes(other)
+    assert sorted(numbers_of(tmp_path).values()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("off", "taken"), [(0.0, True), (250.0, True), (-250.0, True), (400.0, False), (-400.0, False)]
+)
+def test_the_gate_takes_a_signed_time_for_now_within_five_minutes(
+    off: float, taken: bool, ours: Gate
+) -> None:
+    said = (now() + timedelta(seconds=off)).isoformat()
+    key = base64.b64encode(public_bytes(ours.key)).decode("ascii")
+    signature = base64.b64encode(sign_message(ours.key, said.encode("ascii"))).decode("ascii")
+    headers = {"flwr-public-key": key, "flwr-timestamp": said, "flwr-signature": signature}
+    assert is_signed(headers, {key}) == taken
+    assert not is_signed(headers, set())
+
+
+def test_a_gate_without_a_superlink_says_so_and_sites_wait(tmp_path: Path) -> None:
+    (tmp_path / "ca.crt").write_bytes(authority("tests").pem)
+    app = gate("127.0.0.1:1", str(tmp_path / "ca.crt"), tmp_path, tmp_path / "offer.json")
+
+    async def asked() -> int:
+        there = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=there, base_url="https://gate") as site,
+        ):
+            return (await site.post("/v1/fleet/pull-messages", content=b"x")).status_code
+
+    status_code = asyncio.run(asked())
+    assert status_code == 502
+    assert reach.is_down(status_code)
