@@ -19,6 +19,7 @@ from fedpeft.errors import BadInput, WireError
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.pieces import visits_per_text
+from fedpeft.experiment.privacy import drawn_in_secret, draws_in_secret
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, OnProgress, settings_digests
 from fedpeft.experiment.rounds import run_rounds
 from fedpeft.experiment.run import begin_in, finished, read_settings, run_row
@@ -268,6 +269,8 @@ class _Gathering:
             self._saved = len(self._run.roster.known)
         if tries:
             self._say(f"round {round_number}: too few replies; played again with a fresh cohort")
+        if draws_in_secret(config):
+            return drawn_in_secret(self._run.clients, config.federation.clients_per_round)
         seed = derive(config.seed, "again", tries) if tries else config.seed
         return sample(self._run.clients, config.federation.clients_per_round, seed, round_number)
 

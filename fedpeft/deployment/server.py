@@ -13,6 +13,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.agreement import agreement
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.pieces import hardware_for, row_of, to_score, tokenised
+from fedpeft.experiment.privacy import check_privacy
 from fedpeft.experiment.reading import read_test
 from fedpeft.experiment.run_folder import SITES
 from fedpeft.ledger import RunRow
@@ -151,6 +152,7 @@ def sites_run(
     ``hardware``: as an earlier start of the same run resolved it. ``reuse``: a run whose data and
     model are taken over where the settings agree. BadInput for settings that do not work together.
     """
+    check_privacy(config)
     same_data = reuse is not None and (
         (reuse.config.data, reuse.config.task) == (config.data, config.task)
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from fedpeft.wrappers.dp import DP
 from fedpeft.wrappers.fedavgm import FedAvgM
 from fedpeft.wrappers.fedprox import FedProx
 from fedpeft.wrappers.secagg import SecAgg
@@ -12,7 +13,8 @@ WRAPPERS: Mapping[str, type[Wrapper]] = {
     "fedprox": FedProx,
     "fedavgm": FedAvgM,
     "secagg": SecAgg,
+    "dp": DP,
 }
 """Every wrapper that ``[[wrap]]`` tables can name."""
 
-__all__ = ["WRAPPERS", "FedAvgM", "FedProx", "SecAgg", "Staged", "Wrapper"]
+__all__ = ["DP", "WRAPPERS", "FedAvgM", "FedProx", "SecAgg", "Staged", "Wrapper"]
