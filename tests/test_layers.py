@@ -25,7 +25,7 @@ WINGS: Mapping[str, str] = {
     "methods": "algebra mounting seeds wrappers",
     "method_kit": "algebra mounting seeds",
     "tasks": "data",
-    "training": "mounting seeds tasks wire",
+    "training": "mounting privacy seeds tasks wire",
     "models": "data mounting seeds tasks training wire",
     "federation": "ledger seeds tasks training wire",
     "engines": "federation wire",

@@ -90,8 +90,8 @@ class Accounts:
     """Adds up what the rounds of a run have told of clients, or of their examples.
 
     ``asked``: how often each client was asked to train; a client that was lost counts, too.
-    ``sampled``: sampling probability -> rounds, where clients are drawn in secret. ``holds``: how
-    many examples each client was last known to hold.
+    ``sampled``: sampling probability -> rounds, where clients are drawn in secret. ``holds``: on
+    how many rows each client trains, where it says so.
     """
 
     side: ServerSide
@@ -110,8 +110,10 @@ class Accounts:
     def add(self, row: Row) -> None:
         """Take account of a row of the ledger."""
         match row:
-            case ClientRow(client=client, phase=0):
+            case ClientRow(client=client, phase=0, measured=measured):
                 self.asked[client] += 1
+                if measured.examples:
+                    self.holds[client] = measured.examples
             case PrivacyRow(unit="client", sampling=float(probability)):
                 self.sampled[probability] += 1
             case _:
@@ -151,13 +153,11 @@ class Accounts:
         """Return the row of a promise to single examples: of the client that it holds worst for."""
         training = self.side.config.training
         steps = training.steps or 0  # see ``check_privacy``
-        for client in self.side.clients:
-            self.holds[client.id] = client.examples
+        known = {client.id: client.examples for client in self.side.clients} | self.holds
         costs: dict[tuple[float, int], float] = {}
         for client_id, rounds_asked in self.asked.items():
             # Of a client whose number of examples is not known, all may be in every step.
-            examples = self.holds.get(client_id, 0)
-            probability = rate(training.batch_size, examples)
+            probability = rate(training.batch_size, known.get(client_id, 0))
             costs[probability, rounds_asked * steps] = 0.0
         for probability, releases in worst(costs):
             costs[probability, releases] = epsilon_of_one_rate(

@@ -30,14 +30,26 @@ def clipped(tensors: Mapping[str, Tensor], bound: float) -> tuple[dict[str, Tens
     (tensor([0.6000, 0.8000], dtype=torch.float64), False)
     """
     length = norm(tensors)
+    factor = factor_to(bound, length)
+    shorter: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # Not a product with 0: that of infinity is no number.
+        exact = tensor.to(torch.float64)
+        shorter[name] = factor * exact if factor else torch.zeros_like(exact)
+    return shorter, length <= bound
+
+
+def factor_to(bound: float, length: float) -> float:
+    """Return what a vector of this length is multiplied by to be no longer than ``bound``.
+
+    0 where the length is infinite or no number.
+
+    >>> factor_to(5.0, length=2.0), factor_to(1.0, length=math.inf)
+    (1.0, 0.0)
+    """
     if not math.isfinite(length):
-        nothing: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            nothing[name] = torch.zeros_like(tensor, dtype=torch.float64)
-        return nothing, False
-    within = length <= bound
-    factor = 1.0 if within else bound * (1 - _SLACK) / length
-    return {name: factor * tensor.to(torch.float64) for name, tensor in tensors.items()}, within
+        return 0.0
+    return 1.0 if length <= bound else bound * (1 - _SLACK) / length
 
 
 def next_bound(bound: float, share: float, quantile: float, rate: float) -> float:

@@ -33,13 +33,13 @@ def _normal(count: int) -> NDArray[np.float64]:
     """Return ``count`` draws from N(0, 1), by Box and Muller 1958."""
     pairs = (count + 1) // 2
     # 1 - u is in (0, 1], where there is a logarithm.
-    radius = np.sqrt(-2 * np.log(1 - _uniform(pairs)))
-    angle = 2 * np.pi * _uniform(pairs)
+    radius = np.sqrt(-2 * np.log(1 - uniform(pairs)))
+    angle = 2 * np.pi * uniform(pairs)
     both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
     return both[:count]
 
 
-def _uniform(count: int) -> NDArray[np.float64]:
-    """Return ``count`` draws from [0, 1)."""
+def uniform(count: int) -> NDArray[np.float64]:
+    """Return ``count`` draws from [0, 1), from the operating system's randomness."""
     words = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
     return np.ldexp((words >> np.uint64(64 - _DIGITS)).astype(np.float64), -_DIGITS)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from fedpeft.wrappers.dp import DP
+from fedpeft.wrappers.dpsgd import DPSGD
 from fedpeft.wrappers.fedavgm import FedAvgM
 from fedpeft.wrappers.fedprox import FedProx
 from fedpeft.wrappers.secagg import SecAgg
@@ -14,7 +15,8 @@ WRAPPERS: Mapping[str, type[Wrapper]] = {
     "fedavgm": FedAvgM,
     "secagg": SecAgg,
     "dp": DP,
+    "dpsgd": DPSGD,
 }
 """Every wrapper that ``[[wrap]]`` tables can name."""
 
-__all__ = ["DP", "WRAPPERS", "FedAvgM", "FedProx", "SecAgg", "Staged", "Wrapper"]
+__all__ = ["DP", "DPSGD", "WRAPPERS", "FedAvgM", "FedProx", "SecAgg", "Staged", "Wrapper"]
