@@ -382,8 +382,8 @@ class _Trained:
     ``steps``: of each client. ``up`` and ``remembered``: what goes up and what is remembered,
     (K, ...). ``news``: whether the method keeps anything new. ``discreet``: whether figures that
     tell of the examples stay here. ``lossless``: whether the loss does. ``losses``: (K,).
-    ``num_trained``: numbers that each client trained. ``step_alone``: seconds of a step of one client alone, None if
-    unknown.
+    ``num_trained``: numbers that each client trained. ``step_alone``: seconds of a step of one
+    client alone, None if unknown.
     """
 
     steps: Sequence[int]
