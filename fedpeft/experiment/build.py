@@ -17,7 +17,7 @@ from fedpeft.experiment.pieces import (
     tokenised,
     visits_per_text,
 )
-from fedpeft.experiment.privacy import check_privacy
+from fedpeft.experiment.privacy import check_privacy, privacy_notes
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.federation.client import ClientData, Worker
@@ -73,6 +73,7 @@ class Federation:
         notes = list(self.partition.notes)
         for note in self.loaded.notes:
             notes.append(f"model.name = {self.config.model.name!r}: {note}")
+        notes += privacy_notes(self.config, self.clients)
         return (*notes, *self.train.notes, *self.test.notes)
 
     @property

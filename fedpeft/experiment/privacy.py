@@ -64,6 +64,25 @@ def check_privacy(config: Config) -> None:
         )
 
 
+def privacy_notes(config: Config, clients: Sequence[Client]) -> list[str]:
+    """Return what is to be said of promises that are worth little, a line each."""
+    counts = {
+        "client": len(clients),
+        "example": min((client.examples for client in clients), default=0),
+    }
+    notes: list[str] = []
+    for wrapper in promises(config).values():
+        promise = wrapper.promise
+        count = counts[promise.unit]
+        if count and promise.delta * count >= 1:
+            whose = "clients" if promise.unit == "client" else "rows of the smallest client"
+            notes.append(
+                f"wrap.delta = {promise.delta:g}: a promise that gives one of {count} {whose} away "
+                f"would keep it; choose well below {1 / count:.2g}"
+            )
+    return notes
+
+
 def drawn_in_secret(clients: Sequence[Client], count: int) -> list[Client]:
     """Return who takes part: each client by itself, so that ``count`` of them are expected.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.averaging import Mean
+from fedpeft.deployment.offer import offer_of
 from fedpeft.errors import BadInput
 from fedpeft.experiment.config import from_tree
 from fedpeft.experiment.privacy import Accounts, check_privacy, draws_in_secret
@@ -395,6 +396,10 @@ def test_a_wrapper_is_told_how_many_are_expected() -> None:
     assert isinstance(method, Private)
     assert method.settings.cohort == 7
     assert not draws_in_secret(config)
+    # A site, whose federation has one client a round, builds the same method.
+    offer = offer_of(config, "run", "1", ("a", "b"))
+    tree = {"method": offer.method, "wrap": list(offer.wrap)}
+    assert from_tree({**tree, "federation": {"clients_per_round": 1}}).build_method() == method
 
 
 # The account.
