@@ -60,6 +60,11 @@ def run_rounds(
             recorder.record(row)
             accounts.add(row)
 
+        def counted(round_number: int, attempt: int) -> Sequence[Client]:
+            clients = cohort(round_number, attempt)
+            accounts.drawn_from(len(side.clients))  # as they were when these were drawn
+            return clients
+
         def evaluate(state: State) -> None:
             row = evaluation_row(side, state, engine, begin.memories)
             if row is not None:
@@ -67,7 +72,7 @@ def run_rounds(
 
         if choice.start and begin.state.round == 0:
             evaluate(begin.state)
-        for state in _played(side, begin.state, engine, cohort, record, tries):
+        for state in _played(side, begin.state, engine, counted, record, tries):
             for told in accounts.rows(state):
                 record(told)
             # The row comes before the checkpoint: a resumed run cuts off what comes after.
