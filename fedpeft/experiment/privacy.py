@@ -110,13 +110,15 @@ class Accounts:
 
     ``asked``: how often each client was asked to train; a client that was lost counts, too.
     ``sampled``: sampling probability -> rounds, where clients are drawn in secret. ``holds``: on
-    how many rows each client trains, where it says so.
+    how many rows each client trains, where it says so. ``probability``: of taking part in the round
+    under way, where clients are drawn in secret.
     """
 
     side: ServerSide
     asked: Counter[int]
     sampled: Counter[float]
     holds: dict[int, int]
+    probability: float = 1.0
 
     @staticmethod
     def of(side: ServerSide, ledger: Iterable[Row]) -> "Accounts":
@@ -138,6 +140,10 @@ class Accounts:
             case _:
                 pass
 
+    def drawn_from(self, clients: int) -> None:
+        """Take note that a round's clients were drawn from so many."""
+        self.probability = rate(self.side.config.federation.clients_per_round, clients)
+
     def rows(self, state: State) -> list[PrivacyRow]:
         """Return the rows of the round that led to ``state``, one a promise."""
         found: list[PrivacyRow] = []
@@ -151,8 +157,7 @@ class Accounts:
         """Return the row of a promise to whole clients."""
         probability = None
         if promise.sampled:
-            count = self.side.config.federation.clients_per_round
-            probability = rate(count, len(self.side.clients))
+            probability = self.probability
             releases = self.sampled + Counter({probability: 1})
         else:
             # A public draw hides nothing: rounds cost those that are in them, and nobody else.

@@ -438,14 +438,15 @@ def test_of_a_secret_draw_every_round_counts_with_its_probability() -> None:
         "wrap": [{"name": "dp", "noise": 2.0, "sampling": "poisson"}],
         "federation": {"clients_per_round": 2},
     }
-    clients = [Client(number) for number in range(20)]
     ledger: list[Any] = []
-    for number in range(3):
-        ledger += accounts(tree, clients, ledger).rows(State(number + 1, {}))
-    [row] = accounts(tree, clients[:10], ledger).rows(State(4, {}))
+    for number, clients in enumerate([20, 20, 20, 10]):
+        going_on = accounts(tree, [], ledger)
+        going_on.drawn_from(clients)
+        ledger += going_on.rows(State(number + 1, {}))
+    row = ledger[-1]
     assert (row.releases, row.sampling) == (4, 0.2)
     assert row.epsilon == pytest.approx(epsilon(2.0, 1e-5, {0.1: 3, 0.2: 1}))
-    assert [one.releases for one in ledger] == [1, 2, 3]
+    assert [one.releases for one in ledger] == [1, 2, 3, 4]
 
 
 def test_of_examples_the_client_counts_for_which_it_is_worst() -> None:
