@@ -157,8 +157,24 @@ class Private:
         return expected
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
-        """Merge the mean of the differences, with noise, as the method inside merges a mean."""
-        return self.mean_merge(state.round).receive(state, updates)
+        """Merge the mean of the differences, with noise, as the method inside merges a mean.
+
+        Here each reply is seen by itself, so one that is beyond the bound is scaled down again.
+        """
+        bounded = self._bounded_again(state, updates)
+        return self.mean_merge(state.round).receive(state, bounded)
+
+    def _bounded_again(self, state: State, updates: Iterable[Update]) -> Iterator[Update]:
+        """Yield the updates as honest clients would have sent them."""
+        sent = self.inner.send(state.without(self.owner), Client(0))
+        bound = float(state.slice_of(self.owner)[CLIP])
+        for update in updates:
+            parts = dict(update.payload)
+            within = parts.pop(_WITHIN, None)
+            bounded = _bounded(parts, sent, bound)[0]
+            if within is not None:
+                bounded[_WITHIN] = within.clamp(-0.5, 0.5)
+            yield replace(update, payload=bounded)
 
     def mean_merge(self, round_number: int) -> MeanMerge:
         """Return ``receive`` as a merge of sums, in which every client weighs the same."""
@@ -248,22 +264,16 @@ class Private:
         ups: list[Row] = []
         for row in range(len(context.clients)):
             trained = merge.contribution(row_of(up, row))
-            ups.append(self._bounded(trained, row_of(sent, row), float(bounds[row])))
+            ups.append(self._up(trained, row_of(sent, row), float(bounds[row])))
         return stacked(ups), stays
 
-    def _bounded(self, contribution: Payload, sent: Payload, bound: float) -> Row:
+    def _up(self, contribution: Payload, sent: Payload, bound: float) -> Row:
         """Return what one client adds to the sum, with its share of the noise where it has one."""
-        trained = _trained(contribution, sent)
-        differences: Row = {}
-        others: Row = {}
-        for name, tensor in contribution.items():
-            if name in trained:
-                differences[name] = tensor.to(torch.float64) - sent[name].to(torch.float64)
-            else:
-                others[name] = tensor
-        bounded, within = clipped(differences, bound)
-        # What was not sent, as votes, is from 0 to 1, and so within its bound by itself.
-        bounded |= clipped(others, _most(contribution, others))[0]
+        differences = dict(contribution)
+        for name in _trained(contribution, sent):
+            exact = contribution[name].to(torch.float64)
+            differences[name] = exact - sent[name].to(torch.float64)
+        bounded, within = _bounded(differences, sent, bound)
         if self.settings.quantile is not None:
             bounded[_WITHIN] = torch.tensor(0.5 if within else -0.5, dtype=torch.float64)
         if self.settings.sharers is not None:
@@ -294,6 +304,19 @@ def _trained(contribution: Payload, sent: Payload) -> frozenset[str]:
         for name, tensor in contribution.items()
         if name in sent and sent[name].shape == tensor.shape
     )
+
+
+def _bounded(parts: Payload, sent: Payload, bound: float) -> tuple[Row, bool]:
+    """Return differences and votes within their bounds, and whether the differences were."""
+    differences: Row = {}
+    others: Row = {}
+    trained = _trained(parts, sent)
+    for name, tensor in parts.items():
+        part = differences if name in trained else others
+        part[name] = tensor
+    bounded, within = clipped(differences, bound)
+    # What was not sent, as votes, is from 0 to 1, and so within its bound by itself.
+    return bounded | clipped(others, _most(parts, others))[0], within
 
 
 def _most(contribution: Payload, names: Iterable[str]) -> float:

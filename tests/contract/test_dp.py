@@ -159,6 +159,28 @@ def test_a_client_whose_training_diverged_adds_nothing_and_is_not_missed() -> No
     assert not moved(before, after).any()
 
 
+@pytest.mark.usefixtures("silent")
+def test_the_server_bounds_again_what_was_not() -> None:
+    """A client that sends a thousand times as much moves the model no further than any other."""
+    method = private(clip=0.5, quantile=0.5)
+    playing = federation(method)
+    before = playing.start
+    honest = playing.play(1, before)
+    replies = updates(playing)
+    first = replies[0].payload
+    huge = {name: 1000 * tensor for name, tensor in first.items()}
+    lying = method.receive(before, [replace(replies[0], payload=huge), *replies[1:]])
+    assert float(moved(before, lying).norm()) <= 0.5 * (1 + 1e-6)
+    step = 0.5 / 3
+    assert float((flat(lying.shared) - flat(honest.shared)).norm()) <= 2 * step
+    least, most = (0.5 * math.exp(-0.2 * (share - 0.5)) for share in (1, 0))
+    assert least <= float(lying.slice_of(OWNER)["clip"]) <= most
+    # What an honest one sends is left as it is, to the bit.
+    assert torch.equal(
+        flat(method.receive(before, replies).shared), flat(honest.without(OWNER).shared)
+    )
+
+
 # The bound.
 
 
