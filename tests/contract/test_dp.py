@@ -50,7 +50,7 @@ from tests.tiny import (
 )
 
 OWNER = "0.dp"
-CLOSE: Mapping[str, float] = {"noise": 1e-12, "clip": 1e5}
+CLOSE: Mapping[str, Any] = {"noise": 1e-12, "clip": 1e5}
 """A bound beyond every update, and noise below the last digit of float32."""
 
 
