@@ -103,9 +103,9 @@ def privacy(runs: Iterable[Summary]) -> str:
     terms: list[str] = []
     for run in runs:
         for row in run.privacy.values():
-            drawn = "as no secret" if row.sampling is None else "in secret, each by itself"
+            amplified = "without" if row.sampling is None else "with"
             whose = "clients" if row.unit == "client" else "rows of a client"
-            terms.append(f"{whose} at δ {row.delta:g}, drawn {drawn}")
+            terms.append(f"{whose} at δ {row.delta:g}, {amplified} amplification by sampling")
     if not terms:
         return ""
     return f"ε: differential privacy of {_listed(terms)}; of what was released (docs/security.md)"

@@ -63,8 +63,8 @@ def test_reports_name_epsilon_and_its_terms(ground: Ground, runs: Path, no_figur
     outcome = cli_call("report", run)
     assert outcome.code == 0
     assert "ε of" in outcome.out
-    assert "clients at δ 1e-05, drawn as no secret" in outcome.out
-    assert "rows of a client at δ 1e-05, drawn in secret" in outcome.out
+    assert "clients at δ 1e-05, without amplification" in outcome.out
+    assert "rows of a client at δ 1e-05, with amplification" in outcome.out
 
 
 def test_a_delta_that_gives_somebody_away_is_told(ground: Ground) -> None:
