@@ -108,7 +108,7 @@ def privacy(runs: Iterable[Summary]) -> str:
             terms.append(f"{whose} at δ {row.delta:g}, {amplified} amplification by sampling")
     if not terms:
         return ""
-    return f"ε: differential privacy of {_listed(terms)}; of what was released (docs/security.md)"
+    return f"ε: differential privacy of {_listed(terms)} (docs/security.md)"
 
 
 def unfinished(runs: Iterable[Summary]) -> str:
