@@ -615,6 +615,17 @@ def test_dpsgd_goes_around_every_method() -> None:
         assert {row.measured.loss for row in playing.rows} == {None}
 
 
+def test_a_client_trains_on_the_rows_that_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on those that the run's seed gives: with none drawn, and hardly any noise, nothing moves."""
+    monkeypatch.setattr(
+        "fedpeft.training.private.drawn", lambda _rows, steps, _size: [[] for _ in range(steps)]
+    )
+    method = DPSGD(noise=1e-9, clip=1.0).around(small("lora"), "0.dpsgd")
+    playing = federation(method, training=replace(SGD, steps=2))
+    before = playing.start
+    assert float(moved(before, playing.play(1, before)).abs().max()) < 1e-6
+
+
 def test_rows_and_clients_can_be_hidden_at_once() -> None:
     method = DP(cohort=3).around(DPSGD().around(small("lora"), "1.dpsgd"), OWNER)
     playing = federation(method, training=replace(SGD, steps=2))
