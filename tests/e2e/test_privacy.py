@@ -60,7 +60,7 @@ def test_reports_name_epsilon_and_its_terms(ground: Ground, runs: Path, no_figur
     [line] = compare([summarise(run)]).lines
     assert line.mean.epsilon_clients == rows[-2].epsilon
     assert line.mean.epsilon_examples == rows[-1].epsilon
-    outcome = cli_call("report", run, "--out", runs / "report")
+    outcome = cli_call("report", run, "--to", runs / "report")
     assert outcome.code == 0
     shown = " ".join(outcome.out.split())  # a caption may be broken into lines
     assert "ε of" in shown
