@@ -78,7 +78,7 @@ $(BIN)/.flower: pyproject.toml constraints.txt | $(BIN)/.demo
 
 # flwr-datasets asks for an older datasets than ours, and works with it.
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/.demo
-	$(PIP) --editable '.[data,flower,quant,dev]'
+	$(PIP) --editable '.[data,flower,quant,privacy,dev]'
 	$(PIP) --no-deps flwr-datasets seaborn
 	@touch $@
 

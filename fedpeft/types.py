@@ -87,6 +87,18 @@ def _nothing(_: slice) -> None: ...
 
 
 @dataclass(frozen=True)
+class RowNoise:
+    """How a client's steps hide each row of its data (DP-SGD).
+
+    ``clip``: largest L2 norm of a row's gradient. ``noise``: standard deviation of the noise in
+    their sum over ``clip``.
+    """
+
+    clip: float
+    noise: float
+
+
+@dataclass(frozen=True)
 class LocalTask:
     """What a stack of K clients trains in one round, and what it replies afterwards.
 
@@ -100,6 +112,8 @@ class LocalTask:
     trains nothing, as in a phase that only exchanges keys.
     ``discreet``: the reply does not tell on how many examples the client trained, in how many
     steps, and with what loss.
+    ``rows``: how each step hides the rows that it is made of; None for plain steps. The reply then
+    tells no loss.
     ``personal``: names of the tensors in ``trainable`` that never leave the client. Where there
     are any, there is no global model, and scores are those of each client's own model.
 
@@ -119,6 +133,7 @@ class LocalTask:
     personal: frozenset[str] = frozenset()
     steps: int | None = None
     discreet: bool = False
+    rows: RowNoise | None = None
 
 
 @dataclass(frozen=True)

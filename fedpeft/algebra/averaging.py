@@ -101,7 +101,8 @@ class MeanMerge:
     So replies may be summed before the server sees them, under masks or with noise.
     ``contribution``: a reply's payload -> what is summed of it, in floating point, of the same
     names and shapes for all clients of a round. ``merge``: state and sums -> the next state;
-    without anything summed up it is a silent round.
+    without anything summed up it is a silent round. ``least``: of how many replies a sum must be
+    before anybody sees it; above 1, whoever sums has to promise that, as under masks.
 
     >>> halved = MeanMerge(
     ...     "uniform",
@@ -117,6 +118,7 @@ class MeanMerge:
     weighting: Weighting
     contribution: Callable[[Payload], Payload]
     merge: Callable[[State, Mean], State]
+    least: int = 1
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Return the next state from replies that are not summed yet, as ``Method.receive``."""

@@ -76,7 +76,7 @@ def offer_of(config: Config, run: str, version: str, labels: tuple[str, ...]) ->
             "bits": model.bits,
         },
         method=json.loads(json.dumps(config.method)),
-        wrap=tuple(json.loads(json.dumps(config.wrap))),
+        wrap=tuple(json.loads(json.dumps(config.told_wraps()))),
         training=asdict(config.training),
         rounds=config.federation.rounds,
         labels=labels or None,

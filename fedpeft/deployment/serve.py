@@ -22,6 +22,7 @@ from fedpeft.errors import BadInput, WireError
 from fedpeft.experiment.claim import claimed
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.pieces import visits_per_text
+from fedpeft.experiment.privacy import drawn_in_secret, draws_in_secret
 from fedpeft.experiment.recorder import CHECKPOINTS, CONFIG, OnProgress, settings_digests
 from fedpeft.experiment.rounds import run_rounds
 from fedpeft.experiment.run import begin_in, finished, read_settings, run_row
@@ -292,6 +293,8 @@ class _Gathering:
                 round=round_number,
                 tries=tries,
             )
+        if draws_in_secret(config):
+            return drawn_in_secret(self._run.clients, config.federation.clients_per_round)
         seed = derive(config.seed, "again", tries) if tries else config.seed
         return sample(self._run.clients, config.federation.clients_per_round, seed, round_number)
 

@@ -13,6 +13,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.agreement import agreement
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.pieces import hardware_for, row_of, to_score, tokenised
+from fedpeft.experiment.privacy import check_privacy
 from fedpeft.experiment.reading import read_test
 from fedpeft.experiment.run_folder import SITES
 from fedpeft.experiment.wrapping import check_replies
@@ -153,6 +154,7 @@ def sites_run(
     model are taken over where the settings agree. BadInput for settings that do not work together.
     """
     check_replies(config.wrap, config.federation.clients_per_round)
+    check_privacy(config)
     same_data = reuse is not None and (
         (reuse.config.data, reuse.config.task) == (config.data, config.task)
     )

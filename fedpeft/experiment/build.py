@@ -17,6 +17,7 @@ from fedpeft.experiment.pieces import (
     tokenised,
     visits_per_text,
 )
+from fedpeft.experiment.privacy import check_privacy, privacy_notes
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.experiment.wrapping import check_replies
@@ -73,6 +74,7 @@ class Federation:
         notes = list(self.partition.notes)
         for note in self.loaded.notes:
             notes.append(f"model.name = {self.config.model.name!r}: {note}")
+        notes += privacy_notes(self.config, self.clients)
         return (*notes, *self.train.notes, *self.test.notes)
 
     @property
@@ -115,6 +117,7 @@ def build(
     # 1. What can be refused in a moment comes first; loading a model takes seconds.
     engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
     check_bits(config.model)  # likewise
+    check_privacy(config)  # likewise
     dataset = _dataset(config, reuse)
     names = TASKS[config.task.kind].names(dataset)
     partition = _partition(config, dataset, reuse)

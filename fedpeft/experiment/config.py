@@ -25,7 +25,7 @@ from fedpeft.experiment.sections import (
     PartitionSection,
     ServerSection,
 )
-from fedpeft.experiment.wrapping import wrapped
+from fedpeft.experiment.wrapping import told, wrapped
 from fedpeft.methods import constructors
 from fedpeft.models import ModelSection
 from fedpeft.tasks import TaskSection
@@ -109,7 +109,11 @@ class Config:
         if any(part.name == "rounds" for part in known_fields):
             fields.setdefault("rounds", self.federation.rounds)
         method: Method = checked(constructor, fields, "method", also=("name",))
-        return wrapped(method, self.wrap)
+        return wrapped(method, self.told_wraps())
+
+    def told_wraps(self) -> list[dict[str, Any]]:
+        """Return the tables of ``wrap``, with what wrappers have to know of the federation."""
+        return told(self.wrap, self.federation.clients_per_round)
 
 
 def read(path: Path) -> Tree:

@@ -15,7 +15,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.server_side import ServerSide
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint, Written
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Row, RunRow, read
+from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, PrivacyRow, Row, RunRow, read
 from fedpeft.types import State
 from fedpeft.wire.durable import sync
 
@@ -52,6 +52,8 @@ class Progress:
                 return replace(self, bytes=self.bytes + down + up)
             case EvaluationRow(metrics=metrics):
                 return replace(self, score=metrics[self.metric])
+            case PrivacyRow():
+                return self
 
 
 OnProgress = Callable[[Progress], None]

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
+from fedpeft.experiment.privacy import Accounts, drawn_in_secret, draws_in_secret
 from fedpeft.experiment.recorder import OnProgress, Recorder
 from fedpeft.experiment.scoring import evaluation_row
 from fedpeft.experiment.server_side import ServerSide
 from fedpeft.federation.checkpoint import Checkpoint
 from fedpeft.federation.server import federate, sample
-from fedpeft.ledger import ClientRow
+from fedpeft.ledger import FILE, ClientRow, Row, stream
 from fedpeft.types import Client, Engine, State
 
 Cohort = Callable[[int, int], Sequence[Client]]
@@ -21,11 +22,14 @@ Cohort = Callable[[int, int], Sequence[Client]]
 def drawn(side: ServerSide) -> Cohort:
     """Return the cohorts of clients that are always there: drawn from the seed and the round.
 
-    So a resumed run draws the same.
+    So a resumed run draws the same, unless nobody may know who takes part.
     """
     clients, plan = side.clients, side.config.federation
+    in_secret = draws_in_secret(side.config)
 
     def cohort(round_number: int, _tries: int) -> Sequence[Client]:
+        if in_secret:
+            return drawn_in_secret(clients, plan.clients_per_round)
         return sample(clients, plan.clients_per_round, side.config.seed, round_number)
 
     return cohort
@@ -47,7 +51,19 @@ def run_rounds(
     """
     plan, choice = side.config.federation, side.config.evaluation
     state = begin.state  # what is returned where no round is left
+    if draws_in_secret(side.config):
+        tries = 1  # a round that nobody was drawn for is one like others
     with Recorder(side, folder, begin, on_progress) as recorder:
+        accounts = Accounts.of(side, stream(folder / FILE))
+
+        def record(row: Row) -> None:
+            recorder.record(row)
+            accounts.add(row)
+
+        def counted(round_number: int, attempt: int) -> Sequence[Client]:
+            clients = cohort(round_number, attempt)
+            accounts.drawn_from(len(side.clients))  # as they were when these were drawn
+            return clients
 
         def evaluate(state: State) -> None:
             row = evaluation_row(side, state, engine, begin.memories)
@@ -56,7 +72,9 @@ def run_rounds(
 
         if choice.start and begin.state.round == 0:
             evaluate(begin.state)
-        for state in _played(side, begin.state, engine, cohort, recorder.record, tries):
+        for state in _played(side, begin.state, engine, counted, record, tries):
+            for told in accounts.rows(state):
+                record(told)
             # The row comes before the checkpoint: a resumed run cuts off what comes after.
             if state.round % choice.every == 0 or state.round == plan.rounds:
                 evaluate(state)

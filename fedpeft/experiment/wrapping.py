@@ -1,38 +1,58 @@
 """``[[wrap]]`` tables -> a method inside its wrappers."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from fedpeft.algebra.averaging import mean_merge
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import checked, nearest
 from fedpeft.methods import METHODS
 from fedpeft.types import Method
-from fedpeft.wrappers import WRAPPERS, NeedsReplies, Wrapper
+from fedpeft.wrappers import WRAPPERS, NeedsReplies, SecAgg, Wrapper
 
 
 def wrapped(method: Method, tables: Sequence[Mapping[str, Any]]) -> Method:
     """Return ``method`` inside the wrappers that ``tables`` name, the first one outermost.
 
-    Each gets a name of its own for what it keeps on the server: its index and its kind. Raises
-    BadInput for an unknown wrapper, and for fields that it does not have.
+    Raises BadInput for an unknown wrapper, for fields that it does not have, and for wrappers that
+    do not go together.
 
     >>> from fedpeft.methods.lora import LoRA
     >>> wrapped(LoRA(), [{"name": "fedprox", "mu": 0.1}]).mu
     0.1
     """
-    wrappers = _wrappers(tables)
-    for index in reversed(range(len(tables))):  # from the innermost outwards
-        name, wrapper = wrappers[index]
-        owner = f"{index}.{name}"
+    method_inside = method
+    found = wrappers(tables)
+    for index, (owner, wrapper) in reversed(list(enumerate(found.items()))):  # innermost first
         try:
-            method = wrapper.around(method, owner)
+            around = wrapper.around(method_inside, owner)
         except BadInput as error:
             # With other wrappers in between it need not be the method's fault.
             is_innermost = index == len(tables) - 1
             hint = f"; it goes around {_possible(wrapper, owner)}" if is_innermost else ""
             raise BadInput(f"{error}{hint}") from error
-    return method
+        _check_hidden(method_inside, around, wrapper)
+        method_inside = around
+    _check_hidden(method_inside, None, None)
+    return method_inside
+
+
+def _check_hidden(inside: Method, around: Method | None, wrapper: Wrapper | None) -> None:
+    """Raise BadInput where the server would see replies one by one that are only safe as a sum.
+
+    ``around``: ``inside`` in one ``wrapper`` more; None where there is no further one.
+    """
+    merge = mean_merge(inside, 0)
+    if merge is None or merge.least == 1 or isinstance(wrapper, SecAgg):
+        return
+    # Whatever merges by a mean, too, leaves it to a wrapper further out to hide the replies.
+    if around is None or mean_merge(around, 0) is None:
+        raise BadInput(
+            f"wrap.sharers = {merge.least} of dp: the server would see replies with a part of the "
+            "noise one by one; put a table with name = 'secagg' before it, or leave it out"
+        )
 
 
 def _possible(wrapper: Wrapper, owner: str) -> str:
@@ -50,9 +70,10 @@ def check_replies(tables: Sequence[Mapping[str, Any]], clients_per_round: int) -
 
     >>> check_replies([{"name": "krum", "malicious": 1}], clients_per_round=5)
     """
-    for index, (name, wrapper) in enumerate(_wrappers(tables)):
+    for owner, wrapper in wrappers(tables).items():
         # As with ``mean_merge``: most wrappers need not know of it.
         if isinstance(wrapper, NeedsReplies) and wrapper.least > clients_per_round:
+            index, _, name = owner.partition(".")
             raise BadInput(
                 f"wrap[{index}].name = {name!r} needs {wrapper.least} replies, and "
                 f"federation.clients_per_round = {clients_per_round} can never give them; "
@@ -60,15 +81,35 @@ def check_replies(tables: Sequence[Mapping[str, Any]], clients_per_round: int) -
             )
 
 
-def _wrappers(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, Wrapper]]:
-    """Return (name, settings) of each of the ``tables``; BadInput for what is none."""
-    wrappers: list[tuple[str, Wrapper]] = []
+def wrappers(tables: Sequence[Mapping[str, Any]]) -> dict[str, Wrapper]:
+    """Return the settings of the wrappers that ``tables`` name, in their order.
+
+    They are by the name under which each keeps something on the server: its index and its kind.
+    Raises BadInput as ``wrapped`` does.
+    """
+    found: dict[str, Wrapper] = {}
     for index, table in enumerate(tables):
         fields = dict(table)
         name = fields.pop("name", None)
         if name not in WRAPPERS:
             hint = nearest(str(name), list(WRAPPERS))
             raise BadInput(f"wrap[{index}].name = {name!r} is not a wrapper; {hint}")
-        where = f"wrap[{index}]"
-        wrappers.append((name, checked(WRAPPERS[name], fields, where, also=("name",))))
-    return wrappers
+        wrapper: Wrapper = checked(WRAPPERS[name], fields, f"wrap[{index}]", also=("name",))
+        found[f"{index}.{name}"] = wrapper
+    return found
+
+
+def told(tables: Sequence[Mapping[str, Any]], clients_per_round: int) -> list[dict[str, Any]]:
+    """Return ``tables`` with the number of clients of a round where a wrapper needs it.
+
+    >>> told([{"name": "dp"}, {"name": "fedprox"}], clients_per_round=8)
+    [{'cohort': 8, 'name': 'dp'}, {'name': 'fedprox'}]
+    """
+    filled: list[dict[str, Any]] = []
+    for table in tables:
+        kind = WRAPPERS.get(str(table.get("name")))
+        known = dataclasses.fields(kind) if kind else ()  # type: ignore[arg-type]  # a dataclass
+        needs_it = any(field.name == "cohort" for field in known)
+        default = {"cohort": clients_per_round} if needs_it else {}
+        filled.append({**default, **table})
+    return filled

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedpeft.errors import WireError
 from fedpeft.ledger import Measured, Measurement, measured
 from fedpeft.tasks import Encoded, Task, examples_in
+from fedpeft.training import private
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
@@ -146,6 +147,8 @@ class Worker:
             self._mounted(stack.down, stack.methods_part, context) as local,
         ):
             shares = _cut(stack.shares, local.steps)
+            if local.rows is not None:
+                shares = _drawn(shares, self.training.batch_size)
             # Where nobody trains, nothing may be mounted, and other blocks' states would be kept.
             if shares[0].steps:
                 shares = self._with_states(context.clients, shares)
@@ -163,6 +166,7 @@ class Worker:
             remembered=remembered,
             news=bool(own(stays)),
             discreet=local.discreet,
+            lossless=local.discreet or local.rows is not None,
             losses=losses,
             num_trained=num_trained,
             meter=meter,
@@ -194,7 +198,9 @@ class Worker:
         status = Status.DONE
         if trained.discreet:
             # The number of steps would tell the number of examples.
-            figures = replace(figures, examples=0, steps=0, loss=None)
+            figures = replace(figures, examples=0, steps=0)
+        if trained.lossless:
+            figures = replace(figures, loss=None)
             status = Status.DISCREET
         # 2. The reply, and the memory under the version that the reply tells the server.
         round_number, phase = stack.context.round, stack.context.phase
@@ -375,9 +381,9 @@ class _Trained:
 
     ``steps``: of each client. ``up`` and ``remembered``: what goes up and what is remembered,
     (K, ...). ``news``: whether the method keeps anything new. ``discreet``: whether figures that
-    tell of the examples stay here. ``losses``: (K,). ``num_trained``:
-    numbers that each client trained. ``step_alone``: seconds of a step of one client alone, None if
-    unknown.
+    tell of the examples stay here. ``lossless``: whether the loss does. ``losses``: (K,).
+    ``num_trained``: numbers that each client trained. ``step_alone``: seconds of a step of one
+    client alone, None if unknown.
     """
 
     steps: Sequence[int]
@@ -385,6 +391,7 @@ class _Trained:
     remembered: Payload
     news: bool
     discreet: bool
+    lossless: bool
     losses: Tensor
     num_trained: int
     meter: Measurement
@@ -394,6 +401,15 @@ class _Trained:
 def _cut(shares: Sequence[Share], steps: int | None) -> list[Share]:
     """Return the shares with at most so many ``steps`` each; None for all of them."""
     return [replace(share, steps=share.steps[:steps]) for share in shares]
+
+
+def _drawn(shares: Sequence[Share], batch_size: int) -> list[Share]:
+    """Return the shares with rows that are drawn in secret, in as many steps."""
+    redrawn: list[Share] = []
+    for share in shares:
+        steps = private.drawn(share.examples, len(share.steps), batch_size)
+        redrawn.append(replace(share, steps=steps))
+    return redrawn
 
 
 def _version(now: int, before: int, news: bool, remembered: Payload) -> int:

@@ -1,4 +1,4 @@
-"""What a run records: one row for the run, one per (round, client), one per evaluation."""
+"""What a run records: a row for the run, one per (round, client), per evaluation, per promise."""
 
 import dataclasses
 import math
@@ -164,7 +164,29 @@ class EvaluationRow:
     seconds: float = 0.0
 
 
-Row = RunRow | ClientRow | EvaluationRow
+@dataclass(frozen=True, kw_only=True)
+class PrivacyRow:
+    """What ``round`` rounds have told, by differential privacy.
+
+    ``unit``: whose presence is hidden, a whole ``client`` or a single ``example``. All that was
+    released so far is (``epsilon``, ``delta``)-differentially private for the one that is in most
+    of it: in ``releases`` of them, each with noise multiplier ``noise``. ``sampling``: the
+    probability of being in one, drawn in secret, where epsilon reckons with it; otherwise None.
+    ``clip``: the bound on what the unit adds to the round's sum.
+    """
+
+    kind: ClassVar[str] = "privacy"
+    round: int
+    unit: str
+    epsilon: float
+    delta: float
+    noise: float
+    clip: float
+    releases: int
+    sampling: float | None = None
+
+
+Row = RunRow | ClientRow | EvaluationRow | PrivacyRow
 MEASURED = frozenset({"seconds", "seconds_alone", "peak_memory"})
 """The fields that differ between two runs of the same thing."""
 
@@ -239,4 +261,5 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Row]] = {
     RunRow.kind: lambda content: RunRow(**content),
     ClientRow.kind: _client_row,
     EvaluationRow.kind: _evaluation_row,
+    PrivacyRow.kind: lambda content: PrivacyRow(**content),
 }

@@ -98,6 +98,19 @@ def losses(runs: Iterable[Summary]) -> str:
     return "lost replies: " + ", ".join(shares)
 
 
+def privacy(runs: Iterable[Summary]) -> str:
+    """Return at which delta, and under which sampling, epsilons are told; empty without any."""
+    terms: list[str] = []
+    for run in runs:
+        for row in run.privacy.values():
+            amplified = "without" if row.sampling is None else "with"
+            whose = "clients" if row.unit == "client" else "rows of a client"
+            terms.append(f"{whose} at δ {row.delta:g}, {amplified} amplification by sampling")
+    if not terms:
+        return ""
+    return f"ε: differential privacy of {_listed(terms)} (docs/security.md)"
+
+
 def unfinished(runs: Iterable[Summary]) -> str:
     """Return which runs did fewer rounds than planned; empty when all are complete."""
     short: list[str] = []

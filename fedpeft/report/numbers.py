@@ -56,6 +56,9 @@ class Numbers:
     equal_rounds_bytes: float | None = None
     equal_bytes_score: float | None = None
     equal_bytes_rounds: float | None = None
+    # What it told of whole clients, and of single examples, by differential privacy.
+    epsilon_clients: float | None = None
+    epsilon_examples: float | None = None
 
     def columns(self, metric: str) -> dict[str, float | None]:
         """Return the numbers by the headings of the CSV files, in order.
@@ -89,10 +92,18 @@ def numbers_of(run: Summary, terms: Terms, others: Sequence[str]) -> Numbers:
         lost=sum(run.lost.values()),
         network_seconds=run.cost.network(terms.bandwidth),
         network_seconds_slora=run.cost.network(SLORA_LINK),
+        epsilon_clients=_epsilon(run, "client"),
+        epsilon_examples=_epsilon(run, "example"),
     )
     numbers = _scores(numbers, run)
     numbers = _to_target(numbers, run, terms)
     return _on_equal_terms(numbers, run, terms)
+
+
+def _epsilon(run: Summary, unit: str) -> float | None:
+    """Return the epsilon that a run ended with for this unit of privacy; None without a promise."""
+    row = run.privacy.get(unit)
+    return None if row is None else row.epsilon
 
 
 def _scores(numbers: Numbers, run: Summary) -> Numbers:

@@ -2,13 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import final
 
 from fedpeft.errors import BadInput
-from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Measured, Row, RunRow, read
+from fedpeft.ledger import (
+    FILE,
+    ClientRow,
+    EvaluationRow,
+    Measured,
+    PrivacyRow,
+    Row,
+    RunRow,
+    read,
+)
 from fedpeft.report.cost import Cost, cost_of
 from fedpeft.report.metric import Metric, metric_of
 
@@ -39,7 +48,8 @@ class Summary:
     all clients. ``seconds``: mean per client and round. ``peak_memory``: bytes, the largest of all
     replies. ``side_by_side``: the most clients that trained in one stack. ``trained_first`` and
     ``trained_last``: parameters that the largest client trained in the first and in the last round
-    with a reply. ``lost``: reason -> number of lost replies.
+    with a reply. ``lost``: reason -> number of lost replies. ``privacy``: unit -> the last row of
+    what it is promised by differential privacy.
     """
 
     run: RunRow
@@ -56,6 +66,7 @@ class Summary:
     trained_first: int | None
     trained_last: int | None
     lost: Mapping[str, int]
+    privacy: Mapping[str, PrivacyRow] = field(default_factory=dict)
 
     @property
     def metric(self) -> Metric:
@@ -138,6 +149,7 @@ def summarise(folder: Path) -> Summary:
         trained_first=trained[0] if trained else None,
         trained_last=trained[-1] if trained else None,
         lost=lost,
+        privacy={row.unit: row for row in rows if isinstance(row, PrivacyRow)},
     )
 
 

@@ -109,6 +109,19 @@ def _score_columns(compared: Comparison) -> list[Column]:
         baseline = metric.trivial_answer.split()[0]
         heading = f"over\n{baseline}" if metric.higher_is_better else f"below\n{baseline}"
         columns.append((heading, lambda line: _gain(metric, line.mean.over_majority)))
+    return [*columns, *_privacy_columns(compared)]
+
+
+def _privacy_columns(compared: Comparison) -> list[Column]:
+    """Return a column for every unit of privacy that any run makes a promise to."""
+    units: list[Column] = [
+        ("ε of\nclients", lambda line: _number(line.mean.epsilon_clients)),
+        ("ε of\nrows", lambda line: _number(line.mean.epsilon_examples)),
+    ]
+    columns: list[Column] = []
+    for heading, cell in units:
+        if any(cell(line) != ABSENT for line in compared.lines):
+            columns.append((heading, cell))
     return columns
 
 
@@ -163,6 +176,7 @@ def _small_print(compared: Comparison) -> list[str]:
         "modelled min to target: per round the slowest client's bytes / bandwidth "
         "+ its longest training alone",
         captions.stacks(runs),
+        captions.privacy(runs),
         captions.losses(runs),
         captions.unfinished(runs),
     ]

@@ -3,7 +3,7 @@
 Each has batches, gradient clipping and optimizer state of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedpeft.mounting import row_owners
 from fedpeft.seeds import derive, generator
 from fedpeft.tasks import Encoded, Example, Task
+from fedpeft.training import private
 from fedpeft.training.activation_cache import ActivationCache, entering
 from fedpeft.training.bucketing import Buckets
 from fedpeft.training.hardware import Hardware
@@ -44,7 +45,8 @@ class Training:
     """Steps over which the learning rate rises linearly."""
     clip: Annotated[float, Gt(0)] | None = 1.0
     """Largest norm of one client's gradient; longer ones are scaled down to it. Python's `None`
-    clips nothing; TOML has no word for it, so write a large number there."""
+    clips nothing; TOML has no word for it, so write a large number there. Not with the wrapper
+    `dpsgd`, which bounds the gradient of every row."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
     """Weight decay: decoupled with AdamW, an L2 penalty with SGD."""
     momentum: Annotated[float, Ge(0)] = 0.0
@@ -143,16 +145,24 @@ def fit(
             for parameter in trained:
                 parameter.grad = None
             batches = [(share, share.steps[step]) for share in shares[active]]
-            stream = micro_batches(batches, buckets, num_parallel)
-            # In the order of the micro-batches, whichever thread is faster: the same bits come out.
-            for done in parallel_map(forward_and_backward, stream):
-                clients = done.micro_batch.clients.to(device)
-                losses.index_add_(0, clients, done.losses.to(losses.dtype))
-                _add(trained, done.gradients)
+            if local.rows is not None:
+                private.begin(local.trainable)
+                for done in parallel_map(forward_and_backward, row_batches(batches)):
+                    client = int(done.micro_batch.clients[0])
+                    private.add_bounded(local.trainable, done.gradients, client, local.rows.clip)
+                private.add_noise(local.trainable, active, local.rows, training.batch_size)
+            else:
+                stream = micro_batches(batches, buckets, num_parallel)
+                # In the order of the micro-batches, whichever thread is faster: the same bits come
+                # out.
+                for done in parallel_map(forward_and_backward, stream):
+                    clients = done.micro_batch.clients.to(device)
+                    losses.index_add_(0, clients, done.losses.to(losses.dtype))
+                    _add(trained, done.gradients)
             # 2. What the method wants to see of the gradients, before they are scaled down.
             local.after_backward(active)
             # 3. Clip each client's gradient by itself, and step.
-            if training.clip is not None:
+            if training.clip is not None and local.rows is None:
                 clip(local.trainable, active, training.clip)
             optimizer.step(active)
     num_steps = [len(share.steps) for share in shares]
@@ -226,10 +236,27 @@ def micro_batches(
         yield _micro_batch(by_client, totals, cached)
 
 
-def _micro_batch(rows: Sequence[Row], totals: Sequence[int], cached: bool) -> MicroBatch:
+def row_batches(batches: Sequence[tuple[Share, Sequence[int]]]) -> Iterator[MicroBatch]:
+    """Yield the K clients' batches of one step, a micro-batch for every row of their data.
+
+    The weights in it are those of the row's mean loss. One row after another is exact whatever the
+    model is made of; hooks that take the gradients of rows apart, as opacus has them for modules,
+    do not see what is mounted here.
+    """
+    cached = all(share.states is not None for share, _ in batches)
+    for client, (share, indices) in enumerate(batches):
+        for of_row in private.by_row(share.examples, indices):
+            total = sum(share.examples[index].weight for index in of_row)
+            rows = [Row(share, client, index) for index in of_row]
+            yield _micro_batch(rows, {client: total}, cached)
+
+
+def _micro_batch(
+    rows: Sequence[Row], totals: Sequence[int] | Mapping[int, int], cached: bool
+) -> MicroBatch:
     """Return ``rows``, sorted by client, as a micro-batch.
 
-    ``totals``: the weights of each client's rows in this step together, K numbers. ``cached``:
+    ``totals``: the weights of each client's rows in this step together, by client. ``cached``:
     whether every share has hidden states.
     """
     examples: list[Example] = []
@@ -309,7 +336,7 @@ def _num_parallel(shares: Sequence[Share], hardware: Hardware, buckets: Buckets)
     lengths: list[int] = []
     for share in shares:
         lengths += [share.examples.lengths[row] for row in share.steps[0]]
-    return min(hardware.threads, len(buckets.cheapest(lengths)))
+    return max(1, min(hardware.threads, len(buckets.cheapest(lengths))))
 
 
 def _owners(clients: Tensor) -> slice | Tensor:

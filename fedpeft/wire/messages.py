@@ -197,7 +197,7 @@ class Status(IntEnum):
     FORGOTTEN = 1
     """The client holds no memory of the version that the request assumes, and has done nothing."""
     DISCREET = 2
-    """Done; the client does not tell on how many examples, nor with what loss."""
+    """Done; the client does not tell with what loss, and maybe not on how many examples."""
 
 
 _ABOUT = ("round", "phase", "memory", "status")
@@ -301,7 +301,7 @@ def check(
 
     - It is for this round, and for this ``phase`` of it.
     - Its measurements can be true, with no more ``examples`` than the client is known to hold
-      (0: unknown). A discreet one has neither examples nor loss.
+      (0: unknown). A discreet one has no loss, and may have no examples.
     - Its memory has the version that the request assumed, ``memory``, or was written just now.
     - Its payload has exactly the expected names, shapes and dtypes, and every value is finite.
     """
@@ -315,8 +315,9 @@ def check(
         raise Forgotten(f"forgotten: the client holds no memory of round {memory}; it is sent anew")
     faults = response.measured.faults(examples)
     if response.status is Status.DISCREET:
-        for kept_to_itself in ("examples", "loss"):
-            faults.pop(kept_to_itself, None)
+        faults.pop("loss", None)
+        if not response.measured.examples:
+            faults.pop("examples", None)
     if faults:
         raise WireError("; ".join(faults.values()))
     # Unchanged, written anew, or written anew with the method's part carried along.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from fedpeft.wrappers.bulyan import Bulyan
+from fedpeft.wrappers.dp import DP
+from fedpeft.wrappers.dpsgd import DPSGD
 from fedpeft.wrappers.fedadagrad import FedAdagrad
 from fedpeft.wrappers.fedadam import FedAdam
 from fedpeft.wrappers.fedavgm import FedAvgM
@@ -34,10 +36,14 @@ WRAPPERS: Mapping[str, type[Wrapper]] = {
     "krum": Krum,
     "bulyan": Bulyan,
     "secagg": SecAgg,
+    "dp": DP,
+    "dpsgd": DPSGD,
 }
 """Every wrapper that ``[[wrap]]`` tables can name."""
 
 __all__ = [
+    "DP",
+    "DPSGD",
     "WRAPPERS",
     "Bulyan",
     "FedAdagrad",

@@ -33,6 +33,7 @@ from fedpeft.secagg.shamir import SHARE
 from fedpeft.secagg.summands import Form, as_bytes, as_tensor, flat, form_of, out_of_range
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
 from fedpeft.wire.versions import lasting, once
+from fedpeft.wrappers.rows import Row, row_of, stacked
 
 TRAIN, SHARE_KEYS, MASK, UNMASK = range(4)
 """The phases of a round."""
@@ -48,9 +49,6 @@ _SENT: Final = "secagg.sent"
 _SHARES: Final = "secagg.shares"
 _UPDATE: Final = "!update/"
 """Before the names of the update in a client's memory, until it has been sent."""
-
-Row = dict[str, Tensor]
-"""Tensors of one client, without a client axis."""
 
 
 @final
@@ -79,7 +77,13 @@ class SecAgg:
     def around(self, method: Method, owner: str) -> Method:
         """Return ``method`` with its replies summed under masks; BadInput where they are no sum."""
         secure = Secure(method, owner, self)
-        secure.merge_of(0)
+        least = secure.merge_of(0).least
+        if self.smallest < least:
+            raise BadInput(
+                f"wrap.smallest = {self.smallest} of secagg: the method inside shares its noise "
+                f"among {least} clients (wrap.sharers of dp), and a sum of fewer would have too "
+                f"little; choose at least {least}"
+            )
         return secure
 
 
@@ -276,12 +280,12 @@ class Secure:
             ups: list[Row] = []
             stays: list[Row] = []
             for row, client in enumerate(context.clients):
-                kept = _row(secrets, row)
+                kept = row_of(secrets, row)
                 _check_when(kept, client, context)
-                up, keeps = step(_row(down, row), kept, client, context)
+                up, keeps = step(row_of(down, row), kept, client, context)
                 ups.append(up)
                 stays.append({**keeps, "!when": torch.tensor([context.round, context.phase])})
-            return _stacked(ups), _stacked(stays)
+            return stacked(ups), stacked(stays)
 
         yield LocalTask({}, reply_of_all, steps=0, discreet=True)
 
@@ -293,7 +297,7 @@ class Secure:
         secrets: list[Row] = []
         for row, client in enumerate(context.clients):
             weight = context.examples[row] if merge.weighting == "examples" else 1
-            update = merge.contribution(_row(up, row))
+            update = merge.contribution(row_of(up, row))
             if fault := self._fault(update, weight):
                 raise WireError(f"client {client}: {fault}")
             mask_secret, box_secret = new_secret(), new_secret()
@@ -308,7 +312,7 @@ class Secure:
                     **{f"{_UPDATE}{name}": tensor for name, tensor in update.items()},
                 }
             )
-        return _stacked(ups), {**stays, **_stacked(secrets)}
+        return stacked(ups), {**stays, **stacked(secrets)}
 
     def _fault(self, update: Payload, weight: int) -> str:
         """Return why an update cannot be summed, empty where it can."""
@@ -410,16 +414,3 @@ def _field(down: Row, name: str) -> Tensor:
     if name not in down:
         raise WireError(f"a request of secagg lacks {name!r}")
     return down[name]
-
-
-def _row(stacks: Payload, row: int) -> Row:
-    """Return the tensors of the client in ``row``, (K, ...) -> (...), in plain memory."""
-    return {name: stack[row].detach().cpu() for name, stack in stacks.items()}
-
-
-def _stacked(rows: list[Row]) -> Row:
-    """Return the tensors of K clients with a client axis, (...) -> (K, ...)."""
-    stacks: Row = {}
-    for name in rows[0]:
-        stacks[name] = torch.stack([row[name] for row in rows])
-    return stacks

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Protocol, runtime_checkable
 
+from fedpeft.privacy.accountant import Promise
 from fedpeft.types import Method
 
 
@@ -28,3 +29,24 @@ class NeedsReplies(Wrapper, Protocol):
     def least(self) -> int:
         """Return the fewest replies of a round that changes anything."""
         ...
+
+
+@runtime_checkable
+class Promising(Wrapper, Protocol):
+    """A wrapper that makes releases differentially private; the run accounts for them."""
+
+    @property
+    def clip(self) -> float:
+        """The bound on what a unit adds, at the start."""
+        ...
+
+    @property
+    def promise(self) -> Promise:
+        """What it promises."""
+        ...
+
+
+def promising(wrapper: Wrapper) -> Promising | None:
+    """Return ``wrapper`` where it promises something, otherwise None."""
+    # The one place that looks at a wrapper's kind: others need not know of this protocol.
+    return wrapper if isinstance(wrapper, Promising) else None

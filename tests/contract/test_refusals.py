@@ -15,7 +15,7 @@ from fedpeft.federation.server import update_norm
 from fedpeft.ledger import COUNTS, Measured
 from fedpeft.types import Lost, Payload, Reply
 from fedpeft.wire.messages import Response, decode, encode
-from tests.contract.reference import asked, reference, replayed, rows
+from tests.contract.reference import CORE, asked, core_rows, reference, replayed, rows
 from tests.tiny import SIZES, assert_same_state
 
 BEGIN = 1
@@ -174,7 +174,7 @@ def test_a_reply_that_nobody_asked_for_is_not_counted() -> None:
     assert {row.client: row.lost for row in intruded.rows} == {0: None, 1: "no answer", 2: None}
 
 
-TRAINED = [name for name in METHODS if name != "local_only"]
+TRAINED = core_rows(without={"local_only"})
 """The methods of which something comes back."""
 
 
@@ -182,7 +182,7 @@ TRAINED = [name for name in METHODS if name != "local_only"]
 def test_a_reply_of_another_method_is_refused_unless_it_has_the_very_same_form(name: str) -> None:
     """A site trains by no other method than that of the request, whose digest says which one it is. Here it is made to."""
     expected = reference(name).playing.answers(BEGIN)[VICTIM].payload
-    for other in METHODS:
+    for other in sorted(CORE):
         theirs = reference(other).playing.answers(BEGIN)[VICTIM].payload
         forms = [
             {key: (tensor.shape, tensor.dtype) for key, tensor in payload.items()}

@@ -110,7 +110,7 @@ accuracy best_accuracy macro_f1 over_majority start_accuracy rounds client_steps
 down_bytes up_bytes seconds_per_client_round peak_memory_bytes lost network_seconds
 network_seconds_slora rounds_to_target bytes_to_target seconds_to_target
 modelled_seconds_to_target modelled_seconds_to_target_slora equal_rounds_accuracy
-equal_rounds_bytes equal_bytes_accuracy equal_bytes_rounds
+equal_rounds_bytes equal_bytes_accuracy equal_bytes_rounds epsilon_clients epsilon_examples
 """
 """The numbers in the CSV files of a classification, in their order."""
 

@@ -585,6 +585,10 @@ def test_a_loss_that_is_no_number_is_refused_as_diverged() -> None:
 def test_a_discreet_answer_has_neither_examples_nor_a_loss_and_all_else_is_checked() -> None:
     discreet = Response(0, {}, Measured(), status=Status.DISCREET)
     check(discreet, 0, {}, memory=-1, examples=7)
+    # One that keeps the loss alone to itself, as under DP-SGD, has no more examples than it holds.
+    check(replace(discreet, measured=Measured(examples=7)), 0, {}, memory=-1, examples=7)
+    with pytest.raises(WireError, match="examples = 8: the client holds 7"):
+        check(replace(discreet, measured=Measured(examples=8)), 0, {}, memory=-1, examples=7)
     with pytest.raises(WireError, match="steps = -1"):
         check(replace(discreet, measured=Measured(steps=-1)), 0, {}, memory=-1)
     with pytest.raises(WireError, match="examples = 0"):
