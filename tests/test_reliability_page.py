@@ -11,7 +11,7 @@ NAMED = re.compile(r"`([\w/]+\.py)::(\w+)`")
 
 
 @cache
-def tests_in(file: str) -> set[str]:
+def functions_in(file: str) -> set[str]:
     """Return the names of the functions in a file of tests."""
     tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -31,4 +31,4 @@ def test_every_row_names_tests_that_are_there() -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     for file, name in NAMED.findall(PAGE):
-        assert name in tests_in(file), f"{file}::{name}"
+        assert name in functions_in(file), f"{file}::{name}"

@@ -31,7 +31,9 @@ def wrapped(method: Method, tables: Sequence[Mapping[str, Any]]) -> Method:
         except BadInput as error:
             # With other wrappers in between it need not be the method's fault.
             is_innermost = index == len(tables) - 1
-            hint = f"; it goes around {_possible(wrapper, owner)}" if is_innermost else ""
+            possible = ", ".join(_possible(wrapper, owner)) if is_innermost else ""
+            # Where there is none, the wrapper's own settings are to blame.
+            hint = f"; it goes around {possible}" if possible else ""
             raise BadInput(f"{error}{hint}") from error
         _check_hidden(method_inside, around, wrapper)
         method_inside = around
@@ -55,14 +57,14 @@ def _check_hidden(inside: Method, around: Method | None, wrapper: Wrapper | None
         )
 
 
-def _possible(wrapper: Wrapper, owner: str) -> str:
-    """Return the names of the methods that ``wrapper`` goes around, or ``no method``."""
+def _possible(wrapper: Wrapper, owner: str) -> list[str]:
+    """Return the names of the methods that ``wrapper`` goes around."""
     possible: list[str] = []
     for name, constructor in METHODS.items():
         with suppress(BadInput):
             wrapper.around(constructor(), owner)
             possible.append(name)
-    return ", ".join(possible) or "no method"
+    return possible
 
 
 def check_replies(tables: Sequence[Mapping[str, Any]], clients_per_round: int) -> None:

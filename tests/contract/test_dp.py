@@ -351,7 +351,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_bound(tmp_path: Path, silent: No
         ),
         (
             {"wrap": [{"name": "dp"}, {"name": "secagg"}]},
-            r"^wrap.name = 'dp': Secure does not merge .* secagg goes around dp, before it",
+            r"^wrap.name = 'dp': Secure does not merge .*secagg goes around dp, before it",
         ),
         (
             {"wrap": [{"name": "dp", "sharers": 8}]},
@@ -546,6 +546,7 @@ def attacked(method: Method, trials: int) -> tuple[float, float]:
     return best_threshold(*losses), best_threshold(*projections)
 
 
+@pytest.mark.slow
 def test_a_canary_is_found_without_noise_and_not_with_it() -> None:
     """Whether a client with a canary took part is seen by anyone without noise, and a coin's throw at epsilon 1.1.
 

@@ -653,6 +653,7 @@ SECURE = {"wrap": [{"name": "secagg", "bits": 56}], "training": {"keep_optimizer
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the server is a forked process")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.slow
 def test_a_server_killed_between_the_exchanges_of_secure_aggregation_begins_the_round_anew(
     ground: Ground, serving: Serving, behind: list[Behind], tmp_path: Path
 ) -> None:
