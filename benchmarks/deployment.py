@@ -208,7 +208,7 @@ def sites_served(there: Crowd) -> list[Round]:
 @contextmanager
 def _folder() -> Iterator[Path]:
     """Yield a folder for the length of a ``with``; its path is short, as sockets lie in it."""
-    with tempfile.TemporaryDirectory(prefix="fp") as place:
+    with tempfile.TemporaryDirectory(prefix="fp", ignore_cleanup_errors=True) as place:
         yield Path(place)
 
 
