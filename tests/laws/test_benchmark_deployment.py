@@ -25,7 +25,7 @@ from benchmarks.deployment import Goal
 from benchmarks.still_sites import EXAMPLES, Echo
 from fedpeft.deployment.site import read_site
 from fedpeft.experiment.config import read
-from fedpeft.ledger import ClientRow, EvaluationRow, Measured
+from fedpeft.ledger import ClientRow, EvaluationRow, Measured, Row
 from fedpeft.wire.messages import Kind, Request, Response, check, digest
 
 
@@ -48,7 +48,7 @@ def test_a_round_is_the_time_between_checkpoints_and_its_work_that_of_the_slowes
 
 
 def test_scoring_at_the_end_of_a_round_is_left_out() -> None:
-    rows = [client(0, 0, 1.0), scored(1, 0.75)]
+    rows: list[Row] = [client(0, 0, 1.0), scored(1, 0.75)]
     assert rounds_of(rows, {0: 0.0, 1: 3.0}) == [Round(0, 2.25, 1.0, 0)]
 
 
