@@ -38,6 +38,8 @@ POLL: Final = 0.15
 """Seconds between two looks for answers."""
 
 Say = Callable[[str], None]
+Files = frozenset[tuple[str, int, int, int]]
+"""Name, number, size and time of files."""
 
 
 @final
@@ -70,14 +72,18 @@ class Server:
         self._link = link
         self._say = say
         self._numbers: dict[bytes, int] = {}
+        self._files: Files = frozenset()  # those that the numbers were read from
 
     def admit_new(self) -> None:
         """Let in the sites whose keys have been put into the folder, and no longer the others."""
-        numbers = numbers_of(self._door.sites)
-        if numbers == self._numbers:
+        # Called several times a second: reading many keys costs far more than a look at the files.
+        files = files_in(self._door.sites)
+        if files == self._files:
             return
-        register(self._link, {key: f"site {number}" for key, number in numbers.items()})
-        self._numbers = numbers
+        numbers = numbers_of(self._door.sites)
+        if numbers != self._numbers:
+            register(self._link, {key: f"site {number}" for key, number in numbers.items()})
+        self._numbers, self._files = numbers, files
 
     @contextlib.contextmanager
     def run(self) -> "Iterator[Sites]":
@@ -146,6 +152,16 @@ def engine_for(grid: Grid, nodes: Nodes, config: str, deadline: float, window: i
         poll=POLL,
         away=AWAY,
     )
+
+
+def files_in(sites: Path) -> Files:
+    """Return what tells whether keys in a folder have come, gone, or become others."""
+    found: set[tuple[str, int, int, int]] = set()
+    for path in sites.glob("*.pub"):
+        with contextlib.suppress(FileNotFoundError):  # removed since
+            about = path.stat()
+            found.add((path.name, about.st_ino, about.st_size, about.st_mtime_ns))
+    return frozenset(found)
 
 
 def numbers_of(sites: Path) -> dict[bytes, int]:
