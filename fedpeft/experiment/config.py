@@ -36,6 +36,8 @@ from fedpeft.types import Method
 METHOD: Final = "lora"
 """The method where a configuration names none."""
 
+UNMEASURED: Final = frozenset(["quantise", "top_k", "scaffold", "dp"])
+"""Wrappers whose replies hold codes, differences or more than what was trained."""
 RENAMED: Final[Mapping[str, str | None]] = {"engine.cohort": "engine.stack"}
 """What fields were called by older versions: dotted name then -> now, None for one that is gone.
 
@@ -243,6 +245,13 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             f"federation.largest_update = {federation.largest_update}: no update can be measured "
             "under the masks of wrap.name = 'secagg', whose `range` bounds every number of it; "
             "leave one of the two out"
+        )
+    coded = [table["name"] for table in config.wrap if table["name"] in UNMEASURED]
+    if federation.largest_update is not None and coded:
+        raise BadInput(
+            f"federation.largest_update = {federation.largest_update}: what replies hold under "
+            f"wrap.name = {coded[0]!r} is not what was trained, and cannot be measured so; leave "
+            "one of the two out"
         )
     _check_source(config.data, has_train=config.engine.kind != "sites")
     if config.partition.kind == "file" and config.partition.file is None:

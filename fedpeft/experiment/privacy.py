@@ -56,6 +56,11 @@ def check_privacy(config: Config) -> None:
             f"federation.min_replies = {config.federation.min_replies}: with wrap.sampling = "
             "'poisson' of dp, whether a round is silent would tell how many were drawn; choose 1"
         )
+    if draws_in_secret(config) and config.server.metrics is not None:
+        raise BadInput(
+            f"server.metrics = {config.server.metrics}: counts replies, and with wrap.sampling = "
+            "'poisson' of dp nobody may know how many were drawn; leave it out"
+        )
     of_examples = [one for one in found.values() if one.promise.unit == "example"]
     if of_examples and config.training.steps is None:
         raise BadInput(
@@ -134,7 +139,9 @@ class Accounts:
             case ClientRow(client=client, phase=0, measured=measured):
                 self.asked[client] += 1
                 if measured.examples:
-                    self.holds[client] = measured.examples
+                    # Of a client whose data change, as they were when each row weighed most.
+                    fewest = self.holds.get(client, measured.examples)
+                    self.holds[client] = min(fewest, measured.examples)
             case PrivacyRow(unit="client", sampling=float(probability)):
                 self.sampled[probability] += 1
             case _:

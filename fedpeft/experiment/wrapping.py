@@ -3,14 +3,18 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
-from fedpeft.algebra.averaging import mean_merge
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import checked, nearest
 from fedpeft.methods import METHODS
 from fedpeft.types import Method
-from fedpeft.wrappers import WRAPPERS, NeedsReplies, SecAgg, Wrapper
+from fedpeft.wrappers import DP, WRAPPERS, NeedsReplies, Wrapper
+
+AROUND_DP: Final = frozenset(
+    ["fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "dpsgd", "secagg"]
+)
+"""The wrappers that may stand around `dp`: what they do is done to what it has released."""
 
 
 def wrapped(method: Method, tables: Sequence[Mapping[str, Any]]) -> Method:
@@ -23,11 +27,11 @@ def wrapped(method: Method, tables: Sequence[Mapping[str, Any]]) -> Method:
     >>> wrapped(LoRA(), [{"name": "fedprox", "mu": 0.1}]).mu
     0.1
     """
-    method_inside = method
     found = wrappers(tables)
+    _check_around_dp(found)
     for index, (owner, wrapper) in reversed(list(enumerate(found.items()))):  # innermost first
         try:
-            around = wrapper.around(method_inside, owner)
+            method = wrapper.around(method, owner)
         except BadInput as error:
             # With other wrappers in between it need not be the method's fault.
             is_innermost = index == len(tables) - 1
@@ -35,26 +39,40 @@ def wrapped(method: Method, tables: Sequence[Mapping[str, Any]]) -> Method:
             # Where there is none, the wrapper's own settings are to blame.
             hint = f"; it goes around {possible}" if possible else ""
             raise BadInput(f"{error}{hint}") from error
-        _check_hidden(method_inside, around, wrapper)
-        method_inside = around
-    _check_hidden(method_inside, None, None)
-    return method_inside
+    return method
 
 
-def _check_hidden(inside: Method, around: Method | None, wrapper: Wrapper | None) -> None:
-    """Raise BadInput where the server would see replies one by one that are only safe as a sum.
+def _check_around_dp(found: Mapping[str, Wrapper]) -> None:
+    """Raise BadInput where what stands around ``dp`` would break what it promises.
 
-    ``around``: ``inside`` in one ``wrapper`` more; None where there is no further one.
+    ``found``: the wrappers by owner, the outermost first.
     """
-    merge = mean_merge(inside, 0)
-    if merge is None or merge.least == 1 or isinstance(wrapper, SecAgg):
-        return
-    # Whatever merges by a mean, too, leaves it to a wrapper further out to hide the replies.
-    if around is None or mean_merge(around, 0) is None:
-        raise BadInput(
-            f"wrap.sharers = {merge.least} of dp: the server would see replies with a part of the "
-            "noise one by one; put a table with name = 'secagg' before it, or leave it out"
-        )
+    kinds = [owner.partition(".")[2] for owner in found]
+    for kind in ("dp", "dpsgd"):
+        if kinds.count(kind) > 1:
+            raise BadInput(f"wrap.name = {kind!r} is there twice; leave one out")
+    for place, wrapper in enumerate(found.values()):
+        if not isinstance(wrapper, DP):
+            continue
+        outside = kinds[:place]
+        if strange := [kind for kind in outside if kind not in AROUND_DP]:
+            raise BadInput(
+                f"wrap.name = {strange[0]!r}: around dp it would change, or show, what dp has "
+                f"bounded; leave one of the two out. Around dp go: {', '.join(sorted(AROUND_DP))}"
+            )
+        if wrapper.sharers is not None and "secagg" not in outside:
+            raise BadInput(
+                f"wrap.sharers = {wrapper.sharers} of dp: the server would see replies with a part "
+                "of the noise one by one; put a table with name = 'secagg' before it, or leave it "
+                "out"
+            )
+        # These do nothing in a round without replies, and so would show that nobody was drawn.
+        telling = [kind for kind in outside if kind not in {"fedprox", "dpsgd"}]
+        if wrapper.sampling == "poisson" and telling:
+            raise BadInput(
+                f"wrap.sampling = 'poisson' of dp: with {telling[0]} around it, a round would show "
+                "that nobody was drawn; choose 'cohort', or put that table after dp's"
+            )
 
 
 def _possible(wrapper: Wrapper, owner: str) -> list[str]:

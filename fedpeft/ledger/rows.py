@@ -172,7 +172,8 @@ class PrivacyRow:
     released so far is (``epsilon``, ``delta``)-differentially private for the one that is in most
     of it: in ``releases`` of them, each with noise multiplier ``noise``. ``sampling``: the
     probability of being in one, drawn in secret, where epsilon reckons with it; otherwise None.
-    ``clip``: the bound on what the unit adds to the round's sum.
+    ``clip``: the bound on what the unit adds to a round's sum; one that moves, as it is after this
+    round.
     """
 
     kind: ClassVar[str] = "privacy"

@@ -70,8 +70,8 @@ class DP:
     sampling: Literal["cohort", "poisson"] = "cohort"
     """Who takes part. `cohort`: as without the wrapper; epsilon then counts every round in which a
     client was asked, for the one that was asked most. `poisson`: each client by itself, with
-    probability `cohort` / clients, drawn by the server from the operating system's randomness;
-    epsilon is then smaller, as long as nobody is told who took part."""
+    probability `federation.clients_per_round` / clients, drawn by the server from the operating
+    system's randomness; epsilon is then smaller, as long as nobody is told who took part."""
     sharers: Annotated[int, Ge(2)] | None = None
     """Left out, the server adds the noise. Otherwise the clients do, each so much that what so
     many of them add is enough; more make more. Needs `secagg` around it, with `smallest` of this

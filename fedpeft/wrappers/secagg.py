@@ -74,6 +74,11 @@ class SecAgg:
     smallest: Annotated[int, Ge(2)] = 3
     """Fewest clients of a sum."""
 
+    @property
+    def least(self) -> int:
+        """Return the fewest replies of a round that changes anything."""
+        return self.smallest
+
     def around(self, method: Method, owner: str) -> Method:
         """Return ``method`` with its replies summed under masks; BadInput where they are no sum."""
         secure = Secure(method, owner, self)

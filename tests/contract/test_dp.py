@@ -358,8 +358,24 @@ def test_a_run_that_is_resumed_goes_on_with_the_bound(tmp_path: Path, silent: No
             r"^wrap.sharers = 8 of dp: .* put a table with name = 'secagg' before it",
         ),
         (
-            {"wrap": [{"name": "quantise"}, {"name": "dp", "sharers": 8}]},
+            {"wrap": [{"name": "fedavgm"}, {"name": "dp", "sharers": 8}]},
             r"^wrap.sharers = 8 of dp: .* put a table with name = 'secagg' before it",
+        ),
+        *(
+            (
+                {"wrap": [{"name": name}, {"name": "dp"}]},
+                rf"^wrap.name = '{name}': around dp it .*; leave one of the two out. Around dp go: ",
+            )
+            for name in ("scaffold", "median", "krum", "quantise", "top_k", "norm_clip")
+        ),
+        ({"wrap": [{"name": "dpsgd"}, {"name": "dpsgd"}]}, r"^wrap.name = 'dpsgd' is there twice"),
+        ({"wrap": [{"name": "dp"}, {"name": "dp"}]}, r"^wrap.name = 'dp' is there twice"),
+        *(
+            (
+                {"wrap": [{"name": name}, {"name": "dp", "sampling": "poisson"}]},
+                rf"^wrap.sampling = 'poisson' of dp: with {name} around it, .* choose 'cohort'",
+            )
+            for name in ("secagg", "fedadam", "fedavgm")
         ),
         (
             {"wrap": [{"name": "secagg", "smallest": 7}, {"name": "dp", "sharers": 8}]},

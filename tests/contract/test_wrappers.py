@@ -135,7 +135,7 @@ def test_a_wrapped_run_that_is_resumed_ends_as_one_that_went_on(name: str, tmp_p
 
 def test_every_wrapper_is_tried_around_every_method() -> None:
     tried = {kind.partition(",")[0] for kind in (*ON_CLIENTS, *ON_SERVER)}
-    elsewhere = {"fedprox", "fedavgm", "secagg"}
+    elsewhere = {"fedprox", "fedavgm", "secagg", "dp", "dpsgd"}
     assert tried | elsewhere >= WRAPPERS.keys()
 
 

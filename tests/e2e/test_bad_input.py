@@ -234,6 +234,14 @@ SETTINGS: dict[str, Wrong] = {
         ("federation.largest_update=1", 'wrap=[{name="secagg"}]'),
         ("federation.largest_update = 1", "secagg", "leave one of the two out"),
     ),
+    "a limit for updates that are codes": Wrong(
+        ("federation.largest_update=1", 'wrap=[{name="quantise"}]'),
+        ("federation.largest_update = 1", "quantise", "leave one of the two out"),
+    ),
+    "a sum of more clients than there are": Wrong(
+        ('wrap=[{name="secagg", smallest=12}]',),
+        ("wrap[0].name = 'secagg' needs 12 replies", "federation.clients_per_round = 2"),
+    ),
 }
 
 
