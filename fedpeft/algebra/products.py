@@ -165,6 +165,12 @@ def mean_products(
     """Return the mean of B_k A_k for every module, and the means of all other tensors, by name.
 
     Both are empty where there was no update.
+
+    >>> from fedpeft.types import Client
+    >>> factors = {"layer:B": torch.tensor([[2.0]]), "layer:A": torch.tensor([[3.0, 4.0]])}
+    >>> products, others = mean_products([Update(Client(0), 5, factors)], "examples")
+    >>> products["layer"].dense(), others
+    (tensor([[6., 8.]]), {})
     """
     products: dict[str, ProductMean] = {}
     others = Mean()
