@@ -98,7 +98,11 @@ class Bomb:
 LANES = Hardware("cpu", "bf16", "eager", 2, tokens=40)
 
 
-@pytest.mark.parametrize("hardware", [CPU, LANES], ids=["float32", "bf16 in lanes"])
+@pytest.mark.parametrize(
+    "hardware",
+    [CPU, pytest.param(LANES, marks=pytest.mark.slow)],
+    ids=["float32", "bf16 in lanes"],
+)
 @pytest.mark.parametrize("clients", [1, 2])
 @pytest.mark.parametrize("begin", BEGINS)
 @pytest.mark.parametrize("name", core_rows())

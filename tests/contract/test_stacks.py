@@ -81,7 +81,7 @@ def test_k_clients_at_once_equal_k_one_by_one(name: str, begin: int, training: T
         assert [Response.decode(together[k][0]).measured.steps for k in (0, 1, 2)] == [2, 3, 3]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "begin"), core_rows(BEGINS))
 def test_which_lane_is_faster_changes_no_bit(
     name: str, begin: int, precision: Literal["fp32", "bf16"]
