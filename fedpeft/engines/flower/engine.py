@@ -19,6 +19,8 @@ from fedpeft.errors import BadInput, WireError
 from fedpeft.ledger import LATE
 from fedpeft.types import Client, Lost, Reply
 
+MARGIN: Final = 5.0
+"""Seconds for which Flower keeps a request beyond our patience."""
 LOOK: Final = 1.0
 """Seconds between two looks for nodes that are away."""
 
@@ -124,10 +126,11 @@ class FlowerEngine:
 
     def _message(self, client: Client, node: int, request: bytes, seconds: float) -> Message:
         """Return the message to ``node`` that holds a request and names its client."""
-        # Past our patience the answer is of no use, and Flower need not keep the message either.
+        # Past our patience the answer is of no use, and Flower need not keep the message either. It
+        # keeps it a little longer, so that it is never the first to say that the time is over.
         to = ConfigRecord({"config": self.config, "client": client.id, "memory": client.memory})
         content = RecordDict({"to": to, "request": record(request)})
-        return Message(content, node, MessageType.TRAIN, ttl=max(1.0, seconds))
+        return Message(content, node, MessageType.TRAIN, ttl=max(1.0, seconds + MARGIN))
 
     def _look(self, under_way: _Round) -> Iterator[Reply | Lost]:
         """Wait a moment; yield the outcomes so far, and take their requests off ``under_way``."""
