@@ -29,7 +29,7 @@ WINGS: Mapping[str, str] = {
     "models": "data mounting seeds tasks training wire",
     "federation": "ledger seeds tasks training wire",
     "engines": "federation ledger wire",
-    "experiment": "algebra data engines federation ledger methods models mounting privacy seeds tasks training wire wrappers",
+    "experiment": "data engines federation ledger methods models mounting privacy seeds tasks training wire wrappers",
     "deployment": "data engines experiment federation ledger methods models seeds tasks training wire",
     "api": "experiment",
     "cli": "data deployment engines experiment methods models report",
