@@ -8,7 +8,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import final
 
 from fedpeft.errors import BadInput
 from fedpeft.experiment.config import Config
@@ -23,10 +23,8 @@ from fedpeft.privacy.accountant import (
     epsilon_of_one_rate,
 )
 from fedpeft.types import Client, State
+from fedpeft.wrappers.dp import CLIP
 from fedpeft.wrappers.wrapper import Promising, promising
-
-CLIP: Final = "clip"
-"""The name under which wrappers keep a bound that moves, in their slice of the state."""
 
 
 def promises(config: Config) -> dict[str, Promising]:
