@@ -11,9 +11,9 @@ from fedpeft.methods import METHODS
 from fedpeft.types import Method
 from fedpeft.wrappers import DP, WRAPPERS, NeedsReplies, Wrapper
 
-AROUND_DP: Final = frozenset(
-    ["fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "dpsgd", "secagg"]
-)
+ON_CLIENTS: Final = frozenset(["fedprox", "dpsgd"])
+"""The wrappers around `dp` that change nothing but a client's training."""
+AROUND_DP: Final = ON_CLIENTS | {"fedavgm", "fedadam", "fedyogi", "fedadagrad", "secagg"}
 """The wrappers that may stand around `dp`: what they do is done to what it has released."""
 
 
@@ -66,8 +66,8 @@ def _check_around_dp(found: Mapping[str, Wrapper]) -> None:
                 "of the noise one by one; put a table with name = 'secagg' before it, or leave it "
                 "out"
             )
-        # These do nothing in a round without replies, and so would show that nobody was drawn.
-        telling = [kind for kind in outside if kind not in {"fedprox", "dpsgd"}]
+        # The others do nothing in a round without replies, and so would show that nobody was drawn.
+        telling = [kind for kind in outside if kind not in ON_CLIENTS]
         if wrapper.sampling == "poisson" and telling:
             raise BadInput(
                 f"wrap.sampling = 'poisson' of dp: with {telling[0]} around it, a round would show "

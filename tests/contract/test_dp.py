@@ -468,6 +468,14 @@ def test_of_a_public_draw_the_client_counts_that_was_asked_most() -> None:
     )
 
 
+def test_of_a_client_whose_data_change_the_fewest_rows_count() -> None:
+    """A row weighed most in the rounds in which there were few."""
+    ledger = [*asked(0, 3, examples=40), *asked(1, 3, examples=16), *asked(2, 3, examples=1600)]
+    found = accounts({"wrap": [{"name": "dpsgd"}]}, [], ledger)
+    assert found.holds == {3: 16}
+    assert found.asked == {3: 3}
+
+
 def test_of_a_secret_draw_every_round_counts_with_its_probability() -> None:
     """Where the number of clients changes, so does the probability."""
     tree = {
