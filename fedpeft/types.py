@@ -202,6 +202,16 @@ class State:
         return replace(self, server=server)
 
 
+@dataclass(frozen=True)
+class WorthTuning:
+    """Marks a field of a method that tuning tries beside the learning rate, and at which values.
+
+    As in ``Annotated[float, WorthTuning((0.1, 1.0))]``; others are tried at their default alone.
+    """
+
+    values: tuple[object, ...]
+
+
 class Method(Protocol):
     """A federated fine-tuning method: a frozen dataclass whose fields are its configuration.
 

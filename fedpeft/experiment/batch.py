@@ -48,9 +48,9 @@ def run_all(
             folder = run.folder(root)
             # What begins anew has hardware here. With ``overwrite`` its folder may hold an older
             # run, which is finished; that one does not count.
-            if folder in hardware or not finished(folder, run.config):
+            if folder in hardware or not finished(folder, run.config, run.until):
                 unfinished.append(run)
-                queue.append(Job(run.config.to_json(), folder, hardware.get(folder)))
+                queue.append(Job(run.config.to_json(), folder, hardware.get(folder), run.until))
         _run_unfinished(unfinished, queue, federation, jobs, on_progress, on_warning)
     return [run.folder(root) for run in runs]
 
@@ -107,7 +107,7 @@ def _claim(
             f"{folder}: was made with other settings ({difference}); "
             "remove it, or choose another name"
         )
-    return nullcontext() if finished(folder, run.config) else claimed(folder)
+    return nullcontext() if finished(folder, run.config, run.until) else claimed(folder)
 
 
 def _check_all(

@@ -34,7 +34,8 @@ class Job:
     """One run to train, in a form that another process can read.
 
     ``settings``: its configuration as JSON. ``hardware``: the choices for this machine; None where
-    the run in ``folder`` is resumed, which brings its own.
+    the run in ``folder`` is resumed, which brings its own. ``until``: the round after which to
+    stop, where that is not the last one.
 
     >>> Job("{}", Path("runs/mine"), hardware=None).resumes
     True
@@ -43,6 +44,7 @@ class Job:
     settings: str
     folder: Path
     hardware: Hardware | None
+    until: int | None = None
 
     @property
     def resumes(self) -> bool:
@@ -64,10 +66,16 @@ def run_job(
 ) -> Federation | None:
     """Train one run, whose folder is claimed, and return a federation for the next job to reuse."""
     if job.resumes:
-        run_from_checkpoint(job.folder, reuse=reuse, on_progress=on_progress, on_warning=on_warning)
+        run_from_checkpoint(
+            job.folder,
+            reuse=reuse,
+            on_progress=on_progress,
+            on_warning=on_warning,
+            until=job.until,
+        )
         return reuse
     federation = build(from_json(job.settings), job.hardware, reuse)
-    run_from_start(federation, job.folder, on_progress)
+    run_from_start(federation, job.folder, on_progress, until=job.until)
     return federation
 
 
