@@ -206,7 +206,10 @@ class State:
 class WorthTuning:
     """Marks a field of a method that tuning tries beside the learning rate, and at which values.
 
-    As in ``Annotated[float, WorthTuning((0.1, 1.0))]``; others are tried at their default alone.
+    Fields without the mark keep what the settings say.
+
+    >>> from typing import Annotated
+    >>> Share = Annotated[float, WorthTuning((0.1, 1.0))]
     """
 
     values: tuple[object, ...]
