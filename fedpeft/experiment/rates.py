@@ -86,16 +86,19 @@ def read_rates(path: Path) -> Rates:
     """Return what is in a file of rates; BadInput, with its name, for what is none."""
     tree = read(path)
     try:
-        entries = tree.get("rates", {})
-        rates = {}
-        if isinstance(entries, Mapping):
-            for label, entry in entries.items():
-                if not isinstance(entry, Mapping):
-                    raise BadInput(f"rates.{label} = {entry!r}: is a section")
-                rates[label] = checked(Picked, entry, f"rates.{label}")
+        rates: dict[str, Picked] = {}
+        for label, entry in _section(tree.get("rates", {}), "rates").items():
+            where = f"rates.{label}"
+            rates[label] = checked(Picked, _section(entry, where), where)
         return checked(Rates, {**tree, "rates": rates}, "")
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
+
+
+def _section(value: object, key: str) -> Tree:
+    if not isinstance(value, Mapping):
+        raise BadInput(f"{key} = {value!r}: is a section, such as [rates.lora]")
+    return value
 
 
 def check_rates(path: Path, rates: Rates, config: Config, labels: Sequence[str]) -> None:
@@ -134,7 +137,7 @@ def picked_over(tree: Tree, path: Path, rates: Rates, label: str) -> Tree:
 
 def _key(name: str) -> str:
     """Return a key of TOML, in quotes where it needs them."""
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _as_toml(name)
 
 
 def _as_toml(value: object) -> str:
@@ -143,6 +146,6 @@ def _as_toml(value: object) -> str:
     >>> _as_toml(1e-05), _as_toml(float("nan")), _as_toml(True), _as_toml("a")
     ('1e-05', 'nan', 'true', '"a"')
     """
-    # Python writes numbers as TOML does, nan and inf too; JSON texts and truths are TOML's.
+    # Python writes numbers as TOML does, nan and inf too; JSON's texts and truths are TOML's.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return repr(value) if is_number else json.dumps(value)
+    return repr(value) if is_number else json.dumps(value, ensure_ascii=False)

@@ -17,9 +17,10 @@ def save(compared: Comparison, out: Path) -> list[Path]:
     """Write ``summary.csv``, ``runs.csv`` and ``curves.csv`` to the existing folder ``out``.
 
     Returns their paths. ``runs.csv`` has the fields of ``Numbers`` for every run, with the metric's
-    name in place of ``score``, then its learning rate and where that is from. ``summary.csv`` has their means over a method's seeds and, as
-    ``<field>_spread``, their sample standard deviations. An empty cell is a number that does not
-    exist. Metrics are as they are in the ledgers, shares as shares of 1.
+    name in place of ``score``, then its learning rate and where that is from. ``summary.csv`` has
+    their means over a method's seeds and, as ``<field>_spread``, their sample standard deviations.
+    An empty cell is a number that does not exist. Metrics are as they are in the ledgers, shares as
+    shares of 1.
     """
     return [
         _write(out / "summary.csv", _summary(compared)),
