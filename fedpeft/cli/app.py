@@ -424,7 +424,7 @@ def compare(
     from fedpeft.cli import parsing as arguments
     from fedpeft.experiment.compare import metric_of, plan
     from fedpeft.experiment.config import merge
-    from fedpeft.experiment.run_folder import runs_in
+    from fedpeft.experiment.run_folder import refuse_existing, runs_in
     from fedpeft.report import Metric, check
 
     extra: list[str] = []  # what the options say, as assignments of ``--set``
@@ -447,6 +447,9 @@ def compare(
     # Before hours of training, not after.
     check(target, bandwidth, Metric(metric.name, metric.higher_is_better, metric.share))
     if tune:
+        for one in planned:
+            if not (overwrite or resume):  # otherwise it would be refused after the trials
+                refuse_existing(one.folder(runs / f"{one.config.name}-compare"), overwrite=False)
         picked = _tune(tree, trials, runs, overwrite, resume, jobs)
         planned = plan(merge(tree, {"compare": {"rates": str(picked)}}))
     root = runs / f"{planned[0].config.name}-compare"
@@ -473,7 +476,7 @@ def tune_rates(
 
     extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
     picked = _tune(_settings(config, [*extra, *settings]), trials, runs, overwrite, resume, jobs)
-    _say(f"{picked}: for fedpeft compare {config} --rates {picked}")
+    _say(f"compare at these rates with: fedpeft compare {config} --rates {picked}")
 
 
 def _tune(

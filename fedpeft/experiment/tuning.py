@@ -33,12 +33,15 @@ from fedpeft.types import WorthTuning
 TRIALS: Final = 4
 """Trials of each method where nothing says otherwise."""
 MOST_TRIALS: Final = 100
+"""Trials of each method at most: with more, rates would be the same in three digits."""
 STEP: Final = 0.5
 """Decades between two rates, 1-3-10 as the sweeps have it, where a method has few trials."""
 SPAN: Final = 2.0
 """Decades that all rates of a method span at most."""
 RATE: Final = "training.lr"
+"""The field that every method tries."""
 SOURCE: Final = "a trial of fedpeft tune"
+"""Where the rate of a trial is from."""
 
 
 @final

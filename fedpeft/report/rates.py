@@ -30,7 +30,7 @@ class Rate:
         'proposed: docs/log.md'
         """
         if self.trials:
-            return f"{self.source}, {_counted(self.trials)}"
+            return f"{self.source or 'as configured'}, {_counted(self.trials)}"
         return f"proposed: {self.source}" if self.source else "as configured"
 
 
