@@ -435,10 +435,7 @@ def compare(
     if config and demo:
         raise BadInput(f"--demo {demo}: is run instead of a file; leave out {config}, or --demo")
     chosen = config or Path(str(files("fedpeft") / DEMOS[demo or "encoder"]))
-    if tune and rates:
-        raise BadInput(f"--rates {rates}: --tune picks rates of its own; leave out one of them")
-    if trials is not None and not tune:
-        raise BadInput(f"--trials {trials}: needs --tune")
+    _check_tuning(tune, trials, rates)
     tree = _settings(chosen, [*extra, *settings])
     if rates:
         tree = merge(tree, {"compare": {"rates": str(rates)}})
@@ -446,18 +443,26 @@ def compare(
     metric = metric_of(planned[0].config)
     # Before hours of training, not after.
     check(target, bandwidth, Metric(metric.name, metric.higher_is_better, metric.share))
+    root = runs / f"{planned[0].config.name}-compare"
     if tune:
-        for one in planned:
-            if not (overwrite or resume):  # otherwise it would be refused after the trials
-                refuse_existing(one.folder(runs / f"{one.config.name}-compare"), overwrite=False)
+        if not resume:  # otherwise these would be refused after the trials
+            for one in planned:
+                refuse_existing(one.folder(root), overwrite)
         picked = _tune(tree, trials, runs, overwrite, resume, jobs)
         planned = plan(merge(tree, {"compare": {"rates": str(picked)}}))
-    root = runs / f"{planned[0].config.name}-compare"
     folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
     # Earlier commands may have put runs of other methods or seeds beside these.
     if others := len(runs_in(root)) - len(folders):
         _say(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
+
+
+def _check_tuning(tune: bool, trials: int | None, rates: Path | None) -> None:
+    """Raise BadInput for options of tuning that do not go together."""
+    if tune and rates:
+        raise BadInput(f"--rates {rates}: --tune picks rates of its own; leave out one of them")
+    if trials is not None and not tune:
+        raise BadInput(f"--trials {trials}: needs --tune")
 
 
 @app.command("tune")
