@@ -4,7 +4,8 @@ Successive halving (Jamieson and Talwalkar 2016), with rounds as the resource. E
 of the whole length in a folder of its own. It stops after the rounds of its rung; the better half
 of a method's trials goes on from there, and the last two play all rounds. So a schedule that ends
 with the run, as FedARA's, is what it will be in the comparison, and a promoted trial ends in the
-bits that an uninterrupted run ends in.
+bits that an uninterrupted run ends in. (On Flower's simulation its clients begin anew, as those of
+any run do that is resumed there.)
 """
 
 import math
@@ -73,7 +74,8 @@ def tune(
     settings that do not work, before anything is trained.
     """
     planned = plan_trials(tree, trials)
-    _check_validation(planned[0].run.config)
+    for trial in planned:
+        _check_validation(trial.run.config)
     rungs = len(rung_rounds(trials, 1))
     left, scores = planned, dict[str, float]()
     for rung in range(rungs):

@@ -68,10 +68,7 @@ def warning(runs: Sequence[Summary]) -> str:
         return ""
     counts = set(efforts.values())
     if counts == {0}:
-        return (
-            "warning: no rate was tuned, so what looks like a difference between methods may be "
-            "one of rates; see fedpeft tune"
-        )
+        return "warning: no rate was tuned, so differences may be those of rates; see fedpeft tune"
     if len(counts) == 1:
         return ""
     by_count: dict[int, list[str]] = {}

@@ -161,8 +161,9 @@ def test_compare_takes_the_picks_names_them_and_warns_where_a_method_has_none(
     }
     more = cli_call(*compare, "--methods", ",".join((*METHODS, "ffa_lora")), "--resume")
     assert more.code == 0, more
-    assert "warning: rates were not tuned alike (3 trials: " in more.out
-    assert "none: ffa_lora" in " ".join(more.out.split())
+    text = " ".join(more.out.split())
+    assert "warning: rates were not tuned alike (3 trials: " in text
+    assert "none: ffa_lora" in text
 
 
 def test_compare_tunes_first_where_it_is_asked_to(ground: Ground, runs: Path) -> None:
