@@ -79,16 +79,13 @@ def run_job(
     return federation
 
 
-def processes(
-    jobs: Sequence[Job], asked: int, hardware: Hardware | None, threads_are_fixed: bool
-) -> int:
-    """Return how many processes train ``jobs``: ``asked``, or where that is 0 one per core.
+def processes(jobs: int, asked: int, hardware: Hardware | None, threads_are_fixed: bool) -> int:
+    """Return how many processes train so many ``jobs``: ``asked``, or where that is 0 one per core.
 
     Never more than there are jobs. Where it is open, one on a GPU, which they would share, and one
     where the user has fixed the number of threads.
 
-    >>> job = Job("{}", Path("runs/mine"), hardware=None)
-    >>> processes([job] * 3, 8, None, False), processes([job] * 3, 0, None, False)
+    >>> processes(3, 8, None, False), processes(3, 0, None, False)
     (3, 1)
     """
     if asked:
@@ -97,7 +94,7 @@ def processes(
         count = 1  # ``hardware`` is None where all runs are resumed, with the threads they had
     else:
         count = min(MOST, os.cpu_count() or 1)
-    return max(1, min(count, len(jobs)))
+    return max(1, min(count, jobs))
 
 
 def run_jobs(
