@@ -116,11 +116,6 @@ def build(
     engines.find(config.engine.kind)  # raises BadInput where the engine's extra is not installed
     check_bits(config.model)  # likewise
     dataset = _dataset(config, reuse)
-    if config.evaluation.split == "validation" and not len(dataset.validation):
-        raise BadInput(
-            "evaluation.split = 'validation': there are no validation texts; "
-            "name a file with data.validation, or raise data.validation_fraction"
-        )
     names = TASKS[config.task.kind].names(dataset)
     partition = _partition(config, dataset, reuse)
     _check_partition(config, partition)
