@@ -29,6 +29,7 @@ from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import nearest, written_bound
 from fedpeft.experiment.config import Config
 from fedpeft.methods import constructors
+from fedpeft.types import WorthTuning
 from fedpeft.wrappers import WRAPPERS
 
 TOP: Final = "top"
@@ -253,4 +254,6 @@ def _bounds(marks: Sequence[object]) -> list[str]:
                 words.append(f"at most {written_bound(bound)}")
             case Lt(bound):
                 words.append(f"below {written_bound(bound)}")
+            case WorthTuning(values):
+                words.append(f"tuned over {', '.join(map(str, values))}")
     return words

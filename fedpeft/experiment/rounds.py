@@ -44,10 +44,13 @@ def run_rounds(
     cohort: Cohort,
     *,
     tries: int = 1,
+    until: int | None = None,
 ) -> State:
     """Run the rounds that are left and return the last state.
 
     ``tries``: how often a round is played before one with too few replies is left silent.
+    ``until``: the round after which to stop, where that is not the last one; the run can be resumed
+    from there.
     """
     plan, choice = side.config.federation, side.config.evaluation
     state = begin.state  # what is returned where no round is left
@@ -72,7 +75,8 @@ def run_rounds(
 
         if choice.start and begin.state.round == 0:
             evaluate(begin.state)
-        for state in _played(side, begin.state, engine, counted, record, tries):
+        last = plan.rounds if until is None else until
+        for state in _played(side, begin.state, engine, counted, record, tries, last):
             for told in accounts.rows(state):
                 record(told)
             # The row comes before the checkpoint: a resumed run cuts off what comes after.
@@ -89,9 +93,10 @@ def _played(
     cohort: Cohort,
     record: Callable[[ClientRow], None],
     tries: int,
+    last: int,
 ) -> Iterator[State]:
-    """Yield the state after each round that is left."""
-    while state.round < side.config.federation.rounds:
+    """Yield the state after each round that is left up to the ``last`` one."""
+    while state.round < last:
         # A round that got too few replies is played again by a fresh cohort. The state is the one
         # before it, but for what is known of the clients' memories.
         for attempt in range(tries):

@@ -248,3 +248,17 @@ class CompareSection:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of single rows by label, such as `[compare.settings.lora]` with
     `training.lr = 3e-3`."""
+    rates: Path | None = None
+    """The file of rates that `fedpeft tune` has written; what was picked for a row goes before
+    `settings`."""
+
+
+@dataclass(frozen=True)
+class TunedSection:
+    """Where the learning rate comes from; `fedpeft tune` and `fedpeft compare` write it."""
+
+    trials: Annotated[int, Ge(0)] = 0
+    """Trials among which `fedpeft tune` picked the rate; 0 where it did not."""
+    source: str = ""
+    """The file that the rate is from, or the sweep where it is proposed; empty where the
+    configuration gives it."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedpeft.report.comparison import Comparison
+from fedpeft.report.rates import rate_of
 from fedpeft.report.summary import Point, Summary
 from fedpeft.report.terms import SLORA_LINK
 
@@ -16,9 +17,10 @@ def save(compared: Comparison, out: Path) -> list[Path]:
     """Write ``summary.csv``, ``runs.csv`` and ``curves.csv`` to the existing folder ``out``.
 
     Returns their paths. ``runs.csv`` has the fields of ``Numbers`` for every run, with the metric's
-    name in place of ``score``. ``summary.csv`` has their means over a method's seeds and, as
-    ``<field>_spread``, their sample standard deviations. An empty cell is a number that does not
-    exist. Metrics are as they are in the ledgers, shares as shares of 1.
+    name in place of ``score``, then its learning rate and where that is from. ``summary.csv`` has
+    their means over a method's seeds and, as ``<field>_spread``, their sample standard deviations.
+    An empty cell is a number that does not exist. Metrics are as they are in the ledgers, shares as
+    shares of 1.
     """
     return [
         _write(out / "summary.csv", _summary(compared)),
@@ -50,11 +52,13 @@ def _summary(compared: Comparison) -> Iterator[Cells]:
 def _runs(compared: Comparison) -> Iterator[Cells]:
     metric = compared.metric.name
     headings = compared.lines[0].mean.columns(metric)
-    yield ["method", "run", "seed", *headings, "lost_reasons"]
+    yield ["method", "run", "seed", *headings, "lost_reasons", "lr", "rate_from"]
     for line in compared.lines:
         for run, numbers in zip(line.runs, line.each, strict=True):
             cells = numbers.columns(metric).values()
-            yield [line.label, run.run.name, run.run.seed, *cells, _reasons(run)]
+            rate = rate_of(run.run)
+            chosen = [None, None] if rate is None else [rate.lr, rate.origin]
+            yield [line.label, run.run.name, run.run.seed, *cells, _reasons(run), *chosen]
 
 
 def _reasons(run: Summary) -> str:

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report import captions
+from fedpeft.report import captions, rates
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.metric import Metric, significant, spelled
 from fedpeft.report.names import literal
@@ -179,6 +179,8 @@ def _small_print(compared: Comparison) -> list[str]:
         captions.privacy(runs),
         captions.losses(runs),
         captions.unfinished(runs),
+        rates.named(runs),
+        rates.warning(runs),
     ]
 
 

@@ -32,7 +32,8 @@ class Training:
     optimizer: Kind = "adamw"
     """AdamW, or SGD with `momentum`."""
     lr: Annotated[float, Gt(0)] = 1e-3
-    """Learning rate."""
+    """Learning rate; left out, the one that sweeps propose for the method, see docs/methods.md, and
+    0.001 where there is none."""
     head_lr: Annotated[float, Gt(0)] | None = None
     """Learning rate of the head, the task's output module; left out: `lr`."""
     steps: Annotated[int, Ge(1)] | None = None
