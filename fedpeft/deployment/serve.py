@@ -28,8 +28,8 @@ from fedpeft.experiment.run import begin_in, finished, read_settings, run_row
 from fedpeft.experiment.run_folder import SITES, beginning
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint
+from fedpeft.federation.cohort import SAMPLERS
 from fedpeft.federation.memory import Memories
-from fedpeft.federation.server import sample
 from fedpeft.seeds import derive
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import Client
@@ -293,7 +293,8 @@ class _Gathering:
                 tries=tries,
             )
         seed = derive(config.seed, "again", tries) if tries else config.seed
-        return sample(self._run.clients, config.federation.clients_per_round, seed, round_number)
+        draw, count = SAMPLERS[config.federation.sampling], config.federation.clients_per_round
+        return draw(self._run.clients, count, seed, round_number)
 
     def _wait_for(self, count: int) -> None:
         """Wait until ``count`` sites are online; BadInput where they are not in time."""

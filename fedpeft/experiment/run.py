@@ -181,6 +181,7 @@ def _check_digests(folder: Path, federation: Federation, row: RunRow) -> None:
         ("the texts", row.data_digest, federation.dataset.digest()),
         ("the weights of the model", row.model_digest, federation.loaded.digest),
         ("the partition", row.partition_digest, federation.partition.digest()),
+        ("the trace of clients", row.trace_digest, federation.trace_digest),
     ):
         if recorded and recorded != now:  # an older version recorded fewer digests
             raise BadInput(
@@ -240,7 +241,10 @@ def _run_rounds(
     config = federation.config
 
     def body(engine: Engine) -> State:
-        return run_rounds(federation, engine, folder, begin, on_progress, drawn(federation))
+        cohort = drawn(federation, federation.trace)
+        return run_rounds(
+            federation, engine, folder, begin, on_progress, cohort, fleet=federation.fleet
+        )
 
     # Engines whose clients are processes of their own build the worker there, from these settings.
     settings = json.dumps({"config": config.to_json(), "hardware": federation.hardware.describe()})

@@ -47,7 +47,7 @@ def evaluation_row(
         if not client_counts:
             return None
         row = _row(side, state, client_counts)
-        row = replace(row, clients_scored=len(client_counts))
+        row = replace(row, clients_scored=len(client_counts), personal=True)
     if side.config.evaluation.per_client:
         row = _with_clients(row, side, _poll_clients(side, state, engine).values())
     return replace(row, seconds=time.perf_counter() - began)

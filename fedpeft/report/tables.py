@@ -66,6 +66,34 @@ def equal_terms(compared: Comparison) -> Table:
     return table
 
 
+def devices(compared: Comparison) -> Table | None:
+    """Return what became of the requests, by method and class of devices; None without a fleet."""
+    table = Table(
+        title="Requests by class of devices, over all seeds",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("method", "device"):
+        table.add_column(heading, vertical="bottom")
+    for heading in ("clients", "asked", "used", "dropped\nout", "late", "lost\notherwise"):
+        table.add_column(heading, justify="right", vertical="bottom")
+    for line in compared.lines:
+        for name, answers in line.devices.items():
+            figures = (
+                answers.clients,
+                answers.asked,
+                answers.used,
+                answers.dropped,
+                answers.late,
+                answers.lost,
+            )
+            cells = [Text(_name(line)), Text(literal(name)), *map(Text, map(str, figures))]
+            table.add_row(*cells)
+    return table if table.row_count else None
+
+
 def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Table:
     """Return a table whose first column is on the left and may wrap, unlike the numbers."""
     table = Table(
@@ -87,7 +115,8 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
 def _score_columns(compared: Comparison) -> list[Column]:
     """Return what was reached: the metric, where it started from, the gain over the majority.
 
-    Where no start was scored, the first of the other metrics has its place.
+    Where no start was scored, the first of the other metrics has its place. Where clients were
+    scored on their own texts, that stands beside.
     """
     metric = compared.metric
 
@@ -105,6 +134,13 @@ def _score_columns(compared: Comparison) -> list[Column]:
         other = compared.others[0]
         heading = _heading(other, metric.share)
         columns.append((heading, lambda line: _score(metric, line.mean.others[other])))
+    # What of the clients' own texts is got right stands beside what of all texts is.
+    if any(line.mean.client_score is not None for line in compared.lines):
+
+        def client_score(line: Line) -> str:
+            return _score(metric, line.mean.client_score, line.spread.client_score)
+
+        columns.append(("on\nown\ntexts", client_score))
     if compared.majority is not None:
         baseline = metric.trivial_answer.split()[0]
         heading = f"over\n{baseline}" if metric.higher_is_better else f"below\n{baseline}"
@@ -163,6 +199,7 @@ def _small_print(compared: Comparison) -> list[str]:
         "modelled min to target: per round the slowest client's bytes / bandwidth "
         "+ its longest training alone",
         captions.stacks(runs),
+        captions.personal(compared.lines),
         captions.losses(runs),
         captions.unfinished(runs),
     ]
