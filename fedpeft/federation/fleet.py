@@ -27,7 +27,7 @@ class Device:
     `step_seconds` for each of its steps, and its bytes at `bandwidth`.
     """
 
-    share: Annotated[float, Gt(0), Le(1)]
+    share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the clients that have such a device; those of all classes add to 1."""
     capacity: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the adapters' ranks that it can train, in methods with unequal ranks."""
