@@ -113,10 +113,10 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
 
 
 def _score_columns(compared: Comparison) -> list[Column]:
-    """Return what was reached: the metric, where it started from, the gain over the majority.
+    """Return what was reached: the metric, the score on clients' own texts, the gain over majority.
 
-    Where no start was scored, the first of the other metrics has its place. Where clients were
-    scored on their own texts, that stands beside.
+    Where clients were not scored by themselves the score at the start has that place, and where
+    that was not either, the first of the other metrics.
     """
     metric = compared.metric
 
@@ -128,19 +128,14 @@ def _score_columns(compared: Comparison) -> list[Column]:
 
     columns: list[Column] = [(_heading(metric.name, metric.share), score)]
     # One more score alone: there are 120 columns; the CSV files have all.
-    if any(line.mean.start_score is not None for line in compared.lines):
+    if any(line.mean.client_score is not None for line in compared.lines):
+        columns.append(("on\nown\ntexts", lambda line: _score(metric, line.mean.client_score)))
+    elif any(line.mean.start_score is not None for line in compared.lines):
         columns.append(("at\nthe\nstart", start))
     elif compared.others:
         other = compared.others[0]
         heading = _heading(other, metric.share)
         columns.append((heading, lambda line: _score(metric, line.mean.others[other])))
-    # What of the clients' own texts is got right stands beside what of all texts is.
-    if any(line.mean.client_score is not None for line in compared.lines):
-
-        def client_score(line: Line) -> str:
-            return _score(metric, line.mean.client_score, line.spread.client_score)
-
-        columns.append(("on\nown\ntexts", client_score))
     if compared.majority is not None:
         baseline = metric.trivial_answer.split()[0]
         heading = f"over\n{baseline}" if metric.higher_is_better else f"below\n{baseline}"
