@@ -4,6 +4,7 @@ import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from io import StringIO
 from math import inf, log1p
 from pathlib import Path
 from typing import Final, Literal, final
@@ -92,25 +93,34 @@ def read_trace(path: Path, names: Sequence[str], rounds: int) -> Trace:
         raise BadInput(f"federation.trace = {str(path)!r}: cannot be read: {error}") from error
     numbers = {str(number): number for number in range(len(names))}
     numbers |= {name: number for number, name in enumerate(names)}  # a name goes before a number
-    spans = tuple(_spans(path, text, numbers, names))
-    trace = Trace(spans, sha256(content).hexdigest()[:16])
-    everybody = [Client(number) for number in range(len(names))]
+    try:
+        spans = tuple(_spans(path, text, numbers, names))
+    except csv.Error as error:
+        raise BadInput(f"{path}: is no CSV file: {error}") from error
+    _check_rounds(path, spans, rounds)
+    return Trace(spans, sha256(content).hexdigest()[:16])
+
+
+def _check_rounds(path: Path, spans: Sequence[tuple[int, int, int]], rounds: int) -> None:
+    """Raise BadInput where one of the ``rounds`` has nobody."""
+    with_somebody: set[int] = set()
+    for _, first, last in spans:
+        with_somebody.update(range(first, min(last, rounds - 1) + 1))
     for round_number in range(rounds):
-        if not trace.there(everybody, round_number):
+        if round_number not in with_somebody:
             raise BadInput(
                 f"{path}: no client is there in round {round_number} of rounds 0 to {rounds - 1}; "
                 "add a line with a client that is, or choose fewer federation.rounds"
             )
-    return trace
 
 
 def _spans(
     path: Path, text: str, numbers: Mapping[str, int], names: Sequence[str]
 ) -> Iterator[tuple[int, int, int]]:
     """Yield (client, first round, last round) of every line of a trace file."""
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(StringIO(text, newline=""), skipinitialspace=True)
     headings = reader.fieldnames or ()
-    if set(headings) != set(COLUMNS):
+    if sorted(headings) != sorted(COLUMNS):
         found = ", ".join(headings) or "nothing"
         raise BadInput(f"{path}: line 1 must name the columns client, from, to, not {found}")
     for row in reader:
@@ -130,6 +140,6 @@ def _spans(
 
 def _round(where: str, column: str, text: str) -> int:
     """Return the round that ``text`` names."""
-    if not text.strip().isdecimal():
+    if not text.strip().isdecimal() or len(text) > len(str(2**62)):
         raise BadInput(f"{where}: {column} = {text!r}: write the number of a round, from 0 up")
     return int(text)

@@ -93,12 +93,12 @@ def plan(
 
 
 def paced(steps: int, pace: float) -> int:
-    """Return the share ``pace`` of a number of steps, rounded up.
+    """Return the share ``pace`` of a number of steps, rounded up; at least one of them, if any.
 
     >>> paced(10, 0.25), paced(10, 0.7), paced(3, 1.0)
     (3, 7, 3)
     """
-    return ceil(steps * pace - 1e-9)  # 0.1 * 30 is a little more than 3
+    return max(min(steps, 1), ceil(steps * pace - 1e-9))  # 0.1 * 30 is a little more than 3
 
 
 def num_steps(examples: int, training: Training) -> int:

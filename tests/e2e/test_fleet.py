@@ -36,8 +36,13 @@ TRACE = "client,from,to\n0,0,9\n1,0,9\nclient 2,0,9\n3,2,4\n4,0,3\n"
 def configured(ground: Ground, folder: Path, *trees: dict[str, Any]) -> Config:
     trace = folder / "trace.csv"
     trace.write_text(TRACE)
-    federation = {"fleet": FLEET, "deadline": 10.0, "sampling": "size", "trace": str(trace)}
-    federation["clients_per_round"] = 3  # type: ignore[assignment]
+    federation: dict[str, Any] = {
+        "clients_per_round": 3,
+        "fleet": FLEET,
+        "deadline": 10.0,
+        "sampling": "size",
+        "trace": str(trace),
+    }
     method = {"name": "flexlora", "rank": 4}
     return ground.chosen(
         {"federation": federation, "method": method, "evaluation": {"limit": 8}}, *trees

@@ -114,14 +114,15 @@ WEIGHTS = [
 
 def exact_probabilities(count: int) -> dict[tuple[int, ...], float]:
     """Return the probability of every cohort, drawn one by one in proportion to size: by adding up all orders."""
-    chances: Counter[tuple[int, ...]] = Counter()
+    chances: dict[tuple[int, ...], float] = {}
     for order in permutations(WEIGHTS, count):
         chance, left = 1.0, 100
         for client in order:
             chance *= client.examples / left
             left -= client.examples
-        chances[tuple(sorted(client.id for client in order))] += chance  # type: ignore[assignment]
-    return dict(chances)
+        cohort = tuple(sorted(client.id for client in order))
+        chances[cohort] = chances.get(cohort, 0.0) + chance
+    return chances
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -349,8 +350,8 @@ def test_a_name_that_is_another_ones_number_is_a_name(tmp_path: Path) -> None:
     assert read_trace(path, ("1", "0"), rounds=1).spans == ((0, 0, 9),)
 
 
-def test_columns_may_stand_in_any_order(tmp_path: Path) -> None:
-    path = trace_file(tmp_path, ["to,client,from", "9,ben,2", "2,anna,0"])
+def test_columns_may_stand_in_any_order_with_blanks_between(tmp_path: Path) -> None:
+    path = trace_file(tmp_path, ["to, client, from", '9, "ben", 2', "", "2,anna,0"])
     assert read_trace(path, NAMES, rounds=3) == Trace(
         ((1, 2, 9), (0, 0, 2)), read_trace(path, NAMES, 3).digest
     )
@@ -367,6 +368,9 @@ BAD_TRACES = {
     "fields too many": (["client,from,to", "anna,0,1,2"], "line 2: write three fields"),
     "no number": (["client,from,to", "anna,zero,1"], "line 2: from = 'zero': write the number"),
     "negative": (["client,from,to", "anna,0,-1"], "line 2: to = '-1': write the number"),
+    "a column twice": (["client,client,from,to", "0,1,0,9"], "line 1 must name the columns"),
+    "a number of many digits": (["client,from,to", "0,0," + "9" * 5000], "line 2: to = '999"),
+    "a field of many letters": (["client,from,to", "x" * 200_000], "is no CSV file: field larger"),
     "backwards": (["client,from,to", "anna,3,1"], "line 2: to = 1 comes before from = 3"),
 }
 
