@@ -141,5 +141,5 @@ def _spans(
 def _round(where: str, column: str, text: str) -> int:
     """Return the round that ``text`` names."""
     if not text.strip().isdecimal() or len(text) > len(str(2**62)):
-        raise BadInput(f"{where}: {column} = {text!r}: write the number of a round, from 0 up")
+        raise BadInput(f"{where}: {column} = {text!r:.30}: write the number of a round, from 0 up")
     return int(text)

@@ -158,17 +158,17 @@ def test_a_client_without_examples_is_drawn_last() -> None:
 
 
 def in_a_fleet(
-    playing: TinyFederation, fleet: Fleet, rounds: int, begin: State | None = None
+    playing: TinyFederation, fleet: Fleet, rounds: int, cohort: Sequence[Client] | None = None
 ) -> State:
-    """Return the state after so many rounds of ``playing`` with these devices."""
-    state = begin or playing.start
-    for number in range(state.round, state.round + rounds):
+    """Return the state after so many rounds of ``playing`` with these devices, of all clients or some."""
+    state, asked = playing.start, cohort or playing.clients()
+    for number in range(rounds):
         outing = Outing(playing.engine, fleet, number)
         [state] = federate(
             playing.method,
             state,
             outing,
-            playing.clients,
+            lambda _: asked,
             range(number, number + 1),
             config=CONFIG,
             min_replies=1,
@@ -210,26 +210,16 @@ def test_who_drops_out_is_sent_its_request_and_the_others_play_as_if_it_had_not_
 
 
 def test_the_order_of_asking_changes_nothing() -> None:
-    fleet = alike(Device(1.0, dropout=0.4, straggling=0.5), deadline=15.0)
-    lost: list[set[tuple[int, int, str | None]]] = []
+    fleet = alike(Device(1.0, dropout=0.4, straggling=0.5), deadline=15.0, seed=8)
+    lost: list[dict[int, str | None]] = []
     for order in permutations(SIZES):
+        asked = [Client(number, examples=SIZES[number]) for number in order]
         playing = federation(small("lora"))
-        outing = Outing(playing.engine, fleet, 0)
-        chosen = [Client(number, examples=SIZES[number]) for number in order]
-        list(
-            federate(
-                playing.method,
-                playing.start,
-                outing,
-                lambda _, chosen=chosen: chosen,  # type: ignore[misc]
-                range(1),
-                config=CONFIG,
-                min_replies=1,
-                record=outing.noting(playing.rows.append),
-            )
-        )
-        lost.append({(row.client, row.round, row.lost) for row in playing.rows})
+        in_a_fleet(playing, fleet, 1, cohort=asked)
+        assert [row.client for row in playing.rows] == list(order)
+        lost.append({row.client: row.lost for row in playing.rows})
     assert lost == [lost[0]] * 6
+    assert len(set(lost[0].values())) == 3, "the seed gives one that is used, dropped out and late"
 
 
 def test_who_is_late_has_moved_its_bytes_and_learnt_in_vain() -> None:
