@@ -209,6 +209,10 @@ def _check_kinds(row: Row | Measured) -> None:
             raise TypeError(f"{name} = {value!r:.40}")
         if isinstance(value, Measured):
             _check_kinds(value)
+    if isinstance(row, RunRow):
+        for name, clients in row.devices.items():
+            if not isinstance(clients, list | tuple):
+                raise TypeError(f"devices of {name} = {clients!r:.40}")
     if isinstance(row, EvaluationRow):
         for name, score in row.metrics.items():
             if not isinstance(score, int | float):

@@ -94,6 +94,7 @@ def test_a_fleet_run_that_was_stopped_resumes_to_the_same_bits_and_its_report_co
             # Of 2 steps a phone takes 1, which takes it 2 s, and 20 s where it is slow.
             steps, seconds = (1, {2.0, 20.0}) if row.device == "phone" else (2, {2.0})
             assert row.measured.steps in (steps, 0 if row.lost else steps)
+            assert row.modelled is not None
             assert row.modelled in seconds
             assert row.late == (row.modelled > 10)
     assert counts["desk", "used"]
