@@ -777,7 +777,10 @@ def test_scores_on_clients_own_texts_have_a_column_of_their_own(tmp_path: Path) 
 
 def test_requests_are_counted_by_class_of_devices(tmp_path: Path) -> None:
     """Two seeds: phones are asked 2 + 1 times, of which 1 dropped out and 1 was late; nobody asked the watch."""
-    reasons = {0: [None, "dropped out"], 1: ["no answer within 9 s of modelled time"]}
+    reasons: dict[int, list[str | None]] = {
+        0: [None, "dropped out"],
+        1: ["no answer within 9 s of modelled time"],
+    }
     folders = []
     for seed, of_phones in reasons.items():
         held = {"phone": [0, 1, 2], "desk": [3], "watch": [4]}

@@ -181,7 +181,9 @@ def test_a_fleet_loses_the_same_replies_on_either_engine_and_ends_in_the_same_st
                 min_replies=1,
                 record=outing.noting(rows.append),
             )
-        told = [(row.round, row.client, row.down, row.up, row.lost, row.modelled) for row in rows]
+        told: list[tuple[object, ...]] = []
+        for row in rows:
+            told.append((row.round, row.client, row.down, row.up, row.lost, row.modelled))
         return state, told
 
     here = grid()
