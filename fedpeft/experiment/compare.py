@@ -229,13 +229,13 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
     That is either clients that never exchange anything, or all data at one client. In a round,
     centralised training takes as many examples as the federation's cohort does together. Its one
     optimizer goes on from round to round, as that of ordinary training does. Wrappers are left out:
-    there is no exchange that they could change.
+    there is no exchange that they could change; and the one client is no device of a fleet.
     """
     if name == "local-only":
         return merge(_with_method(tree, choice, "local_only"), {"reference": True, "wrap": []})
     method = choice.reference_method
     plain = _with_method(tree, choice, method, "reference_method")
-    settings = _with_own_settings(plain, choice, method)
+    settings = _without_fleet(_with_own_settings(plain, choice, method))
     config = from_tree(settings)
     federation, steps = config.federation, config.training.steps
     together = {
@@ -254,6 +254,14 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
         # The one client takes as many steps as the whole cohort does.
         longer = nested("training.steps", steps * federation.clients_per_round)
     return merge(settings, together, longer)
+
+
+def _without_fleet(tree: Tree) -> Tree:
+    """Return ``tree`` for a client that is no device of a fleet: always there, whole and alone."""
+    federation = dict(tree.get("federation", {}))
+    for name in ("fleet", "deadline", "trace", "sampling"):
+        federation.pop(name, None)
+    return {**tree, "federation": federation}
 
 
 def _clients(config: Config) -> int:

@@ -146,6 +146,7 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
         ("data", "validation"),
         ("data", "test"),
         ("partition", "file"),
+        ("federation", "trace"),
         ("server", "certificate"),
         ("server", "key"),
         ("server", "sites"),
@@ -244,6 +245,7 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             f"federation.clients_per_round = {federation.clients_per_round}; "
             f"choose at most {federation.clients_per_round}"
         )
+    _check_fleet(federation, on_sites=config.engine.kind == "sites")
     config.build_method()  # checks the fields of method and wrappers, which are mere tables so far
     masks = any(table["name"] == "secagg" for table in config.wrap)
     if federation.largest_update is not None and masks:
@@ -279,6 +281,31 @@ def _method_name(tree: Tree) -> str:
     section = tree.get("method", {})
     name = section.get("name", METHOD) if isinstance(section, Mapping) else ""
     return name if isinstance(name, str) else ""
+
+
+def _check_fleet(federation: FederationSection, *, on_sites: bool) -> None:
+    """Raise BadInput for a fleet whose shares do not add up, and for one of real sites."""
+    if on_sites:
+        instead = {
+            "fleet": "sites have the devices that they have",
+            "deadline": "set server.deadline, in seconds of the clock",
+            "trace": "those sites are drawn that are online",
+        }
+        for name, why in instead.items():
+            if getattr(federation, name):
+                raise BadInput(f"federation.{name}: is for simulations, not for sites; {why}")
+    fleet = federation.fleet
+    if federation.deadline is not None and not fleet:
+        raise BadInput(
+            f"federation.deadline = {federation.deadline:g}: time is modelled by "
+            "federation.fleet, and there is none; add a table such as [federation.fleet.phone]"
+        )
+    total = sum(device.share for device in fleet.values())
+    if fleet and abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{name} {device.share:g}" for name, device in fleet.items())
+        raise BadInput(
+            f"federation.fleet: the shares {shares} add to {total:g}; choose shares that add to 1"
+        )
 
 
 def _check_source(data: DataSection, *, has_train: bool) -> None:
@@ -405,6 +432,8 @@ def _absolute(config: Config) -> Config:
     if data.name is not None and _full(Path(data.name)).is_dir():
         data = replace(data, name=str(_full(Path(data.name))))
     partition = replace(partition, file=partition.file and _full(partition.file))
+    federation = config.federation
+    federation = replace(federation, trace=federation.trace and _full(federation.trace))
     server = config.server
     server = replace(
         server,
@@ -418,7 +447,13 @@ def _absolute(config: Config) -> Config:
     if place.exists():
         model = replace(model, name=str(place))
     return replace(
-        config, data=data, partition=partition, model=model, server=server, compare=compare
+        config,
+        data=data,
+        partition=partition,
+        federation=federation,
+        model=model,
+        server=server,
+        compare=compare,
     )
 
 

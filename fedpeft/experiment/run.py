@@ -194,6 +194,7 @@ def _check_digests(folder: Path, federation: Federation, row: RunRow) -> None:
         ("the texts", row.data_digest, federation.dataset.digest()),
         ("the weights of the model", row.model_digest, federation.loaded.digest),
         ("the partition", row.partition_digest, federation.partition.digest()),
+        ("the trace of clients", row.trace_digest, federation.trace_digest),
     ):
         if recorded and recorded != now:  # an older version recorded fewer digests
             raise BadInput(
@@ -262,8 +263,16 @@ def _run_rounds(
     config = federation.config
 
     def body(engine: Engine) -> State:
-        cohort = drawn(federation)
-        return run_rounds(federation, engine, folder, begin, on_progress, cohort, until=until)
+        return run_rounds(
+            federation,
+            engine,
+            folder,
+            begin,
+            on_progress,
+            drawn(federation, federation.trace),
+            until=until,
+            fleet=federation.fleet,
+        )
 
     # Engines whose clients are processes of their own build the worker there, from these settings.
     settings = json.dumps({"config": config.to_json(), "hardware": federation.hardware.describe()})

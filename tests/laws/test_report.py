@@ -107,7 +107,8 @@ def sheet(path: Path) -> list[dict[str, str]]:
 
 RATE = ("lr", "rate_from")
 HEADINGS = """
-accuracy best_accuracy macro_f1 over_majority start_accuracy rounds client_steps trained_first trained_last
+accuracy best_accuracy macro_f1 over_majority start_accuracy client_accuracy
+client_worst_tenth_accuracy rounds client_steps trained_first trained_last
 down_bytes up_bytes seconds_per_client_round peak_memory_bytes lost network_seconds
 network_seconds_slora rounds_to_target bytes_to_target seconds_to_target
 modelled_seconds_to_target modelled_seconds_to_target_slora equal_rounds_accuracy
@@ -831,3 +832,73 @@ def test_of_runs_whose_settings_have_no_rate_nothing_is_said(tmp_path: Path) -> 
     runs = [simple(tmp_path, "lora", [0.5], 1), simple(tmp_path, "full", [0.5], 1)]
     assert not rates.named(runs)
     assert not rates.warning(runs)
+
+
+def test_scores_on_clients_own_texts_have_a_column_of_their_own(tmp_path: Path) -> None:
+    """Method lora has a global model, local_only the mean of the clients' own: both also score on own texts."""
+    runs = []
+    for method, score, own in (("lora", 0.6, 0.7), ("local_only", 0.4, 0.9)):
+        last = replace(
+            scored(1, score),
+            client_mean=own,
+            client_worst_tenth=own / 2,
+            clients_scored=20,
+            personal=method == "local_only",
+        )
+        folder = run(tmp_path, [opening(method, 0, 1), scored(0, 0.1), asked(0, 3), last])
+        runs.append(folder)
+    report = write(runs, tmp_path / "out", plots=False)
+    assert cells(report, "lora")[1:4] == ["60.0", "70.0", "+35.0"]
+    assert cells(report, "local_only")[1:4] == ["40.0", "90.0", "+15.0"]
+    assert "no global model, but the mean of the clients' own: local_only" in printed(report)
+    lines = {line["method"]: line for line in sheet(tmp_path / "out" / "summary.csv")}
+    assert (lines["lora"]["client_accuracy"], lines["lora"]["start_accuracy"]) == ("0.7", "0.1")
+    assert lines["local_only"]["client_worst_tenth_accuracy"] == "0.45"
+
+
+def test_requests_are_counted_by_class_of_devices(tmp_path: Path) -> None:
+    """Two seeds: phones are asked 2 + 1 times, of which 1 dropped out and 1 was late; nobody asked the watch."""
+    reasons: dict[int, list[str | None]] = {
+        0: [None, "dropped out"],
+        1: ["no answer within 9 s of modelled time"],
+    }
+    folders = []
+    for seed, of_phones in reasons.items():
+        held = {"phone": [0, 1, 2], "desk": [3], "watch": [4]}
+        rows: list[Row] = [replace(opening("lora", seed, 1), devices=held)]
+        for client, lost in enumerate(of_phones):
+            rows.append(ClientRow(round=0, client=client, down=1, up=1, lost=lost, device="phone"))
+        rows.append(ClientRow(round=0, client=3, down=1, up=1, lost="rubbish", device="desk"))
+        folders.append(run(tmp_path, [*rows, scored(1, 0.5)]))
+    report = write(folders, tmp_path / "out", plots=False)
+    told = {}
+    for text in printed(report):
+        words = text.split()
+        if len(words) == 8 and words[0] == "lora" and words[1] in ("phone", "desk", "watch"):
+            told[words[1]] = [int(word) for word in words[2:]]
+    # Clients, asked, used, dropped out, late, lost otherwise.
+    assert told == {
+        "phone": [3, 3, 1, 1, 1, 0],
+        "desk": [1, 2, 0, 0, 0, 2],
+        "watch": [1, 0, 0, 0, 0, 0],
+    }
+    first = sheet(tmp_path / "out" / "devices.csv")[0]
+    assert first == {
+        "method": "lora",
+        "run": "lora-0",
+        "seed": "0",
+        "device": "phone",
+        "clients": "3",
+        "asked": "2",
+        "used": "1",
+        "dropped_out": "1",
+        "late": "0",
+        "lost_otherwise": "0",
+    }
+
+
+def test_without_a_fleet_nothing_is_said_of_devices(tmp_path: Path) -> None:
+    folder = run(tmp_path, [opening("lora"), asked(0, 3), scored(1, 0.5)])
+    report = write([folder], tmp_path / "out", plots=False)
+    assert not any("device" in line for line in printed(report))
+    assert not (tmp_path / "out" / "devices.csv").exists()
