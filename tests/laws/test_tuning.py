@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import BadInput
+from fedpeft.experiment import tuning
 from fedpeft.experiment.compare import Planned, plan, rows_of
 from fedpeft.experiment.config import Config, from_json, from_tree, merge
 from fedpeft.experiment.proposals import PROPOSALS
@@ -24,6 +25,7 @@ from fedpeft.experiment.tuning import (
     promoted,
     rates_around,
     rung_rounds,
+    tune,
 )
 from fedpeft.methods import constructors
 from fedpeft.tasks import Metric
@@ -122,6 +124,27 @@ def test_a_field_that_a_method_marks_is_tried_at_its_values_and_follows_from_the
 def test_a_number_of_trials_out_of_bounds_is_refused(trials: int) -> None:
     with pytest.raises(BadInput, match=f"trials = {trials}: "):
         plan_trials({}, trials)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [([], 0), ([{"name": "fedprox"}], 0), ([{"name": "dp"}], 1), ([{"name": "dpsgd"}], 1)],
+)
+def test_what_trials_cost_of_privacy_is_told_before_they_train(
+    monkeypatch: pytest.MonkeyPatch, wrap: list[dict[str, Any]], told: int
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(*_: object, **__: object) -> list[Path]:
+        raise Begun
+
+    monkeypatch.setattr(tuning, "run_all", begin)
+    lines: list[str] = []
+    with pytest.raises(Begun):
+        tune({"wrap": wrap}, Path("nowhere"), on_warning=lines.append)
+    assert len(lines) == told
+    assert all(line.startswith("differential privacy: every trial") for line in lines)
 
 
 # What goes on.
