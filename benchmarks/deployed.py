@@ -116,6 +116,10 @@ def fedpeft(*arguments: str | Path) -> list[str]:
 
 
 @final
+class InVain(SystemExit):
+    """Something was waited for and did not come."""
+
+
 class Processes:
     """Processes, started by name, that all end with the ``with``, and whatever they have started, too."""
 
@@ -142,12 +146,12 @@ class Processes:
         return lambda: text in self._log(name).read_text(errors="replace")
 
     def wait_for(self, there: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-        """Wait until something is so; the benchmark ends where it does not come, or a process fails."""
+        """Wait until something is so; raise InVain where it does not come, or a process fails."""
         deadline = time.monotonic() + seconds
         while not there():
             failed = [name for name, one in self._running.items() if one.poll()]
             if failed or time.monotonic() > deadline:
-                raise SystemExit(f"{what}: waited in vain; failed: {failed}\n{self._logs()}")
+                raise InVain(f"{what}: waited in vain; failed: {failed}\n{self._logs()}")
             time.sleep(LOOK)
 
     def _log(self, name: str) -> Path:
