@@ -401,6 +401,20 @@ def test_a_node_whose_word_was_lost_is_asked_once_more() -> None:
     assert here.asked.count((100 + VICTIM, MessageType.QUERY)) == 2
 
 
+def test_a_node_whose_question_was_refused_is_asked_once_more() -> None:
+    here = grid()
+    here.spoilt = MessageType.QUERY
+
+    def refuse_once() -> list[str | None]:
+        here.refused.clear()
+        return [None]
+
+    here.refused = {100 + VICTIM: refuse_once}
+    state, rows = play(engine(here))
+    assert [row.lost for row in rows] == [None] * 6
+    assert_same_state(state, alone())
+
+
 def test_a_run_without_any_node_ends_in_one_line() -> None:
     for here in (grid([]), grid(["x"])):
         with pytest.raises(BadInput, match="no node joined within 0.05 s") as refusal:
