@@ -30,7 +30,8 @@ COUNT = "classifier.count"
 class AskFirst:
     """Ask every client for a number first, then train the head where the sum of the numbers is told.
 
-    A client writes down, in its memory, every phase that it has seen.
+    A client writes down, in its memory, every phase that it has seen; the server counts the numbers
+    that it has heard in all rounds.
     """
 
     paper: ClassVar[str] = "a toy"
@@ -39,7 +40,9 @@ class AskFirst:
         return State(0, base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
-        return {**state.shared, **state.server} if state.phase else {"ask": torch.zeros(2)}
+        if state.phase == 0:
+            return {"ask": torch.zeros(2)}
+        return {**state.shared, "sum": state.server["sum"]}
 
     @contextmanager
     def mount(
@@ -68,8 +71,11 @@ class AskFirst:
         if state.phase == 0:
             numbers = [float(update.payload["number"]) for update in updates]
             if numbers:
-                return replace(state, phase=1, server={"sum": torch.tensor(sum(numbers))})
-        return replace(averaged(state, updates, "uniform"), phase=0, server={})
+                heard = state.server.get("heard", torch.tensor(0)) + len(numbers)
+                told = {"sum": torch.tensor(sum(numbers)), "heard": heard}
+                return replace(state, phase=1, server=told)
+        kept = {name: tensor for name, tensor in state.server.items() if name != "sum"}
+        return replace(averaged(state, updates, "uniform"), phase=0, server=kept)
 
 
 def losing(phase: int, clients: set[int]) -> Callable[[int, Reply | Lost], Reply | Lost]:
