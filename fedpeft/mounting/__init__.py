@@ -1,6 +1,6 @@
 """Which layers are adapted, and how adapters are mounted on a shared frozen model for a while."""
 
-from fedpeft.mounting.deltas import Total, mounted_deltas
+from fedpeft.mounting.deltas import Total, mounted_deltas, summed
 from fedpeft.mounting.layers import (
     Targets,
     dense_layer,
@@ -57,6 +57,7 @@ __all__ = [
     "shifted",
     "specs",
     "standing_in",
+    "summed",
     "touched",
     "trace",
     "trainable",
