@@ -73,7 +73,8 @@ def in_modules(chosen: Tensor, modules: Iterable[str]) -> dict[str, Tensor]:
     {'key': tensor([ True, False]), 'value': tensor([True, True])}
     """
     names = sorted(modules)
-    return dict(zip(names, chosen.unflatten(-1, (len(names), -1)).unbind(-2), strict=True))
+    of_each = chosen.view(*chosen.shape[:-1], len(names), -1)  # (..., modules, r)
+    return dict(zip(names, of_each.unbind(-2), strict=True))
 
 
 @final

@@ -130,9 +130,8 @@ def _whole_matrices(model: nn.Module, down: Payload) -> Iterator[LocalTask]:
     whole: dict[str, Tensor] = {}
     for module, entries in by_module(down).items():
         clients, ranks[module], _ = entries["rank"].shape
-        shape = dense_shape(model, module)
-        zeros = torch.zeros(clients, *shape, device=entries["rank"].device)
-        whole[f"{module}:dense"] = zeros  # (K, out, in)
+        shape = dense_shape(model, module)  # (out, in)
+        whole[f"{module}:dense"] = torch.zeros(clients, *shape, device=entries["rank"].device)
     trained = trainable({**whole, **plain_parameters(down)})
 
     def reply() -> tuple[Payload, Payload]:

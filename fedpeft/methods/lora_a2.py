@@ -25,8 +25,7 @@ from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Upda
 
 PROBE: Final = 0
 """The phase in which clients find out which ranks matter; in the next one they train these."""
-# For the next exchange alone (``wire/versions.py``).
-_SENT: Final = "!sent/"
+_SENT: Final = "!sent/"  # "!": for the next exchange alone (``wire/versions.py``)
 _CHOSEN: Final = "!chosen"
 
 
@@ -42,6 +41,7 @@ class LoRAA2:
     """
 
     paper: ClassVar[str] = "LoRA-A2: Koo et al. 2025, arXiv 2410.22815"
+    trainings: ClassVar[int] = 2
     targets: Targets = "attention"
     """Which dense layers are adapted: `attention`, `all-linear`, a pattern or a list of endings."""
     rank: Annotated[int, Ge(1)] = 16
