@@ -22,7 +22,7 @@ from fedpeft.training.loop import Training
 from fedpeft.types import Client, Context, LocalTask, Lost, Payload, Reply, State
 from fedpeft.wire.messages import Response, decode, encode
 from fedpeft.wrappers import Quantise
-from tests.products import LAYERS, SCALE, added, fleet, off, shares
+from tests.products import LAYERS, SCALE, added, fleet, shares
 from tests.tiny import (
     CPU,
     HEAD,
@@ -76,8 +76,6 @@ def test_a_client_chooses_the_ranks_whose_products_have_moved_the_most() -> None
         for module in LAYERS:
             due = [(module, i) in best for i in range(RANK)]
             assert choices[client][module].tolist() == due
-    counts = {tuple(int(m.sum()) for m in choices[client].values()) for client in choices}
-    assert len(counts) > 1, "clients choose unequal numbers of ranks of a module"
 
 
 @final
@@ -166,8 +164,8 @@ def test_the_merge_is_exact_and_what_is_not_chosen_counts_as_no_difference() -> 
                 whole = {**before, **answer.payload}
                 exact += share * whole[f"{module}:B"].double() @ whole[f"{module}:A"].double()
             change = SCALE * exact - was[module]
-            if change.norm() > 0:  # nobody has chosen anything of some module
-                assert off(moved[module] - was[module], change) < 1e-3
+            error = (moved[module] - was[module] - change).norm()
+            assert error < 1e-3 * change.norm() + 1e-7  # of some module nobody has chosen anything
         for name in HEAD:
             mean = sum(
                 share * answer.payload[name].double()
@@ -187,7 +185,7 @@ def test_with_all_ranks_chosen_it_is_rolora(training: Training) -> None:
 @pytest.mark.parametrize("targets", [TARGETS, "all-linear"])
 def test_k_clients_at_once_equal_k_one_by_one(targets: str) -> None:
     """In both exchanges; where vectors have unequal lengths, those whose choice has one form."""
-    trying = method(targets=targets)
+    trying = method(targets=targets, b_rate=5.0)
     alone, beside = federation(trying), federation(trying)
     beside.engine.engine = LocalEngine(beside.worker, beside.memories, stack=3)
     last, together = alone.play(3), beside.play(3)
@@ -197,9 +195,11 @@ def test_k_clients_at_once_equal_k_one_by_one(targets: str) -> None:
         if row.phase == 0 or targets == TARGETS:
             assert row.measured.shared_by == 3
     assert not [row.lost for row in (*alone.rows, *beside.rows) if row.lost]
-    trained = [row.measured.trained for row in alone.rows if row.phase]
     if targets == TARGETS:
-        assert set(trained) == {CHOSEN * len(LAYERS) * 32 + 99}
+        ranks = [tuple(int(m.sum()) for m in one.values()) for one in chosen(alone, 0).values()]
+        assert len(set(ranks)) > 1, "clients choose unequal numbers of ranks of a module"
+        trained = {row.measured.trained for row in alone.rows if row.phase}
+        assert trained == {CHOSEN * len(LAYERS) * 32 + 99}
 
 
 def test_no_number_goes_down_a_second_time_and_no_client_keeps_what_it_was_sent() -> None:
