@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedpeft.algebra.choice import contributions
 from fedpeft.algebra.importance import unpack
 from fedpeft.engines.local import LocalEngine
 from fedpeft.errors import BadInput
@@ -76,6 +77,33 @@ def test_a_client_chooses_the_ranks_whose_products_have_moved_the_most() -> None
         for module in LAYERS:
             due = [(module, i) in best for i in range(RANK)]
             assert choices[client][module].tolist() == due
+
+
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_ranks_score_is_the_norm_of_its_change_of_the_product(part: str) -> None:
+    """Equation 4, of clients and modules of unequal sizes, with norms of the factor at rest far apart."""
+    draw = torch.Generator().manual_seed(0)
+    before: dict[str, Tensor] = {}
+    for module, (out, width) in {"key": (5, 7), "value": (6, 4)}.items():
+        sizes = 10.0 ** torch.randn(2, 3, generator=draw)
+        before[f"{module}:A"] = torch.randn(2, 3, width, generator=draw) * sizes.unsqueeze(2)
+        before[f"{module}:B"] = torch.randn(2, out, 3, generator=draw) * sizes.unsqueeze(1)
+    after: dict[str, Tensor] = {}
+    for name, tensor in before.items():
+        if name.endswith(part):
+            after[name] = tensor + torch.randn(tensor.shape, generator=draw)
+    found = contributions(before, after, part)
+    for client in range(2):
+        due: list[float] = []
+        for module in ("key", "value"):
+            now = {**before, **after}
+            for i in range(3):
+                was = torch.outer(
+                    before[f"{module}:B"][client, :, i], before[f"{module}:A"][client, i]
+                )
+                new = torch.outer(now[f"{module}:B"][client, :, i], now[f"{module}:A"][client, i])
+                due.append(float(torch.linalg.matrix_norm(new - was)))
+        torch.testing.assert_close(found[client], torch.tensor(due), rtol=1e-4, atol=1e-4)
 
 
 @final
