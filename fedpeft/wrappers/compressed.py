@@ -77,14 +77,28 @@ class Compressed:
         expected = self.inner.expects(state, down)
         if self.code.differences_only:
             check_differences(self.code.name, self.inner, expected, down)
-        # Where there is anything else, as what clients choose, numbers may follow in a later phase.
-        if not expected:
+        if not self._coded(expected, down) and not self._follows(state, expected):
             raise BadInput(
                 f"wrap.name = {self.code.name!r}: {type(self.inner).__name__} sends no real "
                 "numbers up that it could write in fewer bytes; choose another method, such as "
                 "'lora', or leave the wrapper out"
             )
         return state
+
+    def _follows(self, state: State, expected: Payload) -> bool:
+        """Return whether real numbers come up in the second exchange of a round.
+
+        ``expected``: the form of a reply in the first one, such as what a client chooses.
+        """
+        blank = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in expected.items()}
+        try:
+            after = self.inner.receive(state, [Update(Client(0), 1, blank)])
+        except WireError:  # one reply is too few for masks, which are no numbers to compress either
+            return False
+        if after.phase == state.phase:
+            return False
+        down = self.inner.send(after, Client(0))
+        return bool(self._coded(self.inner.expects(after, down), down))
 
     def send(self, state: State, client: Client) -> Payload:
         """Send what the method inside sends."""

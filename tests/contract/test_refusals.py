@@ -217,7 +217,9 @@ def moved(down: Payload, factor: float) -> Callable[[bytes], bytes]:
         for name, tensor in answer.payload.items():
             payload[name] = tensor
             if tensor.is_floating_point():
-                began = down.get(name, torch.zeros_like(tensor))
+                began = down.get(name, tensor)
+                if began.shape != tensor.shape or name not in down:
+                    began = torch.zeros_like(tensor)
                 payload[name] = began + factor * (tensor - began)
         return replace(answer, payload=payload).encode()
 

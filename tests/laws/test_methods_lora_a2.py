@@ -20,9 +20,9 @@ from fedpeft.methods.lora_a2 import LoRAA2
 from fedpeft.methods.rolora import RoLoRA
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.training.loop import Training
-from fedpeft.types import Client, Context, LocalTask, Lost, Payload, Reply, State
+from fedpeft.types import Client, Context, LocalTask, Lost, Method, Payload, Reply, State
 from fedpeft.wire.messages import Response, decode, encode
-from fedpeft.wrappers import Quantise
+from fedpeft.wrappers import FedAvgM, Quantise
 from tests.products import LAYERS, SCALE, added, fleet, shares
 from tests.tiny import (
     CPU,
@@ -301,9 +301,13 @@ def test_there_are_no_more_ranks_to_choose_than_an_adapter_has() -> None:
         method(chosen=5).init(base_of(bert()), SEED)
 
 
-def test_chosen_ranks_travel_in_8_bits() -> None:
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_chosen_ranks_travel_in_8_bits(optimizer: bool) -> None:
     """n / 4 of the bytes and a scale a row, and the merge is off by what 255 steps leave."""
-    plain, coded = federation(method()), federation(Quantise().around(method(), "0.quantise"))
+    inside: Method = method()
+    if optimizer:  # at rest: it takes the step to the mean
+        inside = FedAvgM(momentum=0.0).around(inside, "1.fedavgm")
+    plain, coded = federation(method()), federation(Quantise().around(inside, "0.quantise"))
     due, found = plain.play(1), coded.play(1)
     for name, tensor in due.shared.items():
         torch.testing.assert_close(found.shared[name], tensor, rtol=0, atol=3e-3)
