@@ -105,7 +105,10 @@ def summed(stacks: Sequence[Payload], scale: float) -> dict[str, Delta]:
     for stack in stacks:
         for module, delta in mounted_deltas(stack, scale).items():
             added.setdefault(module, []).append(delta)
-    return {module: Total(deltas) for module, deltas in added.items()}
+    total: dict[str, Delta] = {}
+    for module, deltas in added.items():
+        total[module] = deltas[0] if len(deltas) == 1 else Total(deltas)
+    return total
 
 
 def _stacked(tensor: Tensor, axes: int) -> Tensor:
