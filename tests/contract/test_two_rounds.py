@@ -1,4 +1,4 @@
-"""Every method plays two rounds of every task on a tiny model, and is another model afterwards."""
+"""Every method plays two rounds of every task on a tiny model, without an exception, and is another model afterwards."""
 
 from collections.abc import Mapping
 from functools import cache
