@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -277,6 +277,16 @@ class Method(Protocol):
         WireError where nothing can be made of the updates: the whole round is then silent.
         """
         ...
+
+
+@runtime_checkable
+class TrainsRepeatedly(Method, Protocol):
+    """A method whose clients train in several phases of a round.
+
+    ``trainings``: in how many at most, by which the privacy of DP-SGD is accounted for.
+    """
+
+    trainings: ClassVar[int]
 
 
 @dataclass(frozen=True)

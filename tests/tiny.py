@@ -81,13 +81,27 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "adapters": {"targets": "output.dense", "width": 3},
     "peft": {"tuner": "ia3"},
+    "lora_a2": {"targets": TARGETS, "rank": 4, "chosen": 2, "scale": 2.0, "b_rate": 2.0},
+    "slora_full": {
+        "targets": TARGETS,
+        "rank": 3,
+        "rounds": 4,
+        "stage1": 0.5,
+        "stage1_method": "full",
+    },
 }
-"""Small settings for every row of METHODS; a new method needs a row here."""
+"""Small settings for every row of METHODS and VARIANTS; a new method needs a row here."""
+
+VARIANTS: Mapping[str, str] = {"slora_full": "slora"}
+"""Names of settings of a method that mount and train otherwise, and the method's name."""
+
+NAMES = (*METHODS, *VARIANTS)
+"""The rows of the contract table."""
 
 
 def small(name: str, **changes: Any) -> Method:
     """Return the method ``name`` with small settings."""
-    constructor: Callable[..., Method] = METHODS[name]
+    constructor: Callable[..., Method] = METHODS[VARIANTS.get(name, name)]
     return constructor(**{**FIELDS[name], **changes})
 
 

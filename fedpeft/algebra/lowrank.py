@@ -136,6 +136,29 @@ def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
     return B.to(matrix.dtype).contiguous(), A.to(matrix.dtype).contiguous()
 
 
+def largest(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the (B, A) of the ``rank`` largest components of K matrices, (K, out, in).
+
+    B is (K, out, rank), with the singular values, and A (K, rank, in). A matrix that is not finite
+    has no SVD: its factors are NaN, which no server accepts.
+
+    >>> B, A = largest(torch.diag(torch.tensor([4.0, 1.0])).unsqueeze(0), rank=1)
+    >>> (B @ A).round()
+    tensor([[[4., 0.],
+             [0., 0.]]])
+    """
+    _, out, width = matrices.shape
+    lefts: list[Tensor] = []
+    rights: list[Tensor] = []
+    for matrix in matrices:
+        B, A = matrix.new_full((out, rank), torch.nan), matrix.new_full((rank, width), torch.nan)
+        if matrix.isfinite().all():
+            B, A = principal(matrix, rank, "left")
+        lefts.append(B)
+        rights.append(A)
+    return torch.stack(lefts), torch.stack(rights)
+
+
 def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the first ``rank`` singular vectors and values of a matrix, (out, in), in float64.
 

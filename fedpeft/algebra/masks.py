@@ -1,6 +1,8 @@
 """Seeded masks: which entries of a matrix a sparse method trains; both sides know the seed."""
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import final
 
 import torch
 from torch import Tensor
@@ -42,3 +44,25 @@ def scatter(values: Tensor, where: Tensor, shape: torch.Size | tuple[int, ...]) 
     # The out-of-place scatter passes the gradient on to ``values``.
     flat = values.new_zeros(shape[0] * shape[1])
     return flat.scatter(0, where, values).view(shape[0], shape[1])
+
+
+@final
+@dataclass(frozen=True)
+class Masked:
+    """The difference of one layer to W_0, 0 but for its trained entries.
+
+    ``values``: (1, n), of a stack of one client. ``where``: their flat positions, (n,), in a matrix
+    of ``shape`` (out, in).
+    """
+
+    values: Tensor
+    where: Tensor
+    shape: torch.Size
+
+    def dense(self) -> Tensor:
+        """Return the difference, (1, out, in)."""
+        return scatter(self.values.squeeze(0), self.where, self.shape).unsqueeze(0)
+
+    def factors(self) -> None:
+        """Return None: a sparse difference has no factors of low rank."""
+        return

@@ -7,7 +7,7 @@ asked, and with what probability.
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from fedpeft.errors import BadInput
@@ -22,7 +22,7 @@ from fedpeft.privacy.accountant import (
     epsilon,
     epsilon_of_one_rate,
 )
-from fedpeft.types import Client, State
+from fedpeft.types import Client, State, TrainsRepeatedly
 from fedpeft.wrappers.dp import CLIP
 from fedpeft.wrappers.wrapper import Promising, promising
 
@@ -41,6 +41,13 @@ def draws_in_secret(config: Config) -> bool:
     """Return whether nobody may know who takes part in a round."""
     kinds = [one.promise for one in promises(config).values()]
     return any(promise.unit == "client" and promise.sampled for promise in kinds)
+
+
+def trainings(config: Config) -> int:
+    """Return how often a client trains in one round of a run, at most."""
+    method = replace(config, wrap=()).build_method()
+    # The one place that looks at a method's kind: most need not know of this protocol.
+    return method.trainings if isinstance(method, TrainsRepeatedly) else 1
 
 
 def check_privacy(config: Config) -> None:
@@ -199,7 +206,8 @@ class Accounts:
     def _of_examples(self, promise: Promise, rounds: int, bound: float) -> PrivacyRow:
         """Return the row of a promise to single examples: of the client that it holds worst for."""
         training = self.side.config.training
-        steps = training.steps or 0  # see ``check_privacy``
+        # See ``check_privacy``; what a client has chosen while it probed was trained for, too.
+        steps = (training.steps or 0) * trainings(self.side.config)
         known = {client.id: client.examples for client in self.side.clients} | self.holds
         costs: dict[tuple[float, int], float] = {}
         for client_id, rounds_asked in self.asked.items():

@@ -25,6 +25,7 @@ from fedpeft.methods.full import Full
 from fedpeft.methods.hetlora import HetLoRA
 from fedpeft.methods.local_only import LocalOnly
 from fedpeft.methods.lora import LoRA
+from fedpeft.methods.lora_a2 import LoRAA2
 from fedpeft.methods.lora_fair import LoRAFAIR
 from fedpeft.methods.peft import Peft
 from fedpeft.methods.raflora import RaFLoRA
@@ -60,6 +61,7 @@ METHODS: Mapping[str, type[Method]] = {
     "adalora": AdaLoRA,
     "adapters": Adapters,
     "peft": Peft,
+    "lora_a2": LoRAA2,
 }
 """Our methods by their names in a configuration; the contract tests run each of them."""
 

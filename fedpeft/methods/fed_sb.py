@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
-from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, principal
+from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, largest
 from fedpeft.algebra.products import mean_products
 from fedpeft.mounting import (
     Targets,
@@ -90,17 +90,14 @@ class FedSB:
 
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect R and head back, or in the first round factors of rank r of every layer."""
-        expected = specs(down)
-        for name in down:
-            module, _, entry = name.partition(":")
-            if entry:
-                del expected[name]
-            if entry == "H":
-                expected[name] = torch.empty(1, self.rank, self.rank, device="meta")
-            if entry == "rank":
+        expected = specs(plain_parameters(down))
+        for module, entries in by_module(down).items():
+            if "rank" in entries:
                 out, width = state.server[f"{module}:shape"].tolist()
                 expected[f"{module}:A"] = torch.empty(self.rank, width, device="meta")
                 expected[f"{module}:B"] = torch.empty(out, self.rank, device="meta")
+            else:
+                expected[f"{module}:H"] = torch.empty(1, self.rank, self.rank, device="meta")
         return expected
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
@@ -131,34 +128,21 @@ def _whole_matrices(model: nn.Module, down: Payload) -> Iterator[LocalTask]:
     """
     ranks: dict[str, int] = {}
     whole: dict[str, Tensor] = {}
-    for name, tensor in down.items():
-        module, _, entry = name.partition(":")
-        if entry == "rank":
-            clients, ranks[module], _ = tensor.shape
-            shape = dense_shape(model, module)
-            zeros = torch.zeros(clients, *shape, device=tensor.device)
-            whole[f"{module}:dense"] = zeros  # (K, out, in)
+    for module, entries in by_module(down).items():
+        clients, ranks[module], _ = entries["rank"].shape
+        shape = dense_shape(model, module)  # (out, in)
+        whole[f"{module}:dense"] = torch.zeros(clients, *shape, device=entries["rank"].device)
     trained = trainable({**whole, **plain_parameters(down)})
 
     def reply() -> tuple[Payload, Payload]:
         up = detached(plain_parameters(trained))
         for module, rank in ranks.items():
-            pairs = [_largest(D.detach(), rank) for D in trained[f"{module}:dense"]]
-            up[f"{module}:B"] = torch.stack([B for B, _ in pairs])
-            up[f"{module}:A"] = torch.stack([A for _, A in pairs])
+            whole = trained[f"{module}:dense"].detach()
+            up[f"{module}:B"], up[f"{module}:A"] = largest(whole, rank)
         return up, {}
 
     with mounted(model, trained):
         yield LocalTask(trained, reply, partial(mounted_deltas, trained, 1.0))
-
-
-def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return B and A of the ``rank`` largest components of a matrix."""
-    # What diverged has no SVD: NaN, which no server accepts.
-    if not matrix.isfinite().all():
-        out, width = matrix.shape
-        return matrix.new_full((out, rank), torch.nan), matrix.new_full((rank, width), torch.nan)
-    return principal(matrix, rank, "left")
 
 
 def _frozen(payload: Payload) -> dict[str, Tensor]:

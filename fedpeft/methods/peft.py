@@ -17,6 +17,7 @@ from fedpeft.mounting import (
     check_dtypes,
     check_shapes,
     detached,
+    only_clients,
     plain_parameters,
     replaced,
     specs,
@@ -89,10 +90,10 @@ class Peft:
         for name in plain_parameters(trained):
             if name not in parameters:
                 raise WireError(f"{name} is no parameter of the model")
-            makers[names[id(parameters[name])]] = partial(_of_one, trained[name])
+            makers[names[id(parameters[name])]] = partial(only_clients, trained[name])
         for name, stack in trained.items():
             if name.startswith(PREFIX):
-                makers[name.removeprefix(PREFIX)] = partial(_of_one, stack)
+                makers[name.removeprefix(PREFIX)] = partial(only_clients, stack)
         check_shapes(tuned, makers)
         with replaced(tuned, makers), standing_in(model, tuned), warnings.catch_warnings():
             # Tuners that put something before a text take no segments, and say so in every pass.
@@ -147,9 +148,3 @@ def _trained_by(tuned: nn.Module) -> dict[str, Tensor]:
         if parameter.requires_grad:
             trained[f"{PREFIX}{name}"] = parameter.detach().float()
     return trained
-
-
-def _of_one(stack: Tensor, parameter: Tensor) -> Tensor:
-    """Return the only client's tensor of a stack, (1, ...), in the place of ``parameter``."""
-    del parameter
-    return stack.squeeze(0)

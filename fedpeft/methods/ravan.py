@@ -1,8 +1,9 @@
 """RAVAN: several small cores a layer, of which a weak client trains some (Raje et al. 2025)."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -11,20 +12,20 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Mean, Weighting, weight_of
 from fedpeft.algebra.heads import Start, factors, others, picked, side_by_side
-from fedpeft.algebra.lowrank import by_module, check_ranks, deltas
+from fedpeft.algebra.lowrank import by_module, check_ranks
 from fedpeft.algebra.ranks import share_of
 from fedpeft.mounting import (
     Targets,
-    Total,
     dense_shape,
     mounted,
     plain_parameters,
     select,
     specs,
+    summed,
     trainable,
 )
 from fedpeft.seeds import generator
-from fedpeft.types import Base, Client, Context, Delta, LocalTask, Payload, State, Update
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
 
 
 @final
@@ -97,15 +98,8 @@ class Ravan:
                 up[f"{module}:H"] = weights * entries["H"].detach()  # s_i H_i
             return up, {}
 
-        def difference() -> dict[str, Delta]:
-            added: dict[str, Delta] = dict(deltas(branches, self.scale))
-            for module, delta in deltas(resting, self.scale).items():
-                added[module] = Total([added[module], delta])
-            return added
-
-        with ExitStack() as undo:
-            undo.enter_context(mounted(model, branches, self.scale))
-            undo.enter_context(mounted(model, resting, self.scale))
+        difference = partial(summed, [branches, resting], self.scale)
+        with mounted(model, branches, self.scale), mounted(model, resting, self.scale):
             yield LocalTask(trained, reply, difference)
 
     def expects(self, state: State, down: Payload) -> Payload:

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
+from fedpeft.algebra.choice import turn
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.starts import Start, begun
@@ -60,8 +61,9 @@ class RoLoRA:
         """Mount both factors; that of this round and the head are trained and go up."""
         with self.both.mount(model, down, memory, context) as task:
             moving: dict[str, nn.Parameter] = {}
+            _, resting = turn(context.round)
             for name, parameter in task.trainable.items():
-                if name.endswith(_resting(context.round)):
+                if name.endswith(f":{resting}"):
                     parameter.requires_grad_(False)
                 else:
                     moving[name] = parameter
@@ -75,8 +77,9 @@ class RoLoRA:
     def expects(self, state: State, down: Payload) -> Payload:
         """Expect this round's factor and the head back."""
         expected = dict(self.both.expects(state, down))
+        _, resting = turn(state.round)
         for name in down:
-            if name.endswith(_resting(state.round)):
+            if name.endswith(f":{resting}"):
                 del expected[name]
         return expected
 
@@ -89,14 +92,3 @@ class RoLoRA:
         """Return ``receive`` as a merge of means."""
         del round_number
         return plain_mean(self.weighting)
-
-
-def _resting(round_number: int) -> str:
-    """Return the ending of the factor that rests in a round; rounds are counted from 0.
-
-    B is trained first: as long as it is 0, A has no gradient.
-
-    >>> _resting(0), _resting(1)
-    (':A', ':B')
-    """
-    return (":A", ":B")[round_number % 2]

@@ -1,11 +1,11 @@
-"""SLoRA: a sparse first stage whose SVD starts LoRA (Babakniya et al. 2023)."""
+"""SLoRA: a first stage, sparse or full, whose SVD starts LoRA (Babakniya et al. 2023)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fedpeft.algebra.averaging import MeanMerge, Weighting
 from fedpeft.algebra.lowrank import Split, check_ranks, principal, uniform
 from fedpeft.errors import BadInput
+from fedpeft.methods.full import FullStage
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.mounting import Targets, plain_parameters, select
+from fedpeft.mounting import Targets, select
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update, WorthTuning
 from fedpeft.wrappers.staged import Staged
 
@@ -56,11 +57,19 @@ class SLoRA:
     """How clients are averaged: all alike, the paper's plain mean, or by their examples."""
     stage1_rate: Annotated[float, Gt(0), WorthTuning((0.1, 0.3, 1.0))] = 1.0
     """What learning rates are multiplied by in stage 1; reconstruction, as no rate was printed."""
+    stage1_method: Literal["sparse", "full"] = "sparse"
+    """How stage 1 trains: SLoRA's `sparse` tuning, or `full` fine-tuning of every parameter, the
+    paper's upper variant. Of that, what is in adapted layers starts LoRA, the head goes on, and all
+    else is as it was pre-trained again (reconstruction)."""
 
     @cached_property
     def stages(self) -> Staged:
         """Return the two stages and the bridge between them."""
-        sparse = Sparse(self.targets, self.density, self.weighting)
+        methods: Mapping[str, Sparse | FullStage] = {
+            "sparse": Sparse(self.targets, self.density, self.weighting),
+            "full": FullStage(self.targets, self.weighting),
+        }
+        first = methods[self.stage1_method]
         lora = LoRA(self.targets, self.rank, self.scale, self.weighting)
 
         def bridge(state: State) -> State:
@@ -68,17 +77,16 @@ class SLoRA:
             seed = int(state.server["seed"])
             factors: dict[str, Tensor] = {}
             # dW = W_R1 - W_0 becomes B_0 A_0 on the base W_0. Nothing is subtracted from the base:
-            # what stage 1 learnt is in the factors, up to rank r, and no longer in sparse values.
-            for name, difference in sparse.differences(state).items():
+            # what stage 1 learnt is in the factors, up to rank r, and nowhere else.
+            for name, difference in first.differences(state).items():
                 B, A = self._start(name, difference, seed)
                 factors |= {f"{name}:B": B, f"{name}:A": A}
-            head = plain_parameters(state.shared)
-            return State(state.round, factors | head, memories=state.memories)
+            return State(state.round, factors | first.head(state), memories=state.memories)
 
-        return Staged(sparse, lora, bridge, self._sparse_rounds(), (self.stage1_rate, 1.0))
+        return Staged(first, lora, bridge, self._sparse_rounds(), (self.stage1_rate, 1.0))
 
     def init(self, base: Base, seed: int) -> State:
-        """Start with the sparse stage, at no difference to the base."""
+        """Start with the first stage, at no difference to the base."""
         try:
             re.compile(self.pre_classifier)
         except re.error as error:
@@ -92,7 +100,7 @@ class SLoRA:
         return self.stages.init(base, seed)
 
     def send(self, state: State, client: Client) -> Payload:
-        """Send the masked values in stage 1, the factors in stage 2, and the head."""
+        """Send what stage 1 trains, or the factors in stage 2, and the head."""
         return self.stages.send(state, client)
 
     def mount(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module
-from fedpeft.algebra.masks import positions, scatter
+from fedpeft.algebra.masks import Masked, positions, scatter
 from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting import (
     Targets,
@@ -30,28 +30,6 @@ from fedpeft.mounting import (
     trainable,
 )
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
-
-
-@final
-@dataclass(frozen=True)
-class Masked:
-    """The difference of one layer to W_0, 0 but for its trained entries.
-
-    ``values``: (1, n), of a stack of one client. ``where``: their flat positions, (n,), in a matrix
-    of ``shape`` (out, in).
-    """
-
-    values: Tensor
-    where: Tensor
-    shape: torch.Size
-
-    def dense(self) -> Tensor:
-        """Return the difference, (1, out, in)."""
-        return scatter(self.values.squeeze(0), self.where, self.shape).unsqueeze(0)
-
-    def factors(self) -> None:
-        """Return None: a sparse difference has no factors of low rank."""
-        return
 
 
 @final
@@ -94,6 +72,10 @@ class Sparse:
             where = positions(shape, self.density, seed, name)
             differences[name] = scatter(entries["values"], where, shape)  # W_t - W_0
         return differences
+
+    def head(self, state: State) -> dict[str, Tensor]:
+        """Return the parameters of the head."""
+        return plain_parameters(state.shared)
 
     def send(self, state: State, client: Client) -> Payload:
         """Send the differences and the head."""

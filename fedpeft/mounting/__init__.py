@@ -1,6 +1,6 @@
 """Which layers are adapted, and how adapters are mounted on a shared frozen model for a while."""
 
-from fedpeft.mounting.deltas import Total, mounted_deltas
+from fedpeft.mounting.deltas import Total, mounted_deltas, summed
 from fedpeft.mounting.layers import (
     Targets,
     dense_layer,
@@ -14,6 +14,7 @@ from fedpeft.mounting.mount import (
     check_dtypes,
     detached,
     mounted,
+    only_clients,
     overridden,
     plain_parameters,
     replaced,
@@ -47,6 +48,7 @@ __all__ = [
     "keep_matrices_in",
     "mounted",
     "mounted_deltas",
+    "only_clients",
     "oriented",
     "overridden",
     "packed_layers",
@@ -57,6 +59,7 @@ __all__ = [
     "shifted",
     "specs",
     "standing_in",
+    "summed",
     "touched",
     "trace",
     "trainable",

@@ -94,6 +94,23 @@ def mounted_deltas(tensors: Payload, scale: float) -> dict[str, Delta]:
     return deltas
 
 
+def summed(stacks: Sequence[Payload], scale: float) -> dict[str, Delta]:
+    """Return what several stacks of branches, mounted one beside the other, add by module.
+
+    >>> branch = {"query:A": torch.ones(1, 1, 2), "query:B": torch.ones(1, 1, 1)}
+    >>> summed([branch, branch], scale=0.5)["query"].dense()
+    tensor([[[1., 1.]]])
+    """
+    added: dict[str, list[Delta]] = {}
+    for stack in stacks:
+        for module, delta in mounted_deltas(stack, scale).items():
+            added.setdefault(module, []).append(delta)
+    total: dict[str, Delta] = {}
+    for module, deltas in added.items():
+        total[module] = deltas[0] if len(deltas) == 1 else Total(deltas)
+    return total
+
+
 def _stacked(tensor: Tensor, axes: int) -> Tensor:
     """Return a tensor with its client axis; one that has only ``axes`` axes has none yet."""
     return tensor.unsqueeze(0) if tensor.ndim == axes else tensor

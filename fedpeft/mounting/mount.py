@@ -26,7 +26,11 @@ def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
     >>> trained.requires_grad, trained.data_ptr() == sent["query:A"].data_ptr()
     (True, False)
     """
-    return {name: nn.Parameter(tensor.clone()) for name, tensor in tensors.items()}
+    parameters: dict[str, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        # torch's fused optimizers step a parameter and its gradient in the order of their memory.
+        parameters[name] = nn.Parameter(tensor.clone(memory_format=torch.contiguous_format))
+    return parameters
 
 
 def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +99,7 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
             # One ordinary kernel for one client: its parameters stand in for the model's own.
             alone: dict[str, Callable[[Tensor], Tensor]] = {}
             for name, stack in plain.items():
-                alone[name] = partial(_only_clients, stack)
+                alone[name] = partial(only_clients, stack)
             undo.enter_context(replaced(model, alone))
         else:
             undo.enter_context(_side_by_side(model, plain))
@@ -309,7 +313,7 @@ def standing_in(model: nn.Module, other: nn.Module) -> Iterator[None]:
         yield
 
 
-def _only_clients(stack: Tensor, parameter: Tensor) -> Tensor:
+def only_clients(stack: Tensor, parameter: Tensor) -> Tensor:
     """Return the only client's tensor of a stack, (1, ...), in the place of ``parameter``."""
     del parameter
     return stack.squeeze(0)  # a view; indexing would copy the whole gradient

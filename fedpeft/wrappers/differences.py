@@ -40,4 +40,7 @@ def check_differences(wrapper: str, method: Method, expected: Payload, down: Pay
             f"form, so that there is no difference to it; {hint}"
         )
     if not found:
-        raise BadInput(f"wrap.name = {wrapper!r}: {kind} sends no real numbers up; {hint}")
+        raise BadInput(
+            f"wrap.name = {wrapper!r}: {kind} sends no real numbers up in the first exchange of a "
+            f"round; {hint}"
+        )

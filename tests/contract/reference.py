@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow
-from fedpeft.methods import METHODS
-from fedpeft.types import Client, Lost, Reply, State
-from fedpeft.wire.messages import decode
-from tests.tiny import Tapped, TinyFederation, federation, small, unchanged
+from fedpeft.types import Client, Lost, Reply, State, Update
+from fedpeft.wire.messages import Request, decode
+from tests.tiny import CONFIG, NAMES, Tapped, TinyFederation, federation, small, unchanged
 
 ROUNDS = 4
 BEGINS = [0, 3]
@@ -24,7 +23,7 @@ BEGINS = [0, 3]
 
 SINGLE = {
     *(("full", 0), ("full", 3), ("sparse", 0), ("sparse", 3), ("slora", 0)),
-    *(("peft", 0), ("peft", 3)),
+    *(("peft", 0), ("peft", 3), ("slora_full", 0)),
 }
 """(method, round) of which one client is as much as a model can carry: parameters of any kind, or whole matrices."""
 
@@ -35,6 +34,7 @@ LIKE = {
     **dict.fromkeys(["fedex_lora", "florist"], "flora"),
     "fedsa_lora": "local_only",
     "adalora": "fedara",
+    "slora_full": "slora",
 }
 """Methods that mount and train as another one does. Tests of that alone run on them in ``make test-all``."""
 
@@ -47,7 +47,7 @@ CORE = frozenset(
 
 def rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
     """Return the rows of a table of methods and other ``columns``, those of methods in ``LIKE`` marked as slow."""
-    return _table(METHODS.keys() - LIKE.keys(), columns, without)
+    return _table(set(NAMES) - LIKE.keys(), columns, without)
 
 
 def core_rows(*columns: Iterable[Any], without: Collection[Any] = ()) -> list[Any]:
@@ -59,11 +59,26 @@ def _table(
     quick: Collection[str], columns: Iterable[Iterable[Any]], without: Collection[Any]
 ) -> list[Any]:
     table: list[Any] = []
-    for row in product(METHODS, *columns):
+    for row in product(NAMES, *columns):
         if row not in without and row[0] not in without:
             marks = () if row[0] in quick else pytest.mark.slow
             table.append(pytest.param(*row, marks=marks))
     return table
+
+
+PHASES = {"lora_a2": 2}
+"""Methods whose rounds have several exchanges, and how many. What is merged comes up in the last."""
+
+
+def exchanges(name: str, number: int) -> range:
+    """Return the exchanges of round ``number`` of a method."""
+    phases = PHASES.get(name, 1)
+    return range(phases * number, phases * (number + 1))
+
+
+def merging(name: str, number: int) -> int:
+    """Return the last exchange of a round, of which the replies are merged."""
+    return exchanges(name, number)[-1]
 
 
 PERSONAL = {"local_only", "fedsa_lora"}
@@ -80,6 +95,7 @@ NOT_MEANS = {
     "fed_sb": "products are averaged in the first round that is not silent, which may be any",
     "ravan": "each head has a mean of its own, over the clients that train it",
     "florist": "the factors are stacked",
+    "lora_a2": "each client sends the ranks that it has chosen",
 }
 """Methods whose merge reads more of the replies than weighted sums, and what that is."""
 
@@ -95,11 +111,16 @@ def is_mean(name: str, begin: int) -> bool:
 
 @dataclass(frozen=True)
 class Reference:
-    """``states[n]`` and ``memories[n]``: after n rounds."""
+    """``states[n]`` and ``memories[n]``: after n rounds. ``begins[n]``: as exchange n begins."""
 
     playing: TinyFederation
     states: list[State]
     memories: list[Memories]
+    begins: list[State]
+
+    def rows_of(self, begin: int, end: int = ROUNDS) -> list[ClientRow]:
+        """Return the rows of the rounds from ``begin`` to before ``end``."""
+        return [row for row in self.playing.rows if begin <= row.round < end]
 
 
 @cache
@@ -107,10 +128,31 @@ def reference(name: str) -> Reference:
     """Return four rounds of method ``name``."""
     playing = federation(small(name))
     states, memories = [playing.start], [deepcopy(playing.memories)]
-    for _ in range(ROUNDS):
+    begins: list[State] = []
+    for number in range(ROUNDS):
         states.append(playing.play(1, states[-1]))
         memories.append(deepcopy(playing.memories))
-    return Reference(playing, states, memories)
+        state = states[number]
+        for exchange in exchanges(name, number):
+            begins.append(state)
+            if exchange != merging(name, number):
+                state = _after(playing, state, exchange)
+    return Reference(playing, states, memories, begins)
+
+
+def updates(playing: TinyFederation, exchange: int) -> list[Update]:
+    """Return what came up in an exchange."""
+    found: list[Update] = []
+    for client, answer in playing.answers(exchange).items():
+        found.append(Update(Client(client), answer.measured.examples, answer.payload))
+    return found
+
+
+def _after(playing: TinyFederation, state: State, exchange: int) -> State:
+    """Return the state of the next phase."""
+    told = {client: answer.memory for client, answer in playing.answers(exchange).items()}
+    merged = playing.method.receive(state, updates(playing, exchange))
+    return replace(merged, memories={**state.memories, **told})
 
 
 def going_on(
@@ -129,17 +171,17 @@ def going_on(
 @final
 @dataclass(frozen=True)
 class Replay:
-    """An engine that gives the replies of another day; clients without one do not answer."""
+    """An engine that gives the replies of another day, by the phase; clients without one do not answer."""
 
-    replies: Mapping[int, bytes]
+    replies: Sequence[Mapping[int, bytes]]
 
     def exchange(
         self, clients: Sequence[Client], request: Callable[[Client], bytes]
     ) -> Iterator[Reply | Lost]:
         """Build every request and give what was said to it then."""
         for client in clients:
-            request(client)
-            yield Reply(client, self.replies[client.id])
+            phase = Request.decode(request(client), CONFIG).phase
+            yield Reply(client, self.replies[phase][client.id])
 
 
 def replayed(
@@ -151,10 +193,12 @@ def replayed(
 ) -> tuple[TinyFederation, State]:
     """Return a federation, and the state, that play round ``begin`` of the reference again without training."""
     found = reference(name)
-    engine = Replay(
-        {client: reply for client, (_, reply) in found.playing.engine.talks[begin].items()}
-    )
     playing = found.playing
+    phases: list[Mapping[int, bytes]] = []
+    for exchange in exchanges(name, begin):
+        talk = playing.engine.talks[exchange]
+        phases.append({client: reply for client, (_, reply) in talk.items()})
+    engine = Replay(phases)
     return TinyFederation(
         playing.method, playing.worker, Memories(), Tapped(engine, change, backwards)
     ), found.states[begin]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from fedpeft.methods import METHODS
 from fedpeft.wire.messages import decode
-from tests.contract.reference import ROUNDS, reference, rows
+from tests.contract.reference import ROUNDS, exchanges, reference, rows
 from tests.products import numbers
+from tests.tiny import NAMES, SIZES, bert
 
 CONSTANT = [
     *("full", "bitfit", "lora", "ffa_lora", "sparse"),
@@ -39,18 +39,31 @@ NUMBERS = {
     "ravan": ((2 * 3 * 3 + 2) * LAYERS + HEAD, 2 * 3 * 3 * LAYERS + HEAD),
     "fedrot_lora": (ADAPTER + HEAD, ADAPTER + HEAD),
     "adalora": (4 * (OUT + IN + 1) * LAYERS + HEAD, 4 * (OUT + IN + 2) * LAYERS + HEAD),
+    # Full fine-tuning is over by then.
+    "slora_full": (ADAPTER + HEAD, ADAPTER + HEAD),
+    # A choice of 2 of 4 ranks, as bits in 2 bytes, and the rows or columns of what was chosen.
+    "lora_a2": (4 * (OUT + IN) * LAYERS + HEAD, 2 + 2 * OUT * LAYERS + HEAD),
     # Two adapters of width 3 in each of two blocks, behind layers of width 32.
     "adapters": ((2 * 3 * OUT + 3 + OUT) * 4 + HEAD, (2 * 3 * OUT + 3 + OUT) * 4 + HEAD),
 }
-"""How many numbers go down and up in the third round, worked out from ranks and widths."""
+"""How many numbers go down and up in the third round, in all its exchanges, worked out from ranks and widths."""
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_travels_is_what_ranks_and_widths_say(name: str) -> None:
     """The bytes of a message follow from these by the test at the end of this file."""
-    down, up = NUMBERS[name]
-    for request, reply in reference(name).playing.engine.talks[2].values():
-        assert (numbers(decode(request)), numbers(decode(reply))) == (down, up)
+    talks = [reference(name).playing.engine.talks[exchange] for exchange in exchanges(name, 2)]
+    for client in SIZES:
+        down = sum(numbers(decode(talk[client][0])) for talk in talks)
+        up = sum(numbers(decode(talk[client][1])) for talk in talks)
+        assert (down, up) == NUMBERS[name]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_full_fine_tuning_as_a_first_stage_sends_every_parameter(number: int) -> None:
+    parameters = sum(parameter.numel() for parameter in bert().parameters())
+    for request, reply in reference("slora_full").playing.engine.talks[number].values():
+        assert numbers(decode(request)) == numbers(decode(reply)) == parameters
 
 
 @pytest.mark.parametrize("name", rows())
@@ -58,12 +71,11 @@ def test_the_ledger_has_the_bytes_that_crossed(name: str) -> None:
     playing = reference(name).playing
     crossed = [(len(down), len(up)) for talk in playing.engine.talks for down, up in talk.values()]
     assert [(row.down, row.up) for row in playing.rows] == crossed
-    assert [(row.round, row.client) for row in playing.rows] == [
-        (n, k) for n in range(ROUNDS) for k in (0, 1, 2)
-    ]
+    due = [(n, k) for n in range(ROUNDS) for _ in exchanges(name, n) for k in (0, 1, 2)]
+    assert [(row.round, row.client) for row in playing.rows] == due
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_equal_shapes_give_equal_lengths_whatever_the_values(name: str) -> None:
     lengths: dict[object, set[int]] = {}
     for talk in reference(name).playing.engine.talks:
@@ -81,7 +93,7 @@ def test_every_round_costs_the_same_bytes(name: str) -> None:
     assert len({(row.down, row.up) for row in reference(name).playing.rows}) == 1
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_a_message_are_those_of_its_tensors_and_a_header_of_names(name: str) -> None:
     """Nothing travels beside the tensors: no positions of a mask, no copy of the base."""
     for talk in reference(name).playing.engine.talks:

@@ -476,6 +476,22 @@ def asked(round_number: int, *clients: int, examples: int = 0, phase: int = 0) -
     ]
 
 
+@pytest.mark.parametrize(("name", "trainings"), [("lora", 1), ("lora_a2", 2)])
+def test_every_step_is_accounted_for_where_a_round_trains_in_several_phases(
+    name: str, trainings: int
+) -> None:
+    """A client that has trained to choose has told what it chose, whether it answers afterwards or not."""
+    tree = {
+        "method": {"name": name},
+        "wrap": [{"name": "dpsgd", "noise": 2.0, "delta": 1e-6}],
+        "training": {"steps": 5, "batch_size": 10},
+    }
+    ledger = [*asked(0, 0), *asked(0, 0, phase=1), *asked(1, 0)]
+    [row] = accounts(tree, [Client(0, examples=100)], ledger).rows(State(2, {}))
+    assert row.releases == 2 * 5 * trainings
+    assert row.epsilon == pytest.approx(epsilon(2.0, 1e-6, {0.1: 2 * 5 * trainings}))
+
+
 def test_of_a_public_draw_the_client_counts_that_was_asked_most() -> None:
     """Client 1 was asked in three rounds; that masks are exchanged afterwards tells nothing more."""
     ledger = [*asked(0, 0, 1), *asked(0, 0, 1, phase=1), *asked(1, 1, 2), *asked(2, 1)]

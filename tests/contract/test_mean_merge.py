@@ -4,18 +4,16 @@ import pytest
 import torch
 
 from fedpeft.algebra.averaging import Mean, mean_merge, weight_of
-from fedpeft.types import Client, Method, Update
+from fedpeft.types import Method, Update
 from fedpeft.wrappers import FedAvgM, FedProx
-from tests.contract.reference import BEGINS, NOT_MEANS, reference, rows
+from tests.contract.reference import BEGINS, NOT_MEANS, merging, reference, rows
+from tests.contract.reference import updates as come_up
 from tests.tiny import assert_same_state, close, small
 
 
 def updates(name: str, begin: int) -> list[Update]:
     """Return what the clients of the reference replied in a round."""
-    found = []
-    for client, response in reference(name).playing.answers(begin).items():
-        found.append(Update(Client(client), response.measured.examples, response.payload))
-    return found
+    return come_up(reference(name).playing, merging(name, begin))
 
 
 def wrapped(method: Method) -> Method:

@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 from fedpeft.engines.local import LocalEngine
-from fedpeft.methods import METHODS
-from fedpeft.types import Client, Lost, Payload, Reply, State, Update
+from fedpeft.types import Lost, Payload, Reply, State
 from fedpeft.wire.messages import Response, decode
-from tests.contract.reference import BEGINS, asked, going_on, is_mean, reference, replayed, rows
+from tests.contract.reference import (
+    BEGINS,
+    asked,
+    going_on,
+    is_mean,
+    merging,
+    reference,
+    replayed,
+    rows,
+    updates,
+)
 from tests.tiny import (
     CONFIG,
     HEAD,
+    NAMES,
     SOFTMAX_BLIND,
     assert_same,
     assert_same_state,
@@ -22,7 +32,7 @@ from tests.tiny import (
     weighted,
 )
 
-EXCHANGING = [name for name in METHODS if name != "local_only"]
+EXCHANGING = [name for name in NAMES if name != "local_only"]
 
 
 def live(before: State, name: str, tensor: Tensor) -> Tensor:
@@ -37,9 +47,9 @@ def live(before: State, name: str, tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("begin", BEGINS)
 @pytest.mark.parametrize("name", EXCHANGING)
 def test_every_client_moves_every_tensor_of_the_adapter(name: str, begin: int) -> None:
-    playing = reference(name).playing
-    for client, answer in playing.answers(begin).items():
-        down = asked(playing, begin, client)
+    playing, exchange = reference(name).playing, merging(name, begin)
+    for client, answer in playing.answers(exchange).items():
+        down = asked(playing, exchange, client)
         moving = [part for part in answer.payload if not part.endswith(SOFTMAX_BLIND)]
         assert any(part not in HEAD for part in moving)
         for part in moving:
@@ -80,14 +90,14 @@ def test_the_merge_is_the_weighted_mean_of_all_replies(name: str, begin: int) ->
 )
 def test_every_reply_shows_in_a_merge_that_is_no_mean(name: str, begin: int) -> None:
     method, played = small(name), reference(name)
-    before, after = played.states[begin : begin + 2]
-    answers = played.playing.answers(begin)
-    updates = [Update(Client(k), a.measured.examples, a.payload) for k, a in answers.items()]
-    whole = method.receive(before, updates)
+    exchange = merging(name, begin)
+    before, after = played.begins[exchange], played.states[begin + 1]
+    replies = updates(played.playing, exchange)
+    whole = method.receive(before, replies)
     assert_same(whole.shared, after.shared)
     assert_same(whole.server, after.server)
-    for left_out in range(len(updates)):
-        rest = [update for place, update in enumerate(updates) if place != left_out]
+    for left_out in range(len(replies)):
+        rest = [update for place, update in enumerate(replies) if place != left_out]
         without = method.receive(before, rest)
         changes = [
             float((tensor - merged[part]).norm() / tensor.norm().clamp(min=1e-9))
@@ -98,7 +108,7 @@ def test_every_reply_shows_in_a_merge_that_is_no_mean(name: str, begin: int) -> 
             and part in merged
             and merged[part].shape == tensor.shape
         ]
-        assert max(changes) > 1e-2, f"reply {left_out} does not show"
+        assert max(changes) > 1e-3, f"reply {left_out} does not show"
 
 
 def weight_of(answer: Response, weighting: str) -> float:
@@ -128,16 +138,16 @@ def test_local_only_shares_nothing_and_each_client_keeps_what_it_learnt() -> Non
 
 
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_replies_does_not_matter(name: str, begin: int) -> None:
     playing, state = replayed(name, begin, backwards=True)
     forwards = reference(name)
     assert_same_state(playing.play(1, state), forwards.states[begin + 1])
-    assert playing.rows == forwards.playing.rows[3 * begin : 3 * begin + 3]
+    assert playing.rows == forwards.rows_of(begin, begin + 1)
 
 
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_silent_round_changes_no_tensor_and_counts(name: str, begin: int) -> None:
     playing, before = replayed(name, begin, lambda _, outcome: Lost(outcome.client, "silence"))
     after = playing.play(1, before)
@@ -159,9 +169,8 @@ def test_a_round_with_too_few_replies_is_silent(name: str, begin: int) -> None:
     ]
     assert all(row.down and row.up for row in playing.rows[:2]), "the bytes were spent all the same"
     playing.play(1, after, min_replies=3)
-    assert [row.lost for row in playing.rows[3:]] == [None] * 3, (
-        "server and clients agree on the memories"
-    )
+    lost = {row.lost for row in playing.rows[3:]}
+    assert lost == {None}, "server and clients agree on the memories"
 
 
 @pytest.mark.parametrize("begin", [0, 1])

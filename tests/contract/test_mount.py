@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.errors import WireError
-from fedpeft.methods import METHODS
 from fedpeft.mounting import mounted, replaced
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import mounted_state
@@ -18,7 +17,19 @@ from fedpeft.training.hardware import Hardware
 from fedpeft.types import NO_MEMORY, Client, Context, LocalTask, Payload
 from fedpeft.wire.messages import Kind, Request, Response, decode, encode
 from tests.contract.reference import BEGINS, PERSONAL, ROUNDS, SINGLE, asked, core_rows, reference
-from tests.tiny import CONFIG, CPU, SEED, SIZES, assert_same, base_of, bert, logits, small, worker
+from tests.tiny import (
+    CONFIG,
+    CPU,
+    NAMES,
+    SEED,
+    SIZES,
+    assert_same,
+    base_of,
+    bert,
+    logits,
+    small,
+    worker,
+)
 
 
 def trace(model: nn.Module) -> dict[str, Any]:
@@ -210,7 +221,7 @@ def test_branches_and_parameters_leave_no_trace(kind: str, breaks: bool, model: 
     assert torch.equal(logits(model), said)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_starts_unchanged(name: str, model: nn.Module) -> None:
     """To 1e-5 in float32, for every one of them: FeDeRA's components are taken out of the base by its anchor."""
     method, said = small(name), logits(model)
@@ -218,7 +229,7 @@ def test_the_model_starts_unchanged(name: str, model: nn.Module) -> None:
         torch.testing.assert_close(logits(model), said, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_another_once_trained(name: str, model: nn.Module) -> None:
     """The mirror of the law above, without which a mount that does nothing would pass it."""
     method, said = small(name), logits(model)
@@ -236,11 +247,10 @@ def test_the_model_is_another_once_trained(name: str, model: nn.Module) -> None:
             assert (logits(model) - said).abs().max() > 1e-3, "the adapter itself does something"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_expected_of_a_reply_is_what_an_honest_one_has(name: str) -> None:
     played = reference(name)
-    for exchange in range(ROUNDS):
-        state = played.states[exchange]
+    for exchange, state in enumerate(played.begins):
         for client, answer in played.playing.answers(exchange).items():
             down = small(name).send(
                 state, Client(client, memory=state.memories.get(client, NO_MEMORY))
@@ -250,11 +260,10 @@ def test_what_is_expected_of_a_reply_is_what_an_honest_one_has(name: str) -> Non
     assert all(row.lost is None for row in played.playing.rows)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_sent_and_answered_comes_through_the_wire_to_the_bit(name: str) -> None:
-    played = reference(name)
-    for exchange in range(ROUNDS):
-        for request, reply in played.playing.engine.talks[exchange].values():
+    for talk in reference(name).playing.engine.talks:
+        for request, reply in talk.values():
             down, up = Request.decode(request, CONFIG), Response.decode(reply)
             assert_same(decode(encode(down.payload)), down.payload)
             assert_same(decode(encode(up.payload)), up.payload)

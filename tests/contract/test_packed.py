@@ -18,7 +18,10 @@ from tests.tiny import CONFIG, FIELDS, SEED, assert_same_state, close, small
 
 TARGETS = {"bert": "query|value", "llama": "q_proj|v_proj"}
 NORMS = {"bert": ["LayerNorm"], "llama": ["input_layernorm", "post_attention_layernorm"]}
-REFUSED = {("full", "bert"), ("full", "llama"), ("bitfit", "llama")}
+REFUSED = {
+    *(("full", "bert"), ("full", "llama"), ("slora_full", "bert"), ("slora_full", "llama")),
+    ("bitfit", "llama"),
+}
 """What trains every weight; biases, of which Llama has none."""
 LEFT_OUT = [(*refused, bits) for refused in REFUSED for bits in BITS]
 TABLE = core_rows(KINDS, BITS, without=LEFT_OUT)
@@ -122,10 +125,13 @@ def test_training_in_bf16_is_near_training_in_float32(name: str, bits: int) -> N
 
 @pytest.mark.parametrize(("name", "kind"), sorted(REFUSED))
 def test_what_cannot_be_trained_is_refused_in_one_line(name: str, kind: str) -> None:
-    with pytest.raises(BadInput, match=f"method.name = '{name}'.*choose 'lora'") as error:
-        small(name).init(loaded(kind, 4).base, SEED)
+    words = f"method.name = '{name}'.*choose 'lora'"
+    if name == "slora_full":
+        words = "method.stage1_method = 'full'.*choose 'sparse'"
+    with pytest.raises(BadInput, match=words) as error:
+        method_of(name, kind).init(loaded(kind, 4).base, SEED)
     assert "\n" not in str(error.value)
-    if name == "full":
+    if name != "bitfit":
         assert "model.bits" in str(error.value)
 
 

@@ -36,8 +36,8 @@ class Played:
     def __init__(
         self, name: str, ground: Ground, sizes: Mapping[int, int] = SIZES, **fields: Any
     ) -> None:
-        if name == "slora":
-            fields["stage1"] = 0.0  # its first stage is that of ``sparse``
+        if name in {"slora", "slora_full"}:
+            fields["stage1"] = 0.0  # its first stage is that of ``sparse``, or of ``full``
         self.task: Task = ground.task
         self.method: Method = small(name, **fields)
         held: dict[int, ClientData] = {}

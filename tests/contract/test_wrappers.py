@@ -35,6 +35,7 @@ from fedpeft.wrappers.fedprox import pull
 from fedpeft.wrappers.wrapper import Wrapper
 from tests.contract.reference import (
     NOT_MEANS,
+    PHASES,
     ROUNDS,
     core_rows,
     is_mean,
@@ -42,6 +43,7 @@ from tests.contract.reference import (
     unmeasured,
 )
 from tests.tiny import (
+    NAMES,
     TinyFederation,
     assert_same,
     assert_same_state,
@@ -77,6 +79,7 @@ REFUSED = {
     ("local_only", "quantise, both ways"): "sends no real numbers up",
     ("local_only", "norm_clip"): "sends no real numbers up",
     **dict.fromkeys(product(["flora", "florist", "fed_sb"], ["top_k", "norm_clip"]), "sends up"),
+    **{("lora_a2", kind): "sends no real numbers up" for kind in ("top_k", "norm_clip")},
     **dict.fromkeys(product(NOT_MEANS, OF_MEANS), "does not merge by a weighted mean"),
 }
 """(method, wrapper) that do not go together, and why."""
@@ -85,8 +88,8 @@ SERVER_ROWS = core_rows(ON_SERVER, without=REFUSED)
 
 BASE = base_of(bert())
 
-EXCHANGING = [name for name in METHODS if name != "local_only"]
-IN_ONE_STAGE = [name for name in EXCHANGING if name != "slora"]
+EXCHANGING = [name for name in NAMES if name != "local_only"]
+IN_ONE_STAGE = [name for name in EXCHANGING if name not in {"slora", "slora_full"}]
 
 
 def twice(method: Method, momentum: float) -> Method:
@@ -130,7 +133,7 @@ def test_a_wrapped_run_that_is_resumed_ends_as_one_that_went_on(name: str, tmp_p
     assert found is not None
     resumed = federation(method, memories=found.memories)
     assert_same_state(resumed.play(2, found.state), last)
-    assert unmeasured(resumed.rows) == unmeasured(playing.rows[6:])
+    assert unmeasured(resumed.rows) == [row for row in unmeasured(playing.rows) if row.round >= 2]
 
 
 def test_every_wrapper_is_tried_around_every_method() -> None:
@@ -145,7 +148,7 @@ def test_what_does_not_go_together_is_refused_by_name(name: str, kind: str) -> N
     with pytest.raises(BadInput) as refused:
         wrapper.around(small(name), "0.it").init(BASE, 0)
     wrapper_name = kind.partition(",")[0]
-    says = f"wrap.name = '{wrapper_name}': {METHODS[name].__name__} {REFUSED[name, kind]}"
+    says = f"wrap.name = '{wrapper_name}': {type(small(name)).__name__} {REFUSED[name, kind]}"
     assert str(refused.value).startswith(says)
     assert "\n" not in str(refused.value)
 
@@ -163,7 +166,7 @@ def test_two_rounds_are_played_and_resumed_to_the_bit(name: str, kind: str, tmp_
     assert found is not None
     resumed = federation(method, memories=found.memories)
     assert_same_state(resumed.play(1, found.state), last)
-    assert unmeasured(resumed.rows) == unmeasured(playing.rows[3:])
+    assert unmeasured(resumed.rows) == [row for row in unmeasured(playing.rows) if row.round]
     for client, version in last.memories.items():
         assert resumed.memories.get(client, version) == playing.memories.get(client, version)
     check_travel(name, kind, playing)
@@ -171,17 +174,21 @@ def test_two_rounds_are_played_and_resumed_to_the_bit(name: str, kind: str, tmp_
 
 def check_travel(name: str, kind: str, playing: TinyFederation) -> None:
     """Assert that what a wrapper keeps in a memory is no news of the method, and that few bytes travel."""
-    plain = reference(name).playing.rows[:6]
+    plain = reference(name).rows_of(0, 2)
     if kind in ("quantise", "top_k") and name != "fedara":  # whose dying ranks depend on replies
         assert [row.down for row in playing.rows] == [row.down for row in plain]
     if kind != "scaffold":
-        assert all(row.up < due.up for row, due in zip(playing.rows, plain, strict=True))
+        last = PHASES.get(name, 1) - 1
+        for row, due in zip(playing.rows, plain, strict=True):
+            assert row.up < due.up or row.phase < last
 
 
 @pytest.mark.parametrize(("name", "kind"), SERVER_ROWS)
 def test_two_rounds_are_merged_and_resumed_to_the_bit(name: str, kind: str) -> None:
     method = ON_SERVER[kind].around(small(name), "0.it")
-    if name == "fedara":  # the form of its second round depends on how the first one was merged
+    # The form of FedARA's second round depends on how the first one was merged, and LoRA-A2's
+    # second exchange on what clients have chosen in the first.
+    if name in {"fedara", "lora_a2"}:
         playing = federation(method)
         assert_same_state(playing.play(1, playing.play(1)), federation(method).play(2))
         assert not [row.lost for row in playing.rows if row.lost]

@@ -111,7 +111,7 @@ def test_resuming_equals_going_on(name: str, tmp_path: Path) -> None:
     assert found is not None
     resumed = federation(small(name), training=ADAMW, memories=found.memories)
     assert_same_state(resumed.play(3, found.state, cohort=changing(resumed)), last)
-    assert unmeasured(resumed.rows) == unmeasured(playing.rows[4:])
+    assert unmeasured(resumed.rows) == [row for row in unmeasured(playing.rows) if row.round >= 2]
     for client, version in last.memories.items():
         assert resumed.memories.get(client, version) == playing.memories.get(client, version)
 

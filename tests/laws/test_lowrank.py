@@ -15,6 +15,7 @@ from fedpeft.algebra.lowrank import (
     by_module,
     check_ranks,
     deltas,
+    largest,
     leading,
     orthogonality,
     principal,
@@ -77,6 +78,20 @@ def test_no_direction_of_a_matrix_of_lower_rank_loses_both_factors(split: Split)
     B, A = principal(matrix, 3, split)
     torch.testing.assert_close(B @ A, matrix)
     assert (torch.maximum(B.norm(dim=0), A.norm(dim=1)) > 0.1).all()
+
+
+def test_the_largest_components_of_every_matrix_and_none_of_what_diverged() -> None:
+    """A client whose matrices are NaN must not cost those beside it their reply."""
+    matrices = torch.stack([drawn(6, 4), drawn(6, 4, seed=1), drawn(6, 4, seed=2)])
+    matrices[1, 2, 3] = math.nan
+    B, A = largest(matrices, rank=2)
+    assert (B.shape, A.shape) == ((3, 6, 2), (3, 2, 4))
+    for k in (0, 2):
+        due = principal(matrices[k], 2, "left")
+        assert torch.equal(B[k], due[0])
+        assert torch.equal(A[k], due[1])
+    assert B[1].isnan().all()
+    assert A[1].isnan().all()
 
 
 def test_a_difference_is_scale_times_b_e_a_for_every_client() -> None:

@@ -52,11 +52,13 @@ def mean_of_products(
     return weighted(products, weights)["x"], means[f"{module}:B"] @ A
 
 
-@pytest.mark.parametrize("name", ["lora", "ffa_lora"])
-def test_ffas_merge_is_exact_and_loras_is_not(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "number"), [("lora", 1), *(("ffa_lora", number) for number in range(4))]
+)
+def test_ffas_merge_is_exact_in_every_round_and_loras_is_not(name: str, number: int) -> None:
     playing = federation(small(name))
-    after = playing.play(2)
-    answers = list(playing.answers(1).values())
+    after = playing.play(number + 1)
+    answers = list(playing.answers(number).values())
     payloads = [answer.payload for answer in answers]
     weights = [float(answer.measured.examples) for answer in answers]
     with mounted_state(playing.method, after, playing.worker.model, CPU, SEED) as local:

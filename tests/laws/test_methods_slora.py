@@ -14,10 +14,11 @@ from torch import Tensor
 from fedpeft.algebra.lowrank import Split
 from fedpeft.algebra.masks import positions, scatter
 from fedpeft.errors import BadInput
+from fedpeft.methods.full import Full, FullStage
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.slora import SLoRA
 from fedpeft.methods.sparse import Sparse
-from fedpeft.mounting import dense_layer, describe
+from fedpeft.mounting import dense_layer, describe, select
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import Client
 from fedpeft.wire.messages import Request, Response
@@ -262,6 +263,69 @@ def test_the_faithful_defaults_are_the_papers() -> None:
         "uniform",
     )
     assert (method.rank, method.pre_classifier_rank, method.targets) == (10, 18, "all-linear")
+
+
+# Its sibling, whose first stage is full fine-tuning.
+
+
+def test_the_first_stage_of_the_sibling_is_full_fine_tuning() -> None:
+    ours, theirs = federation(small("slora_full")), federation(Full("uniform"))
+    assert_same(ours.play(1).shared, theirs.play(1).shared)
+
+
+def test_the_siblings_bridge_is_the_eckart_young_optimum_and_keeps_the_head_alone() -> None:
+    playing = federation(small("slora_full", scale=4.0))
+    bridged = playing.play(2)
+    answers = list(playing.answers(1).values())
+    assert bridged.shared.keys() == {f"{name}:{part}" for name in LAYERS for part in "AB"} | HEAD
+    assert not bridged.server
+    for name in LAYERS:
+        weights = [answer.payload[f"{name}.weight"].double() for answer in answers]
+        found = (weights[0] + weights[1] + weights[2]) / 3 - dense_layer(bert(), name).double()
+        B, A = bridged.shared[f"{name}:B"], bridged.shared[f"{name}:A"]
+        values = torch.linalg.svdvals(found)
+        error = float((found - 4.0 * B.double() @ A.double()).norm())
+        assert error == pytest.approx(float(values[3:].norm()), rel=1e-4)
+        assert error < 0.999 * float(values.norm())
+    for part in HEAD:
+        heads = [answer.payload[part].double() for answer in answers]
+        torch.testing.assert_close(
+            bridged.shared[part].double(), (heads[0] + heads[1] + heads[2]) / 3
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sibling_knows_how_far_matrices_have_moved_whichever_way_round_they_lie(
+    name: str,
+) -> None:
+    stage = FullStage("all-linear", "uniform")
+    state = stage.init(describe(family(name), FAMILIES[name].head), SEED)
+    draw = torch.Generator().manual_seed(0)
+    moved, shared = family(name), dict[str, Tensor]()
+    for part, tensor in state.shared.items():
+        shared[part] = tensor + torch.randn(tensor.shape, generator=draw)
+        moved.get_parameter(part).copy_(shared[part])
+    state = replace(state, shared=shared)
+    differences = stage.differences(state)
+    assert differences.keys() == set(select(describe(moved, FAMILIES[name].head), "all-linear"))
+    for layer, difference in differences.items():
+        due = dense_layer(moved, layer) - dense_layer(family(name), layer)
+        assert torch.equal(difference, due)
+    assert stage.head(state).keys() == FAMILIES[name].head
+
+
+def test_the_sibling_without_a_first_stage_is_lora_and_starts_like_it_after_a_silent_one() -> None:
+    start = federation(LORA).start
+    sibling = as_lora(stage1=0.0, stage1_method="full")
+    assert_same(federation(sibling).start.shared, start.shared)
+    silent = federation(as_lora(stage1=0.5, stage1_method="full")).play(2, min_replies=4)
+    assert_same(silent.shared, start.shared)
+
+
+def test_the_sibling_cannot_train_weights_of_a_few_bits() -> None:
+    base = replace(base_of(bert()), packed=frozenset({LAYERS[0]}))
+    with pytest.raises(BadInput, match="method.stage1_method = 'full' trains every weight"):
+        small("slora_full").init(base, SEED)
 
 
 def test_each_stage_trains_at_its_own_rate() -> None:

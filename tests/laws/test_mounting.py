@@ -378,6 +378,17 @@ def test_what_the_model_lacks_is_refused_and_what_was_mounted_before_is_undone(
     assert torch.equal(says(model, ids), before)
 
 
+def test_what_is_trained_lies_in_memory_as_its_gradient_does() -> None:
+    """Fused optimizers step both in the order of their memory, as if one were not turned round."""
+    trained = trainable({"w": torch.arange(6.0).view(1, 2, 3).mT})["w"]
+    assert trained.is_contiguous()
+    gradient = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+    due = trained.detach() - 0.5 * gradient
+    trained.grad = gradient
+    torch.optim.SGD([trained], lr=0.5, fused=True).step()
+    assert torch.equal(trained, due)
+
+
 def test_trainable_copies_and_values_detach() -> None:
     tensors = {"x": torch.ones(1, 2)}
     parameters = trainable(tensors)

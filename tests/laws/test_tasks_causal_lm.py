@@ -36,6 +36,7 @@ from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Method, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests.causal_lms import CAUSAL_LMS, TEMPLATE, causal_lm, rows, task, tokenizer, worker
+from tests.contract.reference import PHASES
 from tests.tiny import CONFIG, CPU, SEED, close, small
 
 SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, batch_size=4, clip=0.3)
@@ -427,7 +428,8 @@ def test_every_method_trains_a_language_model(family: str, name: str) -> None:
                 start = torch.zeros_like(tensor)
             if start is not None and start.shape == tensor.shape:
                 moved = max(moved, float((tensor - start).abs().max()))
-    assert moved > 1e-3
+    # In the first of several exchanges a client may only say what it will train.
+    assert moved > 1e-3 or name in PHASES
     mixed = replace(playing, hardware=replace(CPU, tokens=60, threads=2, pad_to_multiple_of=4))
     if name in ALONE:
         with pytest.raises(NotStackable):
