@@ -57,6 +57,7 @@ from fedpeft.types import (
     Payload,
     State,
     Update,
+    WorthTuning,
 )
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "Update",
     "Weighting",
     "WireError",
+    "WorthTuning",
     "averaged",
     "by_module",
     "check_ranks",

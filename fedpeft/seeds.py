@@ -23,6 +23,15 @@ def derive(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashed, "big") >> 1
 
 
+def uniform(seed: int, *names: str | int) -> float:
+    """Return a number in [0, 1), uniformly distributed over names, from ``derive(seed, *names)``.
+
+    >>> 0 <= uniform(0, "dropout", 3) < 1
+    True
+    """
+    return (derive(seed, *names) >> 10) / 2**53  # as many bits as a float64 holds exactly
+
+
 def generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a CPU generator seeded by ``derive(seed, *names)``.
 

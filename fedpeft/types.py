@@ -217,6 +217,19 @@ class State:
         return replace(self, server=server)
 
 
+@dataclass(frozen=True)
+class WorthTuning:
+    """Marks a field of a method that tuning tries beside the learning rate, and at which values.
+
+    Fields without the mark keep what the settings say.
+
+    >>> from typing import Annotated
+    >>> Share = Annotated[float, WorthTuning((0.1, 1.0))]
+    """
+
+    values: tuple[object, ...]
+
+
 class Method(Protocol):
     """A federated fine-tuning method: a frozen dataclass whose fields are its configuration.
 

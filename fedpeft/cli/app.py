@@ -68,6 +68,9 @@ LogForm = Annotated[
     Literal["lines", "json"],
     typer.Option("--log", help="How what happens is written: lines for people, or JSON."),
 ]
+Trials = Annotated[
+    int | None, typer.Option(help="Trials of each method; default: 4.", show_default=False)
+]
 Bandwidth = Annotated[float, typer.Option(help="Modelled bandwidth of a client, bytes per second.")]
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
@@ -402,6 +405,13 @@ def compare(
     ] = None,
     methods: Annotated[str, typer.Option(help="Comma-separated, instead of compare.methods.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated, instead of compare.seeds.")] = "",
+    rates: Annotated[
+        Path | None, typer.Option(help="What tune has picked, instead of compare.rates.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Pick the rates first, as tune does.")
+    ] = False,
+    trials: Trials = None,
     settings: Set = [],
     runs: Runs = Path("runs"),
     overwrite: Overwrite = False,
@@ -413,7 +423,8 @@ def compare(
     """Train the same federation with several methods and seeds, and report on them side by side."""
     from fedpeft.cli import parsing as arguments
     from fedpeft.experiment.compare import metric_of, plan
-    from fedpeft.experiment.run_folder import runs_in
+    from fedpeft.experiment.config import merge
+    from fedpeft.experiment.run_folder import refuse_existing, runs_in
     from fedpeft.report import Metric, check
 
     extra: list[str] = []  # what the options say, as assignments of ``--set``
@@ -424,16 +435,88 @@ def compare(
     if config and demo:
         raise BadInput(f"--demo {demo}: is run instead of a file; leave out {config}, or --demo")
     chosen = config or Path(str(files("fedpeft") / DEMOS[demo or "encoder"]))
-    planned = plan(_settings(chosen, [*extra, *settings]))
+    _check_tuning(tune, trials, rates)
+    tree = _settings(chosen, [*extra, *settings])
+    if rates:
+        tree = merge(tree, {"compare": {"rates": str(rates)}})
+    planned = plan(tree)
     metric = metric_of(planned[0].config)
     # Before hours of training, not after.
     check(target, bandwidth, Metric(metric.name, metric.higher_is_better, metric.share))
     root = runs / f"{planned[0].config.name}-compare"
+    if tune:
+        if not resume:  # otherwise these would be refused after the trials
+            for one in planned:
+                refuse_existing(one.folder(root), overwrite)
+        picked = _tune(tree, trials, runs, overwrite, resume, jobs)
+        planned = plan(merge(tree, {"compare": {"rates": str(picked)}}))
     folders = _run_all(planned, root, overwrite, resume, jobs)
     _report(folders, root / "report", target, bandwidth)
     # Earlier commands may have put runs of other methods or seeds beside these.
     if others := len(runs_in(root)) - len(folders):
         _say(f"{root} holds {others} more runs; for a report on all of them: fedpeft report {root}")
+
+
+def _check_tuning(tune: bool, trials: int | None, rates: Path | None) -> None:
+    """Raise BadInput for options of tuning that do not go together."""
+    if tune and rates:
+        raise BadInput(f"--rates {rates}: --tune picks rates of its own; leave out one of them")
+    if trials is not None and not tune:
+        raise BadInput(f"--trials {trials}: needs --tune")
+
+
+@app.command("tune")
+def tune_rates(
+    config: Config,
+    methods: Annotated[str, typer.Option(help="Comma-separated, instead of compare.methods.")] = "",
+    trials: Trials = None,
+    settings: Set = [],
+    runs: Runs = Path("runs"),
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    jobs: Jobs = 0,
+) -> None:
+    """Pick the learning rate of every method, with equally many trials, on the validation split."""
+    from fedpeft.cli import parsing as arguments
+
+    extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
+    picked = _tune(_settings(config, [*extra, *settings]), trials, runs, overwrite, resume, jobs)
+    _say(f"compare at these rates with: fedpeft compare {config} --rates {picked}")
+
+
+def _tune(
+    tree: dict[str, Any],
+    trials: int | None,
+    runs: Path,
+    overwrite: bool,
+    resume: bool,
+    jobs: int,
+) -> Path:
+    """Pick rates, with a bar for each run, show them, and return their file."""
+    from fedpeft.experiment.config import from_tree
+    from fedpeft.experiment.rates import FILE
+    from fedpeft.experiment.tuning import TRIALS, tune
+
+    root = runs / f"{from_tree(tree).name}-tune"
+    with stoppable(resume_all), progress_bars(out) as watch:
+        rates = tune(
+            tree,
+            root,
+            TRIALS if trials is None else trials,
+            overwrite=overwrite,
+            resume=resume,
+            on_progress=lambda one: watch(f"{one.label}, until round {one.until}"),
+            on_warning=_say,
+            jobs=jobs,
+        )
+    table = Table("method", "picked", f"{rates.metric}", "trials", box=None)
+    for label, picked in rates.rates.items():
+        fields = [f"training.{name} = {value}" for name, value in picked.training.items()]
+        fields += [f"method.{name} = {value}" for name, value in picked.method.items()]
+        cells = (label, ", ".join(fields), f"{picked.score:.4g}", str(picked.trials))
+        table.add_row(*(Text(cell) for cell in cells))
+    _wide().print(table)
+    return root / FILE
 
 
 @app.command()

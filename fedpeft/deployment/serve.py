@@ -29,8 +29,8 @@ from fedpeft.experiment.run import begin_in, finished, read_settings, run_row
 from fedpeft.experiment.run_folder import SITES, beginning
 from fedpeft.federation import checkpoint
 from fedpeft.federation.checkpoint import Checkpoint
+from fedpeft.federation.cohort import SAMPLERS
 from fedpeft.federation.memory import Memories
-from fedpeft.federation.server import sample
 from fedpeft.seeds import derive
 from fedpeft.training.hardware import Hardware
 from fedpeft.types import Client
@@ -296,7 +296,8 @@ class _Gathering:
         if draws_in_secret(config):
             return drawn_in_secret(self._run.clients, config.federation.clients_per_round)
         seed = derive(config.seed, "again", tries) if tries else config.seed
-        return sample(self._run.clients, config.federation.clients_per_round, seed, round_number)
+        draw, count = SAMPLERS[config.federation.sampling], config.federation.clients_per_round
+        return draw(self._run.clients, count, seed, round_number)
 
     def _save_roster(self) -> None:
         """Write down the sites that are known; BadInput where the disk is full."""

@@ -48,10 +48,12 @@ def run_all(
             folder = run.folder(root)
             # What begins anew has hardware here. With ``overwrite`` its folder may hold an older
             # run, which is finished; that one does not count.
-            if folder in hardware or not finished(folder, run.config):
+            if folder in hardware or not finished(folder, run.config, run.until):
                 unfinished.append(run)
-                queue.append(Job(run.config.to_json(), folder, hardware.get(folder)))
-        _run_unfinished(unfinished, queue, federation, jobs, on_progress, on_warning)
+                queue.append(Job(run.config.to_json(), folder, hardware.get(folder), run.until))
+        _run_unfinished(
+            unfinished, queue, federation, jobs, on_progress, on_warning, planned=len(runs)
+        )
     return [run.folder(root) for run in runs]
 
 
@@ -62,22 +64,27 @@ def _run_unfinished(
     asked: int,
     on_progress: Callable[[Planned], OnProgress],
     on_warning: OnWarning,
+    *,
+    planned: int,
 ) -> None:
     """Train ``runs``, each of which has its job in ``queue``: in turn, or ``asked`` at once.
 
-    ``federation``: one that has been built, whose data and model are taken over.
+    ``federation``: one that has been built, whose data and model are taken over. ``planned``: how
+    many runs there are with those that are finished.
     """
     hardware = None if federation is None else federation.hardware
     threads_are_fixed = any(run.config.machine.threads for run in runs)  # 0 leaves them open
-    count = processes(queue, asked, hardware, threads_are_fixed)
+    count = processes(len(queue), asked, hardware, threads_are_fixed)
+    # Threads as if nothing were finished: so a command that is resumed ends in the same bits.
+    among = processes(planned, asked, hardware, threads_are_fixed)
+    shares = [job.shared_by(among) for job in queue]
     if count == 1:
         # In this process each run takes over the data and the model of the one before.
-        for run, job in zip(runs, queue, strict=True):
+        for run, job in zip(runs, shares, strict=True):
             federation = run_job(job, federation, on_progress(run), on_warning)
         return
 
     watchers = [on_progress(run) for run in runs]
-    shares = [job.shared_by(count) for job in queue]
 
     def pass_on(index: int, progress: Progress) -> None:
         watchers[index](progress)
@@ -107,7 +114,7 @@ def _claim(
             f"{folder}: was made with other settings ({difference}); "
             "remove it, or choose another name"
         )
-    return nullcontext() if finished(folder, run.config) else claimed(folder)
+    return nullcontext() if finished(folder, run.config, run.until) else claimed(folder)
 
 
 def _check_all(

@@ -1,8 +1,11 @@
 """Settings -> everything a run needs, built in one place for all commands and every engine."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
+
+from torch import Size
 
 from fedpeft import data, engines
 from fedpeft.errors import BadInput
@@ -22,11 +25,14 @@ from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.stacking import apart, widest
 from fedpeft.experiment.wrapping import check_replies
 from fedpeft.federation.client import ClientData, Worker
+from fedpeft.federation.cohort import Trace, read_trace
+from fedpeft.federation.fleet import Fleet, dealt
 from fedpeft.ledger import RunRow
 from fedpeft.models import Loaded, check_bits
 from fedpeft.tasks import TASKS, Encoded, Task, make_task
 from fedpeft.training.hardware import Hardware, use
-from fedpeft.types import Client, Method, State
+from fedpeft.training.loop import num_steps, paced
+from fedpeft.types import Base, Client, Method, State
 
 
 @final
@@ -34,7 +40,9 @@ from fedpeft.types import Client, Method, State
 class Federation:
     """A federation ready to run: who holds what, the model, the method and the clients' worker.
 
-    ``train`` and ``test`` are the whole splits, as tokens and label numbers.
+    ``train`` and ``test`` are the whole splits, as tokens and label numbers. ``fleet``: the devices
+    of the clients, with what is to be said of them. ``trace``: which of them are there when; None
+    where all always are.
     """
 
     config: Config
@@ -47,6 +55,9 @@ class Federation:
     test: Encoded
     method: Method
     worker: Worker
+    fleet: Fleet
+    fleet_notes: tuple[str, ...]
+    trace: Trace | None
 
     @property
     def agreed(self) -> bytes:
@@ -74,6 +85,7 @@ class Federation:
         notes = list(self.partition.notes)
         for note in self.loaded.notes:
             notes.append(f"model.name = {self.config.model.name!r}: {note}")
+        notes += self.fleet_notes
         notes += privacy_notes(self.config, self.clients)
         return (*notes, *self.train.notes, *self.test.notes)
 
@@ -82,8 +94,14 @@ class Federation:
         """Return the clients as the server knows them: by number of training examples."""
         clients: list[Client] = []
         for client_id, rows in enumerate(self.partition.train):
-            clients.append(Client(client_id, examples=len(rows)))
+            capacity = self.fleet.capacity(client_id)
+            clients.append(Client(client_id, capacity, examples=len(rows)))
         return clients
+
+    @property
+    def trace_digest(self) -> str:
+        """Return the digest of the trace of clients; empty where there is none."""
+        return "" if self.trace is None else self.trace.digest
 
     def first_state(self) -> State:
         """Return the state before the first round."""
@@ -91,7 +109,7 @@ class Federation:
 
     def run_row(self) -> RunRow:
         """Return the first row of the ledger."""
-        return row_of(
+        row = row_of(
             self.config,
             self.task,
             self.loaded,
@@ -103,6 +121,7 @@ class Federation:
             majority=self.task.trivial(self.dataset, self.scored),
             partition_digest=self.partition.digest(),
         )
+        return replace(row, devices=self.fleet.members(), trace_digest=self.trace_digest)
 
 
 def build(
@@ -122,6 +141,9 @@ def build(
     names = TASKS[config.task.kind].names(dataset)
     partition = _partition(config, dataset, reuse)
     _check_partition(config, partition)
+    plan, count = config.federation, len(partition.train)
+    device_of = dealt(plan.fleet, range(count), config.seed) if plan.fleet else {}
+    trace = read_trace(plan.trace, partition.names, plan.rounds) if plan.trace else None
 
     # 2. The machine, and the model in the number format and with the kernels chosen for it.
     task = make_task(config.task, names, config.model.max_length)
@@ -142,6 +164,8 @@ def build(
         hardware=chosen,
         visits=visits_per_text(config, len(client_data), texts),
     )
+    fleet = _fleet(config, device_of, client_data)
+    worker = replace(worker, paces=fleet.paces())
     federation = Federation(
         config=config,
         dataset=dataset,
@@ -153,6 +177,9 @@ def build(
         test=model.test,
         method=method,
         worker=worker,
+        fleet=fleet,
+        fleet_notes=tuple(_capacities(config, fleet, method, model.loaded.base)),
+        trace=trace,
     )
 
     # 4. The stack size is measured on the ready worker, unless ``chosen`` brings it already.
@@ -181,6 +208,45 @@ def _client_data(partition: data.Partition, model: Tokenised) -> dict[int, Clien
         test = model.test.of_rows(partition.test[client_id].tolist())
         client_data[client_id] = ClientData(train, test)
     return client_data
+
+
+def _fleet(
+    config: Config, device_of: Mapping[int, str], client_data: Mapping[int, ClientData]
+) -> Fleet:
+    """Return the devices of the clients; ``device_of``: the class of each."""
+    classes, training = config.federation.fleet, config.training
+    planned: dict[int, int] = {}
+    for client, name in device_of.items():
+        steps = num_steps(len(client_data[client].train), training)
+        planned[client] = paced(steps, classes[name].steps)
+    return Fleet(classes, device_of, planned, config.seed, config.federation.deadline)
+
+
+def _capacities(config: Config, fleet: Fleet, method: Method, base: Base) -> Iterator[str]:
+    """Yield a note for every weak class that ``method`` has train as much as any other.
+
+    BadInput for a class that is too weak for it.
+    """
+    weak = {name: device for name, device in fleet.devices.items() if device.capacity < 1}
+    if not weak:
+        return
+    state, members = method.init(base, config.seed), fleet.members()
+
+    def sent(client: Client) -> list[tuple[str, Size]]:
+        down = method.send(state, client)
+        return [(name, tensor.shape) for name, tensor in down.items()]
+
+    for name, device in weak.items():
+        client = Client(members[name][0], device.capacity)
+        try:
+            as_any_other = sent(client) == sent(replace(client, capacity=1.0))
+        except BadInput as error:
+            raise BadInput(f"federation.fleet.{name}: {error}") from error
+        if as_any_other:
+            yield (
+                f"federation.fleet.{name}.capacity = {device.capacity:g}: method "
+                f"{config.method['name']!r} sends the same to every client, however weak"
+            )
 
 
 def _check_partition(config: Config, partition: data.Partition) -> None:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -136,8 +136,26 @@ def _check_keys(kind: type[Any], tree: Tree, prefix: str, also: Sequence[str] = 
             if not isinstance(value, Mapping):
                 raise BadInput(f"{where} = {value!r}: is a section; write {where}.field=value")
             _check_keys(section, value, where)
+        elif (named := _kind_of_each(section)) is not None and isinstance(value, Mapping):
+            _check_named_tables(named, value, where)
         elif section not in (bool, "bool"):
             _check_no_bool(value, where)
+
+
+def _check_named_tables(kind: type[Any], tables: Tree, prefix: str) -> None:
+    """Refuse keys that ``kind`` has no field for in each of ``tables``."""
+    for name, table in tables.items():
+        where = f"{prefix}.{name}"
+        if not isinstance(table, Mapping):
+            raise BadInput(f"{where} = {table!r}: is a section; write {where}.field=value")
+        _check_keys(kind, table, where)
+
+
+def _kind_of_each(section: object) -> type[Any] | None:
+    """Return the dataclass of the tables in a field ``dict[str, <dataclass>]``, else None."""
+    arguments = get_args(section)
+    named = arguments[-1] if get_origin(section) is dict else None
+    return named if isinstance(named, type) and dataclasses.is_dataclass(named) else None
 
 
 def _check_no_bool(value: object, key: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Final, final, get_args
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import Tree, nearest
 from fedpeft.experiment.config import METHOD, Config, from_tree, merge, nested
+from fedpeft.experiment.proposals import with_rate
+from fedpeft.experiment.rates import check_rates, picked_over, read_rates
 from fedpeft.experiment.reading import divide, read_data
 from fedpeft.experiment.sections import CLIENTS, CompareSection, Reference
 from fedpeft.methods import constructors
@@ -22,7 +24,9 @@ SETTLED: Final = ("name", "label", "reference", "seed", "compare")
 @final
 @dataclass(frozen=True)
 class Planned:
-    """One run to be: what to call it, and its settings.
+    """One run to be: what to call it, its settings, and where it stops before its end, if it does.
+
+    ``until``: the round after which to stop; it can be resumed from there.
 
     >>> Planned("lora training.lr=0.01", Config(seed=3)).folder(Path("runs")).name
     'lora-training.lr=0.01-s3'
@@ -30,6 +34,7 @@ class Planned:
 
     label: str
     config: Config
+    until: int | None = None
 
     def folder(self, root: Path) -> Path:
         """Return the run's folder under ``root``, a valid name on any system."""
@@ -47,7 +52,7 @@ def plan(tree: Tree) -> list[Planned]:
     >>> [(run.label, run.config.seed) for run in runs]
     [('lora', 0), ('federa', 0), ('lora', 1), ('federa', 1)]
     """
-    rows = _rows(tree)
+    rows = rows_of(tree)
     seeds = from_tree(tree).compare.seeds
     planned: list[Planned] = []
     # Seed by seed: a comparison that is stopped half-way has all methods with the first seeds.
@@ -72,12 +77,12 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
     """
     for key, tried in values.items():
         _check_swept(key, tried)
-    rows = _rows(tree) if methods else [("", tree)]
+    rows = rows_of(tree) if methods else [("", tree)]
     planned: list[Planned] = []
     for label, settings in rows:
         for combination in itertools.product(*values.values()):
             chosen = dict(zip(values, combination, strict=True))
-            planned.append(_swept(label, settings, chosen))
+            planned.append(swept(label, settings, chosen, {}))
     _check_apart(planned)
     return planned
 
@@ -100,10 +105,11 @@ def _check_swept(key: str, tried: Sequence[Any]) -> None:
             raise BadInput(f"{key} = {', '.join(map(str, tried))}: name each value once")
 
 
-def _swept(label: str, settings: Tree, chosen: Mapping[str, Any]) -> Planned:
+def swept(label: str, settings: Tree, chosen: Mapping[str, Any], others: Tree) -> Planned:
     """Return the run of one combination of values, ``chosen``: dotted key -> value.
 
-    ``label``: the method's, which goes before an error; empty for a sweep of no method.
+    ``label``: the method's, which goes before an error; empty for a sweep of no method. ``others``:
+    what else is settled. The run is scored on validation.
     """
     words = [label] if label else []
     overrides: list[Tree] = []
@@ -114,7 +120,7 @@ def _swept(label: str, settings: Tree, chosen: Mapping[str, Any]) -> Planned:
     # A sweep chooses values, so it must not see the test split.
     scored = {"label": name, "evaluation": {"split": "validation"}}
     try:
-        config = _alone(merge(settings, *overrides, scored))
+        config = _alone(merge(settings, *overrides, scored, others))
     except BadInput as error:
         raise BadInput(f"{label}: {error}" if label else str(error)) from error
     return Planned(name, config)
@@ -134,8 +140,11 @@ def _alone(tree: Tree) -> Config:
     return replace(from_tree(tree), compare=CompareSection())
 
 
-def _rows(tree: Tree) -> list[tuple[str, Tree]]:
-    """Return the rows of a comparison, methods then references, with the settings of each."""
+def rows_of(tree: Tree) -> list[tuple[str, Tree]]:
+    """Return the rows of a comparison, methods then references, with the settings of each.
+
+    What a file of rates has for a row is laid over its settings.
+    """
     choice = from_tree(tree).compare
     _check_named("methods", choice.methods)
     _check_named("references", choice.references, may_be_empty=True)
@@ -151,7 +160,15 @@ def _rows(tree: Tree) -> list[tuple[str, Tree]]:
     known = {*labels, *constructors(), *get_args(Reference)}
     for unknown in choice.settings.keys() - known:
         raise BadInput(f"unknown key 'compare.settings.{unknown}'; {nearest(unknown, labels)}")
-    return [(label, _with_own_settings(settings, choice, label)) for label, settings in rows]
+    own: list[tuple[str, Tree]] = []
+    for label, settings in rows:
+        # A yardstick may have a rate proposed that is not its method's.
+        own.append((label, with_rate(_with_own_settings(settings, choice, label), label)))
+    if choice.rates is None:
+        return own
+    rates = read_rates(choice.rates)
+    check_rates(choice.rates, rates, from_tree(tree), labels)
+    return [(label, picked_over(row, choice.rates, rates, label)) for label, row in own]
 
 
 def _check_named(field: str, names: Sequence[object], *, may_be_empty: bool = False) -> None:
@@ -212,13 +229,13 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
     That is either clients that never exchange anything, or all data at one client. In a round,
     centralised training takes as many examples as the federation's cohort does together. Its one
     optimizer goes on from round to round, as that of ordinary training does. Wrappers are left out:
-    there is no exchange that they could change.
+    there is no exchange that they could change; and the one client is no device of a fleet.
     """
     if name == "local-only":
         return merge(_with_method(tree, choice, "local_only"), {"reference": True, "wrap": []})
     method = choice.reference_method
     plain = _with_method(tree, choice, method, "reference_method")
-    settings = _with_own_settings(plain, choice, method)
+    settings = _without_fleet(_with_own_settings(plain, choice, method))
     config = from_tree(settings)
     federation, steps = config.federation, config.training.steps
     together = {
@@ -237,6 +254,14 @@ def _reference(tree: Tree, choice: CompareSection, name: str) -> Tree:
         # The one client takes as many steps as the whole cohort does.
         longer = nested("training.steps", steps * federation.clients_per_round)
     return merge(settings, together, longer)
+
+
+def _without_fleet(tree: Tree) -> Tree:
+    """Return ``tree`` for a client that is no device of a fleet: always there, whole and alone."""
+    federation = dict(tree.get("federation", {}))
+    for name in ("fleet", "deadline", "trace", "sampling"):
+        federation.pop(name, None)
+    return {**tree, "federation": federation}
 
 
 def _clients(config: Config) -> int:

@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import Tree, adapter, check_finite, checked, nearest
+from fedpeft.experiment.proposals import with_rate
 from fedpeft.experiment.sections import (
     CompareSection,
     DataSection,
@@ -24,6 +25,7 @@ from fedpeft.experiment.sections import (
     FederationSection,
     PartitionSection,
     ServerSection,
+    TunedSection,
 )
 from fedpeft.experiment.wrapping import told, wrapped
 from fedpeft.methods import constructors
@@ -88,6 +90,8 @@ class Config:
     """What `fedpeft compare` runs."""
     server: ServerSection = field(default_factory=ServerSection)
     """How sites reach the server, with `fedpeft serve`."""
+    tuned: TunedSection = field(default_factory=TunedSection)
+    """Where the learning rate comes from."""
 
     def to_json(self) -> str:
         """Return the settings as JSON that ``from_tree`` reads back."""
@@ -142,10 +146,12 @@ def beside(tree: dict[str, Any], folder: Path) -> Tree:
         ("data", "validation"),
         ("data", "test"),
         ("partition", "file"),
+        ("federation", "trace"),
         ("server", "certificate"),
         ("server", "key"),
         ("server", "sites"),
         ("server", "state"),
+        ("compare", "rates"),
     ):
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), str):
             tree[section][key] = str(_full(Path(tree[section][key]), folder))
@@ -216,10 +222,11 @@ def merge(*trees: Tree) -> dict[str, Any]:
 def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
     """Return checked settings; the method's own fields are checked too.
 
+    A learning rate that is left out is the one proposed for the method, where there is one.
     ``on_warning`` is told of a field that is given by an old name.
     """
     # 1. Each field by itself: its name, its type and its bounds.
-    tree = renamed(tree, on_warning)
+    tree = with_rate(renamed(tree, on_warning), _method_name(tree))
     config = _absolute(checked(Config, tree, ""))
     check_finite(tree, "")  # TOML has nan and inf, which bounds need not catch
     if "name" not in config.method:
@@ -238,6 +245,7 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             f"federation.clients_per_round = {federation.clients_per_round}; "
             f"choose at most {federation.clients_per_round}"
         )
+    _check_fleet(federation, on_sites=config.engine.kind == "sites")
     config.build_method()  # checks the fields of method and wrappers, which are mere tables so far
     masks = any(table["name"] == "secagg" for table in config.wrap)
     if federation.largest_update is not None and masks:
@@ -266,6 +274,38 @@ def from_tree(tree: Tree, on_warning: OnWarning = lambda _: None) -> Config:
             "name the class of a partitioner, such as 'PathologicalPartitioner'"
         )
     return config
+
+
+def _method_name(tree: Tree) -> str:
+    """Return the name of the method in ``tree``; a section in a wrong form has none."""
+    section = tree.get("method", {})
+    name = section.get("name", METHOD) if isinstance(section, Mapping) else ""
+    return name if isinstance(name, str) else ""
+
+
+def _check_fleet(federation: FederationSection, *, on_sites: bool) -> None:
+    """Raise BadInput for a fleet whose shares do not add up, and for one of real sites."""
+    if on_sites:
+        instead = {
+            "fleet": "sites have the devices that they have",
+            "deadline": "set server.deadline, in seconds of the clock",
+            "trace": "those sites are drawn that are online",
+        }
+        for name, why in instead.items():
+            if getattr(federation, name):
+                raise BadInput(f"federation.{name}: is for simulations, not for sites; {why}")
+    fleet = federation.fleet
+    if federation.deadline is not None and not fleet:
+        raise BadInput(
+            f"federation.deadline = {federation.deadline:g}: time is modelled by "
+            "federation.fleet, and there is none; add a table such as [federation.fleet.phone]"
+        )
+    total = sum(device.share for device in fleet.values())
+    if fleet and abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{name} {device.share:g}" for name, device in fleet.items())
+        raise BadInput(
+            f"federation.fleet: the shares {shares} add to {total:g}; choose shares that add to 1"
+        )
 
 
 def _check_source(data: DataSection, *, has_train: bool) -> None:
@@ -392,6 +432,8 @@ def _absolute(config: Config) -> Config:
     if data.name is not None and _full(Path(data.name)).is_dir():
         data = replace(data, name=str(_full(Path(data.name))))
     partition = replace(partition, file=partition.file and _full(partition.file))
+    federation = config.federation
+    federation = replace(federation, trace=federation.trace and _full(federation.trace))
     server = config.server
     server = replace(
         server,
@@ -400,10 +442,19 @@ def _absolute(config: Config) -> Config:
         sites=server.sites and _full(server.sites),
         state=server.state and _full(server.state),
     )
+    compare = replace(config.compare, rates=config.compare.rates and _full(config.compare.rates))
     place = _full(Path(model.name))  # a folder or a GGUF file
     if place.exists():
         model = replace(model, name=str(place))
-    return replace(config, data=data, partition=partition, model=model, server=server)
+    return replace(
+        config,
+        data=data,
+        partition=partition,
+        federation=federation,
+        model=model,
+        server=server,
+        compare=compare,
+    )
 
 
 def _full(path: Path, folder: Path = Path()) -> Path:

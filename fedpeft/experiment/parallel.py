@@ -34,7 +34,8 @@ class Job:
     """One run to train, in a form that another process can read.
 
     ``settings``: its configuration as JSON. ``hardware``: the choices for this machine; None where
-    the run in ``folder`` is resumed, which brings its own.
+    the run in ``folder`` is resumed, which brings its own. ``until``: the round after which to
+    stop, where that is not the last one.
 
     >>> Job("{}", Path("runs/mine"), hardware=None).resumes
     True
@@ -43,6 +44,7 @@ class Job:
     settings: str
     folder: Path
     hardware: Hardware | None
+    until: int | None = None
 
     @property
     def resumes(self) -> bool:
@@ -64,23 +66,26 @@ def run_job(
 ) -> Federation | None:
     """Train one run, whose folder is claimed, and return a federation for the next job to reuse."""
     if job.resumes:
-        run_from_checkpoint(job.folder, reuse=reuse, on_progress=on_progress, on_warning=on_warning)
+        run_from_checkpoint(
+            job.folder,
+            reuse=reuse,
+            on_progress=on_progress,
+            on_warning=on_warning,
+            until=job.until,
+        )
         return reuse
     federation = build(from_json(job.settings), job.hardware, reuse)
-    run_from_start(federation, job.folder, on_progress)
+    run_from_start(federation, job.folder, on_progress, until=job.until)
     return federation
 
 
-def processes(
-    jobs: Sequence[Job], asked: int, hardware: Hardware | None, threads_are_fixed: bool
-) -> int:
-    """Return how many processes train ``jobs``: ``asked``, or where that is 0 one per core.
+def processes(jobs: int, asked: int, hardware: Hardware | None, threads_are_fixed: bool) -> int:
+    """Return how many processes train so many ``jobs``: ``asked``, or where that is 0 one per core.
 
     Never more than there are jobs. Where it is open, one on a GPU, which they would share, and one
     where the user has fixed the number of threads.
 
-    >>> job = Job("{}", Path("runs/mine"), hardware=None)
-    >>> processes([job] * 3, 8, None, False), processes([job] * 3, 0, None, False)
+    >>> processes(3, 8, None, False), processes(3, 0, None, False)
     (3, 1)
     """
     if asked:
@@ -89,7 +94,7 @@ def processes(
         count = 1  # ``hardware`` is None where all runs are resumed, with the threads they had
     else:
         count = min(MOST, os.cpu_count() or 1)
-    return max(1, min(count, len(jobs)))
+    return max(1, min(count, jobs))
 
 
 def run_jobs(

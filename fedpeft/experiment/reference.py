@@ -28,7 +28,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import nearest, written_bound
 from fedpeft.experiment.config import Config
+from fedpeft.federation.fleet import Device
 from fedpeft.methods import constructors
+from fedpeft.types import WorthTuning
 from fedpeft.wrappers import WRAPPERS
 
 TOP: Final = "top"
@@ -39,6 +41,10 @@ CHOICES: Final[Mapping[str, Callable[[], Mapping[str, type[Any]]]]] = {
     "wrap": lambda: WRAPPERS,
 }
 """What a configuration chooses by name, each with fields of its own: kind -> name -> class."""
+
+
+NAMED: Final[Mapping[str, type[Any]]] = {"federation.fleet": Device}
+"""The fields that hold tables of names that users choose: dotted field -> class of each table."""
 
 
 @final
@@ -74,6 +80,8 @@ def sections() -> list[SectionDoc]:
     described = [_section_doc(TOP, "top level", Config, leave_out=tuple(tables))]
     for name, kind in tables.items():
         described.append(_section_doc(name, f"[{name}]", kind))
+    for name, kind in NAMED.items():
+        described.append(_section_doc(name, f"[{name}.NAME]", kind))
     for what, choices in CHOICES.items():
         for name, kind in choices().items():
             described.append(_section_doc(name, f'{what} "{name}"', kind))
@@ -253,4 +261,6 @@ def _bounds(marks: Sequence[object]) -> list[str]:
                 words.append(f"at most {written_bound(bound)}")
             case Lt(bound):
                 words.append(f"below {written_bound(bound)}")
+            case WorthTuning(values):
+                words.append(f"tuned over {', '.join(map(str, values))}")
     return words

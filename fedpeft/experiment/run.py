@@ -48,10 +48,15 @@ def start(
         return run_from_start(federation, folder, on_progress)
 
 
-def run_from_start(federation: Federation, folder: Path, on_progress: OnProgress) -> State:
-    """Do what ``start`` does in a folder that is claimed; an older run there is removed."""
+def run_from_start(
+    federation: Federation, folder: Path, on_progress: OnProgress, *, until: int | None = None
+) -> State:
+    """Do what ``start`` does in a folder that is claimed; an older run there is removed.
+
+    ``until``: the round after which to stop, where that is not the last one.
+    """
     begin = begin_in(folder, federation, Memories())
-    return _run_rounds(federation, folder, begin, on_progress)
+    return _run_rounds(federation, folder, begin, on_progress, until)
 
 
 def begin_in(
@@ -109,9 +114,17 @@ def resume(
 
 
 def run_from_checkpoint(
-    folder: Path, *, reuse: Federation | None, on_progress: OnProgress, on_warning: OnWarning
+    folder: Path,
+    *,
+    reuse: Federation | None,
+    on_progress: OnProgress,
+    on_warning: OnWarning,
+    until: int | None = None,
 ) -> State:
-    """Do what ``resume`` does in a folder that is claimed."""
+    """Do what ``resume`` does in a folder that is claimed.
+
+    ``until``: the round after which to stop, where that is not the last one.
+    """
     config, hardware, labels = read_settings(folder, on_warning)
     # Before the model is loaded, which takes seconds: a damaged checkpoint is told of at once.
     begin = checkpoint.load(folder / CHECKPOINTS, settings_digests(folder), on_warning)
@@ -121,7 +134,7 @@ def run_from_checkpoint(
         begin = Checkpoint(federation.first_state(), Memories(), ledger=0)
     else:
         _check_memories(folder, federation, begin.state)
-    return _run_rounds(federation, folder, begin, on_progress)
+    return _run_rounds(federation, folder, begin, on_progress, until)
 
 
 def read_settings(
@@ -181,6 +194,7 @@ def _check_digests(folder: Path, federation: Federation, row: RunRow) -> None:
         ("the texts", row.data_digest, federation.dataset.digest()),
         ("the weights of the model", row.model_digest, federation.loaded.digest),
         ("the partition", row.partition_digest, federation.partition.digest()),
+        ("the trace of clients", row.trace_digest, federation.trace_digest),
     ):
         if recorded and recorded != now:  # an older version recorded fewer digests
             raise BadInput(
@@ -227,20 +241,38 @@ def check_learnt(folder: Path) -> None:
         )
 
 
-def finished(folder: Path, config: Config) -> bool:
-    """Return whether the run in ``folder`` has done all its rounds."""
-    # A manifest is written last, so where that of the last round is, everything is.
-    return checkpoint.manifest(folder / CHECKPOINTS, config.federation.rounds).exists()
+def finished(folder: Path, config: Config, until: int | None = None) -> bool:
+    """Return whether the run in ``folder`` has done all its rounds, or those ``until`` a round."""
+    rounds = config.federation.rounds
+    # A manifest is written last, so where that of the last round is, everything is. Older ones go,
+    # so a run that has got further than asked has that of a later round.
+    for done in range(rounds if until is None else until, rounds + 1):
+        if checkpoint.manifest(folder / CHECKPOINTS, done).exists():
+            return True
+    return False
 
 
 def _run_rounds(
-    federation: Federation, folder: Path, begin: Checkpoint, on_progress: OnProgress
+    federation: Federation,
+    folder: Path,
+    begin: Checkpoint,
+    on_progress: OnProgress,
+    until: int | None = None,
 ) -> State:
     """Run the rounds that are left; after each, ledger and checkpoint are on the disk."""
     config = federation.config
 
     def body(engine: Engine) -> State:
-        return run_rounds(federation, engine, folder, begin, on_progress, drawn(federation))
+        return run_rounds(
+            federation,
+            engine,
+            folder,
+            begin,
+            on_progress,
+            drawn(federation, federation.trace),
+            until=until,
+            fleet=federation.fleet,
+        )
 
     # Engines whose clients are processes of their own build the worker there, from these settings.
     settings = json.dumps({"config": config.to_json(), "hardware": federation.hardware.describe()})

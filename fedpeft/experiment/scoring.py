@@ -13,7 +13,7 @@ from fedpeft.federation.server import poll
 from fedpeft.ledger import EvaluationRow
 from fedpeft.tasks import Counts, examples_in
 from fedpeft.training.evaluation import mounted_state, score
-from fedpeft.types import NO_MEMORY, Engine, State
+from fedpeft.types import NO_MEMORY, Engine, LocalTask, State
 from fedpeft.wire.messages import decode
 
 
@@ -27,14 +27,15 @@ def evaluation_row(
 
     A method that keeps parts of its model with the clients has no global model. Then the score is
     the mean over the clients' own models, each on the server's texts (or on the client's own, where
-    the memories are elsewhere), and ``clients_scored`` says how many there were.
+    the memories are elsewhere), ``clients_scored`` says how many there were, and the row that it is
+    ``personal``.
     """
     began = time.perf_counter()
     if side.config.evaluation.where == "sites":
         polled = list(_poll_clients(side, state, engine).values())
         if not polled:
             return None
-        row = _row(side, state, [added(polled)])
+        row = replace(_row(side, state, [added(polled)]), personal=not has_global(side, state))
         return replace(_with_clients(row, side, polled), seconds=time.perf_counter() - began)
     counts = score_global(side, state)
     if counts is not None:
@@ -47,7 +48,7 @@ def evaluation_row(
         if not client_counts:
             return None
         row = _row(side, state, client_counts)
-        row = replace(row, clients_scored=len(client_counts))
+        row = replace(row, clients_scored=len(client_counts), personal=True)
     if side.config.evaluation.per_client:
         row = _with_clients(row, side, _poll_clients(side, state, engine).values())
     return replace(row, seconds=time.perf_counter() - began)
@@ -71,10 +72,21 @@ def score_global(side: ServerSide, state: State) -> Counts | None:
     model, hardware = side.loaded.model, side.hardware
     mounted = mounted_state(side.method, state, model, hardware, side.config.seed)
     with mounted as local:
-        # Before any client has trained, all of them hold what the server sends: one model.
-        if local.personal and state.memories:
+        if _is_personal(local, state):
             return None
         return score(model, side.task, side.scored, hardware)
+
+
+def has_global(side: ServerSide, state: State) -> bool:
+    """Return whether there is a global model, as no client has trained parts of its own."""
+    model, hardware = side.loaded.model, side.hardware
+    with mounted_state(side.method, state, model, hardware, side.config.seed) as local:
+        return not _is_personal(local, state)
+
+
+def _is_personal(local: LocalTask, state: State) -> bool:
+    # Before any client has trained, all of them hold what the server sends: one model.
+    return bool(local.personal) and bool(state.memories)
 
 
 def _poll_clients(side: ServerSide, state: State, engine: Engine) -> dict[int, Counts]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from fedpeft.federation.cohort import Sampling
+from fedpeft.federation.fleet import Device
 from fedpeft.mounting import Targets
 
 
@@ -141,6 +143,19 @@ class FederationSection:
     """Rounds of the whole run."""
     clients_per_round: Annotated[int, Ge(1)] = 4
     """Clients that are drawn at random for each round."""
+    sampling: Sampling = "uniform"
+    """How they are drawn: all alike, or one after another by their number of training examples
+    (`size`). A mean that weights by examples then counts size twice: choose
+    `method.weighting = "uniform"`."""
+    trace: Path | None = None
+    """A CSV file that says which clients are there in which rounds, with the columns `client`,
+    `from`, `to`; only those are drawn. See docs/fleet.md."""
+    fleet: dict[str, Device] = field(default_factory=dict)
+    """The classes of devices that clients have, each a table `[federation.fleet.NAME]`; left out,
+    all clients are alike and always answer. For simulations."""
+    deadline: Annotated[float, Gt(0)] | None = None
+    """Modelled seconds after which a reply counts as lost, by the classes in `fleet`; left out,
+    there is no deadline."""
     min_replies: Annotated[int, Ge(1)] = 1
     """With fewer usable replies a round changes nothing; at most `clients_per_round`."""
     largest_update: Annotated[float, Gt(0)] | None = None
@@ -248,3 +263,17 @@ class CompareSection:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of single rows by label, such as `[compare.settings.lora]` with
     `training.lr = 3e-3`."""
+    rates: Path | None = None
+    """The file of rates that `fedpeft tune` has written; what was picked for a row goes before
+    `settings`."""
+
+
+@dataclass(frozen=True)
+class TunedSection:
+    """Where the learning rate comes from; `fedpeft tune` and `fedpeft compare` write it."""
+
+    trials: Annotated[int, Ge(0)] = 0
+    """Trials among which `fedpeft tune` picked the rate; 0 where it did not."""
+    source: str = ""
+    """The file that the rate is from, or the sweep where it is proposed; empty where the
+    configuration gives it."""

@@ -15,7 +15,15 @@ from fedpeft.training import private
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
-from fedpeft.training.loop import Share, Training, fit, optimizer_of, own_randomness, plan
+from fedpeft.training.loop import (
+    Share,
+    Training,
+    fit,
+    optimizer_of,
+    own_randomness,
+    paced,
+    plan,
+)
 from fedpeft.types import Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
 from fedpeft.wire.versions import carried, joined, own, parted, stamp
@@ -45,7 +53,8 @@ class Worker:
     agree on; a request for anything else raises WireError. ``cache``: hidden states of frozen
     blocks, kept between rounds. ``step_alone``: seconds of one step of a client alone, by the form
     of what is mounted. It is measured when clients first train side by side with that form; None
-    switches the measurement off.
+    switches the measurement off. ``paces``: the share of its local steps that a client takes, for
+    those that do not take all.
     """
 
     method: Method
@@ -59,6 +68,7 @@ class Worker:
     config: bytes
     cache: ActivationCache = field(default_factory=ActivationCache)
     step_alone: dict[MountedForm, float] | None = field(default_factory=dict)
+    paces: Mapping[int, float] = field(default_factory=dict)
 
     def handle(
         self, clients: Sequence[int], requests: Sequence[bytes], memories: Sequence[bytes]
@@ -318,7 +328,7 @@ class Worker:
         """Return the examples of ``client`` and the rows of its steps in a round."""
         examples = self.client_data[client].train
         steps = plan(len(examples), self.training, self.seed, client, round_number)
-        return Share(examples, steps)
+        return Share(examples, steps[: paced(len(steps), self.paces.get(client, 1.0))])
 
     def _with_states(self, clients: Sequence[int], shares: Sequence[Share]) -> list[Share]:
         """Return the shares with cached hidden states, if all ``clients`` have them."""

@@ -5,6 +5,7 @@ from fedpeft.ledger.follow import Follower
 from fedpeft.ledger.meter import Measurement, measured
 from fedpeft.ledger.rows import (
     COUNTS,
+    DROPPED,
     LATE,
     MEASURED,
     REALS,
@@ -19,6 +20,7 @@ from fedpeft.ledger.rows import (
 
 __all__ = [
     "COUNTS",
+    "DROPPED",
     "FILE",
     "LATE",
     "MEASURED",

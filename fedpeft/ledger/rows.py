@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import UnionType
@@ -87,7 +87,8 @@ class RunRow:
     metrics but the loss are shares of 1. ``majority``: the primary metric of an answer that ignores
     the text, such as always the commonest label; None where there is no such answer.
     ``reference``: whether the run is a yardstick (all data in one place, no exchange), whose bytes
-    are no real traffic.
+    are no real traffic. ``devices``: the clients of each class of devices of a simulated fleet.
+    ``trace_digest``: of the file that says which clients are there in which rounds.
     """
 
     kind: ClassVar[str] = "run"
@@ -110,10 +111,14 @@ class RunRow:
     metric: str = "accuracy"
     higher_is_better: bool = True
     metric_is_share: bool = True
+    devices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    trace_digest: str = ""
 
 
 LATE: Final = "no answer within"
 """How the reason of a reply begins that was lost because it did not come in time."""
+DROPPED: Final = "dropped out"
+"""The reason of a client that, by its device in a simulated fleet, leaves a request unanswered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +126,10 @@ class ClientRow:
     """One client in one round, or in one phase of it where a round has several exchanges.
 
     ``down`` and ``up``: bytes. ``measured``: what the client says. ``lost``: why its reply was not
-    used; ``measured`` then keeps those figures that could be read and can be true. In the ledger's
-    file, the fields of ``measured`` stand beside the others.
+    used; ``measured`` then keeps those figures that could be read and can be true. ``device``: the
+    class of its device in a simulated fleet, and ``modelled``: the seconds from request to reply by
+    that; None where no reply came. In the ledger's file, the fields of ``measured`` stand beside
+    the others.
     """
 
     kind: ClassVar[str] = "client"
@@ -133,6 +140,8 @@ class ClientRow:
     measured: Measured = Measured()
     lost: str | None = None
     phase: int = 0
+    device: str = ""
+    modelled: float | None = None
 
     @property
     def late(self) -> bool:
@@ -143,14 +152,20 @@ class ClientRow:
         """
         return self.lost is not None and self.lost.startswith(LATE)
 
+    @property
+    def dropped(self) -> bool:
+        """Return whether the client's device left the request unanswered."""
+        return self.lost == DROPPED
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
     """One evaluation after ``round`` rounds.
 
-    ``metrics``: by name, the primary one, others, and ``loss``. ``client_mean`` and
-    ``client_worst_tenth`` are of the primary metric, and None unless per-client scores were asked
-    for.
+    ``metrics``: by name, the primary one, others, and ``loss``; of the global model, or, where
+    ``personal``, means over the clients' own models, as there is no global one. ``client_mean`` and
+    ``client_worst_tenth`` are of the primary metric, each client's model on the client's own texts,
+    and None unless per-client scores were asked for.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -162,6 +177,7 @@ class EvaluationRow:
     client_worst_tenth: float | None = None
     clients_scored: int = 0
     seconds: float = 0.0
+    personal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +232,10 @@ def _check_kinds(row: Row | Measured) -> None:
             raise TypeError(f"{name} = {value!r:.40}")
         if isinstance(value, Measured):
             _check_kinds(value)
+    if isinstance(row, RunRow):
+        for name, clients in row.devices.items():
+            if not isinstance(clients, list | tuple):
+                raise TypeError(f"devices of {name} = {clients!r:.40}")
     if isinstance(row, EvaluationRow):
         for name, score in row.metrics.items():
             if not isinstance(score, int | float):

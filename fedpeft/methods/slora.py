@@ -16,7 +16,7 @@ from fedpeft.errors import BadInput
 from fedpeft.methods.lora import LoRA
 from fedpeft.methods.sparse import Sparse
 from fedpeft.mounting import Targets, plain_parameters, select
-from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update, WorthTuning
 from fedpeft.wrappers.staged import Staged
 
 
@@ -54,7 +54,7 @@ class SLoRA:
     """What B A is multiplied by: alpha / r; the paper's 1."""
     weighting: Weighting = "uniform"
     """How clients are averaged: all alike, the paper's plain mean, or by their examples."""
-    stage1_rate: Annotated[float, Gt(0)] = 1.0
+    stage1_rate: Annotated[float, Gt(0), WorthTuning((0.1, 0.3, 1.0))] = 1.0
     """What learning rates are multiplied by in stage 1; reconstruction, as no rate was printed."""
 
     @cached_property

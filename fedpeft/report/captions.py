@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 
+from fedpeft.report.comparison import Line
 from fedpeft.report.metric import Metric
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import SHARE_OF_MEDIAN, Terms
@@ -109,6 +110,14 @@ def privacy(runs: Iterable[Summary]) -> str:
     if not terms:
         return ""
     return f"ε: differential privacy of {_listed(terms)} (docs/security.md)"
+
+
+def personal(lines: Iterable[Line]) -> str:
+    """Return which methods have no global model, and what their score is; empty without any."""
+    names = [line.label for line in lines if line.personal]
+    if not names:
+        return ""
+    return f"no global model, but the mean of the clients' own: {', '.join(names)}"
 
 
 def unfinished(runs: Iterable[Summary]) -> str:

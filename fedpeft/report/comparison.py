@@ -10,7 +10,7 @@ from fedpeft.errors import BadInput
 from fedpeft.ledger import RunRow
 from fedpeft.report.metric import Metric
 from fedpeft.report.numbers import Numbers, numbers_of, over_seeds, sample_deviation
-from fedpeft.report.summary import Summary
+from fedpeft.report.summary import Answers, Summary
 from fedpeft.report.terms import FEDADAPTER_LINK, Terms, agree
 
 BESIDE: Mapping[str, tuple[str, ...]] = {"accuracy": ("macro_f1",)}
@@ -30,6 +30,21 @@ class Line:
     each: tuple[Numbers, ...]
     mean: Numbers
     spread: Numbers
+
+    @property
+    def personal(self) -> bool:
+        """Whether there is no global model, and scores are means over the clients' own models."""
+        return any(run.final is not None and run.final.personal for run in self.runs)
+
+    @property
+    def devices(self) -> dict[str, Answers]:
+        """What became of the requests to each class of devices, over all runs."""
+        together: dict[str, Answers] = {}
+        for run in self.runs:
+            for name, answers in run.devices.items():
+                before = together.get(name, Answers(clients=0))
+                together[name] = before + answers
+        return together
 
 
 @dataclass(frozen=True)

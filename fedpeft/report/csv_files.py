@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fedpeft.report.comparison import Comparison
+from fedpeft.report.rates import rate_of
 from fedpeft.report.summary import Point, Summary
 from fedpeft.report.terms import SLORA_LINK
 
@@ -16,15 +17,20 @@ def save(compared: Comparison, out: Path) -> list[Path]:
     """Write ``summary.csv``, ``runs.csv`` and ``curves.csv`` to the existing folder ``out``.
 
     Returns their paths. ``runs.csv`` has the fields of ``Numbers`` for every run, with the metric's
-    name in place of ``score``. ``summary.csv`` has their means over a method's seeds and, as
-    ``<field>_spread``, their sample standard deviations. An empty cell is a number that does not
-    exist. Metrics are as they are in the ledgers, shares as shares of 1.
+    name in place of ``score``, then its learning rate and where that is from. ``summary.csv`` has
+    their means over a method's seeds and, as ``<field>_spread``, their sample standard deviations.
+    An empty cell is a number that does not exist. Metrics are as they are in the ledgers, shares as
+    shares of 1. ``devices.csv`` has what became of the requests by run and class of devices; it is
+    written where there is a fleet.
     """
-    return [
+    written = [
         _write(out / "summary.csv", _summary(compared)),
         _write(out / "runs.csv", _runs(compared)),
         _write(out / "curves.csv", _curves(compared)),
     ]
+    if any(run.devices for run in compared.runs):
+        written.append(_write(out / "devices.csv", _devices(compared)))
+    return written
 
 
 def _write(path: Path, lines: Iterable[Cells]) -> Path:
@@ -50,11 +56,33 @@ def _summary(compared: Comparison) -> Iterator[Cells]:
 def _runs(compared: Comparison) -> Iterator[Cells]:
     metric = compared.metric.name
     headings = compared.lines[0].mean.columns(metric)
-    yield ["method", "run", "seed", *headings, "lost_reasons"]
+    yield ["method", "run", "seed", *headings, "lost_reasons", "lr", "rate_from"]
     for line in compared.lines:
         for run, numbers in zip(line.runs, line.each, strict=True):
             cells = numbers.columns(metric).values()
-            yield [line.label, run.run.name, run.run.seed, *cells, _reasons(run)]
+            rate = rate_of(run.run)
+            chosen = [None, None] if rate is None else [rate.lr, rate.origin]
+            yield [line.label, run.run.name, run.run.seed, *cells, _reasons(run), *chosen]
+
+
+def _devices(compared: Comparison) -> Iterator[Cells]:
+    counts = ["clients", "asked", "used", "dropped_out", "late", "lost_otherwise"]
+    yield ["method", "run", "seed", "device", *counts]
+    for line in compared.lines:
+        for run in line.runs:
+            for name, answers in run.devices.items():
+                yield [
+                    line.label,
+                    run.run.name,
+                    run.run.seed,
+                    name,
+                    answers.clients,
+                    answers.asked,
+                    answers.used,
+                    answers.dropped,
+                    answers.late,
+                    answers.lost,
+                ]
 
 
 def _reasons(run: Summary) -> str:

@@ -19,7 +19,8 @@ class Numbers:
 
     ``score``: the runs' metric; ``others``: the other metrics by name, as they are in the ledgers.
     ``over_majority``: by how much the score is better than an answer that ignores the text.
-    ``start_score``: the score before the first round.
+    ``start_score``: the score before the first round. ``client_score``: of each client's model on
+    the client's own texts, the mean; ``client_worst_tenth_score``: of the worst tenth of clients.
     ``seconds_to_target``: the measured training of every round's slowest client, summed.
     ``network_...`` and ``modelled_...``: seconds at the comparison's bandwidth or at SLoRA's; the
     modelled training is that of clients that train alone. ``equal_rounds_...``: the evaluation
@@ -32,6 +33,8 @@ class Numbers:
     others: Mapping[str, float | None] = field(default_factory=dict)
     over_majority: float | None = None
     start_score: float | None = None
+    client_score: float | None = None
+    client_worst_tenth_score: float | None = None
     # What it cost: counted (rounds, steps, weights, bytes), measured (seconds, peak memory) and
     # modelled (seconds on a network).
     rounds: float | None = None
@@ -117,6 +120,8 @@ def _scores(numbers: Numbers, run: Summary) -> Numbers:
         others={**numbers.others, **final.others},
         over_majority=None if majority is None else run.metric.gain(final.score, majority),
         start_score=run.start and run.start.score,
+        client_score=final.client_score,
+        client_worst_tenth_score=final.client_worst_tenth,
     )
 
 

@@ -31,12 +31,61 @@ class Point:
     """One evaluation on a run's curve, after ``round`` rounds, and what had been spent by then.
 
     ``score``: the run's metric. ``others``: its other metrics by name, without the loss.
+    ``personal``: whether these are means over the clients' own models, as there is no global one.
+    ``client_score`` and ``client_worst_tenth``: the metric of each client's model on the client's
+    own texts, the mean over all clients and that over the worst tenth; None where not scored.
     """
 
     round: int
     score: float
     others: Mapping[str, float]
     cost: Cost
+    personal: bool = False
+    client_score: float | None = None
+    client_worst_tenth: float | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Answers:
+    """What became of the requests to the ``clients`` of one class of devices.
+
+    ``used``: replies that were used; ``dropped`` and ``late``: clients that dropped out, and whose
+    replies came too late; ``lost``: replies that were lost for another reason.
+
+    >>> Answers(clients=3, used=4, late=1).asked
+    5
+    """
+
+    clients: int
+    used: int = 0
+    dropped: int = 0
+    late: int = 0
+    lost: int = 0
+
+    @property
+    def asked(self) -> int:
+        """How many requests there were."""
+        return self.used + self.dropped + self.late + self.lost
+
+    def __add__(self, other: "Answers") -> "Answers":
+        return Answers(
+            clients=max(self.clients, other.clients),
+            used=self.used + other.used,
+            dropped=self.dropped + other.dropped,
+            late=self.late + other.late,
+            lost=self.lost + other.lost,
+        )
+
+    def after(self, row: ClientRow) -> "Answers":
+        """Return what became of them with one more ``row``."""
+        if row.lost is None:
+            return replace(self, used=self.used + 1)
+        if row.dropped:
+            return replace(self, dropped=self.dropped + 1)
+        if row.late:
+            return replace(self, late=self.late + 1)
+        return replace(self, lost=self.lost + 1)
 
 
 @dataclass(frozen=True)
@@ -48,8 +97,9 @@ class Summary:
     all clients. ``seconds``: mean per client and round. ``peak_memory``: bytes, the largest of all
     replies. ``side_by_side``: the most clients that trained in one stack. ``trained_first`` and
     ``trained_last``: parameters that the largest client trained in the first and in the last round
-    with a reply. ``lost``: reason -> number of lost replies. ``privacy``: unit -> the last row of
-    what it is promised by differential privacy.
+    with a reply. ``lost``: reason -> number of lost replies. ``devices``: by class of a simulated
+    fleet, what became of the requests. ``privacy``: unit -> the last row of what it is promised by
+    differential privacy.
     """
 
     run: RunRow
@@ -66,6 +116,7 @@ class Summary:
     trained_first: int | None
     trained_last: int | None
     lost: Mapping[str, int]
+    devices: Mapping[str, Answers]
     privacy: Mapping[str, PrivacyRow] = field(default_factory=dict)
 
     @property
@@ -149,6 +200,7 @@ def summarise(folder: Path) -> Summary:
         trained_first=trained[0] if trained else None,
         trained_last=trained[-1] if trained else None,
         lost=lost,
+        devices=_devices(run, asked),
         privacy={row.unit: row for row in rows if isinstance(row, PrivacyRow)},
     )
 
@@ -202,6 +254,16 @@ def _replies(asked: Sequence[ClientRow]) -> tuple[list[Measured], Counter[str]]:
     return replies, lost
 
 
+def _devices(run: RunRow, asked: Iterable[ClientRow]) -> dict[str, Answers]:
+    """Return what became of the requests, by class of devices."""
+    devices = {name: Answers(len(clients)) for name, clients in run.devices.items()}
+    for row in asked:
+        if row.device:
+            before = devices.get(row.device, Answers(clients=0))
+            devices[row.device] = before.after(row)
+    return devices
+
+
 def _trained(asked: Sequence[ClientRow]) -> list[int]:
     """Return the parameters that the largest client of every round trained, by round.
 
@@ -245,4 +307,12 @@ def _point(row: EvaluationRow, metric: str, spent: Cost, path: Path) -> Point:
             f"scored; it has {', '.join(row.metrics) or 'nothing'}"
         )
     others.pop(metric, None)
-    return Point(row.round, score, others, spent)
+    return Point(
+        row.round,
+        score,
+        others,
+        spent,
+        personal=row.personal,
+        client_score=row.client_mean,
+        client_worst_tenth=row.client_worst_tenth,
+    )

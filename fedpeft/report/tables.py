@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.report import captions
+from fedpeft.report import captions, rates
 from fedpeft.report.comparison import Comparison, Line
 from fedpeft.report.metric import Metric, significant, spelled
 from fedpeft.report.names import literal
@@ -66,6 +66,34 @@ def equal_terms(compared: Comparison) -> Table:
     return table
 
 
+def devices(compared: Comparison) -> Table | None:
+    """Return what became of the requests, by method and class of devices; None without a fleet."""
+    table = Table(
+        title="Requests by class of devices, over all seeds",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("method", "device"):
+        table.add_column(heading, vertical="bottom")
+    for heading in ("clients", "asked", "used", "dropped\nout", "late", "lost\notherwise"):
+        table.add_column(heading, justify="right", vertical="bottom")
+    for line in compared.lines:
+        for name, answers in line.devices.items():
+            figures = (
+                answers.clients,
+                answers.asked,
+                answers.used,
+                answers.dropped,
+                answers.late,
+                answers.lost,
+            )
+            cells = [Text(_name(line)), Text(literal(name)), *map(Text, map(str, figures))]
+            table.add_row(*cells)
+    return table if table.row_count else None
+
+
 def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Table:
     """Return a table whose first column is on the left and may wrap, unlike the numbers."""
     table = Table(
@@ -85,9 +113,10 @@ def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Tabl
 
 
 def _score_columns(compared: Comparison) -> list[Column]:
-    """Return what was reached: the metric, where it started from, the gain over the majority.
+    """Return what was reached: the metric, the score on clients' own texts, the gain over majority.
 
-    Where no start was scored, the first of the other metrics has its place.
+    Where clients were not scored by themselves the score at the start has that place, and where
+    that was not either, the first of the other metrics.
     """
     metric = compared.metric
 
@@ -99,7 +128,9 @@ def _score_columns(compared: Comparison) -> list[Column]:
 
     columns: list[Column] = [(_heading(metric.name, metric.share), score)]
     # One more score alone: there are 120 columns; the CSV files have all.
-    if any(line.mean.start_score is not None for line in compared.lines):
+    if any(line.mean.client_score is not None for line in compared.lines):
+        columns.append(("on\nown\ntexts", lambda line: _score(metric, line.mean.client_score)))
+    elif any(line.mean.start_score is not None for line in compared.lines):
         columns.append(("at\nthe\nstart", start))
     elif compared.others:
         other = compared.others[0]
@@ -176,9 +207,12 @@ def _small_print(compared: Comparison) -> list[str]:
         "modelled min to target: per round the slowest client's bytes / bandwidth "
         "+ its longest training alone",
         captions.stacks(runs),
+        captions.personal(compared.lines),
         captions.privacy(runs),
         captions.losses(runs),
         captions.unfinished(runs),
+        rates.named(runs),
+        rates.warning(runs),
     ]
 
 

@@ -39,6 +39,9 @@ def write(
     shown: list[RenderableType] = [tables.comparison(compared)]
     if len(compared.lines) > 1:
         shown += [Text(), tables.equal_terms(compared)]
+    devices = tables.devices(compared)
+    if devices is not None:
+        shown += [Text(), devices]
     return Group(*shown, Text(f"{out}: {files}"))
 
 

@@ -6,6 +6,7 @@ Each has batches, gradient clipping and optimizer state of its own.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from operator import attrgetter
 from typing import Annotated, NamedTuple, final
 
@@ -32,7 +33,8 @@ class Training:
     optimizer: Kind = "adamw"
     """AdamW, or SGD with `momentum`."""
     lr: Annotated[float, Gt(0)] = 1e-3
-    """Learning rate."""
+    """Learning rate; left out, the one that sweeps propose for the method, see docs/methods.md, and
+    0.001 where there is none."""
     head_lr: Annotated[float, Gt(0)] | None = None
     """Learning rate of the head, the task's output module; left out: `lr`."""
     steps: Annotated[int, Ge(1)] | None = None
@@ -91,6 +93,26 @@ def plan(
         for start in range(0, examples, size):
             steps.append(order[start : start + size])
     return steps[: training.steps]
+
+
+def paced(steps: int, pace: float) -> int:
+    """Return the share ``pace`` of a number of steps, rounded up; at least one of them, if any.
+
+    >>> paced(10, 0.25), paced(10, 0.7), paced(3, 1.0)
+    (3, 7, 3)
+    """
+    return max(min(steps, 1), ceil(steps * pace - 1e-9))  # 0.1 * 30 is a little more than 3
+
+
+def num_steps(examples: int, training: Training) -> int:
+    """Return how many steps ``plan`` has for so many examples.
+
+    >>> num_steps(5, Training(batch_size=2)), num_steps(5, Training(batch_size=2, steps=7))
+    (3, 7)
+    """
+    if training.steps is not None:
+        return training.steps if examples else 0
+    return training.epochs * ceil(examples / training.batch_size)
 
 
 def fit(

@@ -436,6 +436,7 @@ def test_help_names_every_command() -> None:
         "resume",
         "compare",
         "sweep",
+        "tune",
         "methods",
         "partition",
         "export",

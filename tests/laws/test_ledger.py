@@ -308,6 +308,8 @@ def test_what_a_client_measured_lies_flat_in_the_file_and_no_loss_is_null() -> N
         "up": 20,
         "lost": None,
         "phase": 0,
+        "device": "",
+        "modelled": None,
         **figures,
     }
     assert to_json(LOST)["loss"] is None

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 
 from fedpeft.errors import BadInput
 from fedpeft.ledger import FILE, ClientRow, EvaluationRow, Ledger, Measured, Row, RunRow
-from fedpeft.report import figures, tables, write
+from fedpeft.report import figures, rates, tables, write
 from fedpeft.report.comparison import compare
 from fedpeft.report.cost import Cost
 from fedpeft.report.summary import Summary, summarise
@@ -105,8 +105,10 @@ def sheet(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+RATE = ("lr", "rate_from")
 HEADINGS = """
-accuracy best_accuracy macro_f1 over_majority start_accuracy rounds client_steps trained_first trained_last
+accuracy best_accuracy macro_f1 over_majority start_accuracy client_accuracy
+client_worst_tenth_accuracy rounds client_steps trained_first trained_last
 down_bytes up_bytes seconds_per_client_round peak_memory_bytes lost network_seconds
 network_seconds_slora rounds_to_target bytes_to_target seconds_to_target
 modelled_seconds_to_target modelled_seconds_to_target_slora equal_rounds_accuracy
@@ -473,7 +475,7 @@ def test_the_csv_files_have_every_number(tmp_path: Path) -> None:
     spreads = [f"{name}_spread" for name in names]
     given = ["target", "bandwidth", "equal_rounds", "equal_bytes", "majority"]
     assert list(line) == ["method", "seeds", *names, *spreads, *given]
-    assert list(table("runs.csv")[0]) == ["method", "run", "seed", *names, "lost_reasons"]
+    assert list(table("runs.csv")[0]) == ["method", "run", "seed", *names, "lost_reasons", *RATE]
     assert (line["method"], line["seeds"], line["down_bytes"]) == ("lora", "2", "3000000.0")
     assert float(line["accuracy_spread"]) == pytest.approx(math.sqrt(0.02))
     assert [(row["run"], row["seed"], row["accuracy"]) for row in table("runs.csv")] == [
@@ -690,7 +692,7 @@ def test_the_files_of_perplexities_are_named_after_them(tmp_path: Path) -> None:
     assert pictures == [f"perplexity_over_{name}.png" for name in ("megabytes", "rounds", "time")]
     names = HEADINGS.replace("macro_f1", "bits_per_word").replace("accuracy", "perplexity").split()
     runs = sheet(tmp_path / "out" / "runs.csv")
-    assert list(runs[0]) == ["method", "run", "seed", *names, "lost_reasons"]
+    assert list(runs[0]) == ["method", "run", "seed", *names, "lost_reasons", *RATE]
     assert [row["best_perplexity"] for row in runs] == ["8", "10", "18", "48"]
     point = sheet(tmp_path / "out" / "curves.csv")[0]
     assert list(point)[-2:] == ["perplexity", "bits_per_word"]
@@ -750,3 +752,153 @@ def test_a_target_has_to_be_one_of_the_runs_metric(tmp_path: Path) -> None:
         compare([summarise(folder)], target=math.nan)
     with pytest.raises(BadInput, match="bandwidth = nan: "):
         compare([summarise(folder)], bandwidth=math.nan)
+
+
+def at_rate(
+    root: Path, label: str, lr: float, method: str = "", trials: int = 0, source: str = ""
+) -> Summary:
+    """Return a run of ``method``, by default called as ``label`` is, at a rate picked as told."""
+    row = opening(label)
+    settings = {
+        **row.settings,
+        "method": {"name": method or label},
+        "training": {"lr": lr},
+        "tuned": {"trials": trials, "source": source},
+    }
+    return summarise(run(root, [replace(row, settings=settings), asked(0, 1), scored(1, 0.5)]))
+
+
+PICKED: Mapping[str, Any] = {"trials": 4, "source": "a-tune/rates.toml"}
+NONE_TUNED = "warning: no rate was tuned"
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    {
+        "one method": ([("lora", "lora", {}), ("lora again", "lora", {})], ""),
+        "as many trials": ([("lora", "lora", PICKED), ("full", "full", PICKED)], ""),
+        "none": ([("lora", "lora", {}), ("full", "full", {})], NONE_TUNED),
+        "proposed": ([("lora", "lora", {"source": "x"}), ("full", "full", {})], NONE_TUNED),
+        "one of two": (
+            [("lora", "lora", PICKED), ("full", "full", {})],
+            "warning: rates were not tuned alike (4 trials: lora; none: full)",
+        ),
+        "fewer trials": (
+            [("lora", "lora", PICKED), ("full", "full", {**PICKED, "trials": 1})],
+            "warning: rates were not tuned alike (4 trials: lora; 1 trial: full)",
+        ),
+        "a yardstick": (
+            [("lora", "lora", PICKED), ("centralised", "lora", {})],
+            "warning: rates were not tuned alike (4 trials: lora; none: lora as a reference)",
+        ),
+    }.values(),
+)
+def test_a_warning_stands_under_methods_whose_rates_were_not_tuned_alike(
+    tmp_path: Path, rows: Sequence[tuple[str, str, Mapping[str, Any]]], says: str
+) -> None:
+    runs = [at_rate(tmp_path, label, 0.01, method, **tuned) for label, method, tuned in rows]
+    lines = printed(tables.comparison(compare(runs)))
+    assert sum(line.startswith("warning") for line in lines) == bool(says)
+    assert says in " ".join(lines)  # a long one is wrapped
+
+
+def test_a_sweep_that_shows_as_many_rates_of_each_method_is_tuned_alike(tmp_path: Path) -> None:
+    def swept(method: str, rate: float) -> Summary:
+        return at_rate(tmp_path, f"{method} training.lr={rate}", rate, method)
+
+    alike = [swept(method, rate) for method in ("lora", "full") for rate in (0.1, 0.2)]
+    assert not rates.warning(alike)
+    assert "2 trials: lora; none: full" in rates.warning(alike[:3])
+
+
+def test_the_report_names_every_rate_and_where_it_is_from(tmp_path: Path) -> None:
+    runs = [
+        at_rate(tmp_path, "lora", 0.01, **PICKED),
+        at_rate(tmp_path, "fedara", 0.032, **PICKED),
+        at_rate(tmp_path, "federa", 0.003, source="docs/log.md"),
+        at_rate(tmp_path, "full", 1e-4),
+    ]
+    text = " ".join(printed(tables.comparison(compare(runs))))
+    assert "lora 0.01, fedara 0.032 (a-tune/rates.toml, 4 trials)" in text
+    assert "federa 0.003 (proposed: docs/log.md)" in text
+    assert "full 0.0001 (as configured)" in text
+    write([tmp_path / f"{one.run.name}" for one in runs], tmp_path / "out", plots=False)
+    found = {row["method"]: row for row in sheet(tmp_path / "out" / "runs.csv")}
+    assert (found["full"]["lr"], found["full"]["rate_from"]) == ("0.0001", "as configured")
+    assert found["lora"]["rate_from"] == "a-tune/rates.toml, 4 trials"
+
+
+def test_of_runs_whose_settings_have_no_rate_nothing_is_said(tmp_path: Path) -> None:
+    runs = [simple(tmp_path, "lora", [0.5], 1), simple(tmp_path, "full", [0.5], 1)]
+    assert not rates.named(runs)
+    assert not rates.warning(runs)
+
+
+def test_scores_on_clients_own_texts_have_a_column_of_their_own(tmp_path: Path) -> None:
+    """Method lora has a global model, local_only the mean of the clients' own: both also score on own texts."""
+    runs = []
+    for method, score, own in (("lora", 0.6, 0.7), ("local_only", 0.4, 0.9)):
+        last = replace(
+            scored(1, score),
+            client_mean=own,
+            client_worst_tenth=own / 2,
+            clients_scored=20,
+            personal=method == "local_only",
+        )
+        folder = run(tmp_path, [opening(method, 0, 1), scored(0, 0.1), asked(0, 3), last])
+        runs.append(folder)
+    report = write(runs, tmp_path / "out", plots=False)
+    assert cells(report, "lora")[1:4] == ["60.0", "70.0", "+35.0"]
+    assert cells(report, "local_only")[1:4] == ["40.0", "90.0", "+15.0"]
+    assert "no global model, but the mean of the clients' own: local_only" in printed(report)
+    lines = {line["method"]: line for line in sheet(tmp_path / "out" / "summary.csv")}
+    assert (lines["lora"]["client_accuracy"], lines["lora"]["start_accuracy"]) == ("0.7", "0.1")
+    assert lines["local_only"]["client_worst_tenth_accuracy"] == "0.45"
+
+
+def test_requests_are_counted_by_class_of_devices(tmp_path: Path) -> None:
+    """Two seeds: phones are asked 2 + 1 times, of which 1 dropped out and 1 was late; nobody asked the watch."""
+    reasons: dict[int, list[str | None]] = {
+        0: [None, "dropped out"],
+        1: ["no answer within 9 s of modelled time"],
+    }
+    folders = []
+    for seed, of_phones in reasons.items():
+        held = {"phone": [0, 1, 2], "desk": [3], "watch": [4]}
+        rows: list[Row] = [replace(opening("lora", seed, 1), devices=held)]
+        for client, lost in enumerate(of_phones):
+            rows.append(ClientRow(round=0, client=client, down=1, up=1, lost=lost, device="phone"))
+        rows.append(ClientRow(round=0, client=3, down=1, up=1, lost="rubbish", device="desk"))
+        folders.append(run(tmp_path, [*rows, scored(1, 0.5)]))
+    report = write(folders, tmp_path / "out", plots=False)
+    told = {}
+    for text in printed(report):
+        words = text.split()
+        if len(words) == 8 and words[0] == "lora" and words[1] in ("phone", "desk", "watch"):
+            told[words[1]] = [int(word) for word in words[2:]]
+    # Clients, asked, used, dropped out, late, lost otherwise.
+    assert told == {
+        "phone": [3, 3, 1, 1, 1, 0],
+        "desk": [1, 2, 0, 0, 0, 2],
+        "watch": [1, 0, 0, 0, 0, 0],
+    }
+    first = sheet(tmp_path / "out" / "devices.csv")[0]
+    assert first == {
+        "method": "lora",
+        "run": "lora-0",
+        "seed": "0",
+        "device": "phone",
+        "clients": "3",
+        "asked": "2",
+        "used": "1",
+        "dropped_out": "1",
+        "late": "0",
+        "lost_otherwise": "0",
+    }
+
+
+def test_without_a_fleet_nothing_is_said_of_devices(tmp_path: Path) -> None:
+    folder = run(tmp_path, [opening("lora"), asked(0, 3), scored(1, 0.5)])
+    report = write([folder], tmp_path / "out", plots=False)
+    assert not any("device" in line for line in printed(report))
+    assert not (tmp_path / "out" / "devices.csv").exists()

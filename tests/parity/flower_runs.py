@@ -16,6 +16,7 @@ from fedpeft.engines.pool import ClientPool
 from fedpeft.experiment import run as runs
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.config import from_tree, merge
+from fedpeft.federation.fleet import Outing
 from fedpeft.federation.server import federate, poll, sample
 from fedpeft.ledger import MEASURED, ClientRow, to_json
 from fedpeft.methods import METHODS
@@ -34,6 +35,13 @@ LAYERS: Mapping[str, Mapping[str, str]] = {"causal_lm": {"targets": "q_proj|v_pr
 """What is adapted where the model is no encoder."""
 
 
+FLEET = {
+    "desk": {"share": 0.4},
+    "phone": {"share": 0.6, "capacity": 0.5, "steps": 0.5, "dropout": 0.3, "straggling": 0.3},
+}
+"""Devices of the five clients, in one more run; a straggler takes 10 modelled seconds."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """The end of a short run: its last state, its rows without what is measured, each client's counts."""
@@ -46,20 +54,23 @@ class Ended:
 def play(assembly: Federation, engine: Engine) -> Ended:
     """Return how a short run ends, after which every client scores its last state."""
     rows: list[ClientRow] = []
-    first = assembly.first_state()
+    state = assembly.first_state()
     cohort = partial(sample, assembly.clients, 2, assembly.config.seed)
-    state = first
-    for state in federate(  # noqa: B007
-        assembly.method,
-        first,
-        engine,
-        cohort,
-        range(ROUNDS),
-        config=assembly.worker.config,
-        min_replies=1,
-        record=rows.append,
-    ):
-        pass
+    for number in range(ROUNDS):
+        through, record = engine, rows.append
+        if assembly.fleet.devices:
+            outing = Outing(engine, assembly.fleet, number)
+            through, record = outing, outing.noting(rows.append)
+        [state] = federate(
+            assembly.method,
+            state,
+            through,
+            cohort,
+            range(number, number + 1),
+            config=assembly.worker.config,
+            min_replies=1,
+            record=record,
+        )
     counts = poll(
         assembly.method,
         state,
@@ -73,7 +84,7 @@ def play(assembly: Federation, engine: Engine) -> Ended:
 
 
 def assemblies(ground: Ground) -> dict[str, Federation]:
-    """Return a federation of five clients for every method, for two whose optimizers go on, and for every task."""
+    """Return a federation of five clients for every method, for two whose optimizers go on, in a fleet, and for every task."""
     made: dict[str, Federation] = {}
     for name in METHODS:
         method = {"name": name, **SMALL.get(name, {})}
@@ -82,6 +93,9 @@ def assemblies(ground: Ground) -> dict[str, Federation]:
         settings = {"method": {"name": name}, "federation": {"rounds": ROUNDS}}
         kept = ground.chosen(settings, {"training": {"keep_optimizer": True}})
         made[f"{name}, optimizer kept"] = build(kept)
+    method = {"name": "flexlora", "rank": 4}
+    federation = {"rounds": ROUNDS, "deadline": 5.0, "fleet": FLEET}
+    made["fleet"] = build(ground.chosen({"method": method, "federation": federation}))
     for kind in TASKS:
         folder = ground.folder / kind
         folder.mkdir()

@@ -29,6 +29,7 @@ from fedpeft.engines.flower.nodes import Nodes
 from fedpeft.engines.local import LocalEngine
 from fedpeft.engines.pool import ClientPool
 from fedpeft.errors import BadInput
+from fedpeft.federation.fleet import Device, Fleet, Outing
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.methods import METHODS
@@ -54,6 +55,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4000:]
     answer: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def test_a_fleet_fares_alike_in_flowers_simulation(told: dict[str, dict[str, Any]]) -> None:
+    """Its devices have fewer ranks and steps, drop out and are late; the processes of Ray know them, too."""
+    assert told["fleet"]["differences"] == []
+    assert told["fleet"]["rows"] == 6
+    assert None in told["fleet"]["lost"]
+    assert len(set(told["fleet"]["lost"])) > 1
+    assert told["fleet"]["scored"] == 5
 
 
 @pytest.mark.parametrize(
@@ -143,6 +153,46 @@ def test_a_grid_in_this_process_is_as_good_as_the_local_engine() -> None:
     state, rows = play(engine(grid()))
     assert [row.lost for row in rows] == [None] * 6
     assert_same_state(state, alone())
+
+
+def test_a_fleet_loses_the_same_replies_on_either_engine_and_ends_in_the_same_state() -> None:
+    """FeDeRA, as its clients remember something; a third of requests is not answered, a third of the rest is late."""
+    device = Device(1.0, dropout=0.35, straggling=0.35)
+    fleet = Fleet(
+        {"one": device},
+        dict.fromkeys(range(3), "one"),
+        dict.fromkeys(range(3), 2),
+        seed=1,
+        deadline=10.0,
+    )
+
+    def play_in(through: Engine) -> tuple[State, list[tuple[object, ...]]]:
+        method = small("federa")
+        state, rows = method.init(base_of(bert()), SEED), list[ClientRow]()
+        for number in range(4):
+            outing = Outing(through, fleet, number)
+            [state] = federate(
+                method,
+                state,
+                outing,
+                lambda _: CLIENTS,
+                range(number, number + 1),
+                config=CONFIG,
+                min_replies=1,
+                record=outing.noting(rows.append),
+            )
+        told: list[tuple[object, ...]] = []
+        for row in rows:
+            told.append((row.round, row.client, row.down, row.up, row.lost, row.modelled))
+        return state, told
+
+    here = grid()
+    here._app = app.client_app(lambda _: worker(small("federa"), bert()))
+    state, rows = play_in(engine(here))
+    due, due_rows = play_in(LocalEngine(worker(small("federa"), bert())))
+    assert rows == due_rows
+    assert_same_state(state, due)
+    assert len({lost for *_, lost, _ in rows}) == 3, "used, dropped out and late"
 
 
 def test_a_round_of_several_exchanges_is_that_of_the_local_engine_and_leaves_no_secret() -> None:
