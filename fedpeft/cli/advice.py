@@ -51,9 +51,10 @@ def _table(advice: Advice) -> Table:
     table.add_column("\n\nmethod", vertical="bottom")
     for heading in (
         *("counted\nMB down\na round", "\nMB up\na round", "\nweights\ntrained"),
-        *("measured\ns a\nstep", "\npeak\nMB", "modelled\ns a\nround"),
+        *("measured\ns a\nstep", "\npeak\nMB"),
+        *(f"modelled\ns a round\n{literal(name)}" for name in advice.fleet or ("",)),
     ):
-        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+        table.add_column(Text(heading), justify="right", vertical="bottom", no_wrap=True)
     for study in advice.studies:
         heading = f"found\n{study.metric}\n[{study.name}]"
         table.add_column(Text(heading), justify="right", vertical="bottom", no_wrap=True)
@@ -69,7 +70,9 @@ def _cells(one: Judged, advice: Advice) -> list[Text]:
         down, up = [size / 1e6 for size in cost.down], [size / 1e6 for size in cost.up]
         cells += [_course(down), _course(up), _course([n / 1e3 for n in cost.trained], " k")]
         memory = f"{cost.peak_memory / 1e6:.0f}" if cost.peak_memory else "-"
-        cells += [f"{cost.step_seconds:.3g}", memory, f"{one.seconds:.3g}"]
+        cells += [f"{cost.step_seconds:.3g}", memory]
+        for seconds in one.seconds:
+            cells.append("-" if seconds is None else f"{seconds:.3g}")
     for study in advice.studies:
         cells.append(study.scores.get(one.method, "-"))
     return [Text(literal(cell)) for cell in cells]
@@ -98,6 +101,8 @@ def _sources(advice: Advice) -> list[str]:
         f"included; {advice.machine}",
         _model(advice),
     ]
+    if levels := [one.method for one in advice.methods if one.levels]:
+        lines.append(f"weak clients get as much as any other from {', '.join(levels)}")
     if advice.studies:
         lines.append("found under like skew (total variation of two clients):")
         for study in advice.studies:
@@ -113,11 +118,13 @@ def _sources(advice: Advice) -> list[str]:
 
 
 def _model(advice: Advice) -> str:
-    limits = advice.limits
-    transfer = "transfers left out of account"
-    if limits.rate is not None:
-        transfer = f"most bytes of a round at {limits.rate / 1e6:.3g} MB/s"
-    return f"modelled: steps of the client with most of them x s a step, and {transfer}"
+    rate = advice.limits.rate
+    link = f"most bytes at {rate / 1e6:.3g} MB/s" if rate is not None else "no time for transfers"
+    if not advice.fleet:
+        return f"modelled: s a step x steps of the client with most of them, and {link}"
+    if rate is None:
+        link = "most bytes at its bandwidth"
+    return f"modelled: step_seconds of the class x its most steps, and {link}; nobody is slow"
 
 
 def _cited(study: Study) -> str:

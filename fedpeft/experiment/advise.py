@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, final
 
 import torch
@@ -15,7 +15,7 @@ from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import Config, from_tree, merge
 from fedpeft.experiment.findings import Study, of_like_skew, studies
 from fedpeft.experiment.limits import Limits
-from fedpeft.experiment.rehearsal import Rehearsed, rehearse, shortened
+from fedpeft.experiment.rehearsal import Group, Rehearsed, rehearse, shortened
 from fedpeft.methods import constructors
 
 YARDSTICKS: Final = frozenset({"local_only"})
@@ -28,14 +28,22 @@ NO_LIMITS: Final = Limits()
 class Judged:
     """A method with what it costs a client.
 
-    ``seconds``: of a round, modelled. ``out``: the limit that it breaks, or why it cannot train;
-    None where it fits. ``cost`` is None where it cannot train.
+    ``cost`` is None where it cannot train. ``seconds``: of a round, modelled, by class of clients;
+    None where none of the class was drawn. ``out``: the limit that is broken, or why it cannot
+    train; None where it fits. ``levels``: whether it sends weak clients as much as any other.
     """
 
     method: str
     cost: Rehearsed | None = None
-    seconds: float = 0.0
+    seconds: tuple[float | None, ...] = ()
     out: str | None = None
+    levels: bool = False
+
+    @property
+    def moved(self) -> int:
+        """Return the most bytes that a client moves in a round, both ways; 0 where none does."""
+        groups = self.cost.groups if self.cost is not None else ()
+        return max((group.moved or 0 for group in groups), default=0)
 
 
 @final
@@ -43,9 +51,10 @@ class Judged:
 class Advice:
     """What is known before a run: who differs how, what each method costs, what it did elsewhere.
 
-    ``parameters``: of the model. ``machine``: where seconds and memory were measured. ``studies``:
-    runs of this repository under like skew, the nearest first; ``others``: those of the same task
-    under another skew.
+    ``parameters``: of the model. ``rehearsed``: rounds that were played of each method. ``fleet``:
+    the names of the classes of clients; empty where all are alike. ``machine``: where seconds and
+    memory were measured. ``studies``: runs of this repository under like skew, the nearest first;
+    ``others``: those of the same task under another skew.
     """
 
     name: str
@@ -58,6 +67,7 @@ class Advice:
     rounds: int
     rehearsed: int
     skew: Heterogeneity
+    fleet: tuple[str, ...]
     machine: str
     limits: Limits
     methods: tuple[Judged, ...]
@@ -102,11 +112,14 @@ class Advice:
         said: dict[str, Any] = {"method": one.method, "left_out": one.out}
         if one.cost is not None:
             cost = one.cost
-            said["counted"] = {"down": cost.down, "up": cost.up, "moved": cost.moved}
-            said["counted"] |= {"trained": cost.trained, "steps": cost.steps}
+            said["counted"] = {"down": cost.down, "up": cost.up, "moved": one.moved}
+            said["counted"] |= {"trained": cost.trained}
             said["measured"] = {"step_seconds": cost.step_seconds, "of_steps": cost.timed_steps}
             said["measured"] |= {"peak_memory": cost.peak_memory}
-            said["modelled"] = {"training_seconds": cost.training, "round_seconds": one.seconds}
+            groups: list[dict[str, Any]] = []
+            for group, seconds in zip(cost.groups, one.seconds, strict=True):
+                groups.append({**asdict(group), "round_seconds": seconds})
+            said["modelled"] = {"classes": groups}
         found = [
             {"study": study.name, study.metric: study.scores[one.method]}
             for study in self.known(one.method)
@@ -117,8 +130,7 @@ class Advice:
         """Return the place in the nearest study, last where there is none; then the bytes."""
         found = self.known(one.method)
         place = found[0].place(one.method) if found else None
-        moved = one.cost.moved if one.cost is not None else 0
-        return (float("inf") if place is None else place), moved
+        return (float("inf") if place is None else place), one.moved
 
 
 def advise(
@@ -155,6 +167,7 @@ def advise(
         rounds=config.federation.rounds,
         rehearsed=shortened(config).federation.rounds,
         skew=skew,
+        fleet=tuple(federation.fleet.devices),
         machine=_machine(federation),
         limits=limits,
         methods=tuple(judged),
@@ -178,13 +191,42 @@ def _judged(name: str, tree: Tree, federation: Federation, limits: Limits) -> Ju
     """Return what the method ``name`` costs, and whether that is within the limits."""
     try:
         config = _config_of(name, tree, federation.config)
-        cost = rehearse(build(shortened(config), federation.hardware, federation))
+        own = build(shortened(config), federation.hardware, federation)
+        cost = rehearse(own)
     except (BadInput, WireError) as error:
         return Judged(name, out=f"cannot train: {error}")
     except (MemoryError, torch.OutOfMemoryError):
         return Judged(name, out="cannot train: this machine has not memory enough")
-    seconds = limits.seconds(cost.moved, cost.training)
-    return Judged(name, cost, seconds, limits.broken(cost.moved, cost.training, cost.peak_memory))
+    seconds: list[float | None] = []
+    broken: list[str] = []
+    for group in cost.groups:
+        bounds = _limits_of(group, own, limits)
+        training = group.steps * _step_seconds(group, own, cost)
+        if group.moved is None:
+            seconds.append(None)
+            continue
+        seconds.append(bounds.seconds(group.moved, training))
+        why = bounds.broken(group.moved, training, cost.peak_memory)
+        if why is not None:
+            broken.append(f"{group.name}: {why}" if group.name else why)
+    first = broken[0] if broken else None
+    return Judged(name, cost, tuple(seconds), first, bool(own.fleet_notes))
+
+
+def _limits_of(group: Group, federation: Federation, limits: Limits) -> Limits:
+    """Return the limits of a class of clients: those given, and the fleet's where none are."""
+    fleet = federation.fleet
+    if not fleet.devices:
+        return limits
+    # What a client may move in a round, where that is given, says nothing of its rate.
+    rate = limits.rate or fleet.devices[group.name].bandwidth
+    return replace(limits, rate=rate, deadline=limits.deadline or fleet.deadline)
+
+
+def _step_seconds(group: Group, federation: Federation, cost: Rehearsed) -> float:
+    """Return the seconds of a step: as the fleet says, otherwise as it was measured here."""
+    devices = federation.fleet.devices
+    return devices[group.name].step_seconds if devices else cost.step_seconds
 
 
 def _config_of(name: str, tree: Tree, base: Config) -> Config:

@@ -2,7 +2,7 @@
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from fedpeft.federation.memory import Memories
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.training.activation_cache import ActivationCache
-from fedpeft.training.loop import plan
+from fedpeft.training.loop import num_steps
 from fedpeft.types import Client, Lost, Reply
 
 ROUNDS: Final = 4
@@ -32,30 +32,37 @@ STEPS: Final = 2
 
 @final
 @dataclass(frozen=True)
+class Group:
+    """Clients of one class of devices; where all clients are alike, all of them, without a name.
+
+    ``moved``: the most bytes that one of them moved in a round, both ways, counted; None where none
+    was drawn. ``steps``: the local steps of the one that takes most of them in a round of the run.
+    """
+
+    name: str
+    moved: int | None
+    steps: int
+
+
+@final
+@dataclass(frozen=True)
 class Rehearsed:
     """What a method costs one client.
 
-    ``down``, ``up``: the most bytes that a client was sent, and sent back, by round. ``moved``: the
-    most that one moved in a round, both ways. All of these are counted. ``trained``: numbers that a
-    client trains, in the first round and in the last. ``step_seconds``: measured, the median of
-    ``timed_steps`` steps of a client alone. ``training``: the same for all ``steps`` of the client
-    that has most of them. ``peak_memory``: measured bytes of this process while that client
-    trained, model and libraries included; 0 where the system does not tell.
+    ``down``, ``up``: the most bytes that a client was sent, and sent back, by round; counted.
+    ``trained``: numbers that a client trains, in the first round and in the last. ``step_seconds``:
+    measured, the median over rounds of ``timed_steps`` steps of a client alone. ``peak_memory``:
+    measured bytes of this process while that client trained, model and libraries included; 0 where
+    the system does not tell.
     """
 
     down: tuple[int, ...]
     up: tuple[int, ...]
-    moved: int
+    groups: tuple[Group, ...]
     trained: tuple[int, int]
     step_seconds: float
     timed_steps: int
-    steps: int
     peak_memory: int
-
-    @property
-    def training(self) -> float:
-        """Return the seconds of a round's training, modelled: steps times seconds of a step."""
-        return self.steps * self.step_seconds
 
 
 def shortened(config: Config) -> Config:
@@ -68,8 +75,8 @@ def rehearse(federation: Federation) -> Rehearsed:
     """Return what the method of ``federation``, built from ``shortened`` settings, costs a client.
 
     The rounds are real ones, with the cohorts of the run, so their messages are the run's: only the
-    steps are few, and clients train one by one. BadInput where no reply of the last round is of
-    use; WireError and MemoryError where it cannot train.
+    steps are few, clients train one by one, and all of them answer. BadInput where no reply of the
+    last round is of use.
     """
     _give_back_memory()
     rows = _play(federation)
@@ -81,19 +88,20 @@ def rehearse(federation: Federation) -> Rehearsed:
     # 1. Bytes, by client and round: those of all phases together.
     down: list[int] = []
     up: list[int] = []
-    moved = 0
+    moved: dict[int, int] = {}  # client -> its most in a round, both ways
     for of_round in by_round:
         traffic = _traffic(of_round)
         down.append(max(sent for sent, _ in traffic.values()))
         up.append(max(replied for _, replied in traffic.values()))
-        moved = max(moved, *(sent + replied for sent, replied in traffic.values()))
+        for client, (sent, replied) in traffic.items():
+            moved[client] = max(moved.get(client, 0), sent + replied)
 
     # 2. Seconds and memory of the client that was timed. Its first round warms up.
     clients = federation.clients
     timed: list[list[ClientRow]] = []  # by round, the rows of all phases
     for of_round in by_round:
-        client = _largest([clients[row.client] for row in of_round])
-        timed.append([row for row in of_round if row.client == client.id])
+        largest = _largest([clients[row.client] for row in of_round])
+        timed.append([row for row in of_round if row.client == largest.id])
     warm = timed[1:] or timed
     # Not as the client tells: one that hides the number of its steps replies 0.
     steps = _timed_steps(federation.config)
@@ -101,21 +109,22 @@ def rehearse(federation: Federation) -> Rehearsed:
     return Rehearsed(
         down=tuple(down),
         up=tuple(up),
-        moved=moved,
+        groups=tuple(_groups(federation, moved)),
         trained=(_trained(by_round[0]), _trained(by_round[-1])),
         step_seconds=median(seconds) / steps,
         timed_steps=steps * len(warm),
-        steps=most_steps(federation),
         peak_memory=max(row.measured.peak_memory for phases in timed for row in phases),
     )
 
 
-def most_steps(federation: Federation) -> int:
-    """Return the local steps of the client that takes most of them in a round."""
-    training, most = federation.config.training, 0
-    for client, held in federation.worker.client_data.items():
-        most = max(most, len(plan(len(held.train), training, federation.config.seed, client, 0)))
-    return most
+def _groups(federation: Federation, moved: Mapping[int, int]) -> Iterator[Group]:
+    """Yield the classes of clients; ``moved``: client -> its most bytes of a round."""
+    data, fleet = federation.worker.client_data, federation.fleet
+    steps = {k: num_steps(len(held.train), federation.config.training) for k, held in data.items()}
+    steps |= fleet.planned
+    for name, members in (fleet.members() or {"": list(data)}).items():
+        drawn_ones = [moved[client] for client in members if client in moved]
+        yield Group(name, max(drawn_ones, default=None), max(steps[k] for k in members))
 
 
 def _play(federation: Federation) -> list[ClientRow]:
@@ -123,7 +132,7 @@ def _play(federation: Federation) -> list[ClientRow]:
     config, memories = federation.config, Memories()
     # Kept hidden states would make steps faster than those of a client that comes for the first
     # time, which has none.
-    worker = replace(federation.worker, cache=ActivationCache(), step_alone=None)
+    worker = replace(federation.worker, cache=ActivationCache(), step_alone=None, paces={})
     engine = _OneTimed(
         timed=LocalEngine(
             _brief(worker, _timed_steps(config), config.training.batch_size), memories
@@ -135,7 +144,7 @@ def _play(federation: Federation) -> list[ClientRow]:
         federation.method,
         federation.first_state(),
         engine,
-        partial(_cohort, drawn(federation)),
+        partial(_cohort, drawn(federation, federation.trace)),
         range(config.federation.rounds),
         config=federation.agreed,
         min_replies=config.federation.min_replies,
