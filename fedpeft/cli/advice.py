@@ -68,9 +68,11 @@ def _cells(one: Judged, advice: Advice) -> list[Text]:
     if one.cost is not None:
         cost = one.cost
         down, up = [size / 1e6 for size in cost.down], [size / 1e6 for size in cost.up]
-        cells += [_course(down), _course(up), _course([n / 1e3 for n in cost.trained], " k")]
+        trained = [_weights(number) for number in cost.trained]
+        cells += [_course(down), _course(up), "→".join(dict.fromkeys(trained))]
         memory = f"{cost.peak_memory / 1e6:.0f}" if cost.peak_memory else "-"
-        cells += [f"{cost.step_seconds:.3g}", memory]
+        least, most = cost.step_seconds[0], cost.step_seconds[-1]
+        cells += [f"{cost.step:.2g} ({least:.2g}-{most:.2g})", memory]
         for seconds in one.seconds:
             cells.append("-" if seconds is None else f"{seconds:.3g}")
     for study in advice.studies:
@@ -78,15 +80,27 @@ def _cells(one: Judged, advice: Advice) -> list[Text]:
     return [Text(literal(cell)) for cell in cells]
 
 
-def _course(numbers: list[float], unit: str = "") -> str:
+def _course(numbers: list[float]) -> str:
     """Return the first and the last of some numbers, and the largest where it is another one.
 
-    >>> _course([0.5, 0.5]), _course([2.0, 1.0], " k"), _course([1.0, 3.0, 2.0])
-    ('0.5', '2→1 k', '1→2, at most 3')
+    >>> _course([0.5, 0.5]), _course([2.0, 1.0]), _course([1.0, 3.0, 2.0])
+    ('0.5', '2→1', '1→2, at most 3')
     """
     first, last, most = f"{numbers[0]:.3g}", f"{numbers[-1]:.3g}", f"{max(numbers):.3g}"
     course = first if first == last else f"{first}→{last}"
-    return course + unit + ("" if most in (first, last) else f", at most {most}")
+    return course + ("" if most in (first, last) else f", at most {most}")
+
+
+def _weights(number: int) -> str:
+    """Return a number of weights with three digits.
+
+    >>> _weights(81_428), _weights(22_700_000)
+    ('81.4k', '22.7M')
+    """
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 def _sources(advice: Advice) -> list[str]:
@@ -94,11 +108,11 @@ def _sources(advice: Advice) -> list[str]:
     steps = {one.cost.timed_steps for one in advice.methods if one.cost is not None}
     measured = f"{max(steps)} steps" if steps else "no steps"
     lines = [
-        f"counted: 10^6 bytes of the messages of the client with most of them, in the first → the "
-        f"last of {advice.rehearsed} rounds that were played here (a schedule of {advice.rounds} "
-        f"rounds in {advice.rehearsed})",
-        f"measured here: {measured} of one client alone; peak of this process, model and data "
-        f"included; {advice.machine}",
+        f"counted: MB (10^6 bytes) of the client with most of them, first → last of "
+        f"{advice.rehearsed} rounds played here; schedules are shortened",
+        f"measured here: median of {measured} of one client alone (fastest-slowest round); peak of "
+        "this process, model and data",
+        f"  included; {advice.machine}",
         _model(advice),
     ]
     if levels := [one.method for one in advice.methods if one.levels]:
@@ -106,14 +120,13 @@ def _sources(advice: Advice) -> list[str]:
     if advice.studies:
         lines.append("found under like skew (total variation of two clients):")
         for study in advice.studies:
-            lines.append("  " + _cited(study))
+            lines += _cited(study)
     else:
         lines.append(f"found: no run of {advice.task} under like skew is on record")
     if advice.others:
-        names = ", ".join(
-            f"{study.name} ({study.page}, {_variation(study)})" for study in advice.others
-        )
-        lines.append(f"under other skew, not shown: {names}")
+        lines.append("under other skew, not shown:")
+        for study in advice.others:
+            lines.append(f"  {study.name}: {study.command}; {study.page}; {_variation(study)}")
     return lines
 
 
@@ -127,14 +140,14 @@ def _model(advice: Advice) -> str:
     return f"modelled: step_seconds of the class x its most steps, and {link}; nobody is slow"
 
 
-def _cited(study: Study) -> str:
+def _cited(study: Study) -> list[str]:
     seeds = "1 seed" if study.seeds == 1 else f"{study.seeds} seeds"
     metric = f"{study.metric} {study.unit}".strip()
-    return (
-        f"[{study.name}] {metric}: {study.command}; {study.page}, {study.section!r}; "
-        f"{study.data}, {study.model}, {study.clients} clients, {study.clients_per_round} a round, "
-        f"{study.rounds} rounds, {seeds}, {_variation(study)}; rates: {study.rates}"
-    )
+    return [
+        f"  [{study.name}] {metric}: {study.command}; {study.page}, {study.section!r}",
+        f"    {study.data}, {study.model}, {study.clients} clients, {study.clients_per_round} a "
+        f"round, {study.rounds} rounds, {seeds}, {_variation(study)}; rates {study.rates}",
+    ]
 
 
 def _variation(study: Study) -> str:

@@ -115,7 +115,7 @@ class Advice:
             said["counted"] = {"down": cost.down, "up": cost.up, "moved": one.moved}
             said["counted"] |= {"trained": cost.trained}
             said["measured"] = {"step_seconds": cost.step_seconds, "of_steps": cost.timed_steps}
-            said["measured"] |= {"peak_memory": cost.peak_memory}
+            said["measured"] |= {"median": cost.step, "peak_memory": cost.peak_memory}
             groups: list[dict[str, Any]] = []
             for group, seconds in zip(cost.groups, one.seconds, strict=True):
                 groups.append({**asdict(group), "round_seconds": seconds})
@@ -226,7 +226,7 @@ def _limits_of(group: Group, federation: Federation, limits: Limits) -> Limits:
 def _step_seconds(group: Group, federation: Federation, cost: Rehearsed) -> float:
     """Return the seconds of a step: as the fleet says, otherwise as it was measured here."""
     devices = federation.fleet.devices
-    return devices[group.name].step_seconds if devices else cost.step_seconds
+    return devices[group.name].step_seconds if devices else cost.step
 
 
 def _config_of(name: str, tree: Tree, base: Config) -> Config:

@@ -1,7 +1,6 @@
 """A run in miniature: what a method moves and needs, counted and measured in a few rounds."""
 
 import ctypes
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -51,18 +50,24 @@ class Rehearsed:
 
     ``down``, ``up``: the most bytes that a client was sent, and sent back, by round; counted.
     ``trained``: numbers that a client trains, in the first round and in the last. ``step_seconds``:
-    measured, the median over rounds of ``timed_steps`` steps of a client alone. ``peak_memory``:
-    measured bytes of this process while that client trained, model and libraries included; 0 where
-    the system does not tell.
+    measured, of a step of a client alone in each round that was timed, in ascending order;
+    ``timed_steps``: how many steps these are together. ``peak_memory``: measured bytes of this
+    process while that client trained, model and libraries included; 0 where the system does not
+    tell.
     """
 
     down: tuple[int, ...]
     up: tuple[int, ...]
     groups: tuple[Group, ...]
     trained: tuple[int, int]
-    step_seconds: float
+    step_seconds: tuple[float, ...]
     timed_steps: int
     peak_memory: int
+
+    @property
+    def step(self) -> float:
+        """Return the median seconds of a step."""
+        return median(self.step_seconds)
 
 
 def shortened(config: Config) -> Config:
@@ -105,13 +110,15 @@ def rehearse(federation: Federation) -> Rehearsed:
     warm = timed[1:] or timed
     # Not as the client tells: one that hides the number of its steps replies 0.
     steps = _timed_steps(federation.config)
-    seconds = [sum(row.measured.seconds for row in phases) for phases in warm]
+    step_seconds: list[float] = []
+    for phases in warm:
+        step_seconds.append(sum(row.measured.seconds for row in phases) / steps)
     return Rehearsed(
         down=tuple(down),
         up=tuple(up),
         groups=tuple(_groups(federation, moved)),
         trained=(_trained(by_round[0]), _trained(by_round[-1])),
-        step_seconds=median(seconds) / steps,
+        step_seconds=tuple(sorted(step_seconds)),
         timed_steps=steps * len(warm),
         peak_memory=max(row.measured.peak_memory for phases in timed for row in phases),
     )
@@ -208,7 +215,6 @@ def _trained(rows: Sequence[ClientRow]) -> int:
 
 def _give_back_memory() -> None:
     """Return freed memory to the system, so that the peak of one method is not the next one's."""
-    gc.collect()
     # glibc keeps what was freed; other C libraries have no such function.
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

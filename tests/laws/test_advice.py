@@ -33,9 +33,9 @@ def printed(section: str, study: Study) -> dict[str, str]:
             found.setdefault(row[1].replace("-", "_"), row[2])
     # Markdown: a data set a line, and methods for columns.
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
-    for row in rows:
-        if row[0].split()[:1] == [study.name]:
-            for heading, cell in zip(rows[0], row, strict=True):
+    for cells in rows:
+        if cells[0].split()[:1] == [study.name]:
+            for heading, cell in zip(rows[0], cells, strict=True):
                 if heading.strip().lower() in METHODS:
                     found[heading.strip().lower()] = cell.removesuffix(" % ").strip()
     return found
