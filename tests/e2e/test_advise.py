@@ -141,7 +141,13 @@ FLEET: Mapping[str, Any] = {
         "clients_per_round": 5,
         "deadline": 100.0,
         "fleet": {
-            "phone": {"share": 0.4, "capacity": 0.5, "step_seconds": 3.0, "bandwidth": 1e3},
+            "phone": {
+                "share": 0.4,
+                "capacity": 0.5,
+                "steps": 0.5,
+                "step_seconds": 3.0,
+                "bandwidth": 1e3,
+            },
             "desk": {"share": 0.6, "step_seconds": 0.5, "bandwidth": 1e6},
         },
     }
@@ -160,7 +166,7 @@ def test_a_fleet_is_judged_by_class(ground: Ground) -> None:
     assert phone.moved < desk.moved
     assert lora.cost.groups[0].moved == lora.cost.groups[1].moved
     assert (flexlora.levels, lora.levels) == (False, True)
-    assert flexlora.seconds == (2 * 3.0 + phone.moved / 1e3, 2 * 0.5 + desk.moved / 1e6)
+    assert flexlora.seconds == (1 * 3.0 + phone.moved / 1e3, 2 * 0.5 + desk.moved / 1e6)
     slow = merge(ground.tree(), SMALL, FLEET, {"federation": {"deadline": 6.5}})
     out = advise(slow, ["lora"]).left_out
     assert (out[0].out or "").startswith("phone: a round takes ")
