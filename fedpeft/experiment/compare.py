@@ -78,11 +78,13 @@ def grid(tree: Tree, values: Mapping[str, Sequence[Any]], methods: bool) -> list
     for key, tried in values.items():
         _check_swept(key, tried)
     rows = rows_of(tree) if methods else [("", tree)]
+    # A rate that is swept is neither the one that was proposed nor the one that was picked.
+    own = {"tuned": {"trials": 0, "source": ""}} if "training.lr" in values else {}
     planned: list[Planned] = []
     for label, settings in rows:
         for combination in itertools.product(*values.values()):
             chosen = dict(zip(values, combination, strict=True))
-            planned.append(swept(label, settings, chosen, {}))
+            planned.append(swept(label, settings, chosen, own))
     _check_apart(planned)
     return planned
 

@@ -59,11 +59,29 @@ def check_privacy(config: Config) -> None:
             f"server.metrics = {config.server.metrics}: counts replies, and with wrap.sampling = "
             "'poisson' of dp nobody may know how many were drawn; leave it out"
         )
+    _check_draw(config)
     of_examples = [one for one in found.values() if one.promise.unit == "example"]
     if of_examples and config.training.steps is None:
         raise BadInput(
             "training.steps is missing: with wrap.name = 'dpsgd' a client's number of steps must "
             "not depend on its number of examples, as it does with training.epochs"
+        )
+
+
+def _check_draw(config: Config) -> None:
+    """Raise BadInput where clients are drawn in another way than is accounted for."""
+    federation = config.federation
+    if federation.sampling != "uniform":
+        raise BadInput(
+            f"federation.sampling = {federation.sampling!r}: who is asked would tell how many "
+            "examples a client holds, and differential privacy (dp, dpsgd) hides them; choose "
+            "'uniform'"
+        )
+    if draws_in_secret(config) and federation.trace is not None:
+        raise BadInput(
+            f"federation.trace = {str(federation.trace)!r}: with wrap.sampling = 'poisson' of dp "
+            "every client has to have the same chance in every round; leave it out, or choose "
+            "'cohort'"
         )
 
 

@@ -16,7 +16,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, final, get_args
@@ -58,7 +58,7 @@ class Rates:
     task: str
     optimizer: str
     metric: str
-    rates: dict[str, Picked]
+    rates: dict[str, Picked] = field(default_factory=dict)
 
 
 def write_rates(path: Path, rates: Rates) -> None:
@@ -86,19 +86,9 @@ def read_rates(path: Path) -> Rates:
     """Return what is in a file of rates; BadInput, with its name, for what is none."""
     tree = read(path)
     try:
-        rates: dict[str, Picked] = {}
-        for label, entry in _section(tree.get("rates", {}), "rates").items():
-            where = f"rates.{label}"
-            rates[label] = checked(Picked, _section(entry, where), where)
-        return checked(Rates, {**tree, "rates": rates}, "")
+        return checked(Rates, tree, "")
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
-
-
-def _section(value: object, key: str) -> Tree:
-    if not isinstance(value, Mapping):
-        raise BadInput(f"{key} = {value!r}: is a section, such as [rates.lora]")
-    return value
 
 
 def check_rates(path: Path, rates: Rates, config: Config, labels: Sequence[str]) -> None:

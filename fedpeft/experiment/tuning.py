@@ -21,6 +21,7 @@ from fedpeft.experiment.checking import Tree
 from fedpeft.experiment.compare import Planned, metric_of, rows_of, swept
 from fedpeft.experiment.config import Config, from_tree
 from fedpeft.experiment.parallel import MOST
+from fedpeft.experiment.privacy import promises
 from fedpeft.experiment.rates import FILE, Picked, Rates, write_rates
 from fedpeft.experiment.recorder import OnProgress
 from fedpeft.experiment.run import OnWarning, read_settings
@@ -76,6 +77,11 @@ def tune(
     planned = plan_trials(tree, trials)
     for trial in planned:
         _check_validation(trial.run.config)
+    if any(promises(trial.run.config) for trial in planned):
+        on_warning(
+            "differential privacy: every trial trains on the clients' data, and its epsilon is "
+            "not in that of the run that takes its rate; add them up, or tune on public data"
+        )
     rungs = len(rung_rounds(trials, 1))
     left, scores = planned, dict[str, float]()
     for rung in range(rungs):

@@ -6,6 +6,7 @@ from pathlib import PurePath
 
 from fedpeft.report.comparison import Line
 from fedpeft.report.metric import Metric
+from fedpeft.report.rates import rate_of
 from fedpeft.report.summary import Summary
 from fedpeft.report.terms import SHARE_OF_MEDIAN, Terms
 
@@ -100,16 +101,23 @@ def losses(runs: Iterable[Summary]) -> str:
 
 
 def privacy(runs: Iterable[Summary]) -> str:
-    """Return at which delta, and under which sampling, epsilons are told; empty without any."""
+    """Return at which delta, and under which sampling, epsilons are told; empty without any.
+
+    Where a rate was tuned, that the trials are not in them.
+    """
     terms: list[str] = []
+    tuned = False
     for run in runs:
+        rate = rate_of(run.run)
+        tuned = tuned or (bool(run.privacy) and rate is not None and rate.trials > 0)
         for row in run.privacy.values():
             amplified = "without" if row.sampling is None else "with"
             whose = "clients" if row.unit == "client" else "rows of a client"
             terms.append(f"{whose} at δ {row.delta:g}, {amplified} amplification by sampling")
     if not terms:
         return ""
-    return f"ε: differential privacy of {_listed(terms)} (docs/security.md)"
+    apart = ", without the trials of fedpeft tune" if tuned else ""
+    return f"ε: differential privacy of {_listed(terms)}{apart} (docs/security.md)"
 
 
 def personal(lines: Iterable[Line]) -> str:

@@ -414,11 +414,35 @@ def test_settings_that_do_not_go_together_are_refused(tree: dict[str, Any], word
             "^federation.min_replies = 2: .* choose 1$",
         ),
         ({"wrap": [{"name": "dpsgd"}]}, "^training.steps is missing: with wrap.name = 'dpsgd'"),
+        (
+            {"wrap": [{"name": "dp"}], "federation": {"sampling": "size"}},
+            "^federation.sampling = 'size': .* choose 'uniform'$",
+        ),
+        (
+            {
+                "wrap": [{"name": "dpsgd"}],
+                "federation": {"sampling": "size"},
+                "training": {"steps": 1},
+            },
+            "^federation.sampling = 'size': .* choose 'uniform'$",
+        ),
+        (
+            {
+                "wrap": [{"name": "dp", "sampling": "poisson"}],
+                "federation": {"trace": "trace.csv"},
+            },
+            "^federation.trace = .*trace.csv': .* choose 'cohort'$",
+        ),
     ],
 )
 def test_runs_that_cannot_keep_their_promise_are_refused(tree: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         check_privacy(from_tree(tree))
+
+
+def test_a_trace_that_all_know_takes_nothing_from_a_public_draw() -> None:
+    tree = {"wrap": [{"name": "dp"}], "federation": {"trace": "trace.csv"}}
+    check_privacy(from_tree(tree))
 
 
 def test_a_wrapper_is_told_how_many_are_expected() -> None:

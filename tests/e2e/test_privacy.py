@@ -66,6 +66,11 @@ def test_reports_name_epsilon_and_its_terms(ground: Ground, runs: Path, no_figur
     assert "ε of" in shown
     assert "clients at δ 1e-05, without amplification" in shown
     assert "rows of a client at δ 1e-05, with amplification" in shown
+    assert "fedpeft tune" not in shown
+    picked = {"tuned": {"trials": 4, "source": "a-tune/rates.toml"}}
+    start(build(ground.chosen(SHORT, wraps, picked)), runs / "picked")
+    outcome = cli_call("report", runs / "picked", "--to", runs / "report")
+    assert "without the trials of fedpeft tune" in " ".join(outcome.out.split())
 
 
 def test_a_delta_that_gives_somebody_away_is_told(ground: Ground) -> None:

@@ -140,6 +140,7 @@ def test_resume_refuses_another_number_of_trials_and_plays_nothing_anew(
     refused(cli_call(*other), "other settings", "trials")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_compare_takes_the_picks_names_them_and_warns_where_a_method_has_none(
     ground: Ground, tuned: tuple[Path, Outcome], runs: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_compare_takes_the_picks_names_them_and_warns_where_a_method_has_none(
     assert "none: ffa_lora" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_compare_tunes_first_where_it_is_asked_to(ground: Ground, runs: Path) -> None:
     asked = ("--methods", "lora,bitfit", "--tune", "--trials", "1", *SHORT)
     outcome = cli_call("compare", ground.config, "--runs", runs, *asked)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import BadInput
-from fedpeft.experiment.compare import Planned, plan, rows_of
+from fedpeft.experiment import tuning
+from fedpeft.experiment.compare import Planned, grid, plan, rows_of
 from fedpeft.experiment.config import Config, from_json, from_tree, merge
 from fedpeft.experiment.proposals import PROPOSALS
 from fedpeft.experiment.rates import Picked, Rates, read_rates, write_rates
@@ -24,6 +25,7 @@ from fedpeft.experiment.tuning import (
     promoted,
     rates_around,
     rung_rounds,
+    tune,
 )
 from fedpeft.methods import constructors
 from fedpeft.tasks import Metric
@@ -104,8 +106,8 @@ def test_a_field_that_a_method_marks_is_tried_at_its_values_and_follows_from_the
     asked = {"compare": {"methods": ["slora", "lora"]}}
     tried: dict[int, list[object]] = {}
     for seed in (0, 1):
-        planned = plan_trials({**asked, "seed": seed}, 20)
-        assert planned == plan_trials({**asked, "seed": seed}, 20)
+        planned = plan_trials({**asked, "seed": seed}, 8)
+        assert planned == plan_trials({**asked, "seed": seed}, 8)
         tried[seed] = []
         for trial in planned:
             if trial.row == "lora":
@@ -118,10 +120,44 @@ def test_a_field_that_a_method_marks_is_tried_at_its_values_and_follows_from_the
     assert tried[0] != tried[1]
 
 
+def test_a_rate_that_is_swept_is_neither_proposed_nor_picked(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"compare": {"methods": ["lora", "full"]}}
+    for one in grid(asked, {"seed": [0]}, methods=True):
+        assert one.config.tuned.source.startswith("docs/log.md")
+    write_rates(tmp_path / "rates.toml", PICKS)
+    picked = merge(asked, {"compare": {"rates": str(tmp_path / "rates.toml")}})
+    for tree in (asked, picked):
+        for one in grid(tree, {"training.lr": [0.5]}, methods=True):
+            assert one.config.training.lr == 0.5
+            assert one.config.tuned == Config().tuned
+
+
 @pytest.mark.parametrize("trials", [-1, 0, MOST_TRIALS + 1])
 def test_a_number_of_trials_out_of_bounds_is_refused(trials: int) -> None:
     with pytest.raises(BadInput, match=f"trials = {trials}: "):
         plan_trials({}, trials)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [([], 0), ([{"name": "fedprox"}], 0), ([{"name": "dp"}], 1), ([{"name": "dpsgd"}], 1)],
+)
+def test_what_trials_cost_of_privacy_is_told_before_they_train(
+    monkeypatch: pytest.MonkeyPatch, wrap: list[dict[str, Any]], told: int
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(*_: object, **__: object) -> list[Path]:
+        raise Begun
+
+    monkeypatch.setattr(tuning, "run_all", begin)
+    lines: list[str] = []
+    tree = {"wrap": wrap, "compare": {"methods": ["lora"], "references": ["local-only"]}}
+    with pytest.raises(Begun):
+        tune(tree, Path("nowhere"), 1, on_warning=lines.append)
+    assert len(lines) == told
+    assert all(line.startswith("differential privacy: every trial") for line in lines)
 
 
 # What goes on.
