@@ -656,6 +656,47 @@ def partition(
 
 
 @app.command()
+def advise(
+    config: Config,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; default: all that exchange anything.")
+    ] = "",
+    bandwidth: Annotated[
+        str,
+        typer.Option(
+            help="A client's link, such as 10Mbit/s (plain: bytes per second), or what it may move "
+            "in a round, such as 20MB.",
+            show_default=False,
+        ),
+    ] = "",
+    memory: Annotated[
+        str,
+        typer.Option(help="A client's memory, such as 4GB (plain: GB).", show_default=False),
+    ] = "",
+    deadline: Annotated[
+        str,
+        typer.Option(help="Time for a round, such as 30s (plain: seconds).", show_default=False),
+    ] = "",
+    settings: Set = [],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and no more.")] = False,
+) -> None:
+    """Show which methods fit: bytes, step time and memory here, and what is known of them."""
+    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli.advice import told_on, view
+    from fedpeft.experiment import advise as experiment
+    from fedpeft.experiment.limits import limits
+
+    bounds = limits(bandwidth, memory, deadline)
+    chosen = arguments.names(methods) if methods else []
+    with told_on(Console(stderr=True)) as on_method:
+        advice = experiment.advise(_settings(config, settings), chosen, bounds, on_method)
+    if as_json:
+        typer.echo(json.dumps(advice.to_json()))
+        return
+    _wide().print(view(advice))
+
+
+@app.command()
 def export(
     run: Folder,
     folder: Annotated[Path, typer.Argument(help="A folder to be made.", show_default=False)],

@@ -438,6 +438,7 @@ def test_help_names_every_command() -> None:
         "sweep",
         "tune",
         "methods",
+        "advise",
         "partition",
         "export",
         "predict",

@@ -60,6 +60,7 @@ def test_commands(place: Path, ground: Ground) -> None:
         "export",
         "predict",
         "methods",
+        "advise",
         "watch",
     }
     for program, name, *rest in commands:
