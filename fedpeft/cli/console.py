@@ -6,9 +6,6 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Final, TextIO
 
-from rich.console import Console
-from rich.text import Text
-
 NEAREST: Final[Mapping[str, str]] = {
     "\N{RIGHTWARDS ARROW}": "->",
     "\N{LEFTWARDS ARROW}": "<-",
@@ -74,12 +71,6 @@ def _line(name: str) -> str:
     if across == upright:  # a corner or a crossing, or a diagonal, which is neither
         return "+"
     return "-" if across else "|"
-
-
-def say(line: str, console: Console) -> None:
-    """Print ``line`` as it is, on one line, however long."""
-    # Line breaks may come in with the message of a library.
-    console.print(Text(" ".join(line.splitlines())), soft_wrap=True)
 
 
 def show_nearest(*streams: TextIO) -> None:

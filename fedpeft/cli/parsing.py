@@ -1,17 +1,22 @@
 """What is typed on the command line -> settings, names and numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedpeft.errors import BadInput
-from fedpeft.experiment.config import merge, parse_set, read, value
+from fedpeft.experiment.config import merge, name_today, parse_set, read, renamed, value
 
 
 def tree(path: Path, settings: Sequence[str]) -> dict[str, Any]:
     """Return the settings in a TOML file with the ``--set`` options laid over them."""
     overrides = [parse_set(assignment) for assignment in settings]
     return merge(read(path), *overrides)
+
+
+def settings(path: Path, assignments: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the settings of ``tree`` under today's names; ``say`` is told of old ones."""
+    return renamed(tree(path, assignments), say)
 
 
 def names(text: str) -> list[str]:
@@ -59,3 +64,12 @@ def values(assignments: Sequence[str]) -> dict[str, list[Any]]:
             )
         swept[key] = [value(part) for part in listed.split(",")]
     return swept
+
+
+def tried(assignments: Sequence[str], say: Callable[[str], None]) -> dict[str, list[Any]]:
+    """Return the values to try by today's names of the fields; ``say`` is told of old ones."""
+    # An old and a new name of one field are one field, with the values of both.
+    merged: dict[str, list[Any]] = {}
+    for name, listed in values(assignments).items():
+        merged.setdefault(name_today(name, say), []).extend(listed)
+    return merged

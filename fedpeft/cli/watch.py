@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.cli.console import say
+from fedpeft.cli.output import say
 from fedpeft.experiment.run_folder import check_is_run
 from fedpeft.experiment.watching import Stage, Standing, Traffic, Watch
 

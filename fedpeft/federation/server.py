@@ -1,13 +1,14 @@
 """The server's loop, a generator of states: ask a cohort, check what comes back, merge, go on."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
+from torch import Tensor
 
+from fedpeft.algebra.norms import l2_norm
 from fedpeft.errors import Forgotten, WireError
 from fedpeft.federation.replies import in_order
 from fedpeft.ledger import ClientRow, Measured
@@ -97,17 +98,19 @@ def update_norm(down: Payload, up: Payload) -> float:
     >>> update_norm({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 4.0]), "new": torch.tensor(4.0)})
     5.0
     """
-    squares = 0.0
+    return l2_norm(_differences(down, up))
+
+
+def _differences(down: Payload, up: Payload) -> Iterator[Tensor]:
+    """Yield the real numbers of ``up`` less what of them was sent down, in float64."""
     for name, tensor in up.items():
         if not tensor.is_floating_point():
             continue
-        # In float64: the square of a large float32 is none any more.
         difference = tensor.to(torch.float64)
         sent = down.get(name)
         if sent is not None and sent.shape == tensor.shape:
             difference = difference - sent.to(difference)
-        squares += float(difference.square().sum())
-    return math.sqrt(squares)
+        yield difference
 
 
 def _check_norm(down: Payload, up: Payload, largest: float | None) -> None:

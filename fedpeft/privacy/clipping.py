@@ -6,18 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedpeft.algebra.norms import l2_norm
+
 _SLACK = 1e-6
 """Clipping aims so much below the bound that rounding to float32 cannot lead beyond it."""
-
-
-def norm(tensors: Mapping[str, Tensor]) -> float:
-    """Return the L2 norm of all numbers together, in float64.
-
-    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
-    5.0
-    """
-    squares = [float(tensor.to(torch.float64).square().sum()) for tensor in tensors.values()]
-    return math.sqrt(math.fsum(squares))
 
 
 def clipped(tensors: Mapping[str, Tensor], bound: float) -> tuple[dict[str, Tensor], bool]:
@@ -29,7 +21,7 @@ def clipped(tensors: Mapping[str, Tensor], bound: float) -> tuple[dict[str, Tens
     >>> shorter["w"].round(decimals=3), within
     (tensor([0.6000, 0.8000], dtype=torch.float64), False)
     """
-    length = norm(tensors)
+    length = l2_norm(tensors.values())
     factor = factor_to(bound, length)
     shorter: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

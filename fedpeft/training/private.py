@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from fedpeft.privacy.clipping import factor_to, norm
+from fedpeft.algebra.norms import l2_norm
+from fedpeft.privacy.clipping import factor_to
 from fedpeft.privacy.noise import gaussian, uniform
 from fedpeft.tasks import Encoded
 from fedpeft.types import RowNoise
@@ -60,7 +61,7 @@ def add_bounded(
     for name, gradient in zip(trained, gradients, strict=True):
         if gradient is not None:
             of_client[name] = gradient[client]
-    factor = factor_to(bound, norm(of_client))
+    factor = factor_to(bound, l2_norm(of_client.values()))
     if factor == 0:
         return
     for name, gradient in of_client.items():

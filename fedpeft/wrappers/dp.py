@@ -295,7 +295,11 @@ class _Noise:
 
 
 def _trained(contribution: Payload, sent: Payload) -> frozenset[str]:
-    """Return the names of what was sent and comes back trained; others are votes and the like."""
+    """Return the names of what was sent and comes back trained; others are votes and the like.
+
+    Whatever its dtype, unlike ``is_difference``: exact differences are float64, what was sent is
+    not.
+    """
     return frozenset(
         name
         for name, tensor in contribution.items()

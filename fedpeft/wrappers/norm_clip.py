@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, final
 
-import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
+from fedpeft.algebra.norms import l2_norm
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
 from fedpeft.wire.versions import as_told
 from fedpeft.wrappers.differences import check_differences, is_difference
@@ -70,16 +70,13 @@ class Clipped:
         """Return an update whose difference to what was sent is no longer than the bound."""
         down = self.inner.send(state, as_told(update.client))
         differences: dict[str, Tensor] = {}
-        squares = torch.zeros((), dtype=torch.float64)
         for name, tensor in update.payload.items():
             if is_difference(name, tensor, down):
                 differences[name] = tensor - down[name]
-                length = torch.linalg.vector_norm(differences[name], dtype=torch.float64)
-                squares += length.square()
-        norm = float(squares.sqrt())
-        if norm <= self.norm:
+        length = l2_norm(differences.values())
+        if length <= self.norm:
             return update
         payload = dict(update.payload)
         for name, difference in differences.items():
-            payload[name] = down[name] + difference * (self.norm / norm)
+            payload[name] = down[name] + difference * (self.norm / length)
         return replace(update, payload=payload)

@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fedpeft.cli import app as cli
+import fedpeft
 from fedpeft.cli import parsing as arguments
+from fedpeft.cli import running
 from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import from_tree
 from fedpeft.experiment.reading import read_data
@@ -79,7 +80,7 @@ def test_on_a_terminal_a_bar_shows_rounds_accuracy_and_megabytes(
 ) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(
-        cli, "out", Console(file=screen, force_terminal=True, width=120, color_system=None)
+        running, "out", Console(file=screen, force_terminal=True, width=120, color_system=None)
     )
     assert cli_call("run", ground.config, "--runs", runs, *SHORT).code == 0
     for shown in ("tiny", "2/2", "accuracy 0.", "MB"):
@@ -184,8 +185,8 @@ def test_the_start_is_scored_where_the_settings_ask_for_it(ground: Ground, tmp_p
 
 def test_a_demo_is_run_instead_of_a_file(ground: Ground) -> None:
     refused(cli_call("compare", ground.config, "--demo", "llm"), "--demo llm", "leave out")
-    for name in cli.DEMOS.values():
-        planned = plan(arguments.tree(Path(cli.__file__).parent.parent / name, []))
+    for name in running.DEMOS.values():
+        planned = plan(arguments.tree(Path(fedpeft.__file__).parent / name, []))
         assert len(planned) >= 3
 
 

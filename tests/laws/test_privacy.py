@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedpeft.algebra.norms import l2_norm
 from fedpeft.errors import BadInput
 from fedpeft.experiment.privacy import drawn_in_secret, worst
 from fedpeft.mounting import mounted, trainable
 from fedpeft.privacy import accountant
 from fedpeft.privacy.accountant import epsilon, left_over
-from fedpeft.privacy.clipping import clipped, next_bound, norm
+from fedpeft.privacy.clipping import clipped, next_bound
 from fedpeft.privacy.noise import gaussian, uniform
 from fedpeft.tasks import Encoded, Example
 from fedpeft.training import private
@@ -176,7 +177,7 @@ def test_what_is_clipped_is_no_longer_than_the_bound_and_points_the_same_way(
     shorter, within = clipped(update, bound)
     assert within == (length <= bound)
     # As it is sent: in float32.
-    assert norm({name: tensor.float() for name, tensor in shorter.items()}) <= bound * (1 + 1e-12)
+    assert l2_norm(tensor.float() for tensor in shorter.values()) <= bound * (1 + 1e-12)
     due = flat * min(1.0, bound / length) if length else flat
     torch.testing.assert_close(
         torch.cat([shorter["a"], shorter["b"]]), due, rtol=2e-6, atol=1e-12 * bound
@@ -186,6 +187,14 @@ def test_what_is_clipped_is_no_longer_than_the_bound_and_points_the_same_way(
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_left_out_whole(wrong: float) -> None:
     shorter, within = clipped({"a": torch.tensor([1.0, wrong]), "b": torch.ones(2)}, 1.0)
+    assert not within
+    assert all(not tensor.any() for tensor in shorter.values())
+
+
+def test_what_is_longer_than_any_number_is_left_out_whole() -> None:
+    """Each square is a number, 1e308, and their sum is none."""
+    far = torch.tensor([1e154], dtype=torch.float64)
+    shorter, within = clipped({"a": far, "b": far}, 1.0)
     assert not within
     assert all(not tensor.any() for tensor in shorter.values())
 
