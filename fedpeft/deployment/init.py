@@ -158,7 +158,7 @@ def _compose(wanted: Wanted) -> str:
     """Return a compose file for a trial of all of it on one machine."""
     lines = [
         "# A trial of everything on one machine: docker compose up --build",
-        "# Sites find the server by the name of `deploy init --host`, which cannot be localhost here.",
+        "# Sites find the server by the name of `deploy init --host`; localhost is each one's own.",
         "services:",
         "  server:",
         "    build: .",
