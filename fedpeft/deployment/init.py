@@ -158,11 +158,12 @@ def _compose(wanted: Wanted) -> str:
     """Return a compose file for a trial of all of it on one machine."""
     lines = [
         "# A trial of everything on one machine: docker compose up --build",
+        "# Sites find the server by the name of `deploy init --host`; localhost is each one's own.",
         "services:",
         "  server:",
         "    build: .",
         "    init: true # reaps what ends",
-        "    command: serve server.toml --overwrite",
+        "    command: serve server.toml --resume",
         "    working_dir: /work",
         "    volumes: [./server:/work]",
         f"    ports: ['{wanted.port}:{wanted.port}']",

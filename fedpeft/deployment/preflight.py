@@ -69,14 +69,24 @@ def preflight(path: Path, say: Say) -> int:
         _check_server(gate)
     if report.failures():
         return report.failures()
-    with report.check("the site's key"):
-        _check_key(gate)
+    known = key_is_known(gate)
+    if known is not None:
+        with report.check("the site's key"):
+            _check_key(known)
     if report.failures():
         return report.failures()
     if is_online(gate):
-        report.note("this site", "is online already; a second one with its key would be refused")
+        # Flower has one code for both.
+        unless = "" if known else ", unless its key is not registered"
+        report.note(
+            "this site",
+            f"is online already{unless}; a second one with its key would be refused",
+        )
     else:
         report.note("this site", "is not online yet")
+    if known is None:
+        report.note("the run", "not told: another proxy stands in the place of fedpeft's gate")
+        return report.failures()
     content = offered(gate)
     if not content:
         report.note("the run", "none is offered yet; check again when the server serves one")
@@ -97,9 +107,9 @@ def _check_server(gate: Gate) -> None:
         raise BadInput(f"{where}: {fault}; set it, as messages are signed with their time")
 
 
-def _check_key(gate: Gate) -> None:
+def _check_key(known: bool) -> None:
     """Raise BadInput where the server does not know the site's key."""
-    if key_is_known(gate) is False:
+    if not known:
         raise BadInput(
             "the server does not know it; give its public half (the .pub file) to whoever runs "
             "the server"

@@ -115,12 +115,10 @@ def serve(
             claims.enter_context(_claim(job, overwrite=overwrite))
         door = door_of(jobs[0].config)
         server = claims.enter_context(serving(door, loopback_tls, say))
-        tell(
-            "open",
-            f"sites can join at {door.host}:{server.port}",
-            host=door.host,
-            port=server.port,
-        )
+        # Without the embedded gate it is the SuperLink's port, which the loopback alone reaches.
+        host = door.host if door.embedded else LOOPBACK
+        way = "at" if door.embedded else "through the proxy in front of"
+        tell("open", f"sites can join {way} {host}:{server.port}", host=host, port=server.port)
         if (wanted := jobs[0].config.server.metrics) is not None:
             folders = [job.folder for job in jobs]
             port = claims.enter_context(metrics_endpoint(wanted, folders, say))

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -125,6 +126,34 @@ def test_nginx_passes_what_the_gate_passes(made: Path) -> None:
     assert {f"/v1/fleet/{call}" for call in calls[1].split("|")} == FLEET
     assert "listen 9443 ssl" in text
     assert "server_name fl.example.org" in text
+
+
+def test_what_a_unit_of_systemd_writes_lies_where_it_may_write(made: Path) -> None:
+    """``ProtectSystem=full`` makes /usr, /boot and /etc read-only."""
+    for unit in (
+        made / "server" / "fedpeft-server.service",
+        made / "site-0" / "fedpeft-site.service",
+    ):
+        lines = dict(re.findall(r"^(\w+)=(.*)$", unit.read_text(), re.MULTILINE))
+        assert lines["ProtectSystem"] == "full"
+        folders = [lines["WorkingDirectory"], lines["Environment"].removeprefix("XDG_CACHE_HOME=")]
+        assert all(folder.startswith("/var/lib/fedpeft/") for folder in folders), unit
+    text = (made / "server" / "nginx.conf").read_text()
+    assert "/var/lib/fedpeft/server/server.crt" in text
+
+
+def test_the_containers_name_what_is_there_and_go_on_with_a_run(made: Path) -> None:
+    services = yaml.safe_load((made / "compose.yaml").read_text())["services"]
+    assert sorted(services) == ["server", "site-0", "site-1"]
+    for name, service in services.items():
+        assert (made / service["build"] / "Dockerfile").is_file()
+        [volume] = service["volumes"]
+        place, inside = volume.split(":")
+        assert inside == service["working_dir"]
+        command, file, *options = service["command"].split()
+        assert (command, options) in (("serve", ["--resume"]), ("join", []))
+        assert (made / place / file).is_file(), name
+    assert services["server"]["networks"]["default"]["aliases"] == ["fl.example.org"]
 
 
 def test_the_app_for_flowers_own_programs_is_a_kilobyte_without_code(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
@@ -23,7 +24,7 @@ from fedpeft.engines.flower import connector, reach
 from fedpeft.engines.flower.connector import Asked, RunOver, Session, SessionLost, forever
 from fedpeft.engines.flower.gate import gate, is_signed
 from fedpeft.engines.flower.reach import AGAIN, NOT_ACTIVATED, Gate, public_bytes, refused
-from fedpeft.engines.flower.sites import numbers_of
+from fedpeft.engines.flower.sites import numbers_of, write_taken_in
 from fedpeft.errors import BadInput
 from tests.parity.sockets import own_site
 
@@ -174,6 +175,40 @@ def test_a_key_that_is_online_is_waited_for_and_then_taken_for_a_second_site(
     monkeypatch.setattr(reach, "key_is_known", lambda _: False)
     with pytest.raises(BadInput, match="does not know this site's key"):
         refused(response, ours, 0.0)
+
+
+@pytest.mark.parametrize("taken_in", [False, True])
+def test_a_key_that_is_new_is_waited_for_until_the_round_is_over_however_long_that_takes(
+    taken_in: bool, ours: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round may take hours, and keys are taken in between two of them."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "site-3.pub").write_bytes(
+        ours.key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    )
+    (tmp_path / "ca.crt").write_bytes(authority("tests").pem)
+    write_taken_in(tmp_path / "state", [public_bytes(ours.key)] if taken_in else [b"of another"])
+    app = gate("127.0.0.1:1", str(tmp_path / "ca.crt"), tmp_path, tmp_path / "state" / "offer.json")
+
+    def asked(_: Gate, route: str) -> Any:
+        key = base64.b64encode(public_bytes(ours.key)).decode("ascii")
+        return asyncio.run(got(app, route, {"flwr-public-key": key})).json()
+
+    monkeypatch.setattr(reach, "_asked", asked)
+    response = answer(status(412, {"code": NOT_ACTIVATED}))
+    if taken_in:
+        with pytest.raises(BadInput, match="is the site running twice?"):
+            refused(response, ours, AGAIN + 1)
+    else:
+        assert "before its next round" in refused(response, ours, AGAIN + 1)
+
+
+async def got(app: Any, route: str, headers: dict[str, str]) -> httpx.Response:
+    """Return what the gate answers."""
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=app), base_url="https://gate"
+    ) as site:
+        return await site.get(route, headers=headers)
 
 
 def test_one_key_is_not_registered_for_two_sites(tmp_path: Path) -> None:

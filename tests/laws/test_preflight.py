@@ -41,6 +41,7 @@ class Answering:
     registered: bool = True
     offer: str = "{}"
     ahead: float = 0.0
+    status: int = 200
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def gate(
             content = answering.offer
             if self.path.endswith("/key"):
                 content = json.dumps({"registered": answering.registered})
-            self.send_response(200)
+            self.send_response(answering.status)
             self.end_headers()
             self.wfile.write(content.encode())
 
@@ -175,6 +176,22 @@ def test_a_key_that_is_unknown_or_online_is_told(
         failed, lines = told(settings(ground, folder, port))
     assert failed == 0
     assert "is online already" in lines
+
+
+def test_a_proxy_that_does_not_tell_of_key_and_run_is_said_not_to_tell(
+    ground: Ground, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as nginx, which passes Flower's paths alone: nothing is called ok that nobody saw."""
+    with gate(folder, Answering(status=403)) as port:
+        failed, lines = told(settings(ground, folder, port))
+        monkeypatch.setattr(checks, "is_online", lambda _: True)
+        online = told(settings(ground, folder, port))[1]
+    assert failed == 0
+    assert "the site's key" not in lines
+    assert "is not online yet" in lines
+    assert "another proxy" in lines
+    assert "none is offered" not in lines
+    assert "unless its key is not registered" in online
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from ssl import create_default_context
@@ -69,6 +69,8 @@ BACK: Final = frozenset({"content-type", "flwr-version-incompatibility-message"}
 """Headers that come back."""
 MOMENT: Final = 300.0
 """Seconds for which a signed time is taken for now, as Flower does."""
+TAKEN_IN: Final = "taken-in.json"
+"""In the server's state: the public keys that the SuperLink has, in base64."""
 KEYS: Final = 4096
 """Bytes of a file with a public key at most."""
 
@@ -77,7 +79,8 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
     """Return the gate in front of the SuperLink at address ``link``.
 
     ``ca``: file of the CA of its certificate. ``sites``: folder of the public keys of sites.
-    ``offer``: file with what is offered to sites, for those that ask before they join.
+    ``offer``: file with what is offered to sites, for those that ask before they join; beside it
+    lies ``TAKEN_IN``, the keys that the SuperLink has.
     """
 
     @asynccontextmanager
@@ -114,7 +117,10 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
     async def key(request: Request) -> Response:
         """Tell whoever holds a public key whether it is registered: it tells nobody else."""
         asked = request.headers.get("flwr-public-key", "")
-        return JSONResponse({"registered": asked in known_keys(sites)})
+        told = {"registered": asked in known_keys(sites)}
+        with suppress(OSError, ValueError):  # not there yet, or no room for it
+            told["taken_in"] = asked in json.loads((offer.parent / TAKEN_IN).read_bytes())
+        return JSONResponse(told)
 
     async def offered(request: Request) -> Response:
         """Tell a site what is offered, if it signs with a key that is registered."""

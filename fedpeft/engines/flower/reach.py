@@ -82,6 +82,8 @@ def refused(response: httpx.Response, gate: Gate, waited: float) -> str:
                 f"key: the server at {gate.address} does not know this site's key; give its "
                 "public half (the .pub file) to whoever runs the server"
             )
+        if known and key_is_taken_in(gate) is False:
+            return "the server takes this site's key in before its next round; waiting for that"
         if waited < AGAIN:
             return "the server takes this site for online still, as after a crash; trying again"
         raise BadInput(
@@ -131,11 +133,21 @@ def tls_fault(error: BaseException) -> str:
 
 def key_is_known(gate: Gate) -> bool | None:
     """Return whether the server knows the site's key; None where its gate does not tell."""
+    return _told_of_key(gate, "registered")
+
+
+def key_is_taken_in(gate: Gate) -> bool | None:
+    """Return whether the SuperLink has the key, too, which it gets between two rounds."""
+    return _told_of_key(gate, "taken_in")
+
+
+def _told_of_key(gate: Gate, what: str) -> bool | None:
+    """Return what the server tells of the site's key; None where its gate does not tell."""
     try:
-        known = _asked(gate, KEY_ROUTE)["registered"]
+        said = _asked(gate, KEY_ROUTE)[what]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
-    return known if isinstance(known, bool) else None
+    return said if isinstance(said, bool) else None
 
 
 def offered(gate: Gate) -> Mapping[str, Any]:

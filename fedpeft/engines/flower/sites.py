@@ -1,10 +1,11 @@
 """A server of sites: the gate, the SuperLink behind it, and runs that reach the sites."""
 
+import base64
 import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -15,7 +16,7 @@ from flwr.superlink.grid import HttpGrid
 
 from fedpeft.engines.flower.claim import claimed_run, register
 from fedpeft.engines.flower.engine import FlowerEngine
-from fedpeft.engines.flower.gate import public_key
+from fedpeft.engines.flower.gate import TAKEN_IN, public_key
 from fedpeft.engines.flower.nodes import Admit, Nodes, Said
 from fedpeft.engines.flower.superlink import (
     Link,
@@ -84,6 +85,7 @@ class Server:
         if numbers != self._numbers:
             register(self._link, {key: f"site {number}" for key, number in numbers.items()})
         self._numbers, self._files = numbers, files
+        write_taken_in(self._door.state, numbers)
 
     @contextlib.contextmanager
     def run(self) -> "Iterator[Sites]":
@@ -162,6 +164,18 @@ def files_in(sites: Path) -> Files:
             about = path.stat()
             found.add((path.name, about.st_ino, about.st_size, about.st_mtime_ns))
     return frozenset(found)
+
+
+def write_taken_in(state: Path, keys: Iterable[bytes]) -> None:
+    """Write down which keys the SuperLink has, for sites that ask the gate why they have to wait.
+
+    Without room on the disk it is left: a site then takes a key that is new for one in use.
+    """
+    told = [base64.b64encode(key).decode("ascii") for key in keys]
+    temporary = state / f"{TAKEN_IN}.tmp"
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(told), encoding="ascii")
+        temporary.replace(state / TAKEN_IN)
 
 
 def numbers_of(sites: Path) -> dict[bytes, int]:
