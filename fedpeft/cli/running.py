@@ -104,7 +104,9 @@ def compare(
     from fedpeft.cli import parsing as arguments
     from fedpeft.experiment.compare import metric_of, plan
     from fedpeft.experiment.config import merge
+    from fedpeft.experiment.rates import FILE
     from fedpeft.experiment.run_folder import refuse_existing, runs_in
+    from fedpeft.experiment.tuning import without_own_rates
     from fedpeft.report import Metric, check
 
     extra: list[str] = []  # what the options say, as assignments of ``--set``
@@ -119,6 +121,8 @@ def compare(
     tree = arguments.settings(chosen, [*extra, *settings], say)
     if rates:
         tree = merge(tree, {"compare": {"rates": str(rates)}})
+    if tune:
+        tree = without_own_rates(tree, _tuning_folder(tree, runs) / FILE)
     planned = plan(tree)
     metric = metric_of(planned[0].config)
     # Before hours of training, not after.
@@ -173,11 +177,10 @@ def _tune(
     jobs: int,
 ) -> Path:
     """Pick rates, with a bar for each run, show them, and return their file."""
-    from fedpeft.experiment.config import from_tree
     from fedpeft.experiment.rates import FILE
     from fedpeft.experiment.tuning import TRIALS, tune
 
-    root = runs / f"{from_tree(tree).name}-tune"
+    root = _tuning_folder(tree, runs)
     with stoppable(resume_all), progress_bars(out) as watch:
         rates = tune(
             tree,
@@ -197,6 +200,12 @@ def _tune(
         table.add_row(*(Text(cell) for cell in cells))
     wide().print(table)
     return root / FILE
+
+
+def _tuning_folder(tree: dict[str, Any], runs: Path) -> Path:
+    from fedpeft.experiment.config import from_tree
+
+    return runs / f"{from_tree(tree).name}-tune"
 
 
 def sweep(

@@ -9,7 +9,7 @@ method falls off a cliff within a factor of three.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 from fedpeft.experiment.checking import Tree
@@ -23,10 +23,14 @@ TASKS: Final = ("classification", "tagging", "qa")
 @final
 @dataclass(frozen=True)
 class Proposal:
-    """A learning rate, and the sweep that it comes from."""
+    """A learning rate, and the sweep that it comes from.
+
+    ``method``: fields of the method as the sweep had them.
+    """
 
     lr: float
     origin: str
+    method: Mapping[str, float] = field(default_factory=dict)
 
 
 _BOTH: Final = "docs/log.md, both sweeps, rank 8"
@@ -51,7 +55,7 @@ PROPOSALS: Final[Mapping[str, Proposal]] = {
     # Demo 3e-3, longer form 3e-3.
     "federa": Proposal(3e-3, _BOTH),
     # Demo 3e-3, longer form 1e-2; both with stage 1 at a tenth.
-    "slora": Proposal(3e-3, _LOWER),
+    "slora": Proposal(3e-3, f"{_LOWER}, stage 1 at a tenth", {"stage1_rate": 0.1}),
     # Demo 3e-2, longer form 1e-2.
     "fedara": Proposal(1e-2, _LOWER),
     # Longer form alone.
@@ -77,6 +81,14 @@ PROPOSALS: Final[Mapping[str, Proposal]] = {
     "sparse": _as("full", 1e-4),
 }
 """Method or yardstick -> the rate proposed. A method that is missing here has no swept relative."""
+FULL_FIRST: Final = Proposal(
+    3e-3,
+    "not swept; as slora in docs/log.md, rank 8, with stage 1 near the rate of full",
+    {"stage1_rate": 0.03},
+)
+"""For SLoRA with ``stage1_method = "full"``."""
+HEAD_LR: Final = 3e-2
+"""The rate of the head in the sweeps."""
 
 
 def with_rate(tree: Tree, name: str) -> Tree:
@@ -89,19 +101,30 @@ def with_rate(tree: Tree, name: str) -> Tree:
     >>> with_rate({}, "lora")["training"], with_rate({"training": {"lr": 1.0}}, "lora")["training"]
     ({'lr': 0.01}, {'lr': 1.0})
     """
-    proposal = PROPOSALS.get(name)
     task, training = tree.get("task", {}), tree.get("training", {})
-    tuned = tree.get("tuned", {})
-    sections = (task, training, tuned)
-    if proposal is None or not all(isinstance(section, Mapping) for section in sections):
+    tuned, method = tree.get("tuned", {}), tree.get("method", {})
+    sections = (task, training, tuned, method)
+    if not all(isinstance(section, Mapping) for section in sections):
         return tree
+    proposal = _proposal(name, method)
     swept = (
         training.get("optimizer", OPTIMIZER) == OPTIMIZER and task.get("kind", TASKS[0]) in TASKS
     )
-    if "lr" in training or not swept:
+    if proposal is None or "lr" in training or not swept:
         return tree
+    origin = proposal.origin
+    if "head_lr" not in training:
+        origin += f"; the head at the same rate, there at {HEAD_LR:g}"
     filled: dict[str, Any] = {
         "training": {**training, "lr": proposal.lr},
-        "tuned": {"source": proposal.origin, **tuned},
+        "tuned": {"source": origin, **tuned},
     }
+    if proposal.method:
+        filled["method"] = {**proposal.method, **method}
     return {**tree, **filled}
+
+
+def _proposal(name: str, method: Mapping[str, Any]) -> Proposal | None:
+    if name == "slora" and method.get("stage1_method") == "full":
+        return FULL_FIRST
+    return PROPOSALS.get(name)

@@ -6,6 +6,10 @@
     optimizer = "adamw"
     metric = "accuracy"
 
+    [work]
+    "model.name" = "minilm"
+    "federation.rounds" = 15
+
     [rates.slora]
     trials = 4
     rounds = 15
@@ -53,12 +57,42 @@ class Picked:
 @final
 @dataclass(frozen=True)
 class Rates:
-    """All that was picked, by label, and what it holds for."""
+    """All that was picked, by label, and what it holds for.
+
+    ``work``: what the trials were of, as far as a rate depends on it, by dotted key; empty in files
+    that do not tell.
+    """
 
     task: str
     optimizer: str
     metric: str
     rates: dict[str, Picked] = field(default_factory=dict)
+    work: dict[str, Any] = field(default_factory=dict)
+
+
+def work_of(config: Config) -> dict[str, Any]:
+    """Return what rates tuned with ``config`` were tuned for; None and paths are left out.
+
+    >>> work_of(from_tree({}))["model.name"], work_of(from_tree({}))["federation.rounds"]
+    ('minilm', 20)
+    """
+    data, partition = config.data, config.partition
+    federation, training = config.federation, config.training
+    work: dict[str, Any] = {
+        "model.name": config.model.name,
+        # Of a path the last part: the same data may lie elsewhere.
+        "data.train": data.train.name if data.train else data.name or data.source,
+        "partition.kind": partition.kind,
+        "partition.clients": partition.clients,
+        "partition.alpha": partition.alpha,
+        "federation.rounds": federation.rounds,
+        "federation.clients_per_round": federation.clients_per_round,
+        "training.steps": training.steps,
+        "training.epochs": training.epochs,
+        "training.batch_size": training.batch_size,
+        "training.head_lr": training.head_lr,
+    }
+    return {key: value for key, value in work.items() if value is not None}
 
 
 def write_rates(path: Path, rates: Rates) -> None:
@@ -69,6 +103,10 @@ def write_rates(path: Path, rates: Rates) -> None:
         f"optimizer = {_as_toml(rates.optimizer)}",
         f"metric = {_as_toml(rates.metric)}",
     ]
+    if rates.work:
+        lines += ["", "[work]"]
+    for key, value in rates.work.items():
+        lines.append(f"{_as_toml(key)} = {_as_toml(value)}")
     for label, picked in rates.rates.items():
         lines += ["", f"[rates.{_key(label)}]"]
         for name in ("trials", "rounds", "score"):
@@ -116,7 +154,10 @@ def picked_over(tree: Tree, path: Path, rates: Rates, label: str) -> Tree:
     picked = rates.rates.get(label)
     if picked is None:
         return tree
-    source = {"trials": picked.trials, "source": f"{path.parent.name}/{path.name}"}
+    then, here = rates.work, work_of(from_tree(tree))
+    # Of a file that does not tell nothing is known.
+    other = [key for key in sorted(then | here) if then and then.get(key) != here.get(key)]
+    source = {"trials": picked.trials, "source": f"{path.parent.name}/{path.name}", "other": other}
     merged = merge(tree, {"training": picked.training, "method": picked.method, "tuned": source})
     try:
         from_tree(merged)

@@ -14,8 +14,8 @@
         000012.state         what the server keeps: tensors, and the version of each client's memory
         client-3-000011.memory    what client 3 keeps for itself, as round 11 left it
       report/                the run's own report
-        summary.csv, runs.csv, curves.csv
-        accuracy_over_rounds.png, ..._megabytes.png, ..._time.png
+        summary.csv, runs.csv, curves.csv, and devices.csv with a fleet
+        accuracy_over_rounds.png, ..._megabytes.png, ..._time.png, called after the metric
       writer.lock            while a command writes the folder; see claim.py
       process.lock           while a process of ``--jobs`` does
 
@@ -23,6 +23,7 @@ A file that ends in ``.tmp`` was being written when a crash came. A folder is a 
 ``config.json`` and ``hardware.json``: an exported model has a ``config.json``, too.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,15 +47,8 @@ REPORT: Final = "report"
 """The folder of the run's own report."""
 
 _FILES: Final = frozenset({CONFIG, HARDWARE, LABELS, SITES, NOW, FILE, *LOCKS})
-_REPORTED: Final = frozenset(
-    {
-        "summary.csv",
-        "runs.csv",
-        "curves.csv",
-        "accuracy_over_rounds.png",
-        "accuracy_over_megabytes.png",
-        "accuracy_over_time.png",
-    }
+_REPORTED: Final = re.compile(
+    r"(summary|runs|curves|devices)\.csv|[\w-]+_over_(rounds|megabytes|time)\.png"
 )
 
 
@@ -158,7 +152,7 @@ def _is_ours(path: Path, folder: Path) -> bool:
     if path.parent != folder:  # in one of the two folders inside
         if path.parent.name == CHECKPOINTS:
             return checkpoint.is_ours(path.name)
-        return path.name in _REPORTED
+        return _REPORTED.fullmatch(path.name) is not None
     if path.name == CONFIG:  # an exported model has one, too, but knows no hardware
         return (folder / HARDWARE).exists()
     return path.name.removesuffix(".tmp") in _FILES

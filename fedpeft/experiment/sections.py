@@ -277,3 +277,5 @@ class TunedSection:
     source: str = ""
     """The file that the rate is from, or the sweep where it is proposed; empty where the
     configuration gives it."""
+    other: list[str] = field(default_factory=list)
+    """Fields that were others when the rate was picked, such as `federation.rounds`."""

@@ -22,7 +22,7 @@ from fedpeft.experiment.compare import Planned, metric_of, rows_of, swept
 from fedpeft.experiment.config import Config, from_tree
 from fedpeft.experiment.parallel import MOST
 from fedpeft.experiment.privacy import promises
-from fedpeft.experiment.rates import FILE, Picked, Rates, write_rates
+from fedpeft.experiment.rates import FILE, Picked, Rates, read_rates, work_of, write_rates
 from fedpeft.experiment.recorder import OnProgress
 from fedpeft.experiment.run import OnWarning, read_settings
 from fedpeft.ledger import FILE as LEDGER
@@ -74,6 +74,8 @@ def tune(
     that was killed ends, with ``resume``, in what it would have ended in. Raises BadInput for
     settings that do not work, before anything is trained.
     """
+    path = root / FILE
+    tree = without_own_rates(tree, path)
     planned = plan_trials(tree, trials)
     for trial in planned:
         _check_validation(trial.run.config)
@@ -104,8 +106,30 @@ def tune(
     rates = _picked(left, scores, trials, from_tree(tree))
     for line in _notes(left, planned, rates):
         on_warning(line)
-    write_rates(root / FILE, rates)
+    write_rates(path, with_earlier(rates, path))
     return rates
+
+
+def without_own_rates(tree: Tree, path: Path) -> Tree:
+    """Return ``tree`` without ``compare.rates`` where that is ``path``, the file to be written.
+
+    Otherwise a tuning that is repeated would begin elsewhere than the first time.
+    """
+    choice = from_tree(tree).compare
+    if choice.rates is None or choice.rates.resolve() != path.resolve():
+        return tree
+    compared = {key: value for key, value in tree["compare"].items() if key != "rates"}
+    return {**tree, "compare": compared}
+
+
+def with_earlier(rates: Rates, path: Path) -> Rates:
+    """Return ``rates`` with what an earlier tuning of the same work has picked for other rows."""
+    if not path.exists():
+        return rates
+    earlier = read_rates(path)
+    if replace(earlier, rates={}) != replace(rates, rates={}):
+        return rates
+    return replace(rates, rates={**earlier.rates, **rates.rates})
 
 
 def plan_trials(tree: Tree, trials: int) -> list[Trial]:
@@ -273,7 +297,8 @@ def _picked(
             sections[section][name] = value
         picked[trial.row] = Picked(trials, rounds, score, **sections)
     metric = metric_of(config).name
-    return Rates(config.task.kind, config.training.optimizer, metric, picked)
+    optimizer = config.training.optimizer
+    return Rates(config.task.kind, optimizer, metric, picked, work_of(config))
 
 
 def _notes(best: Sequence[Trial], planned: Sequence[Trial], rates: Rates) -> list[str]:

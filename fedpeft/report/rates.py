@@ -14,11 +14,13 @@ class Rate:
     """The learning rate of a run: ``trials`` among which it was picked, 0 for none, and its origin.
 
     ``source``: a file of picks, or the sweep that proposes it; empty where the settings give it.
+    ``other``: fields that were others when it was picked.
     """
 
     lr: float
     trials: int
     source: str
+    other: tuple[str, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -41,7 +43,9 @@ def rate_of(run: RunRow) -> Rate | None:
     trials, source = tuned.get("trials", 0), tuned.get("source", "")
     if not isinstance(lr, float | int) or not isinstance(trials, int):
         return None
-    return Rate(float(lr), trials, str(source))
+    other = tuned.get("other", [])
+    fields = tuple(map(str, other)) if isinstance(other, list | tuple) else ()
+    return Rate(float(lr), trials, str(source), fields)
 
 
 def named(runs: Iterable[Summary]) -> str:
@@ -57,6 +61,20 @@ def named(runs: Iterable[Summary]) -> str:
 
 
 def warning(runs: Sequence[Summary]) -> str:
+    """Return a line a warning of a comparison whose rates do not compare; empty where all do."""
+    return "\n".join(filter(None, (_of_effort(runs), _of_other_work(runs))))
+
+
+def _of_other_work(runs: Sequence[Summary]) -> str:
+    """Return a line that warns of rates that were picked for other work; empty otherwise."""
+    rates = [rate for run in runs if (rate := rate_of(run.run)) is not None]
+    other = sorted({field for rate in rates for field in rate.other})
+    if not other:
+        return ""
+    return f"warning: rates were tuned with other values of {', '.join(other)}; see fedpeft tune"
+
+
+def _of_effort(runs: Sequence[Summary]) -> str:
     """Return a line that warns of a comparison whose rates were not tuned alike; empty otherwise.
 
     Tuned alike are methods whose rates were picked among equally many trials, and methods that

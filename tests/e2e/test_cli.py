@@ -409,7 +409,11 @@ def test_overwrite_begins_anew(ground: Ground, runs: Path) -> None:
     refused(cli_call(*once, "--overwrite"), "notes.txt", "not overwritten")
     assert theirs.exists()
     theirs.unlink()
+    # Reports of runs with a fleet, and of other metrics, are ours, too.
+    for name in ("devices.csv", "perplexity_over_time.png", "macro_f1_over_rounds.png"):
+        (runs / "tiny" / "report" / name).touch()
     assert cli_call(*once, "--overwrite", "--set", "federation.rounds=1").code == 0
+    assert not (runs / "tiny" / "report" / "devices.csv").exists()
     assert [row.round for row in evaluations(runs / "tiny")] == [1]
     assert not (runs / "tiny" / "checkpoints" / "000002.json").exists()
 

@@ -755,7 +755,13 @@ def test_a_target_has_to_be_one_of_the_runs_metric(tmp_path: Path) -> None:
 
 
 def at_rate(
-    root: Path, label: str, lr: float, method: str = "", trials: int = 0, source: str = ""
+    root: Path,
+    label: str,
+    lr: float,
+    method: str = "",
+    trials: int = 0,
+    source: str = "",
+    other: Sequence[str] = (),
 ) -> Summary:
     """Return a run of ``method``, by default called as ``label`` is, at a rate picked as told."""
     row = opening(label)
@@ -763,7 +769,7 @@ def at_rate(
         **row.settings,
         "method": {"name": method or label},
         "training": {"lr": lr},
-        "tuned": {"trials": trials, "source": source},
+        "tuned": {"trials": trials, "source": source, "other": list(other)},
     }
     return summarise(run(root, [replace(row, settings=settings), asked(0, 1), scored(1, 0.5)]))
 
@@ -790,6 +796,10 @@ NONE_TUNED = "warning: no rate was tuned"
         "a yardstick": (
             [("lora", "lora", PICKED), ("centralised", "lora", {})],
             "warning: rates were not tuned alike (4 trials: lora; none: lora as a reference)",
+        ),
+        "other work": (
+            [("lora", "lora", {**PICKED, "other": ["model.name"]}), ("full", "full", PICKED)],
+            "warning: rates were tuned with other values of model.name; see fedpeft tune",
         ),
     }.values(),
 )

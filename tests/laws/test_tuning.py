@@ -16,7 +16,7 @@ from fedpeft.experiment import tuning
 from fedpeft.experiment.compare import Planned, grid, plan, rows_of
 from fedpeft.experiment.config import Config, from_json, from_tree, merge
 from fedpeft.experiment.proposals import PROPOSALS
-from fedpeft.experiment.rates import Picked, Rates, read_rates, write_rates
+from fedpeft.experiment.rates import Picked, Rates, read_rates, work_of, write_rates
 from fedpeft.experiment.sections import Reference
 from fedpeft.experiment.tuning import (
     MOST_TRIALS,
@@ -26,6 +26,8 @@ from fedpeft.experiment.tuning import (
     rates_around,
     rung_rounds,
     tune,
+    with_earlier,
+    without_own_rates,
 )
 from fedpeft.methods import constructors
 from fedpeft.tasks import Metric
@@ -115,7 +117,7 @@ def test_a_field_that_a_method_marks_is_tried_at_its_values_and_follows_from_the
                 continue
             assert trial.run.config.method["stage1_rate"] == trial.tried["method.stage1_rate"]
             tried[seed].append(trial.tried["method.stage1_rate"])
-        assert tried[seed][0] == 1.0, "what it would be run with"
+        assert tried[seed][0] == 0.1, "what it would be run with"
         assert set(tried[seed]) == {0.1, 0.3, 1.0}
     assert tried[0] != tried[1]
 
@@ -247,14 +249,32 @@ def test_a_rate_is_proposed_where_none_is_given_and_nowhere_else() -> None:
         config = from_tree(method)
         proposal = PROPOSALS.get(name)
         assert config.training.lr == (proposal.lr if proposal else 1e-3)
-        assert config.tuned.source == (proposal.origin if proposal else "")
+        head = "; the head at the same rate, there at 0.03"
+        assert config.tuned.source == (proposal.origin + head if proposal else "")
+        for field, value in (proposal.method if proposal else {}).items():
+            assert config.method[field] == value
         given_rate = from_tree({**method, "training": {"lr": 0.123}})
         assert (given_rate.training.lr, given_rate.tuned.source) == (0.123, "")
         assert from_json(config.to_json()) == config
+    with_head = from_tree({"training": {"head_lr": 0.03}})
+    assert with_head.tuned.source == PROPOSALS["lora"].origin
     for unswept in ({"training": {"optimizer": "sgd"}}, {"task": {"kind": "causal_lm"}}):
         config = from_tree({"method": {"name": "lora"}, **unswept})
         assert (config.training.lr, config.tuned.source) == (1e-3, "")
     assert from_tree({}).training.lr == PROPOSALS["lora"].lr, "LoRA is what a run plays by default"
+
+
+def test_sloras_first_stage_has_the_share_of_the_rate_that_it_was_swept_with() -> None:
+    assert from_tree({"method": {"name": "slora"}}).method["stage1_rate"] == 0.1
+    own = {"name": "slora", "stage1_rate": 0.5}
+    assert from_tree({"method": own}).method["stage1_rate"] == 0.5
+    full = from_tree({"method": {"name": "slora", "stage1_method": "full"}})
+    assert full.training.lr * full.method["stage1_rate"] == pytest.approx(PROPOSALS["full"].lr, 0.2)
+    given_rate = from_tree({"method": {"name": "slora"}, "training": {"lr": 0.1}})
+    assert "stage1_rate" not in given_rate.method
+    # The first of a row's trials is what the row would be run with.
+    first = plan_trials({"compare": {"methods": ["slora"]}}, 1)[0]
+    assert first.tried == {RATE: 0.003, "method.stage1_rate": 0.1}
 
 
 def test_all_data_in_one_place_has_a_rate_of_its_own_unless_one_is_given() -> None:
@@ -322,6 +342,41 @@ def test_what_was_picked_is_where_the_next_tuning_begins(tmp_path: Path) -> None
     asked = {"compare": {"methods": ["slora"], "rates": str(path)}}
     assert dict(rows_of(asked))["slora"]["training"]["lr"] == 0.0032
     assert plan_trials(asked, 2)[0].tried == {RATE: 0.0032, "method.stage1_rate": 0.1}
+
+
+def test_a_tuning_that_is_repeated_begins_where_the_first_one_did(tmp_path: Path) -> None:
+    path = tmp_path / "rates.toml"
+    asked = {"compare": {"methods": ["slora"], "rates": str(path)}}
+    for _ in range(2):  # before there is a file, and with one
+        own = without_own_rates(asked, path)
+        assert plan_trials(own, 1)[0].tried[RATE] == 0.003
+        write_rates(path, PICKS)
+    elsewhere = tmp_path / "other.toml"
+    assert without_own_rates(asked, elsewhere) == asked
+
+
+def test_a_second_tuning_keeps_what_the_first_one_picked_for_other_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rates.toml"
+    now = replace(PICKS, rates={"lora": Picked(4, 15, 0.9, {"lr": 0.1})})
+    assert with_earlier(now, path) == now
+    write_rates(path, PICKS)
+    assert with_earlier(now, path).rates == {**PICKS.rates, **now.rates}
+    other_work = replace(now, work={"model.name": "another"})
+    assert with_earlier(other_work, path) == other_work
+
+
+def test_rates_that_were_picked_for_other_work_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rates.toml"
+    asked = {"compare": {"methods": ["lora"], "rates": str(path)}, "federation": {"rounds": 15}}
+    for changes, other in (
+        ({}, []),
+        ({"model": {"name": "a/b"}}, ["model.name"]),
+        ({"training": {"head_lr": 0.1, "steps": 3}}, ["training.head_lr", "training.steps"]),
+    ):
+        write_rates(path, replace(PICKS, work=work_of(from_tree(merge(asked, changes)))))
+        assert dict(rows_of(asked))["lora"]["tuned"]["other"] == other
+    write_rates(path, PICKS)
+    assert dict(rows_of(asked))["lora"]["tuned"]["other"] == [], "the file does not tell"
 
 
 @pytest.mark.parametrize(
