@@ -175,7 +175,7 @@ def test_compare_tunes_first_where_it_is_asked_to(ground: Ground, runs: Path) ->
     assert len(trials_in(runs / "tiny-tune")) == 2
     assert "(tiny-tune/rates.toml, 1 trial)" in " ".join(outcome.out.split())
     config = json.loads((runs / "tiny-compare" / "lora-s0" / "config.json").read_text())
-    assert config["tuned"] == {"trials": 1, "source": "tiny-tune/rates.toml"}
+    assert config["tuned"] == {"trials": 1, "source": "tiny-tune/rates.toml", "other": []}
     assert math.isclose(config["training"]["lr"], 0.01)  # what the file says: the only trial
 
 
