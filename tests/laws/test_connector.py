@@ -14,17 +14,20 @@ from typing import Any
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.proto.control_pb2 import ListNodesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
 
 from fedpeft.deployment.certificates import authority, site_key
 from fedpeft.deployment.join import gate_of
-from fedpeft.engines.flower import connector, reach
+from fedpeft.engines.flower import claim, connector, reach
 from fedpeft.engines.flower.connector import Asked, RunOver, Session, SessionLost, forever
 from fedpeft.engines.flower.gate import gate, is_signed
 from fedpeft.engines.flower.reach import AGAIN, NOT_ACTIVATED, Gate, public_bytes, refused
 from fedpeft.engines.flower.sites import numbers_of, write_taken_in
+from fedpeft.engines.flower.superlink import Link
 from fedpeft.errors import BadInput
 from tests.parity.sockets import own_site
 
@@ -220,6 +223,25 @@ def test_one_key_is_not_registered_for_two_sites(tmp_path: Path) -> None:
         numbers_of(tmp_path)
     (tmp_path / "site-1.pub").write_bytes(other)
     assert sorted(numbers_of(tmp_path).values()) == [0, 1]
+
+
+def test_a_site_that_was_let_out_before_a_restart_does_not_keep_the_server_from_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The SuperLink's database lists it still, and answers 404 to letting it out again."""
+    tried: list[int] = []
+
+    class Control:
+        def ListNodes(self, _: Any) -> Any:
+            return ListNodesResponse(nodes_info=[NodeInfo(node_id=5, public_key=b"gone")])
+
+        def UnregisterNode(self, request: Any) -> None:
+            tried.append(request.node_id)
+            raise status(404)
+
+    monkeypatch.setattr(claim, "_client", lambda *_: contextlib.nullcontext(Control()))
+    claim.register(Link(1, b"", b""), {})
+    assert tried == [5]
 
 
 @pytest.mark.parametrize(

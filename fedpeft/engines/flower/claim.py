@@ -88,7 +88,16 @@ def register(link: Link, keys: Mapping[bytes, str]) -> None:
                 _register(control, key, name)
         for key, node in registered.items():
             if key not in keys:
-                control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+                _unregister(control, node)
+
+
+def _unregister(control: Any, node: int) -> None:
+    """Let a node in no longer; one that is out already is still listed after a restart."""
+    try:
+        control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
 
 
 def _register(control: Any, key: bytes, name: str) -> None:
