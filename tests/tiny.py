@@ -84,6 +84,9 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
 }
 """Small settings for every row of METHODS; a new method needs a row here."""
 
+if lacking := ", ".join(METHODS.keys() - FIELDS.keys()):
+    raise LookupError(f"{lacking}: add small settings to FIELDS of tests/tiny.py")
+
 
 def small(name: str, **changes: Any) -> Method:
     """Return the method ``name`` with small settings."""
