@@ -8,10 +8,12 @@ from typing import ClassVar, final
 from torch import nn
 
 from fedpeft.method_kit import (
+    BadInput,
     Base,
     Client,
     Context,
     LocalTask,
+    MeanMerge,
     Payload,
     State,
     Update,
@@ -19,6 +21,7 @@ from fedpeft.method_kit import (
     averaged,
     detached,
     mounted,
+    plain_mean,
     specs,
     trainable,
 )
@@ -31,10 +34,13 @@ class HeadOnly:
 
     paper: ClassVar[str] = "linear probing, from no paper"
     weighting: Weighting = "examples"
+    """How clients are averaged: by their examples, or all alike."""
 
     def init(self, base: Base, seed: int) -> State:
         """Start from the head that was drawn from the seed."""
         del seed
+        if not base.heads():
+            raise BadInput("method.name: a language model has no head to train; choose 'lora'")
         return State(0, base.heads())
 
     def send(self, state: State, client: Client) -> Payload:
@@ -60,3 +66,8 @@ class HeadOnly:
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average the heads."""
         return averaged(state, updates, self.weighting)
+
+    def mean_merge(self, round_number: int) -> MeanMerge:
+        """Return ``receive`` as a merge of means, around which every wrapper can go."""
+        del round_number
+        return plain_mean(self.weighting)

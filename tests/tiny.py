@@ -98,6 +98,9 @@ VARIANTS: Mapping[str, str] = {"slora_full": "slora"}
 NAMES = (*METHODS, *VARIANTS)
 """The rows of the contract table."""
 
+if lacking := ", ".join(METHODS.keys() - FIELDS.keys()):
+    raise LookupError(f"{lacking}: add small settings to FIELDS of tests/tiny.py")
+
 
 def small(name: str, **changes: Any) -> Method:
     """Return the method ``name`` with small settings."""

@@ -1,11 +1,16 @@
 """The ledger's bytes are the bytes that crossed, and a message's length follows from its shapes alone."""
 
+from pathlib import Path
+
 import pytest
 
+from fedpeft.methods import METHODS
 from fedpeft.wire.messages import decode
 from tests.contract.reference import ROUNDS, exchanges, reference, rows
 from tests.products import numbers
 from tests.tiny import NAMES, SIZES, bert
+
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 CONSTANT = [
     *("full", "bitfit", "lora", "ffa_lora", "sparse"),
@@ -25,6 +30,8 @@ HALF = 3 * OUT * LAYERS
 NUMBERS = {
     "lora": (ADAPTER + HEAD, ADAPTER + HEAD),
     "ffa_lora": (HALF + HEAD, HALF + HEAD),
+    "federa": (ADAPTER + HEAD, ADAPTER + HEAD),
+    "local_only": (0, 0),
     "rolora": (ADAPTER + HEAD, HALF + HEAD),
     "fedsa_lora": (HALF, HALF),
     "flexlora": (ADAPTER + HEAD, ADAPTER + HEAD),
@@ -32,6 +39,7 @@ NUMBERS = {
     # The residual of the round before has the ranks of all clients.
     "fedex_lora": (ADAPTER + HEAD + K * ADAPTER, ADAPTER + HEAD),
     "flora": (HEAD + K * ADAPTER, ADAPTER + HEAD),
+    "hetlora": (ADAPTER + HEAD, ADAPTER + HEAD),
     "raflora": (ADAPTER + HEAD, ADAPTER + HEAD),
     "lora_fair": (ADAPTER + HEAD, ADAPTER + HEAD),
     "fed_sb": (3 * 3 * LAYERS + HEAD, 3 * 3 * LAYERS + HEAD),
@@ -47,6 +55,21 @@ NUMBERS = {
     "adapters": ((2 * 3 * OUT + 3 + OUT) * 4 + HEAD, (2 * 3 * OUT + 3 + OUT) * 4 + HEAD),
 }
 """How many numbers go down and up in the third round, in all its exchanges, worked out from ranks and widths."""
+
+UNCOUNTED = {"full", "bitfit", "sparse", "slora", "fedara", "florist", "peft"}
+"""Methods of which they do not follow from these: whole models, masks, votes, energies."""
+
+
+def test_every_method_has_its_numbers() -> None:
+    lacking = ", ".join(METHODS.keys() - NUMBERS.keys() - UNCOUNTED)
+    assert not lacking, f"work out NUMBERS in tests/contract/test_bytes.py for {lacking}"
+
+
+def test_every_method_has_its_row_on_the_page() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    table = text.partition("\n## ")[0].splitlines()
+    lacking = [name for name in METHODS if not any(row.startswith(f"| `{name}`") for row in table)]
+    assert not lacking, f"write a row of the first table in docs/methods.md for {lacking}"
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -10,6 +10,11 @@ from tests.contract.reference import BEGINS, NOT_MEANS, merging, reference, rows
 from tests.contract.reference import updates as come_up
 from tests.tiny import assert_same_state, close, small
 
+UNSAID = (
+    "it says nothing of its merge: give it mean_merge, such as plain_mean(self.weighting), or name "
+    "it in NOT_MEANS of tests/contract/reference.py"
+)
+
 
 def updates(name: str, begin: int) -> list[Update]:
     """Return what the clients of the reference replied in a round."""
@@ -27,7 +32,7 @@ def test_receive_is_the_merge_of_weighted_sums(name: str, begin: int, around: ob
     method = around(small(name))  # type: ignore[operator]
     state, replies = reference(name).states[begin], updates(name, begin)
     merge = mean_merge(method, begin)
-    assert merge is not None
+    assert merge is not None, UNSAID
     total = Mean()
     for reply in replies:
         contribution = merge.contribution(reply.payload)
@@ -42,7 +47,7 @@ def test_it_makes_no_difference_who_sums(name: str, begin: int) -> None:
     """Two clients' sum as one reply of their common weight gives what both replies give."""
     method, state, replies = small(name), reference(name).states[begin], updates(name, begin)
     merge = mean_merge(method, begin)
-    assert merge is not None
+    assert merge is not None, UNSAID
     weights = [weight_of(reply, merge.weighting) for reply in replies]
     first, second, third = [merge.contribution(reply.payload) for reply in replies]
     both = {}
@@ -72,7 +77,7 @@ def test_methods_whose_merge_is_no_mean_say_so(name: str) -> None:
 def test_an_empty_merge_is_a_silent_round(name: str) -> None:
     state = reference(name).states[1]
     merge = mean_merge(small(name), 1)
-    assert merge is not None
+    assert merge is not None, UNSAID
     after = merge.merge(state, Mean())
     assert after.round == 2
     for entry, tensor in state.shared.items():

@@ -18,6 +18,7 @@ from fedpeft.training.loop import Share, Training, fit
 from fedpeft.types import Client, LocalTask, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests import causal_lms
+from tests.contract import reference
 from tests.contract.reference import core_rows
 from tests.tiny import CONFIG, CPU, FIELDS, SEED, close, small
 from tests.tiny_tasks import TASK_CASES, Ground
@@ -25,7 +26,7 @@ from tests.tiny_tasks import TASK_CASES, Ground
 SIZES = {0: 5, 1: 9, 2: 7}
 """Client -> rows of training; batches of 4 are ragged, and clients have unequal numbers of steps."""
 SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, batch_size=4, clip=0.3)
-SINGLE = {"full", "sparse", "peft"}
+SINGLE = {name for name, begin in reference.SINGLE if begin > 0}
 """Methods that train parameters of any kind, or whole matrices: a model carries one client."""
 TABLE = core_rows(TASK_CASES)
 

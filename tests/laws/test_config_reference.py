@@ -27,6 +27,7 @@ from fedpeft.wrappers import WRAPPERS
 from tests.e2e.builders import cli_call, refused
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+ANEW = "write it anew: fedpeft config --markdown > docs/config.md"
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +51,12 @@ def configured() -> Iterator[type[Any]]:
 def test_every_field_has_a_docstring_of_its_own(kind: Any) -> None:
     meanings = field_docstrings(kind)
     lacking = [field.name for field in dataclasses.fields(kind) if not meanings.get(field.name)]
-    assert not lacking
+    assert not lacking, f"{kind.__name__}: write a docstring under each of these fields"
 
 
 def test_the_page_is_what_the_code_says() -> None:
     now = page(sections())
-    assert PAGE.read_text(encoding="utf-8") == now, "write it anew: fedpeft config --markdown"
+    assert PAGE.read_text(encoding="utf-8") == now, ANEW
 
 
 def test_every_field_is_on_the_page_with_its_default() -> None:
@@ -130,7 +131,7 @@ def test_the_command_prints_all_sections_or_one() -> None:
 
 
 def test_the_command_writes_the_page() -> None:
-    assert cli_call("config", "--markdown").out == PAGE.read_text(encoding="utf-8")
+    assert cli_call("config", "--markdown").out == PAGE.read_text(encoding="utf-8"), ANEW
     assert "## [training]" in cli_call("config", "training", "--markdown").out
     assert "## [data]" not in cli_call("config", "training", "--markdown").out
 

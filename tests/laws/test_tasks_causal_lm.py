@@ -36,7 +36,7 @@ from fedpeft.training.loop import Training
 from fedpeft.types import NO_MEMORY, Client, Method, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests.causal_lms import CAUSAL_LMS, TEMPLATE, causal_lm, rows, task, tokenizer, worker
-from tests.contract.reference import PHASES
+from tests.contract.reference import PHASES, SINGLE
 from tests.tiny import CONFIG, CPU, SEED, close, small
 
 SGD = Training(optimizer="sgd", lr=0.2, momentum=0.9, batch_size=4, clip=0.3)
@@ -404,12 +404,12 @@ LM_PAIRS = [
     if (family, name) != ("llama", "bitfit")
 ]
 """Llama has no biases for BitFit to train."""
-ALONE = {"full", "sparse", "slora", "peft"}
+ALONE = {name for name, _ in SINGLE}
 """Methods that train one client at a time, SLoRA in its first stage."""
 
 
 def tuned(name: str) -> Method:
-    settings = {} if name in {"full", "bitfit", "peft"} else {"targets": "attention"}
+    settings = {"targets": "attention"} if hasattr(METHODS[name], "targets") else {}
     return small(name, **settings)
 
 
