@@ -38,7 +38,8 @@ NUMBERS = {
     # The residual of the round before has the ranks of all clients.
     "fedex_lora": (ADAPTER + HEAD + K * ADAPTER, ADAPTER + HEAD),
     "flora": (HEAD + K * ADAPTER, ADAPTER + HEAD),
-    "hetlora": (ADAPTER + HEAD, ADAPTER + HEAD),
+    # Going up, the rank that is left; nothing is pruned here.
+    "hetlora": (ADAPTER + HEAD, ADAPTER + HEAD + 1),
     "raflora": (ADAPTER + HEAD, ADAPTER + HEAD),
     "lora_fair": (ADAPTER + HEAD, ADAPTER + HEAD),
     "fed_sb": (3 * 3 * LAYERS + HEAD, 3 * 3 * LAYERS + HEAD),
