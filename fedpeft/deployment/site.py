@@ -27,7 +27,7 @@ class Limits:
     message: Annotated[float, Gt(0)] = 1024.0
     """Megabytes (10^6 bytes) of a request at most."""
     interval: Annotated[float, Ge(0)] = 0.0
-    """Seconds from the start of one training to that of the next, at least."""
+    """Seconds from the start of one round's training to that of the next, at least."""
     steps: Annotated[int, Ge(1)] = 100_000
     """Steps, or epochs, of one training at most."""
     methods: tuple[str, ...] = ()

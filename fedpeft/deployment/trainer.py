@@ -20,11 +20,14 @@ from fedpeft.deployment.offer import Offer, Refusal, check_sections, read_offer
 from fedpeft.deployment.own import OwnRun, own_run
 from fedpeft.deployment.site import Site, read_site
 from fedpeft.errors import BadInput, WireError
+from fedpeft.experiment.privacy import exchanges
 from fedpeft.wire.frames import Closed, Frame, is_own, listening, receive, send
 from fedpeft.wire.lifeline import end_with_parent
 from fedpeft.wire.messages import Kind, Request, Response, forgotten
 
 OnError = Callable[[BaseException], None]
+Turn = tuple[str, int, int]
+"""The exchange of a run that was asked for: run, round, phase."""
 
 
 @final
@@ -37,7 +40,8 @@ class Trainer:
         self._memories = DiskMemories(site.state, site.client, site.limits.memories)
         self._offer: Offer | None = None
         self._run: OwnRun | None = None
-        self._last_training = -float("inf")  # when it began, of the monotonic clock
+        self._last_begun = -float("inf")  # when a round was begun, of the monotonic clock
+        self._turn: Turn | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """Return the answer to a frame: with a header ``error``, or with what was asked for.
@@ -87,13 +91,13 @@ class Trainer:
         if client != self._site.client:
             raise WireError(f"client {client} is not held here")
         request = Request.decode(frame.body, run.worker.config)
-        if request.kind is Kind.TRAIN:
-            self._check_interval()
         # 2. Fetch the memory that the request assumes.
         memory = self._memories.get(self._offer.run, version)
         if memory is None:
             return Frame({}, forgotten(frame.body, run.worker.config))
         # 3. Do the work: a stack of one client.
+        if request.kind is Kind.TRAIN:
+            self._take_turn((self._offer.run, request.round, request.phase), run)
         [(reply, new_memory)] = run.worker.handle([client], [frame.body], [memory])
         if new_memory:
             new_version = Response.decode(reply).memory
@@ -109,12 +113,20 @@ class Trainer:
             self._run, self._offer = run, offer
         return self._run
 
-    def _check_interval(self) -> None:
-        """Raise Refusal where the site has begun another training too short a time ago."""
-        least, now = self._site.limits.interval, time.monotonic()
-        if now - self._last_training < least:
-            raise Refusal(f"this site trains at most once in {least:g} s")
-        self._last_training = now
+    def _take_turn(self, turn: Turn, run: OwnRun) -> None:
+        """Take note of an exchange; Refusal where a round was begun too short a time ago.
+
+        An exchange that goes on with the round of the last one need not wait, as long as the
+        round has no more of them than the run's method and wrappers need.
+        """
+        name, round_number, phase = turn
+        follows = self._turn == (name, round_number, phase - 1)
+        if not (follows and phase < exchanges(run.config)):
+            least, now = self._site.limits.interval, time.monotonic()
+            if now - self._last_begun < least:
+                raise Refusal(f"this site trains at most once in {least:g} s")
+            self._last_begun = now
+        self._turn = turn
 
 
 def _kind(error: Exception) -> str:

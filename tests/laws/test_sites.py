@@ -137,12 +137,12 @@ def handle(trainer: Trainer, offer: Offer, request: bytes, **changes: Any) -> Fr
     return trainer.answer(Frame(header, request))
 
 
-def request_for(trainer: Trainer, offer: Offer) -> bytes:
+def request_for(trainer: Trainer, offer: Offer, round_number: int = 0, phase: int = 0) -> bytes:
     agreed = bytes.fromhex(about(trainer, offer)["agreed"])
     run = trainer._run
     assert run is not None
     state = run.worker.method.init(run.loaded.base, offer.seed)
-    return Request(Kind.TRAIN, 0, agreed, state.shared).encode()
+    return Request(Kind.TRAIN, round_number, agreed, state.shared, phase=phase).encode()
 
 
 def test_a_site_trains_no_more_often_than_it_likes(site: Site, offer: Offer) -> None:
@@ -150,6 +150,45 @@ def test_a_site_trains_no_more_often_than_it_likes(site: Site, offer: Offer) -> 
     request = request_for(trainer, offer)
     assert "error" not in handle(trainer, offer, request).header
     assert "at most once in 1000 s" in handle(trainer, offer, request).header["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "begun"),
+    [
+        # (round, phase) of each request, and which of them are not told to wait.
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)], 4),
+        ({"method": {"name": "lora_a2"}}, [(0, 0), (0, 1), (0, 2)], 2),
+        ({"method": {"name": "lora"}}, [(0, 0), (0, 1)], 1),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 1), (0, 1)], 2),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 2)], 1),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (1, 1)], 1),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 1), (0, 0)], 2),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 2), (0, 3), (0, 4)], 2),
+    ],
+)
+def test_the_exchanges_of_a_round_follow_each_other_without_waiting(
+    change: dict[str, Any],
+    asked: list[tuple[int, int]],
+    begun: int,
+    site: Site,
+    offer: Offer,
+) -> None:
+    """What else may fail in a later exchange, such as keys that are missing, is not looked at."""
+    trainer = Trainer(replace(site, limits=Limits(interval=1000.0)))
+    offer = read_offer(json.dumps({**asdict(offer), **change}))
+    waits: list[bool] = []
+    for round_number, phase in asked:
+        request = request_for(trainer, offer, round_number, phase)
+        error = handle(trainer, offer, request).header.get("error", "")
+        waits.append("at most once in 1000 s" in error)
+    assert waits == [False] * begun + [True] * (len(asked) - begun)
+
+
+def test_what_a_site_has_forgotten_is_sent_again_without_waiting(site: Site, offer: Offer) -> None:
+    trainer = Trainer(replace(site, limits=Limits(interval=1000.0)))
+    request = request_for(trainer, offer)
+    assert "done" not in handle(trainer, offer, request, memory=7).header
+    assert "done" in handle(trainer, offer, request).header
 
 
 @pytest.mark.parametrize(
