@@ -20,6 +20,7 @@ from fedpeft.deployment.offer import Offer, Refusal, check_sections, read_offer
 from fedpeft.deployment.own import OwnRun, own_run
 from fedpeft.deployment.site import Site, read_site
 from fedpeft.errors import BadInput, WireError
+from fedpeft.experiment.config import Config
 from fedpeft.experiment.privacy import exchanges
 from fedpeft.wire.frames import Closed, Frame, is_own, listening, receive, send
 from fedpeft.wire.lifeline import end_with_parent
@@ -69,7 +70,10 @@ class Trainer:
             return Frame({"error": f"{_kind(error)}; see the site's log"})
 
     def _about(self, frame: Frame) -> Frame:
-        """Return what the server may know of the site: how much it holds, and of which model."""
+        """Return what the server may know of the site: how much it holds, and of which model.
+
+        ``trains`` is for the connector alone: what the run is.
+        """
         run = self._built(_text(frame, "config"))
         return Frame(
             {
@@ -79,6 +83,7 @@ class Trainer:
                 "tests": len(run.test),
                 "weights": run.loaded.digest,
                 "agreed": run.worker.config.hex(),
+                "trains": _trains(run.config),
             }
         )
 
@@ -138,6 +143,12 @@ def _kind(error: Exception) -> str:
     name = type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     return name if number is None else f"{name}: {os.strerror(number)}"
+
+
+def _trains(config: Config) -> str:
+    """Return method and wrappers of a run, as ``lora under secagg, dp``."""
+    names = ", ".join(str(table["name"]) for table in config.wrap)
+    return f"{config.method['name']} under {names}" if names else str(config.method["name"])
 
 
 def _text(frame: Frame, name: str) -> str:
