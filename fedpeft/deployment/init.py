@@ -232,4 +232,5 @@ _SITE: Final = """\
 # data: the file of the training texts, and `test` for one of test texts, if there is one.
 # models: the base models that may be trained: their name at the server -> where they lie here.
 # limits.methods: what may be trained; see docs/deploy.md for the other limits, and for [machine].
+# To train under secure aggregation alone, put at the end: [limits.require.secagg]
 """

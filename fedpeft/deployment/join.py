@@ -106,9 +106,10 @@ class Answering:
         if "config" not in to:
             return about
         said = self._trainer.ask(Frame({"kind": "about", "config": to["config"]}))
-        header = self._answered(said).header
-        examples = header.get("examples")
-        self._tell("ready", f"ready for a run, with {examples} examples", examples=examples)
+        header = dict(self._answered(said).header)
+        trains, examples = header.pop("trains", None), header.get("examples")
+        line = f"ready for a run of {trains}, with {examples} examples"
+        self._tell("ready", line, trains=trains, examples=examples)
         return {**about, **header}
 
     def _answered(self, frame: Frame) -> Frame:

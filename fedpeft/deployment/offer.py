@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
+from fedpeft.deployment.required import check_required, shortfall
 from fedpeft.deployment.site import Site
 from fedpeft.errors import BadInput
 from fedpeft.experiment.checking import check_finite, checked
@@ -126,6 +127,9 @@ def accepted(offer: Offer, site: Site) -> Config:
     asked = config.training.steps or config.training.epochs
     if asked > site.limits.steps:
         raise Refusal(f"this site takes at most {site.limits.steps} steps a round, not {asked}")
+    lack = shortfall(site.limits.require, config.wrap)
+    if lack is not None:
+        raise Refusal(f"this site trains only {lack}")
     # 3. What is the site's own, laid over it.
     own = {
         "model": {
@@ -154,8 +158,9 @@ def _settings(offer: Offer) -> dict[str, Any]:
 
 
 def check_sections(site: Site) -> None:
-    """Raise BadInput for a mistake in the site's sections ``data`` and ``machine``."""
+    """Raise BadInput for a mistake in the sections ``data``, ``machine``, ``limits.require``."""
     for key in ("source", "labels"):
         if key in site.data:
             raise BadInput(f"data.{key}: is not for a site to set; take it out")
     from_tree({"data": {**site.data, "source": "files"}, "machine": site.machine})
+    check_required(site.limits.require)

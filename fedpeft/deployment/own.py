@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 from fedpeft import data
-from fedpeft.deployment.offer import Offer, accepted
+from fedpeft.deployment.offer import Offer, Refusal, accepted
 from fedpeft.deployment.site import Site
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.pieces import hardware_for, make_worker, tokenised
@@ -13,6 +13,7 @@ from fedpeft.federation.client import ClientData, Worker
 from fedpeft.models import Loaded
 from fedpeft.tasks import TASKS, Encoded, Task, make_task
 from fedpeft.training.hardware import Hardware, use
+from fedpeft.training.loop import num_steps
 
 
 @final
@@ -46,6 +47,7 @@ def own_run(offer: Offer, site: Site, reuse: OwnRun | None) -> OwnRun:
     hardware = hardware_for(config, task, reuse)
     use(hardware)
     model = tokenised(config, dataset, task, hardware, reuse)
+    _check_steps(len(model.train), config, site)
     worker = make_worker(
         config=config,
         method=config.build_method(),
@@ -65,3 +67,13 @@ def own_run(offer: Offer, site: Site, reuse: OwnRun | None) -> OwnRun:
         test=model.test,
         worker=worker,
     )
+
+
+def _check_steps(examples: int, config: Config, site: Site) -> None:
+    """Raise Refusal where so many ``examples`` make more steps of a round than ``site`` takes."""
+    most, epochs = site.limits.steps, config.training.epochs
+    # How many they are is not told: it would say how much data there is.
+    if num_steps(examples, config.training) > most:
+        raise Refusal(
+            f"this site takes at most {most} steps a round; training.epochs = {epochs} is more"
+        )

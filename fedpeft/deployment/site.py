@@ -27,11 +27,14 @@ class Limits:
     message: Annotated[float, Gt(0)] = 1024.0
     """Megabytes (10^6 bytes) of a request at most."""
     interval: Annotated[float, Ge(0)] = 0.0
-    """Seconds from the start of one training to that of the next, at least."""
+    """Seconds from the start of one round's training to that of the next, at least."""
     steps: Annotated[int, Ge(1)] = 100_000
-    """Steps, or epochs, of one training at most."""
+    """Steps of one training at most, also where a number of epochs is asked for."""
     methods: tuple[str, ...] = ()
     """The methods that may be trained; left out: all that come with fedpeft."""
+    require: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The wrappers without which the site does not train: name -> fields, with the least that each
+    has to be (`clip`, `delta` and `norm`: the most); a text has to be the same."""
     memories: Annotated[int, Ge(1)] = 8
     """Runs of which the site keeps what it has to remember; the oldest is forgotten first."""
 

@@ -20,11 +20,15 @@ from fedpeft.deployment.offer import Offer, Refusal, check_sections, read_offer
 from fedpeft.deployment.own import OwnRun, own_run
 from fedpeft.deployment.site import Site, read_site
 from fedpeft.errors import BadInput, WireError
+from fedpeft.experiment.config import Config
+from fedpeft.experiment.privacy import exchanges
 from fedpeft.wire.frames import Closed, Frame, is_own, listening, receive, send
 from fedpeft.wire.lifeline import end_with_parent
 from fedpeft.wire.messages import Kind, Request, Response, forgotten
 
 OnError = Callable[[BaseException], None]
+Turn = tuple[str, int, int]
+"""The exchange of a run that was asked for: run, round, phase."""
 
 
 @final
@@ -37,7 +41,8 @@ class Trainer:
         self._memories = DiskMemories(site.state, site.client, site.limits.memories)
         self._offer: Offer | None = None
         self._run: OwnRun | None = None
-        self._last_training = -float("inf")  # when it began, of the monotonic clock
+        self._last_begun = -float("inf")  # when a round was begun, of the monotonic clock
+        self._turn: Turn | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """Return the answer to a frame: with a header ``error``, or with what was asked for.
@@ -65,7 +70,10 @@ class Trainer:
             return Frame({"error": f"{_kind(error)}; see the site's log"})
 
     def _about(self, frame: Frame) -> Frame:
-        """Return what the server may know of the site: how much it holds, and of which model."""
+        """Return what the server may know of the site: how much it holds, and of which model.
+
+        ``trains`` is for the connector alone: what the run is.
+        """
         run = self._built(_text(frame, "config"))
         return Frame(
             {
@@ -75,6 +83,7 @@ class Trainer:
                 "tests": len(run.test),
                 "weights": run.loaded.digest,
                 "agreed": run.worker.config.hex(),
+                "trains": _trains(run.config),
             }
         )
 
@@ -87,13 +96,13 @@ class Trainer:
         if client != self._site.client:
             raise WireError(f"client {client} is not held here")
         request = Request.decode(frame.body, run.worker.config)
-        if request.kind is Kind.TRAIN:
-            self._check_interval()
         # 2. Fetch the memory that the request assumes.
         memory = self._memories.get(self._offer.run, version)
         if memory is None:
             return Frame({}, forgotten(frame.body, run.worker.config))
         # 3. Do the work: a stack of one client.
+        if request.kind is Kind.TRAIN:
+            self._take_turn((self._offer.run, request.round, request.phase), run)
         [(reply, new_memory)] = run.worker.handle([client], [frame.body], [memory])
         if new_memory:
             new_version = Response.decode(reply).memory
@@ -109,12 +118,20 @@ class Trainer:
             self._run, self._offer = run, offer
         return self._run
 
-    def _check_interval(self) -> None:
-        """Raise Refusal where the site has begun another training too short a time ago."""
-        least, now = self._site.limits.interval, time.monotonic()
-        if now - self._last_training < least:
-            raise Refusal(f"this site trains at most once in {least:g} s")
-        self._last_training = now
+    def _take_turn(self, turn: Turn, run: OwnRun) -> None:
+        """Take note of an exchange; Refusal where a round was begun too short a time ago.
+
+        An exchange that goes on with the round of the last one need not wait, as long as the
+        round has no more of them than the run's method and wrappers need.
+        """
+        name, round_number, phase = turn
+        follows = self._turn == (name, round_number, phase - 1)
+        if not (follows and phase < exchanges(run.config)):
+            least, now = self._site.limits.interval, time.monotonic()
+            if now - self._last_begun < least:
+                raise Refusal(f"this site trains at most once in {least:g} s")
+            self._last_begun = now
+        self._turn = turn
 
 
 def _kind(error: Exception) -> str:
@@ -126,6 +143,12 @@ def _kind(error: Exception) -> str:
     name = type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     return name if number is None else f"{name}: {os.strerror(number)}"
+
+
+def _trains(config: Config) -> str:
+    """Return method and wrappers of a run, as ``lora under secagg, dp``."""
+    names = ", ".join(str(table["name"]) for table in config.wrap)
+    return f"{config.method['name']} under {names}" if names else str(config.method["name"])
 
 
 def _text(frame: Frame, name: str) -> str:

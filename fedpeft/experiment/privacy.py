@@ -24,7 +24,7 @@ from fedpeft.privacy.accountant import (
 )
 from fedpeft.types import Client, State, TrainsRepeatedly
 from fedpeft.wrappers.dp import CLIP
-from fedpeft.wrappers.wrapper import Promising, promising
+from fedpeft.wrappers.wrapper import Promising, later_exchanges, promising
 
 
 def promises(config: Config) -> dict[str, Promising]:
@@ -48,6 +48,12 @@ def trainings(config: Config) -> int:
     method = replace(config, wrap=()).build_method()
     # The one place that looks at a method's kind: most need not know of this protocol.
     return method.trainings if isinstance(method, TrainsRepeatedly) else 1
+
+
+def exchanges(config: Config) -> int:
+    """Return how often a client is asked in one round of a run, at most."""
+    found = wrappers(config.told_wraps()).values()
+    return trainings(config) + sum(later_exchanges(wrapper) for wrapper in found)
 
 
 def check_privacy(config: Config) -> None:

@@ -60,6 +60,7 @@ class SecAgg:
     """
 
     paper: ClassVar[str] = "SecAgg: Bonawitz et al. 2017, doi 10.1145/3133956.3133982"
+    later: ClassVar[int] = UNMASK - TRAIN
     range: Annotated[float, Ge(1)] = 16.0
     """Largest absolute value of a trained number. A client with a larger one takes no part in the
     round, and the ledger names tensor and value."""

@@ -32,6 +32,16 @@ class NeedsReplies(Wrapper, Protocol):
 
 
 @runtime_checkable
+class Prolonging(Wrapper, Protocol):
+    """A wrapper whose rounds go on after the clients have trained.
+
+    ``later``: the exchanges of a round in which they do not train.
+    """
+
+    later: ClassVar[int]
+
+
+@runtime_checkable
 class Promising(Wrapper, Protocol):
     """A wrapper that makes releases differentially private; the run accounts for them."""
 
@@ -44,6 +54,12 @@ class Promising(Wrapper, Protocol):
     def promise(self) -> Promise:
         """What it promises."""
         ...
+
+
+def later_exchanges(wrapper: Wrapper) -> int:
+    """Return the exchanges of a round that ``wrapper`` adds to those of the method inside."""
+    # As with ``promising``: others need not know of this protocol.
+    return wrapper.later if isinstance(wrapper, Prolonging) else 0
 
 
 def promising(wrapper: Wrapper) -> Promising | None:

@@ -465,6 +465,7 @@ def _trainer() -> trainers.Trainer:
     """Return a trainer with a built run for the seeds' offer; of others it says no more than whether it agrees."""
     trainer = trainers.Trainer(_site())
     ready = SimpleNamespace(
+        config=accepted(_offer(), _site()),
         worker=tiny.worker(tiny.small("lora"), tiny.bert(), sizes={0: 7}),
         dataset=SimpleNamespace(train=[0] * 7),
         train=[0] * 7,

@@ -12,8 +12,16 @@ import torch
 
 from fedpeft.deployment.carving import carve
 from fedpeft.deployment.memories import DiskMemories
-from fedpeft.deployment.offer import Offer, Refusal, accepted, offer_of, read_offer
+from fedpeft.deployment.offer import (
+    Offer,
+    Refusal,
+    accepted,
+    check_sections,
+    offer_of,
+    read_offer,
+)
 from fedpeft.deployment.replies import LastReply
+from fedpeft.deployment.required import shortfall
 from fedpeft.deployment.site import Limits, Site, read_site
 from fedpeft.deployment.trainer import Trainer
 from fedpeft.errors import BadInput
@@ -77,6 +85,13 @@ def test_a_site_trains_on_its_own_data_with_its_own_model_on_its_own_machine(
         ({"training": {"steps": 10**6}}, "at most 100000 steps"),
         ({"training": {"output": "/etc/passwd"}}, "unknown key 'training.output'"),
         ({"seed": "one"}, "offer.seed"),
+        ({"wrap": []}, "this site trains only under secagg"),
+        ({"wrap": [{"name": "secagg"}]}, "with smallest of secagg at least 4, not 3"),
+        ({"wrap": [{"name": "secagg", "smallest": 4}]}, "this site trains only under dpsgd"),
+        (
+            {"wrap": [{"name": "dpsgd"}, {"name": "secagg", "smallest": 4}]},
+            "with noise of dpsgd at least 1.5, not 1.0",
+        ),
         ({"form": 2}, "install the same version"),
         ({"data": {"train": "/etc/passwd"}}, "unknown key 'offer.data'"),
         ({"machine": {"device": "cuda"}}, "unknown key 'offer.machine'"),
@@ -85,11 +100,73 @@ def test_a_site_trains_on_its_own_data_with_its_own_model_on_its_own_machine(
 def test_a_site_refuses_by_name_what_it_does_not_agree_to(
     change: dict[str, Any], told: str, site: Site, offer: Offer
 ) -> None:
-    careful = replace(site, limits=Limits(methods=("lora", "fedara")))
+    insists = {"secagg": {"smallest": 4}, "dpsgd": {"noise": 1.5}}
+    careful = replace(site, limits=Limits(methods=("lora", "fedara"), require=insists))
     tree = {**asdict(offer), **change}
     trainer = Trainer(careful)
     answer = trainer.answer(Frame({"kind": "about", "config": json.dumps(tree)})).header
     assert told in answer["error"]
+
+
+def test_a_site_agrees_to_what_is_as_strict_as_it_insists(site: Site, offer: Offer) -> None:
+    insists = {
+        "secagg": {},
+        "dp": {"noise": 1, "clip": 0.5, "sharers": 3, "sampling": "cohort"},
+    }
+    careful = replace(site, limits=Limits(require=insists))
+    strict = {"name": "dp", "noise": 1.25, "clip": 0.25, "sharers": 3}
+    said = about(Trainer(careful), replace(offer, wrap=({"name": "secagg"}, strict)))
+    assert said["trains"] == "lora under secagg, dp"
+
+
+@pytest.mark.parametrize(
+    ("require", "change", "lack"),
+    [
+        ({"clip": 0.5}, {"clip": 0.75}, "with clip of dp at most 0.5, not 0.75"),
+        ({"sharers": 3}, {}, "with sharers of dp at least 3, not left out"),
+        ({"quantile": 0.5}, {}, "with quantile of dp at least 0.5, not left out"),
+        (
+            {"sampling": "cohort"},
+            {"sampling": "poisson"},
+            "with sampling of dp = 'cohort', not 'poisson'",
+        ),
+    ],
+)
+def test_what_is_less_strict_than_a_site_insists_is_named(
+    require: dict[str, Any], change: dict[str, Any], lack: str
+) -> None:
+    assert shortfall({"dp": require}, [{"name": "dp", **change}]) == lack
+
+
+@pytest.mark.parametrize(
+    ("require", "told"),
+    [
+        ({"secag": {}}, "limits.require.secag: is not a wrapper; did you mean 'secagg'?"),
+        (
+            {"secagg": {"smalest": 3}},
+            "unknown key 'limits.require.secagg.smalest'; did you mean 'smallest'?",
+        ),
+        ({"secagg": {"smallest": 1}}, "limits.require.secagg.smallest = 1: must be at least 2"),
+        ({"dpsgd": {"noise": float("inf")}}, "limits.require.dpsgd.noise = inf: give a finite"),
+    ],
+)
+def test_a_mistake_in_what_a_site_insists_on_is_one_line(
+    require: dict[str, dict[str, Any]], told: str, site: Site
+) -> None:
+    with pytest.raises(BadInput) as refusal:
+        check_sections(replace(site, limits=Limits(require=require)))
+    assert str(refusal.value).startswith(told)
+
+
+def test_epochs_are_held_against_the_steps_that_they_take(site: Site, offer: Offer) -> None:
+    examples = len(Path(site.data["train"]).read_text().splitlines())
+    steps = 2 * -(-examples // 4)
+    training = {**offer.training, "steps": None, "epochs": 2, "batch_size": 4}
+    offer = replace(offer, training=training)
+    enough = replace(site, limits=Limits(steps=steps))
+    too_few = replace(site, limits=Limits(steps=steps - 1))
+    assert "error" not in about(Trainer(enough), offer)
+    assert f"at most {steps - 1} steps a round" in about(Trainer(too_few), offer)["error"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "1", "{", "[" * 10**5])
@@ -101,7 +178,7 @@ def test_what_is_no_offer_is_refused(text: str) -> None:
 def test_a_site_tells_how_much_it_has_and_nothing_else(site: Site, offer: Offer) -> None:
     said = about(Trainer(site), offer)
     lines = Path(site.data["train"]).read_text().splitlines()
-    assert said.keys() == {"client", "examples", "texts", "tests", "weights", "agreed"}
+    assert said.keys() == {"client", "examples", "texts", "tests", "weights", "agreed", "trains"}
     assert (said["client"], said["examples"]) == (0, len(lines))
 
 
@@ -137,12 +214,12 @@ def handle(trainer: Trainer, offer: Offer, request: bytes, **changes: Any) -> Fr
     return trainer.answer(Frame(header, request))
 
 
-def request_for(trainer: Trainer, offer: Offer) -> bytes:
+def request_for(trainer: Trainer, offer: Offer, round_number: int = 0, phase: int = 0) -> bytes:
     agreed = bytes.fromhex(about(trainer, offer)["agreed"])
     run = trainer._run
     assert run is not None
     state = run.worker.method.init(run.loaded.base, offer.seed)
-    return Request(Kind.TRAIN, 0, agreed, state.shared).encode()
+    return Request(Kind.TRAIN, round_number, agreed, state.shared, phase=phase).encode()
 
 
 def test_a_site_trains_no_more_often_than_it_likes(site: Site, offer: Offer) -> None:
@@ -150,6 +227,45 @@ def test_a_site_trains_no_more_often_than_it_likes(site: Site, offer: Offer) -> 
     request = request_for(trainer, offer)
     assert "error" not in handle(trainer, offer, request).header
     assert "at most once in 1000 s" in handle(trainer, offer, request).header["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "begun"),
+    [
+        # (round, phase) of each request, and which of them are not told to wait.
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)], 4),
+        ({"method": {"name": "lora_a2"}}, [(0, 0), (0, 1), (0, 2)], 2),
+        ({"method": {"name": "lora"}}, [(0, 0), (0, 1)], 1),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 1), (0, 1)], 2),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 2)], 1),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (1, 1)], 1),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 0), (0, 1), (0, 0)], 2),
+        ({"wrap": [{"name": "secagg"}]}, [(0, 2), (0, 3), (0, 4)], 2),
+    ],
+)
+def test_the_exchanges_of_a_round_follow_each_other_without_waiting(
+    change: dict[str, Any],
+    asked: list[tuple[int, int]],
+    begun: int,
+    site: Site,
+    offer: Offer,
+) -> None:
+    """What else may fail in a later exchange, such as keys that are missing, is not looked at."""
+    trainer = Trainer(replace(site, limits=Limits(interval=1000.0)))
+    offer = read_offer(json.dumps({**asdict(offer), **change}))
+    waits: list[bool] = []
+    for round_number, phase in asked:
+        request = request_for(trainer, offer, round_number, phase)
+        error = handle(trainer, offer, request).header.get("error", "")
+        waits.append("at most once in 1000 s" in error)
+    assert waits == [False] * begun + [True] * (len(asked) - begun)
+
+
+def test_what_a_site_has_forgotten_is_sent_again_without_waiting(site: Site, offer: Offer) -> None:
+    trainer = Trainer(replace(site, limits=Limits(interval=1000.0)))
+    request = request_for(trainer, offer)
+    assert "done" not in handle(trainer, offer, request, memory=7).header
+    assert "done" in handle(trainer, offer, request).header
 
 
 @pytest.mark.parametrize(
@@ -225,6 +341,7 @@ def test_the_last_reply_answers_the_very_same_request_alone(tmp_path: Path) -> N
         ("data = {text = 'x'}", "data.train is missing"),
         ("colour = 1", "unknown key 'colour'"),
         ("limits = {message = 0}", "limits.message"),
+        ("limits = {require = {secagg = 3}}", "limits.require.secagg = 3: is a section"),
     ],
 )
 def test_a_mistake_in_a_sites_settings_is_one_line(line: str, told: str, tmp_path: Path) -> None:

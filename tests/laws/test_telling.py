@@ -91,6 +91,7 @@ def test_a_sites_log_tells_what_it_did_and_nothing_of_what_it_holds(
     for mark in (MARK, str(tmp_path), str(site.state), *LABELS, *words):
         assert not any(mark in line for line in written), mark
     assert len(written) == 10
+    assert f"ready for a run of lora, with {len(run.dataset.train)} examples" in written[0]
     if form == "json":
         told = [json.loads(line) for line in written]
         assert [one["event"] for one in told] == ["ready", "answered", "again", *["refused"] * 7]

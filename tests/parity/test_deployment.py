@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedpeft.deployment.carving import carve
 from fedpeft.deployment.serve import Job, serve_one
+from fedpeft.deployment.site import Limits
 from fedpeft.engines.flower.stock import StockSites
 from fedpeft.experiment.build import build
 from fedpeft.experiment.config import Config, from_tree, merge
@@ -128,6 +129,41 @@ def test_sites_end_where_the_local_engine_does(
     scored = () if name in PERSONAL else (EvaluationRow,)
     assert rows(folder, *scored) == rows(tmp_path / "here", *scored)
     assert_same(last_state(folder), here)
+
+
+def test_a_site_that_trains_seldom_answers_all_exchanges_of_a_round(
+    ground: Ground, tmp_path: Path
+) -> None:
+    one_round = {
+        "federation": {"rounds": 1, "clients_per_round": 3},
+        "wrap": [{"name": "secagg"}],
+    }
+    config = settings(ground, one_round)
+    federation = build(config)
+    test, folder = tmp_path / "test.jsonl", tmp_path / "there"
+    write_test(federation, test)
+    server = of_sites(config, test, tmp_path)
+    (tmp_path / "state").mkdir()
+    folder.mkdir()
+    folders = carve(config, tmp_path / "sites")
+    seldom = Limits(interval=1000.0)
+    held = [
+        own_site(n, one, {"bert": str(ground.model)}, limits=seldom)
+        for n, one in enumerate(folders)
+    ]
+    said: list[str] = []
+    with behind_sockets(held) as behind:
+        serve_one(
+            Job(server, folder),
+            lambda: nullcontext(StockSites(grid_of(behind))),
+            lambda: None,
+            None,
+            said.append,
+        )
+    for site in held:
+        shutil.rmtree(site.state)
+    lost = [row["lost"] for row in rows(folder) if "lost" in row]
+    assert lost == [None] * 3 * 4, said
 
 
 def write_test(federation: Any, path: Path) -> None:

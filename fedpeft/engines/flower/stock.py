@@ -36,6 +36,7 @@ def about(message: Message, context: Context) -> Message:
     except WireError as error:
         return Message(Error(FAILED, str(error)), reply_to=message)
     header = {"partition-id": said.header["client"], **said.header}
+    header.pop("trains", None)  # for a connector that says it
     return Message(RecordDict({"node": ConfigRecord(header)}), reply_to=message)
 
 
