@@ -85,6 +85,56 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
     )
 
 
+PICKLES = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+"""Modules that turn bytes into any objects, which may be code to run."""
+OF_TORCH = {"load", "save"}
+
+
+def pickles(tree: ast.AST) -> set[str]:
+    """Return what of ``tree`` reads or writes pickles: modules that are imported or named, and functions of torch's."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names):
+                found |= {alias.name for alias in names if alias.name.split(".")[0] in PICKLES}
+                # By another name its functions would not be seen below.
+                found |= {"torch as" for alias in names if alias.name == "torch" and alias.asname}
+            case ast.ImportFrom(str(module), names):
+                found |= {module} if module.split(".")[0] in PICKLES else set()
+                taken = {alias.name for alias in names if module.split(".")[0] == "torch"}
+                found |= taken & (OF_TORCH | PICKLES)
+            case ast.Constant(str(name)) if name in PICKLES:  # import_module("pickle")
+                found.add(name)
+            case ast.Attribute(ast.Name("torch"), name) if name in OF_TORCH:
+                found.add(f"torch.{name}")
+            case ast.keyword("allow_pickle"):
+                found.add("allow_pickle")
+    return found
+
+
+def test_nothing_of_ours_reads_or_writes_pickles() -> None:
+    assert {file: pickles(tree) for file, tree in TREES.items() if pickles(tree)} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import os, pickle as p",
+        "from dill import loads",
+        "from torch import load",
+        "from torch.multiprocessing import pickle",
+        "def f():\n    import marshal",
+        "importlib.import_module('cloudpickle')",
+        "torch.load(path, weights_only=True)",
+        "read = torch.load",
+        "import torch as t\nt.save(x, path)",
+        "numpy.load(path, allow_pickle=True)",
+    ],
+)
+def test_pickles_are_found(line: str) -> None:
+    assert pickles(ast.parse(line))
+
+
 def test_every_wing_says_what_it_imports_and_none_imports_more() -> None:
     imports: dict[str, set[str]] = {wing: set() for wing in WINGS}
     for module, file in MODULES.items():

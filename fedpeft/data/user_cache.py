@@ -17,11 +17,18 @@ def cache_folder() -> Path:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write a file of the cache whole, or not at all where that is not possible."""
+    """Write a file of the cache whole, or not at all where that is not possible.
+
+    It may hold what texts are made of: its user alone can read file and folder.
+    """
     # Several processes may get here at once, so each writes a file of its own and renames it.
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+        # One that a crash has left may be readable by others, and would stay so.
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600, exist_ok=False)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:

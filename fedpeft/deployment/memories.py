@@ -44,7 +44,8 @@ class DiskMemories:
         path = self._path(run, version)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.parent.chmod(0o700)
-        write(path, content)
+        # Under secure aggregation it holds the secrets of a round.
+        write(path, content, private=True)
         held: list[int] = []
         for other in path.parent.glob(f"client-{self._client}-*.memory"):
             held.append(int(other.stem.rpartition("-")[2]))
@@ -54,7 +55,7 @@ class DiskMemories:
             kept.add(older)
             before = older.read_bytes()
             if (after := used(before)) != before:
-                write(older, after)
+                write(older, after, private=True)
         for other in path.parent.glob(f"client-{self._client}-*.memory*"):
             if other not in kept:
                 other.unlink(missing_ok=True)

@@ -42,4 +42,4 @@ class LastReply:
 
     def put(self, key: str, reply: bytes) -> None:
         """Keep a reply instead of the one before; OSError as the disk gives it."""
-        write(self._path, key.encode() + reply)
+        write(self._path, key.encode() + reply, private=True)

@@ -4,14 +4,18 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, *, private: bool = False) -> None:
     """Write a file whole or not at all: under a temporary name, to the disk, then renamed.
 
-    I/O errors raise OSError.
+    ``private``: its user alone can read it, from its first moment on. I/O errors raise OSError.
     """
     # In the same folder: a rename is atomic only within one file system.
     temporary = path.with_name(path.name + ".tmp")
     try:
+        if private:
+            # One that a crash has left may be readable by others, and would stay so.
+            temporary.unlink(missing_ok=True)
+            temporary.touch(mode=0o600, exist_ok=False)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()

@@ -7,25 +7,46 @@ import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import tempfile
 import tomllib
+from ast import literal_eval
 from collections.abc import Iterator
+from contextlib import ExitStack
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import tomli_w
 
+from fedpeft.deployment.certificates import site_key
 from fedpeft.deployment.demo import state_digest
 from fedpeft.experiment.build import build
 from fedpeft.experiment.config import Config
 from fedpeft.experiment.run import start
 
-from .builders import LABELS, OWN_WORDS, Ground
+from .builders import LABELS, OWN_WORDS, VOCABULARY, Ground
+from .outside import (
+    PROC,
+    environments,
+    found,
+    key_lines,
+    listeners,
+    sent,
+    shown_by_ps,
+    tree_of,
+    watched,
+)
 from .sites import Deployment, deployed
 
 pytestmark = pytest.mark.slow
+HAS_PROC = (PROC / "net" / "tcp").exists()
+JOINED = tuple(f"site-{number}" for number in range(4))
+"""Three sites and one whose data cannot be read."""
+DATA = "train.jsonl"
+MARK = "PLANTED"
 
 
 def chosen(ground: Ground, rounds: int) -> Config:
@@ -66,24 +87,45 @@ def deployment(ground: Ground, short: Path) -> Iterator[Deployment]:
     made.stop()
 
 
+def gate_port(deployment: Deployment) -> int:
+    return int(tomllib.loads(deployment.server.read_text())["server"]["port"])
+
+
 def gate_of(deployment: Deployment) -> str:
-    return f"https://localhost:{tomllib.loads(deployment.server.read_text())['server']['port']}"
+    return f"https://localhost:{gate_port(deployment)}"
 
 
 def test_sites_end_in_the_bits_of_a_run_in_one_process_and_others_see_one_port_and_no_secret(
-    ground: Ground, short: Path, deployment: Deployment
+    ground: Ground, short: Path
 ) -> None:
+    with ExitStack() as stack:
+        deployment = deployed(ground, short, chosen(ground, 4), {"host": "0.0.0.0"})
+        stack.callback(deployment.stop)
+        run_watched(ground, short, deployment)
+    if not HAS_PROC:
+        pytest.skip("no /proc/net/tcp here: sockets and environments were not looked at")
+
+
+def run_watched(ground: Ground, short: Path, deployment: Deployment) -> None:
+    add_a_site_with_a_bad_row(deployment)
     here = write_test_texts(ground, chosen(ground, 4), short / "test.jsonl")
     runs = short / "runs"
     form = ("--log", "json")
     metrics = ("--set", "server.metrics=0")
     server = deployment.start("server", "serve", deployment.server, "--runs", runs, *metrics, *form)
     deployment.wait_for(deployment.says("server", "sites can join"))
+    program = watched(short / "sent")
+    deployment.start("site-3", "join", deployment.site(3), *form, program=program)
+    deployment.wait_for(deployment.says("server", "a site is not taken"))
     for number in range(3):
-        deployment.join(number, *form)
+        site = deployment.site(number)
+        deployment.start(f"site-{number}", "join", site, *form, program=program)
     deployment.wait_for(deployment.says("server", "site 2 has joined"))
     watch = deployment.start("watch", "watch", runs / "sites")
     assert_guarded(deployment)
+    if HAS_PROC:
+        assert_one_port(deployment)
+        assert_no_secret_is_shown(deployment)
     assert "fedpeft_bytes_total" in scraped(deployment)
     deployment.wait_for(lambda: server.poll() is not None, 120.0)
     assert watch.wait(30.0) == 0
@@ -94,9 +136,10 @@ def test_sites_end_in_the_bits_of_a_run_in_one_process_and_others_see_one_port_a
     assert state_digest(runs / "sites") == here
     assert (runs / "sites" / "report" / "summary.csv").exists()
     # The sites stay, and leave when they are told to.
-    assert [deployment.processes[f"site-{n}"].poll() for n in range(3)] == [None] * 3
+    assert [deployment.processes[name].poll() for name in JOINED] == [None] * 4
     deployment.stop()
-    assert [deployment.processes[f"site-{n}"].returncode for n in range(3)] == [0] * 3
+    assert [deployment.processes[name].returncode for name in JOINED] == [0] * 4
+    assert_nothing_leaves(deployment, ground, short / "sent")
 
 
 def events(deployment: Deployment, name: str) -> list[dict[str, Any]]:
@@ -148,32 +191,90 @@ def assert_guarded(deployment: Deployment) -> None:
         assert stranger.get("/v1/fedpeft/offer").status_code == 403
     with pytest.raises(httpx.ConnectError):
         httpx.get(gate_of(deployment), trust_env=False)  # another CA
-    told = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    secret = (deployment.server.parent / "server-state" / "secret").read_bytes()
-    for hidden in (secret.hex(), "PRIVATE KEY"):
-        assert hidden not in told
     for file in deployment.folder.rglob("*"):
         if file.name in ("site.key", "server.key", "ca.key", "link.key", "secret", "trainer.sock"):
             assert file.stat().st_mode & 0o077 == 0, file
-    outside = own_address()
-    if outside:
-        port = link_port(deployment)
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((outside, port), 1.0)
 
 
-def own_address() -> str | None:
-    """Return an address of this machine that is not the loopback's."""
-    found = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    return next((str(address) for address in found if not str(address).startswith("127.")), None)
+def assert_one_port(deployment: Deployment) -> None:
+    """Assert that sites listen nowhere, and of the server's programs the gate alone off the loopback."""
+    for name in JOINED:
+        assert listeners(tree_of(deployment.processes[name].pid)) == set(), name
+    held = listeners(tree_of(deployment.processes["server"].pid))
+    outside = {one for one in held if not one.address.is_loopback}
+    assert {one.port for one in outside} == {gate_port(deployment)}
+    # Beside it the SuperLink and the metrics. Another address of this machine does not reach them.
+    ports = {one.port for one in held}
+    assert len(ports) > 2
+    reached = {port for port in ports if is_open("127.0.0.2", port)}
+    assert reached == {gate_port(deployment)}
 
 
-def link_port(deployment: Deployment) -> int:
-    """Return the SuperLink's port, as its command line has it."""
-    told = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    state = str(deployment.server.parent / "server-state")
-    [line] = {line for line in told.splitlines() if "flower_superlink" in line and state in line}
-    return int(line.partition("--port=")[2].split()[0])
+def is_open(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), 5.0).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def assert_no_secret_is_shown(deployment: Deployment) -> None:
+    """Assert that command lines and environments, which others may read, hold neither the link's secret nor a key."""
+    secret = (deployment.server.parent / "server-state" / "secret").read_bytes()
+    lines = [line for path in deployment.folder.rglob("*.key") for line in key_lines(path)]
+    assert len(lines) > 10
+    running = [one for process in deployment.processes.values() for one in tree_of(process.pid)]
+    told, around = shown_by_ps(), environments(running)
+    assert b"--superexec-auth-secret-file=" in told
+    assert b"PYTHONPATH=" in around
+    assert found([secret, *lines], told + around) == []
+
+
+def add_a_site_with_a_bad_row(deployment: Deployment) -> None:
+    """Add a fourth site, with a key that the server knows, whose data cannot be read."""
+    folder = deployment.site(3).parent
+    shutil.copytree(deployment.site(2).parent, folder)
+    settings = tomllib.loads(deployment.site(3).read_text())
+    deployment.site(3).write_text(tomli_w.dumps({**settings, "client": 3}))
+    private, public = site_key()
+    (folder / "site.key").write_bytes(private)
+    (deployment.server.parent / "sites" / "site-3.pub").write_bytes(public)
+    with (folder / DATA).open("a") as file:
+        file.write(json.dumps({"text": [f"{MARK} text"], "label": f"{MARK} label"}) + "\n")
+
+
+def assert_nothing_leaves(deployment: Deployment, ground: Ground, folder: Path) -> None:
+    """Assert that no byte that a site has sent is of its texts, labels, tokens, paths or files; ``folder``: what was sent."""
+    content = sent(folder)
+    # 1. What has to leave is there: who the site is, tensors by name, the bad site's error.
+    for needed in (b"partition-id", b"classifier.weight", b"do not fit; see its log"):
+        assert needed in content
+    trainers = (folder / "programs").read_text().count("fedpeft.deployment.trainer")
+    assert trainers == len(JOINED)
+    # 2. What is private is not.
+    planted = [*LABELS, *(word for own in OWN_WORDS.values() for word in own)]
+    planted += [MARK, DATA, str(deployment.folder), str(ground.folder)]
+    marks = [mark.encode() for mark in planted]
+    for number in range(3):
+        for line in (deployment.site(number).parent / DATA).read_text().splitlines():
+            text = json.loads(line)["text"]
+            words = [VOCABULARY.index(word) for word in text.split()]
+            kinds = ("int64", "int32", "uint16")
+            marks += [text.encode(), *(np.array(words, kind).tobytes() for kind in kinds)]
+    assert len(marks) > 4 * 100
+    assert found(marks, content) == []
+    assert MARK in (deployment.site(3).parent / "state" / "trainer.log").read_text()
+    # 3. Nor is a pickle of an array or a tensor.
+    assert found([b"multiarray", b"torch._utils", b"_rebuild"], content) == []
+    # 4. Nobody but the gate and the site's own trainer was spoken to.
+    spoken_to = {literal_eval(line) for line in (folder / "addresses").read_text().splitlines()}
+    own = {str(deployment.site(number).parent / "state" / "trainer.sock") for number in range(4)}
+    others = spoken_to - own
+    assert {(ip_address(one[0]).is_loopback, one[1]) for one in others} == {
+        (True, gate_port(deployment))
+    }
+    names = {literal_eval(line) for line in (folder / "names").read_text().splitlines()}
+    assert names == {"localhost"}
 
 
 def test_a_killed_server_goes_on_with_the_same_sites_and_ends_in_the_same_bits(

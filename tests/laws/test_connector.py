@@ -31,6 +31,8 @@ from fedpeft.engines.flower.superlink import Link
 from fedpeft.errors import BadInput
 from tests.parity.sockets import own_site
 
+USUAL = connector.SOONEST, connector.LATEST
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +83,33 @@ def test_a_site_tries_again_while_gate_or_superlink_are_restarted_and_says_so_on
 def test_what_does_not_pass_is_not_waited_for(answer: Exception, raised: type[Exception]) -> None:
     with pytest.raises(raised):
         session([])._call(answering(answer), object())
+
+
+class Clock:
+    """Stands for a session's event: takes note of how long it is waited for; after so many times the session is lost."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.waits = times, list[float]()
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        return len(self.waits) == self.times
+
+
+def test_an_idle_site_asks_less_and_less_often_and_after_a_message_at_once_and_often_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connector, "SOONEST", USUAL[0])
+    monkeypatch.setattr(connector, "LATEST", USUAL[1])
+    came = iter([*[False] * 9, True, True, *[False] * 3])
+    monkeypatch.setattr(Session, "_one", lambda *_: next(came))
+    clock, running = Clock(12), session([])
+    monkeypatch.setattr(running, "_lost", clock)
+    with pytest.raises(SessionLost):
+        running.work(answering(b""), 1)
+    idle = [0.2, 0.3, 0.45, 0.675, 1.0125, 1.51875, 2.0, 2.0, 2.0]
+    assert clock.waits == pytest.approx([*idle, 0.2, 0.3, 0.45])
+    assert next(came, None) is None
 
 
 def test_an_error_inside_the_server_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

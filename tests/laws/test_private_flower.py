@@ -1,7 +1,6 @@
 """What is used of Flower's insides is all in the table that the self-test reads, and the self-test finds what has changed."""
 
 import ast
-import inspect
 from pathlib import Path
 
 import pytest
@@ -64,8 +63,3 @@ def test_what_has_changed_is_named_with_the_way_of_flowers_own_programs(
     assert piece in str(refusal.value)
     assert told in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_nothing_of_ours_unpickles() -> None:
-    for path in (FOLDER.parent.parent / "deployment").rglob("*.py"):
-        assert "pickle" not in inspect.cleandoc(path.read_text(encoding="utf-8")).lower(), path

@@ -1,7 +1,9 @@
 """What a site agrees to, what it tells of itself, and what it remembers."""
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,8 +27,10 @@ from fedpeft.deployment.required import shortfall
 from fedpeft.deployment.site import Limits, Site, read_site
 from fedpeft.deployment.trainer import Trainer
 from fedpeft.errors import BadInput
+from fedpeft.federation.memory import used
 from fedpeft.wire.frames import Frame
 from fedpeft.wire.messages import Kind, Request, encode
+from fedpeft.wire.versions import ONCE
 from tests.e2e.builders import LABELS, Ground, write_ground
 from tests.parity.sockets import own_site
 
@@ -296,6 +300,38 @@ def test_memories_are_kept_in_two_versions_and_of_few_runs(tmp_path: Path) -> No
         memories.put(other, 0, first, assumed=-1)
     assert memories.get(RUN, 2) is None
     assert DiskMemories(tmp_path, client=3, most=2).get("b" * 16, 0) == first
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[None]:
+    """A umask that keeps nothing from anybody."""
+    usual = os.umask(0)
+    yield
+    os.umask(usual)
+
+
+@pytest.mark.usefixtures("open_to_all")
+@pytest.mark.skipif(os.name != "posix", reason="files have no modes here")
+def test_others_read_neither_memories_nor_the_last_reply(tmp_path: Path) -> None:
+    """Under secure aggregation memories hold a round's secrets, and are written anew once these are used."""
+    memories = DiskMemories(tmp_path, client=3, most=2)
+    secrets = encode({ONCE + "seed": torch.ones(4), "anchor": torch.ones(2)})
+    memories.put(RUN, 0, secrets, assumed=-1)
+    kept = tmp_path / "memories" / RUN / "client-3-0.memory"
+    # What a crash has left under the temporary name does not pass its mode on.
+    left = kept.with_name("client-3-1.memory.tmp")
+    left.write_bytes(b"half")
+    assert mode(left) == 0o666
+    memories.put(RUN, 1, encode({"anchor": torch.ones(2)}), assumed=0)
+    assert kept.read_bytes() == used(secrets) != secrets
+    LastReply(tmp_path).put("key", b"reply")
+    written = [*tmp_path.rglob("*.memory"), tmp_path / "last.reply"]
+    assert [mode(path) for path in written] == [0o600] * 3
+    assert mode(kept.parent) == 0o700
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_a_memory_that_is_damaged_counts_as_forgotten(tmp_path: Path) -> None:

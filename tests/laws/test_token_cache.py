@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +263,20 @@ def test_a_damaged_file_is_as_good_as_none(tokenizer: Any, folder: Path) -> None
         assert same(cache_of(tokenizer).encode(task, rows), right)  # type: ignore[arg-type]
         assert task.calls == number + 2
         assert kept.read_bytes() == whole
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no modes here")
+def test_others_read_no_tokens(tokenizer: Any, folder: Path) -> None:
+    """They are a user's texts in another form."""
+    usual = os.umask(0)
+    try:
+        folder.mkdir(parents=True)
+        cache_of(tokenizer).encode(task_of(tokenizer), rows_of())  # type: ignore[arg-type]
+    finally:
+        os.umask(usual)
+    [kept] = folder.iterdir()
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (kept, folder)]
+    assert modes == [0o600, 0o700]
 
 
 def test_the_longest_unused_go_first(tokenizer: Any, folder: Path) -> None:
