@@ -119,8 +119,7 @@ def rehearse(federation: Federation) -> Rehearsed:
     last round is of use.
     """
     _give_back_memory()
-    most_steps: dict[int, int | None] = {}
-    rows = _play(federation, most_steps)
+    rows, most_steps = _play(federation)
     by_round = [list(group) for _, group in groupby(rows, attrgetter("round"))]
     if not by_round or all(row.lost for row in by_round[-1]):
         why = by_round[-1][-1].lost if by_round else "nobody was asked"
@@ -198,15 +197,13 @@ def _capped(steps: int, most: int | None) -> int:
     return steps if most is None else min(steps, most)
 
 
-def _play(federation: Federation, most_steps: dict[int, int | None]) -> list[ClientRow]:
-    """Play the rounds; return the ledger's rows of all clients.
-
-    ``most_steps``: filled with the most steps of each phase, see ``_StepsNoted``.
-    """
+def _play(federation: Federation) -> tuple[list[ClientRow], Mapping[int, int | None]]:
+    """Play the rounds; return the ledger's rows of all clients, and what ``_StepsNoted`` noted."""
     config, memories = federation.config, Memories()
     # Kept hidden states would make steps faster than those of a client that comes for the first
     # time, which has none.
     worker = replace(federation.worker, cache=ActivationCache(), step_alone=None, paces={})
+    most_steps: dict[int, int | None] = {}
     worker = replace(worker, method=_StepsNoted(federation.method, most_steps))
     engine = _OneTimed(
         timed=LocalEngine(
@@ -228,7 +225,7 @@ def _play(federation: Federation, most_steps: dict[int, int | None]) -> list[Cli
     )
     for _ in states:  # a round is played when its state is asked for
         pass
-    return rows
+    return rows, most_steps
 
 
 def _cohort(cohort: Callable[[int, int], Sequence[Client]], round_number: int) -> Sequence[Client]:
