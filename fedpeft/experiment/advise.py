@@ -200,13 +200,15 @@ def _judged(name: str, tree: Tree, federation: Federation, limits: Limits) -> Ju
     seconds: list[float | None] = []
     broken: list[str] = []
     for group in cost.groups:
-        bounds = _limits_of(group, own, limits)
-        training = group.steps * _step_seconds(group, own, cost)
         if group.moved is None:
             seconds.append(None)
             continue
-        seconds.append(bounds.seconds(group.moved, training))
-        why = bounds.broken(group.moved, training, cost.peak_memory)
+        bounds, step = _limits_of(group, own, limits), _step_seconds(group, own, cost)
+        seconds.append(bounds.seconds(group.moved, group.steps * step))
+        why = bounds.broken(group.moved, group.steps * step, cost.peak_memory)
+        # The deadline that is typed is for a round, a fleet's for each of its exchanges.
+        if why is None and limits.deadline is None:
+            why = _late(group, Limits(bounds.rate, deadline=own.fleet.deadline), step)
         if why is not None:
             broken.append(f"{group.name}: {why}" if group.name else why)
     first = broken[0] if broken else None
@@ -214,13 +216,26 @@ def _judged(name: str, tree: Tree, federation: Federation, limits: Limits) -> Ju
 
 
 def _limits_of(group: Group, federation: Federation, limits: Limits) -> Limits:
-    """Return the limits of a class of clients: those given, and the fleet's where none are."""
+    """Return the limits of a class of clients for a round: those given, over its own link."""
     fleet = federation.fleet
     if not fleet.devices:
         return limits
     # What a client may move in a round, where that is given, says nothing of its rate.
     rate = limits.rate or fleet.devices[group.name].bandwidth
-    return replace(limits, rate=rate, deadline=limits.deadline or fleet.deadline)
+    return replace(limits, rate=rate)
+
+
+def _late(group: Group, bounds: Limits, step: float) -> str | None:
+    """Return which exchange breaks ``bounds``, in words; None where all keep them.
+
+    ``step``: seconds of a step.
+    """
+    what = "an exchange of a round" if len(group.exchanges) > 1 else "a round"
+    for exchange in group.exchanges:
+        why = bounds.broken(exchange.moved, exchange.steps * step, memory=0, what=what)
+        if why is not None:
+            return why
+    return None
 
 
 def _step_seconds(group: Group, federation: Federation, cost: Rehearsed) -> float:

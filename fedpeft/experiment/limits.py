@@ -54,11 +54,11 @@ class Limits:
         """
         return training + (moved / self.rate if self.rate is not None else 0.0)
 
-    def broken(self, moved: int, training: float, memory: int) -> str | None:
+    def broken(self, moved: int, training: float, memory: int, what: str = "a round") -> str | None:
         """Return the first limit that a client breaks, in words; None where it keeps all.
 
         ``moved``: bytes, down and up, of a round. ``training``: its seconds. ``memory``: bytes at
-        the peak, 0 where the system does not tell.
+        the peak, 0 where the system does not tell. ``what``: whose seconds these are, for messages.
         """
         seconds, mb = self.seconds(moved, training), moved / 1e6
         if self.traffic is not None and moved > self.traffic:
@@ -76,7 +76,7 @@ class Limits:
             if self.rate is not None:
                 parts += f", {seconds - training:.3g} s for {mb:.3g} MB"
             return (
-                f"a round takes {seconds:.3g} s, modelled ({parts}); "
+                f"{what} takes {seconds:.3g} s, modelled ({parts}); "
                 f"the deadline is {self.deadline:.3g} s"
             )
         return None

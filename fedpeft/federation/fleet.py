@@ -212,7 +212,8 @@ class Outing:
             response = Response.decode(reply)
         except WireError:  # the server's loop says what is wrong with it
             return 0
-        if response.status is Status.DISCREET:
-            # It does not tell. Such a round trains in its first exchange alone.
+        # A discreet reply may tell no loss alone, as under DP-SGD; under secure aggregation and DP,
+        # whose rounds train in their first exchange alone, it tells neither examples nor steps.
+        if response.status is Status.DISCREET and not response.measured.examples:
             return 0 if phase else self.fleet.planned[client]
         return response.measured.steps

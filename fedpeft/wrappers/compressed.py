@@ -90,9 +90,12 @@ class Compressed:
 
         ``expected``: the form of a reply in the first one, such as what a client chooses.
         """
-        blank = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in expected.items()}
+        # Every bit is set: the form of the second reply follows from all that a client may choose.
+        all_chosen: dict[str, Tensor] = {}
+        for name, spec in expected.items():
+            all_chosen[name] = torch.full(spec.shape, 255).to(spec.dtype)
         try:
-            after = self.inner.receive(state, [Update(Client(0), 1, blank)])
+            after = self.inner.receive(state, [Update(Client(0), 1, all_chosen)])
         except WireError:  # one reply is too few for masks, which are no numbers to compress either
             return False
         if after.phase == state.phase:

@@ -10,9 +10,9 @@ import pytest
 from fedpeft.experiment.advise import Advice, Judged, advise
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.compare import plan
-from fedpeft.experiment.config import merge
+from fedpeft.experiment.config import from_tree, merge
 from fedpeft.experiment.limits import Limits
-from fedpeft.experiment.rehearsal import ROUNDS
+from fedpeft.experiment.rehearsal import ROUNDS, shortened
 from fedpeft.experiment.run import start
 from fedpeft.ledger import ClientRow, read
 from fedpeft.methods import METHODS
@@ -174,6 +174,66 @@ def test_a_fleet_is_judged_by_class(ground: Ground) -> None:
     # What is typed goes before what the fleet says.
     typed = advise(slow, ["lora"], Limits(rate=1e9, deadline=7.0))
     assert of(typed, "lora").out is None
+
+
+@pytest.mark.parametrize(("probe", "due"), [(None, 6), (5, 10), (3, 8), (1, 6)])
+def test_a_round_that_trains_twice_has_the_steps_of_both(
+    ground: Ground, probe: int | None, due: int
+) -> None:
+    steps = 3 if probe is None else 5
+    own = {"compare": {"settings": {"lora_a2": {"method": {"probe_steps": probe}}}}}
+    tree = merge(ground.tree(), SMALL, {"training": {"steps": steps}}, own if probe else {})
+    said = of(advise(tree, ["lora_a2"]), "lora_a2")
+    assert said.cost is not None
+    [group] = said.cost.groups
+    assert group.steps == due
+    assert [one.steps for one in group.exchanges] == [due - steps, steps]
+    assert said.seconds == (due * said.cost.step,)
+    assert said.cost.timed_steps == (2 + min(2, probe or 2)) * (ROUNDS - 1)
+
+
+def test_a_fleets_deadline_is_for_each_exchange_and_a_typed_one_for_the_round(
+    ground: Ground,
+) -> None:
+    tree = merge(ground.tree(), SMALL, FLEET)
+    said = of(advise(tree, ["lora_a2"]), "lora_a2")
+    assert said.cost is not None
+    phone, _ = said.cost.groups
+    # One step in each of its two exchanges.
+    parts = [3.0 + one.moved / 1e3 for one in phone.exchanges]
+    assert len(parts) == 2
+    assert said.seconds[0] == pytest.approx(sum(parts))
+
+    def left_out(deadline: float, limits: Limits) -> str | None:
+        timed = merge(tree, {"federation": {"deadline": deadline}})
+        return of(advise(timed, ["lora_a2"], limits), "lora_a2").out
+
+    assert left_out(max(parts) + 0.01, Limits()) is None
+    late = left_out(max(parts) - 0.01, Limits())
+    assert (late or "").startswith("phone: an exchange of a round takes ")
+    typed = left_out(1.0, Limits(deadline=sum(parts) - 0.01))
+    assert (typed or "").startswith("phone: a round takes ")
+    assert left_out(1.0, Limits(deadline=sum(parts) + 0.01)) is None
+
+
+def test_exchanges_without_training_take_no_steps(ground: Ground) -> None:
+    """Masked clients tell no steps; the first of four exchanges trains."""
+    secagg = {"wrap": [{"name": "secagg"}], "federation": {"clients_per_round": 3, "rounds": 1}}
+    cost = of(advise(merge(ground.tree(), SMALL, secagg), ["lora"]), "lora").cost
+    assert cost is not None
+    assert [one.steps for one in cost.groups[0].exchanges] == [2, 0, 0, 0]
+    assert cost.timed_steps == 2
+
+
+@pytest.mark.parametrize(("written", "due"), [(None, None), (20, 4), (10, 2), (1, 1)])
+def test_a_schedule_that_is_written_out_is_shortened_with_the_run(
+    written: int | None, due: int | None
+) -> None:
+    length = {} if written is None else {"rounds": written}
+    tree = {"federation": {"rounds": 20}, "method": {"name": "fedara", **length}}
+    short = shortened(from_tree(tree))
+    assert short.federation.rounds == ROUNDS
+    assert short.method.get("rounds") == due
 
 
 def test_by_default_every_method_is_tried_that_exchanges_anything(

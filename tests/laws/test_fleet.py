@@ -21,7 +21,7 @@ from fedpeft.ledger import ClientRow
 from fedpeft.seeds import uniform
 from fedpeft.training.loop import Training, num_steps, paced, plan
 from fedpeft.types import Client, Method, State
-from fedpeft.wrappers import SecAgg
+from fedpeft.wrappers import DPSGD, SecAgg
 from tests.tiny import (
     CONFIG,
     SEED,
@@ -268,6 +268,17 @@ def test_a_discreet_client_is_timed_by_the_steps_that_are_planned_for_it() -> No
     assert [row.lost for row in playing.rows] == [None] * 12
     for (_, phase), seconds in times.items():
         assert seconds == (0.0 if phase else 6.0)
+
+
+def test_a_client_that_hides_its_loss_alone_is_timed_by_the_steps_that_it_tells() -> None:
+    """Under DP-SGD, LoRA-A2 trains in both exchanges of a round: 1 step of 3 s to choose, and 2 thereafter."""
+    method = DPSGD(noise=1.0).around(small("lora_a2", probe_steps=1), "0.dpsgd")
+    playing = federation(method, training=replace(SGD, steps=2))
+    in_a_fleet(playing, alike(Device(1.0, step_seconds=3.0)), 1)
+    assert [(row.lost, row.phase, row.modelled) for row in playing.rows] == [
+        *[(None, 0, 3.0)] * 3,
+        *[(None, 1, 6.0)] * 3,
+    ]
 
 
 def test_a_damaged_reply_is_no_affair_of_the_fleet() -> None:

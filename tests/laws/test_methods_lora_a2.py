@@ -315,6 +315,15 @@ def test_chosen_ranks_travel_in_8_bits(optimizer: bool) -> None:
     assert all(small < large / 2 for large, small in zip(*ups, strict=True))
 
 
+@pytest.mark.parametrize("modules", [1, 4])
+def test_chosen_ranks_alone_are_something_to_compress(modules: int) -> None:
+    """A language model has no head that is sent; nor do few ranks fill a byte."""
+    base = replace(base_of(bert()), head=frozenset())
+    targets = sorted(LAYERS)[:modules]
+    state = Quantise().around(method(targets=targets), "0.quantise").init(base, SEED)
+    assert len(state.shared) == 2 * modules
+
+
 def test_dp_sgd_counts_both_of_its_trainings() -> None:
     for name, count in (("lora_a2", 2), ("lora", 1)):
         assert (
