@@ -122,7 +122,7 @@ def compare(
     if rates:
         tree = merge(tree, {"compare": {"rates": str(rates)}})
     if tune:
-        tree = without_own_rates(tree, _tuning_folder(tree, runs) / FILE)
+        tree = dict(without_own_rates(tree, _tuning_folder(tree, runs) / FILE))
     planned = plan(tree)
     metric = metric_of(planned[0].config)
     # Before hours of training, not after.
