@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import ArrayLike, NDArray
 
@@ -49,11 +50,11 @@ class Played:
     last: State
 
 
-def played(lost: Sequence[int] = (), rounds: int = 1) -> Played:
-    """Play rounds in which clients are lost once they have shared their keys."""
+def played(lost: Sequence[int] = (), rounds: int = 1, during: int = MASK) -> Played:
+    """Play rounds in which clients are lost, by default once they have shared their keys."""
 
     def change(exchange: int, outcome: Reply | Lost) -> Reply | Lost:
-        if exchange == MASK and outcome.client.id in lost:
+        if exchange == during and outcome.client.id in lost:
             return Lost(outcome.client, "too late", outcome.blob)
         return outcome
 
@@ -82,10 +83,21 @@ def plain_numbers() -> dict[int, Words]:
     }
 
 
-def test_masked_bytes_are_as_often_there_as_each_other() -> None:
-    """Each of the 5 bytes of a number by itself, for every client, and all together; plain numbers fail at once."""
+@pytest.mark.parametrize(
+    ("lost", "during"),
+    [((), MASK), ((1, 4, 7), SHARE_KEYS), ((1, 4, 7), MASK)],
+    ids=["nobody is lost", "30 % share no keys", "30 % come too late"],
+)
+def test_masked_bytes_are_as_often_there_as_each_other(lost: tuple[int, ...], during: int) -> None:
+    """Each of the 5 bytes of a number by itself, for every client, and all together; plain numbers fail at once.
+
+    Also where clients are lost; the server may see what comes too late, so this is counted, too.
+    """
     size = BITS // 8
-    playing = played()
+    playing = played(lost, during=during)
+    stayed = SIZES.keys() - set(lost)
+    assert playing.engine.talks[MASK].keys() == (stayed if during < MASK else SIZES.keys())
+    assert playing.engine.talks[UNMASK].keys() == stayed
     pieces = masked(playing)
     together = np.concatenate(list(pieces.values()))
     assert abs(chi_square(together, 256)) < LEVEL

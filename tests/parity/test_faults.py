@@ -52,6 +52,7 @@ from fedpeft.federation import checkpoint, client
 from fedpeft.federation import server as loop
 from fedpeft.federation.memory import Memories
 from fedpeft.ledger import ClientRow, Ledger, Row
+from fedpeft.training.optimizer import Optimizer
 from fedpeft.types import Client, State
 from fedpeft.wire import durable
 from fedpeft.wire.frames import Frame
@@ -260,16 +261,16 @@ def assert_undisturbed(served: Served, undisturbed: Undisturbed) -> None:
 
 
 @contextmanager
-def dying(owner: Any, name: str, *, after: bool = False) -> Iterator[None]:
-    """Let whoever calls ``owner.name`` die, once, before or after it has done its work."""
-    real, alive = getattr(owner, name), [True]
+def dying(owner: Any, name: str, *, call: int = 1, after: bool = False) -> Iterator[None]:
+    """Let whoever calls ``owner.name`` for the ``call``-th time die, before or after it has done its work."""
+    real, calls = getattr(owner, name), [0]
 
     def fatal(*arguments: Any, **named: Any) -> Any:
-        if not alive:
+        calls[0] += 1
+        if calls[0] != call:
             return real(*arguments, **named)
         if after:
             real(*arguments, **named)
-        alive.clear()
         raise Killed
 
     with mock.patch.object(owner, name, fatal):
@@ -279,6 +280,7 @@ def dying(owner: Any, name: str, *, after: bool = False) -> Iterator[None]:
 DEATHS: Mapping[str, Death] = {
     "before it reads what it is asked": partial(dying, Answering, "__call__"),
     "before it trains": partial(dying, client, "fit"),
+    "in the middle of its training": partial(dying, Optimizer, "step", call=2),
     "when it has trained": partial(dying, client, "fit", after=True),
     "before it writes its memory": partial(dying, memories, "write"),
     "half-way through writing its memory": partial(dying, Path, "replace"),
@@ -292,7 +294,8 @@ def test_a_site_killed_at_any_moment_costs_no_bit(
     ground: Ground, serving: Serving, held: list[Mortal], tmp_path: Path
 ) -> None:
     """One death a round, each time while the request is answered for the first time."""
-    longer = {"federation": {"rounds": 1 + len(DEATHS)}}
+    # Two steps, so that there is a moment between them.
+    longer = {"federation": {"rounds": 1 + len(DEATHS)}, "training": {"steps": 2}}
     federation = build(settings(ground, longer))
     due = Undisturbed(federation, tmp_path / "due", start(federation, tmp_path / "due"))
     victim, killed_at = held[VICTIM], list[str]()
