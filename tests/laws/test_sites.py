@@ -104,7 +104,7 @@ def test_a_site_trains_on_its_own_data_with_its_own_model_on_its_own_machine(
 def test_a_site_refuses_by_name_what_it_does_not_agree_to(
     change: dict[str, Any], told: str, site: Site, offer: Offer
 ) -> None:
-    insists = {"secagg": {"smallest": 4}, "dpsgd": {"noise": 1.5}}
+    insists: dict[str, dict[str, Any]] = {"secagg": {"smallest": 4}, "dpsgd": {"noise": 1.5}}
     careful = replace(site, limits=Limits(methods=("lora", "fedara"), require=insists))
     tree = {**asdict(offer), **change}
     trainer = Trainer(careful)
