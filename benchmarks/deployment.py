@@ -64,7 +64,7 @@ class Plan:
     rounds: int = 12
     stock: int = 4
     idle: float = 20.0
-    crowds: tuple[int, ...] = (50, 100, 200)
+    crowds: tuple[int, ...] = (50, 100)
     crowd_rounds: int = 2
 
 

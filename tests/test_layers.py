@@ -30,7 +30,8 @@ WINGS: Mapping[str, str] = {
     "federation": "algebra ledger seeds tasks training wire",
     "engines": "federation ledger wire",
     "experiment": "data engines federation ledger methods models mounting privacy seeds tasks training wire wrappers",
-    "deployment": "data engines experiment federation ledger methods models seeds tasks training wire",
+    "deployment": "data engines experiment federation ledger methods models seeds tasks training wire "
+    "wrappers",
     "api": "experiment",
     "cli": "data deployment engines experiment methods models report",
 }

@@ -8,7 +8,15 @@ import torch
 from fedpeft.training.hardware import GRAIN, Hardware
 from fedpeft.types import NO_MEMORY, Client
 from fedpeft.wire.messages import Kind, Request, Response, decode
-from tests.contract.reference import BEGINS, SINGLE, asked, reference, rows
+from tests.contract.reference import (
+    BEGINS,
+    PHASES,
+    SINGLE,
+    asked,
+    exchanges,
+    reference,
+    rows,
+)
 from tests.tiny import CONFIG, bert, small, worker
 
 BF16 = Hardware("cpu", "bf16", "eager", 1, pad_to_multiple_of=GRAIN)
@@ -34,8 +42,11 @@ def test_training_in_bf16_is_near_training_in_float32(
         stack, blobs, [memories.get(client.id, client.memory) for client in clients]
     )
     for client, (blob, kept) in zip(stack, found, strict=True):
-        answer, exact = Response.decode(blob), played.playing.answers(begin)[client]
+        first = exchanges(name, begin)[0]
+        answer, exact = Response.decode(blob), played.playing.answers(first)[client]
         assert answer.measured.loss == pytest.approx(exact.measured.loss, rel=0.02)
+        if name in PHASES:
+            return  # it ends in a choice, and near losses need not make equal ones
         ours = answer.payload or decode(kept)
         theirs = exact.payload or decode(played.memories[begin + 1].get(client, exact.memory))
         start = asked(played.playing, begin, client) or decode(

@@ -245,6 +245,7 @@ def test_runs_side_by_side_end_in_the_same_bits_and_are_resumed_side_by_side(
         assert json.loads((other / "hardware.json").read_text())["threads"] == 1
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_of_several_processes_is_told_in_one_line(
     ground: Ground, runs: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_killed_before_it_is_a_run_a_folder_is_refused_and_can_be_overwritten(
     this.undisturbed.assert_equal(this.assembly, runs, start(this.assembly, runs, overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_in_another_process_to_the_same_end(case: Cases, runs: Path) -> None:
     """Hash seeds differ between processes: an order that follows them would show in the last bits."""
     folders = {method: runs / method for method in METHODS}

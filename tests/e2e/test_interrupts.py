@@ -128,10 +128,8 @@ def test_a_crash_stays_a_traceback(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-@pytest.mark.parametrize(
-    "when",
-    [pytest.param("while its processes start", marks=pytest.mark.slow), "while they train"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while its processes start", "while they train"])
 def test_a_comparison_in_processes_ends_with_all_of_them_in_one_line(
     ground: Ground,
     runs: Path,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fedpeft.algebra.averaging import averaged
 from fedpeft.federation import checkpoint
 from fedpeft.federation.server import poll
-from fedpeft.methods import METHODS
 from fedpeft.methods.fedara import FedARA
 from fedpeft.methods.federa import FeDeRA
 from fedpeft.methods.local_only import LocalOnly
@@ -36,7 +35,7 @@ from fedpeft.types import (
 )
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from fedpeft.wrappers.staged import Staged
-from tests.contract.reference import unmeasured
+from tests.contract.reference import core_rows, unmeasured
 from tests.tiny import (
     CONFIG,
     HEAD,
@@ -58,8 +57,6 @@ ADAMW = Training(lr=3e-3, weight_decay=0.1, batch_size=6, warmup=3, keep_optimiz
 SGD = replace(ADAMW, optimizer="sgd", lr=0.1, momentum=0.9)
 PLAIN = replace(SGD, momentum=0.0, warmup=0)
 TRAININGS = {"adamw": ADAMW, "sgd with momentum": SGD, "plain sgd": PLAIN}
-
-NAMES = sorted(METHODS)
 
 
 @pytest.mark.parametrize("kind", TRAININGS)
@@ -99,7 +96,7 @@ def changing(playing: TinyFederation) -> Callable[[int], list[Client]]:
     return cohort
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", core_rows())
 def test_resuming_equals_going_on(name: str, tmp_path: Path) -> None:
     """To the bit, state and memories; SLoRA crosses its bridge and FedARA prunes on the way."""
     playing = federation(small(name), training=ADAMW)

@@ -31,7 +31,7 @@ from fedpeft.tasks import Encoded
 from fedpeft.training import private
 from fedpeft.types import Client, State
 from fedpeft.wrappers import dp
-from tests.contract.reference import PERSONAL, PHASES
+from tests.contract.reference import CORE, PERSONAL, PHASES
 from tests.e2e.builders import SMALL, Ground, assert_same, write_ground
 from tests.parity.sockets import Behind, behind_sockets, grid_of, own_site
 
@@ -47,6 +47,11 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         "evaluation": {"where": "sites"},
     },
 }
+
+
+QUICK = {name for name in CASES if name in CORE or name not in METHODS}
+"""Cases of ``make test``; the others are played in ``make test-all``."""
+LONG = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,7 @@ def play_with_sites(
     return folder, said
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LONG)
 def test_sites_end_where_the_local_engine_does(
     name: str, ground: Ground, sites: list[Behind], tmp_path: Path
 ) -> None:

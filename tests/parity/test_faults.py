@@ -400,7 +400,7 @@ def test_replies_that_come_twice_count_once(
     assert_undisturbed(served, undisturbed)
 
 
-def full(*_: object) -> None:
+def full(*_: object, **__: object) -> None:
     """Write nothing: the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
 
@@ -434,10 +434,10 @@ def full_for(owner: Any, name: str, ending: str) -> Iterator[None]:
     """Let the disk be full for files whose names end in ``ending``."""
     real = getattr(owner, name)
 
-    def writing(path: Path, content: bytes) -> None:
+    def writing(path: Path, content: bytes, **how: bool) -> None:
         if path.name.endswith(ending):
             full()
-        real(path, content)
+        real(path, content, **how)
 
     with mock.patch.object(owner, name, writing):
         yield
