@@ -149,8 +149,11 @@ class Worker:
     def _train_stack(self, stack: "_Stack") -> "_Trained":
         """Mount and train the stack; return what goes up, what is remembered, and the figures."""
         context = stack.context
-        # The cache learns the order of the blocks from one text, before anything is mounted.
-        self.cache.trace(self.model, self._forward, stack.shares[0].examples.take([0]))
+        if context.phase == 0:
+            # The cache learns the order of the blocks from one text, before anything is mounted.
+            self.cache.trace(self.model, self._forward, stack.shares[0].examples.take([0]))
+        else:
+            self.cache.relocate()
         with (
             measured(self.hardware.torch_device) as meter,
             own_randomness(self.seed, context.clients[0], context.round),

@@ -82,7 +82,7 @@ class ActivationCache:
     def trace(self, model: nn.Module, forward: Forward, text: Encoded) -> None:
         """Find the chain of blocks of ``model``, unless the model is as it was.
 
-        To be called each time before anything is mounted.
+        To be called before anything is mounted, in the first exchange of every round.
         """
         if not self._clients:
             return
@@ -98,6 +98,14 @@ class ActivationCache:
         self._chain = _chain(model, calls, torch.Size([rows, length]))
         # Traced again: a first pass may itself set attributes of a model's modules.
         self._unmounted = trace(model)
+
+    def relocate(self) -> None:
+        """Look anew for the lowest mounted block, of the model as it was last traced.
+
+        Instead of ``trace``, in later exchanges of a round. A change by others since then is seen
+        when the block is looked for, and nothing is cached then.
+        """
+        self._is_located = False
 
     def get(
         self, client: int, model: nn.Module, forward: Forward, texts: Encoded

@@ -382,8 +382,13 @@ def own_randomness(seed: int, client: int, round_number: int) -> Iterator[None]:
 
     It is mainly dropout that draws from it.
     """
+    drawn = derive(seed, "client", client, round_number)
     with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, "client", client, round_number))
+        if torch.accelerator.is_available():
+            torch.manual_seed(drawn)
+        else:
+            # The same stream, without a note for every accelerator that may still appear.
+            torch.default_generator.manual_seed(drawn)
         yield
 
 

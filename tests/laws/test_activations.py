@@ -80,9 +80,10 @@ def working(method: Method, model: nn.Module, family: str = "bert") -> Worker:
     return replace(played(family, method, SIZES, SGD), model=model)
 
 
-def request(playing: Worker, method: Method, family: str) -> bytes:
+def request(playing: Worker, method: Method, family: str, phase: int = 0) -> bytes:
     state = method.init(describe(playing.model, FAMILIES[family].head), SEED)
-    return Request(Kind.TRAIN, 0, CONFIG, method.send(state, Client(0))).encode()
+    down = method.send(state, Client(0))
+    return Request(Kind.TRAIN, 0, CONFIG, down, phase=phase).encode()
 
 
 def trained(
@@ -195,12 +196,15 @@ def test_what_is_mounted_lower_or_higher_than_before_is_computed_again() -> None
         assert_like(replace(kept, method=method), replace(plain, method=method), blob)
 
 
-def test_what_is_kept_of_a_base_or_of_texts_that_have_changed_is_forgotten() -> None:
+@pytest.mark.parametrize("phase", [0, 1])
+def test_what_is_kept_of_a_base_or_of_texts_that_have_changed_is_forgotten(phase: int) -> None:
+    """Also between two exchanges of one round."""
     method = from_block(2)
     plain = working(method, four_blocks("bert"))
     kept = replace(plain, cache=ActivationCache(SIZES))
     blob = request(plain, method, "bert")
     trained(kept, blob)
+    blob = request(plain, method, "bert", phase)
     first = blocks_of(plain.model)[0]
     changes: list[Callable[[], object]] = [
         lambda: first.get_parameter("output.dense.weight").mul_(-1),
