@@ -16,6 +16,8 @@ def row_of(stacks: Mapping[str, Tensor], row: int) -> Row:
 
 def stacked(rows: Sequence[Row]) -> Row:
     """Return the tensors of K clients with a client axis, (...) -> (K, ...)."""
+    if len(rows) == 1:
+        return {name: tensor.unsqueeze(0) for name, tensor in rows[0].items()}  # without a copy
     stacks: Row = {}
     for name in rows[0]:
         stacks[name] = torch.stack([row[name] for row in rows])
