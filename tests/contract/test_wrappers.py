@@ -78,7 +78,9 @@ REFUSED = {
     **{("local_only", kind): "sends no real numbers up" for kind in ("quantise", "top_k")},
     ("local_only", "quantise, both ways"): "sends no real numbers up",
     ("local_only", "norm_clip"): "sends no real numbers up",
-    **dict.fromkeys(product(["flora", "florist", "fed_sb"], ["top_k", "norm_clip"]), "sends up"),
+    **dict.fromkeys(
+        product(["flora", "florist", "fed_sb", "adalora"], ["top_k", "norm_clip"]), "sends up"
+    ),
     **{("lora_a2", kind): "sends no real numbers up" for kind in ("top_k", "norm_clip")},
     **dict.fromkeys(product(NOT_MEANS, OF_MEANS), "does not merge by a weighted mean"),
 }
