@@ -75,6 +75,8 @@ def tune(
     settings that do not work, before anything is trained.
     """
     path = root / FILE
+    if path.exists():
+        read_rates(path)  # it is read again at the end; a damaged one is refused before the trials
     tree = without_own_rates(tree, path)
     planned = plan_trials(tree, trials)
     for trial in planned:

@@ -365,6 +365,15 @@ def test_a_second_tuning_keeps_what_the_first_one_picked_for_other_rows(tmp_path
     assert with_earlier(other_work, path) == other_work
 
 
+def test_a_damaged_file_of_an_earlier_tuning_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rates.toml").write_text("task =")
+    monkeypatch.setattr(tuning, "run_all", lambda *_, **__: pytest.fail("a trial was trained"))
+    with pytest.raises(BadInput, match=r"rates\.toml"):
+        tune({"compare": {"methods": ["lora"]}}, tmp_path, 1)
+
+
 def test_rates_that_were_picked_for_other_work_are_told(tmp_path: Path) -> None:
     path = tmp_path / "rates.toml"
     asked = {"compare": {"methods": ["lora"], "rates": str(path)}, "federation": {"rounds": 15}}
