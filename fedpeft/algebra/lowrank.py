@@ -98,16 +98,16 @@ def by_module(tensors: Payload) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
+def principal(matrix: Tensor, rank: int, split: Split, large: int = LARGE) -> tuple[Tensor, Tensor]:
     """Return (B, A), the best approximation B A of rank ``rank`` of a matrix (Eckart-Young).
 
     The matrix is (out, in); ``split`` says where its singular values go. Where a singular value is
     0, ``sqrt`` would set both factors to 0, and then neither has a gradient. So in such a direction
     B takes the whole singular value and A keeps its row of norm 1: the direction can be trained.
 
-    Computed in float64 and cast back, of a large matrix by ``leading``. The factors are unique only
-    up to sign, and their last digits depend on the thread count and the machine. So they are
-    computed once, on the server, and sent.
+    Computed in float64 and cast back, from ``large`` rows and columns on by ``leading`` where that
+    finds them. The factors are unique only up to sign, and their last digits depend on the thread
+    count and the machine. So they are computed once, on the server, and sent.
 
     >>> matrix = torch.diag(torch.tensor([4.0, 1.0]))
     >>> B, A = principal(matrix, rank=1, split="sqrt")
@@ -117,7 +117,7 @@ def principal(matrix: Tensor, rank: int, split: Split) -> tuple[Tensor, Tensor]:
     """
     # matrix = left @ diag(values) @ right, the values in descending order.
     found = None
-    if min(matrix.shape) >= LARGE:
+    if min(matrix.shape) >= large:
         found = leading(matrix.to(torch.float64), rank)
     if found is None:
         found = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
@@ -187,7 +187,8 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
         chosen = vectors.flip(1)[:, :rank]  # (k, rank)
         scaled = torch.linalg.qr(projected.T @ chosen)  # its columns s v are orthogonal already
         signed = scaled.R.diagonal()
-        values, right = signed.abs(), scaled.Q * signed.sign()  # (rank,), (in, rank)
+        # A direction whose value is 0 keeps its row of norm 1, too.
+        values, right = signed.abs(), scaled.Q * torch.where(signed < 0, -1.0, 1.0)
         left = basis @ chosen
         # 3. M v - s u is 0 for singular vectors of M itself.
         residual = (matrix @ right - left * values).norm(dim=0).max()

@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from fedpeft.algebra.averaging import Mean, Weighting, weight_of
-from fedpeft.algebra.lowrank import LARGE, by_module, principal
+from fedpeft.algebra.lowrank import LARGE, by_module, leading, principal
 from fedpeft.types import Payload, Update
 
 WIDE: Final = 256
 """Ranks of all clients together that are kept of a large layer before they are compressed."""
 KEPT: Final = 128
 """Ranks that are left of them: 16 times those of a usual adapter."""
+FEW: Final = 16
+"""Components that are looked for first, where it is not known how many are wanted."""
+SMALLEST: Final = torch.finfo(torch.float64).tiny
 
 
 def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +36,14 @@ def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.linalg.qr(A.to(torch.float64).T)
     left, values, right = torch.linalg.svd(columns.R @ rows.R.T, full_matrices=False)
     return columns.Q @ left, values, right @ rows.Q.T
+
+
+class _Block(NamedTuple):
+    """Some ranks of a stack: B (out, m), A (m, in), and the weight of each."""
+
+    B: Tensor
+    A: Tensor
+    weights: Sequence[float]
 
 
 @final
@@ -54,20 +65,29 @@ class ProductMean:
 
     def __init__(self, compress: bool = False) -> None:
         self._compress = compress
-        # Blocks of the stack: B (out, m), and weight * A (m, in) in float64.
-        self._lefts: list[Tensor] = []
-        self._rights: list[Tensor] = []
-        self._width = 0  # m of all blocks together
+        self._stacked: list[_Block] = []
+        self._width = 0  # ranks of all blocks together
         self._sum: Tensor | None = None  # what is no longer in the stack, (out, in) in float64
         self._weight = 0.0
 
     def add(self, B: Tensor, A: Tensor, weight: float) -> None:
         """Add the product of B, (out, r), and A, (r, in); r may differ from client to client."""
-        self._lefts.append(B)
-        self._rights.append(weight * A.to(torch.float64))
-        self._width += len(A)
         self._weight += weight
-        out, width = len(B), A.shape[1]
+        self._push(_Block(B, A, [weight] * len(A)))
+
+    def add_terms(self, B: Tensor, A: Tensor, weights: Sequence[float]) -> None:
+        """Add n products of rank one: the columns of B, (out, n), times the rows of A, (n, in).
+
+        ``weights``: one of each product.
+        """
+        self._weight += sum(weights)
+        self._push(_Block(B, A, weights))
+
+    def _push(self, block: "_Block") -> None:
+        """Put a block on the stack, and make the stack smaller where it has become too large."""
+        self._stacked.append(block)
+        self._width += len(block.weights)
+        out, width = block.B.shape[0], block.A.shape[1]
         if self._compress and min(out, width) >= LARGE:
             if self._width > WIDE:
                 self._shrink()
@@ -86,7 +106,7 @@ class ProductMean:
 
     def dense(self) -> Tensor:
         """Return the mean as a matrix, (out, in)."""
-        dtype = self._lefts[0].dtype if self._lefts else torch.float32
+        dtype = self._stacked[0].B.dtype
         self._condense()
         assert self._sum is not None  # condensing leaves a sum
         return (self._sum / self._weight).to(dtype)
@@ -114,8 +134,10 @@ class ProductMean:
         mean of lower rank leaves B = 0 in the ranks beyond it.
         """
         if self._sum is not None:
-            return principal(self.dense(), rank, "left")
-        dtype = self._lefts[0].dtype
+            # Clients begin a round alike, so that few components hold nearly all of their mean:
+            # the leading ones are tried at any size.
+            return principal(self.dense(), rank, "left", large=0)
+        dtype = self._stacked[0].B.dtype
         left, values, right = self.svd()
         B, A = (left * values)[:, :rank], right[:rank]
         missing = rank - len(A)
@@ -123,6 +145,21 @@ class ProductMean:
             B = torch.nn.functional.pad(B, (0, missing))
             A = _orthonormally_filled(A, rank)
         return B.to(dtype).contiguous(), A.to(dtype).contiguous()
+
+    def components(self, energy: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the fewest leading components that hold a share ``energy`` of the mean.
+
+        As ``svd`` returns all; what they hold is the sum of their squared singular values.
+        """
+        if self._sum is None:
+            left, values, right = self.svd()
+            squares = values.square().sum()
+        else:
+            matrix = self.dense().to(torch.float64)
+            squares = matrix.square().sum()
+            left, values, right = _holding(matrix, energy * float(squares))
+        rank = rank_of_energy(values, energy, float(squares))
+        return left[:, :rank], values[:rank], right[:rank]
 
     @staticmethod
     def total(means: Sequence["ProductMean"]) -> "ProductMean":
@@ -137,26 +174,63 @@ class ProductMean:
         whole._weight = 1.0  # a sum, not a mean
         return whole
 
-    def _stack(self) -> tuple[Tensor, Tensor]:
-        """Return [B_1 ...], (out, m), and [w_1 A_1; ...], (m, in) in float64."""
-        return torch.cat(self._lefts, dim=1), torch.cat(self._rights)
+    def _stack(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Return [B_1 ...], (out, m), and [w_1 A_1; ...], (m, in) in ``dtype``."""
+        weights: list[float] = []
+        for block in self._stacked:
+            weights += block.weights
+        B = torch.cat([block.B for block in self._stacked], dim=1)
+        A = torch.cat([block.A for block in self._stacked])
+        return B, A.to(dtype) * torch.tensor(weights, dtype=dtype)[:, None]
 
     def _condense(self) -> None:
         """Add the stack to the sum."""
-        if self._lefts:
-            B, A = self._stack()
-            product = B.to(torch.float64) @ A
-            self._sum = product if self._sum is None else self._sum.add_(product)
+        if self._width:
+            # A product of some hundred ranks keeps its digits in float32, at half the time; the sum
+            # of very many products would not.
+            dtype = torch.promote_types(self._stacked[0].B.dtype, torch.float32)
+            B, A = self._stack(dtype)
+            product = B.to(dtype) @ A
+            self._sum = product.double() if self._sum is None else self._sum.add_(product)
             # One empty block remembers the number format.
-            self._lefts, self._rights, self._width = [B[:, :0]], [A[:0]], 0
+            self._stacked = [_Block(B[:, :0], A[:0], [])]
+            self._width = 0
 
     def _shrink(self) -> None:
         """Replace the stack by the largest components of its product."""
         left, values, right = thin_svd(*self._stack())
-        dtype = self._lefts[0].dtype
-        self._lefts = [left[:, :KEPT].to(dtype)]
-        self._rights = [values[:KEPT, None] * right[:KEPT]]
-        self._width = len(self._rights[0])
+        B = left[:, :KEPT].to(self._stacked[0].B.dtype)
+        self._stacked = [_Block(B, right[:KEPT], values[:KEPT].tolist())]
+        self._width = len(self._stacked[0].weights)
+
+
+def _holding(matrix: Tensor, squares: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return leading components of a matrix whose squared singular values sum up to ``squares``."""
+    rank = FEW
+    while (found := leading(matrix, rank)) is not None:
+        if float(found[1].square().sum()) >= squares:
+            return found
+        rank *= 2
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+def rank_of_energy(values: Tensor, energy: float, squares: float) -> int:
+    """Return how many of the descending singular ``values``, (k,), hold a share of their squares.
+
+    ``energy`` is the share, and ``squares`` the sum over all singular values, also those that
+    ``values`` lacks. At least one, and no more than are above 0 up to rounding.
+
+    >>> rank_of_energy(torch.tensor([3.0, 1.0, 0.0]), energy=0.9, squares=10.0)
+    1
+    >>> rank_of_energy(torch.ones(4), energy=1.0, squares=4.0)
+    4
+    """
+    held = values.to(torch.float64).square().cumsum(0) / max(squares, SMALLEST)
+    enough = held >= energy - 1e-12  # sums of shares are 1 up to rounding
+    positive = int((values > values[0] * 1e-7).sum())
+    first = int(enough.to(torch.int8).argmax()) + 1 if bool(enough.any()) else len(values)
+    return max(1, min(first, positive))
 
 
 def mean_products(

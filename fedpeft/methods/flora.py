@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, ClassVar, final
 
 import torch
@@ -65,7 +65,7 @@ class FLoRA:
         for name in state.server:
             module, _, entry = name.partition(":")
             if entry == "total":
-                ranks[f"{module}:rank"] = torch.zeros(rank, 0)
+                ranks[f"{module}:rank"] = _marker(rank)
         return {**state.shared, **ranks, **missing(state, client.memory)}
 
     @contextmanager
@@ -111,6 +111,12 @@ class FLoRA:
         server = _with_products(state, products)
         shared = {**state.shared, **others}
         return replace(state, round=state.round + 1, shared=shared, server=server)
+
+
+@cache
+def _marker(rank: int) -> Tensor:
+    """Return the tensor that says which rank a client trains, (rank, 0), without a number in it."""
+    return torch.zeros(rank, 0)
 
 
 def _fresh(module: str, shape: torch.Size, rank: int, context: Context) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, ClassVar, final
 
-import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
@@ -70,27 +69,8 @@ class FLoRIST:
             return replace(state, round=state.round + 1)
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for module, product in products.items():
-            left, values, right = product.svd()
-            rank = rank_of_energy(values, self.energy)
-            B = (left * values)[:, :rank].float().contiguous()
-            A = right[:rank].float().contiguous()
-            factors[module] = B, A
+            left, values, right = product.components(self.energy)
+            factors[module] = (left * values).float().contiguous(), right.float().contiguous()
         server = with_factors(state, factors)
         shared = {**state.shared, **others}
         return replace(state, round=state.round + 1, shared=shared, server=server)
-
-
-def rank_of_energy(values: Tensor, energy: float) -> int:
-    """Return how many of the descending ``values``, (k,), hold a share ``energy`` of their squares.
-
-    At least one, and no more than are above 0 up to rounding.
-
-    >>> rank_of_energy(torch.tensor([3.0, 1.0, 0.0]), 0.9), rank_of_energy(torch.ones(4), 1.0)
-    (1, 4)
-    """
-    squares = values.to(torch.float64).square()
-    held = squares.cumsum(0) / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    enough = held >= energy - 1e-12  # sums of shares are 1 up to rounding
-    positive = int((values > values[0] * 1e-7).sum())
-    first = int(enough.to(torch.int8).argmax()) + 1 if bool(enough.any()) else len(values)
-    return max(1, min(first, positive))

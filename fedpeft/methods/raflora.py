@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Final, final
 
+import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from fedpeft.algebra.products import ProductMean
 from fedpeft.methods.flexlora import FlexLoRA
 from fedpeft.mounting import Targets, plain_parameters
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update
+
+TOGETHER: Final = 32
+"""Clients whose terms are sorted by rank at once."""
 
 
 @final
@@ -61,26 +65,50 @@ class RaFLoRA:
 
     def receive(self, state: State, updates: Iterable[Update]) -> State:
         """Average rank by rank, and take the SVD of the sum."""
-        terms: dict[str, list[ProductMean]] = {}  # module -> the mean of each rank's terms
+        layers: dict[str, _RankMeans] = {}  # by module
         head = Mean()
         for update in updates:
             weight = weight_of(update, self.weighting)
             head.add(plain_parameters(update.payload), weight)
             for module, factors in by_module(update.payload).items():
-                means = terms.setdefault(module, [])
-                _add(means, factors["B"], factors["A"], weight)
+                layer = layers.setdefault(module, _RankMeans())
+                layer.add(factors["B"], factors["A"], weight)
         adapter: dict[str, Tensor] = {}
-        for module, means in terms.items():
-            B, A = ProductMean.total(means).best(self.rank)
+        for module, layer in layers.items():
+            B, A = layer.total().best(self.rank)
             adapter |= {f"{module}:B": B, f"{module}:A": A}
         shared = {**state.shared, **adapter, **head.result()}
         return replace(state, round=state.round + 1, shared=shared)
 
 
-def _add(means: list[ProductMean], B: Tensor, A: Tensor, weight: float) -> None:
-    """Add a client's rank-one terms b_i a_i, each to the mean of its own rank."""
-    for i in range(len(A)):
-        if i == len(means):
-            means.append(ProductMean(compress=True))
-        # A mean divides by the weights that were added to it: those of clients with an i-th rank.
-        means[i].add(B[:, i : i + 1], A[i : i + 1], weight)
+class _RankMeans:
+    """The means of one layer's first, second, ... rank-one terms b_i a_i, each over its clients."""
+
+    def __init__(self) -> None:
+        self._means: list[ProductMean] = []
+        # Clients whose terms are not yet in the means, by their rank: (B, A, weight) of each.
+        self._waiting: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+
+    def add(self, B: Tensor, A: Tensor, weight: float) -> None:
+        """Add a client's terms: the columns of B, (out, r), times the rows of A, (r, in)."""
+        same_rank = self._waiting.setdefault(len(A), [])
+        same_rank.append((B, A, weight))
+        if len(same_rank) == TOGETHER:
+            self._sort(len(A))
+
+    def total(self) -> ProductMean:
+        """Return the sum of the means."""
+        for rank in list(self._waiting):
+            self._sort(rank)
+        return ProductMean.total(self._means)
+
+    def _sort(self, rank: int) -> None:
+        """Add the terms of all waiting clients of one rank, each to the mean of its index."""
+        lefts, rights, weights = zip(*self._waiting.pop(rank), strict=True)
+        columns = torch.cat(lefts, dim=1).reshape(-1, len(lefts), rank)  # (out, n, r)
+        rows = torch.stack(rights)  # (n, r, in)
+        for i in range(rank):
+            if i == len(self._means):
+                self._means.append(ProductMean(compress=True))
+            # A mean divides by the weights of what it holds: of the clients with an i-th rank.
+            self._means[i].add_terms(columns[:, :, i], rows[:, i], weights)

@@ -149,6 +149,36 @@ def test_a_round_streams_one_reply_at_a_time_and_rounds_are_played_when_asked_fo
         next(states)
 
 
+@pytest.mark.parametrize("name", ["lora", "flora", "local_only"])
+def test_clients_that_are_sent_the_same_tensors_get_one_and_the_same_request(name: str) -> None:
+    """Encoded once: the payload may be a new one for every client, as FLoRA's is."""
+    method = small(name)
+    state = replace(federation(method).start, memories={2: 4})
+    requests: list[bytes] = []
+
+    class Silent:
+        def exchange(
+            self, clients: Sequence[Client], request: Callable[[Client], bytes]
+        ) -> Iterator[Reply | Lost]:
+            requests.extend(request(client) for client in clients)
+            return iter(())
+
+    clients = [Client(0, examples=3), Client(1, examples=9), Client(2, examples=9)]
+    states = federate(
+        method,
+        state,
+        Silent(),
+        lambda _: clients,
+        range(1),
+        config=CONFIG,
+        min_replies=1,
+        record=lambda _: None,
+    )
+    next(states)
+    assert requests[0] is requests[1]
+    assert requests[2] != requests[0], "it assumes another memory"
+
+
 @pytest.mark.parametrize("name", ["lora", "federa", "local_only", "slora", "fedara"])
 def test_polling_scores_every_client_as_it_holds_the_state_and_changes_nothing(name: str) -> None:
     playing = federation(small(name))

@@ -190,18 +190,29 @@ def falling(size: tuple[int, int], fall: float) -> Tensor:
 )
 @pytest.mark.parametrize("split", ["sqrt", "left", "right"])
 def test_of_a_large_matrix_the_leading_part_is_that_of_the_whole_svd(
-    matrix: Tensor, rank: int, split: Split, monkeypatch: pytest.MonkeyPatch
+    matrix: Tensor, rank: int, split: Split
 ) -> None:
     exact = principal(matrix, rank, split)
-    monkeypatch.setattr(lowrank, "LARGE", 64)
     assert leading(matrix.double(), rank) is not None
-    ours = principal(matrix, rank, split)
+    ours = principal(matrix, rank, split, large=64)
     for factor, other in zip(ours, exact, strict=True):
         assert factor.shape == other.shape
         assert factor.dtype == other.dtype
     torch.testing.assert_close(ours[0] @ ours[1], exact[0] @ exact[1], atol=1e-4, rtol=1e-4)
-    again = principal(matrix, rank, split)
+    again = principal(matrix, rank, split, large=64)
     assert torch.equal(again[0], ours[0])
+
+
+@pytest.mark.parametrize("present", [0, 3])
+def test_beyond_the_rank_of_a_large_matrix_rows_have_norm_1_and_can_be_trained(
+    present: int,
+) -> None:
+    """A difference of a large layer may be of low rank, or nothing at all."""
+    matrix = drawn(160, present) @ drawn(present, 120)
+    B, A = principal(matrix, 6, "left", large=64)
+    torch.testing.assert_close(A @ A.T, torch.eye(6), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(B @ A, matrix, atol=1e-4, rtol=1e-4)
+    assert bool((B.norm(dim=0)[present:] < 1e-4).all())
 
 
 def test_a_small_matrix_has_the_whole_svd_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:

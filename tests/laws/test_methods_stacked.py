@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.increments import held, missing, nothing_added, with_factors
-from fedpeft.methods.florist import rank_of_energy
+from fedpeft.algebra.products import rank_of_energy
 from fedpeft.types import Client, State
 from fedpeft.wire.messages import decode
 from tests.products import LAYERS, SCALE, STRONG, added, fleet, mean_product, off, shares
@@ -189,5 +189,6 @@ def test_florist_that_keeps_all_energy_is_flora() -> None:
 
 def test_energy_counts_squares_and_never_what_is_nothing() -> None:
     values = torch.tensor([2.0, 1.0, 1.0, 0.0])
-    assert [rank_of_energy(values, share) for share in (0.5, 0.7, 0.8, 0.9, 1.0)] == [1, 2, 2, 3, 3]
-    assert rank_of_energy(torch.zeros(4), 0.9) == 1
+    ranks = [rank_of_energy(values, share, 6.0) for share in (0.5, 0.7, 0.8, 0.9, 1.0)]
+    assert ranks == [1, 2, 2, 3, 3]
+    assert rank_of_energy(torch.zeros(4), 0.9, 0.0) == 1

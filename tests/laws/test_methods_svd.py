@@ -10,7 +10,7 @@ from fedpeft.algebra import products
 from fedpeft.algebra.products import ProductMean, product_norm, thin_svd
 from fedpeft.algebra.ranks import cut, share_of
 from fedpeft.errors import BadInput
-from fedpeft.types import Client, Update
+from fedpeft.types import Client, State, Update
 from tests.products import (
     LAYERS,
     SCALE,
@@ -69,6 +69,31 @@ def test_a_mean_of_products_is_exact_as_a_stack_and_as_a_matrix(clients: int) ->
     assert error == pytest.approx(float(values[4:].norm()), abs=1e-5)
     torch.testing.assert_close(A @ A.T, torch.eye(4), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean.dense().double(), exact, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99], ids=["few hold it", "nearly all alike"])
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.9999, 1.0])
+def test_the_components_that_hold_an_energy_are_those_of_the_whole_svd(
+    decay: float, energy: float
+) -> None:
+    """As a matrix, whose leading components are looked for; all of it where they do not suffice."""
+    mean = ProductMean()
+    size, terms = 128, 140
+    left, right = (torch.linalg.qr(drawn(size, size, seed=seed)).Q for seed in (0, 1))
+    for k in range(terms):
+        i = k % size
+        mean.add(decay**i * left[:, i : i + 1], right[i : i + 1], weight=1.0)
+    assert mean.factors() is None
+    exact = torch.linalg.svd(mean.dense().double(), full_matrices=False)
+    squares = exact.S.square()
+    held = squares.cumsum(0) / squares.sum()
+    rank = next((n + 1 for n in range(size) if float(held[n]) >= energy - 1e-12), size)
+    rank = min(rank, int((exact.S / exact.S[0] > 1e-7).sum()))
+    B, values, A = mean.components(energy)
+    assert (B.shape, A.shape) == ((size, rank), (rank, size))
+    torch.testing.assert_close(values, exact.S[:rank], rtol=1e-6, atol=1e-9)
+    whole = (exact.U * exact.S)[:, :rank] @ exact.Vh[:rank]
+    torch.testing.assert_close((B * values) @ A, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_of_a_large_layer_the_largest_components_are_kept_and_no_matrix_is_formed(
@@ -187,6 +212,28 @@ def test_raflora_averages_each_rank_over_the_clients_that_have_it() -> None:
         )
     flex = federation(small("flexlora"), training=STRONG).play(2, cohort=lambda _: clients)
     assert off(added(playing, flex)[LAYERS[0]], moved[LAYERS[0]]) > 1e-2
+
+
+def test_raflora_of_very_many_clients_is_that_of_few() -> None:
+    """Two hundred replies of ranks 3, 2 and 1 in turn, against sums written out."""
+    method = small("raflora")
+    random = torch.Generator().manual_seed(0)
+    updates: list[Update] = []
+    for k in range(200):
+        rank = 3 - k % 3
+        B, A = (torch.randn(*form, generator=random) for form in ((48, rank), (rank, 40)))
+        updates.append(Update(Client(k), 1 + k % 7, {"q:B": B, "q:A": A}))
+    after = method.receive(State(0, {}), iter(updates))
+    exact = torch.zeros(48, 40, dtype=torch.float64)
+    for i in range(3):
+        has = [update for update in updates if i < len(update.payload["q:A"])]
+        total = sum(update.examples for update in has)
+        for update in has:
+            B, A = (update.payload[f"q:{part}"].double() for part in "BA")
+            exact += update.examples / total * torch.outer(B[:, i], A[i])
+    best = float(torch.linalg.svdvals(exact)[3:].norm())
+    ours = after.shared["q:B"].double() @ after.shared["q:A"].double()
+    assert float((ours - exact).norm()) == pytest.approx(best, rel=1e-6)
 
 
 def test_fedsvd_keeps_the_product_and_renews_a() -> None:
