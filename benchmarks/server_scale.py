@@ -2,6 +2,7 @@
 
     python -m benchmarks.server_scale            # about 10 minutes on 2 cores
     python -m benchmarks.server_scale --quick    # up to 100 clients
+    python -m benchmarks.server_scale --clients 1000 --most-full 0    # 2 minutes: the SVD methods over LoRA
 
 Clients answer at once with what they were sent, a little moved, so all the time is the server's: building the request,
 reading, checking and merging replies, writing the ledger. Every size runs in a process of its own.
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import Figure, in_process, interleaved, report
+from benchmarks.common import Figure, in_process, interleaved, ratio, report
 from benchmarks.setting import Setting
 from fedpeft.federation.server import federate
 from fedpeft.ledger import FILE, ClientRow, Ledger, Measured, measured, stream
@@ -93,12 +94,15 @@ def _answer(due: Payload, state: State, number: int) -> bytes:
 def main(
     look: Annotated[bool, typer.Option("--quick", help="Up to 100 clients, once.")] = False,
     repeats: Annotated[int, typer.Option(help="Interleaved runs.")] = 5,
+    clients: Annotated[int | None, typer.Option(help="This many clients alone.")] = None,
     most_full: Annotated[
         int, typer.Option(help="Clients of full fine-tuning at most: 91 MB each way.")
     ] = 1_000,
 ) -> None:
     """Print seconds and peak memory of a round over the number of clients."""
     repeats, counts = (1, COUNTS[:2]) if look else (repeats, COUNTS)
+    if clients is not None:
+        counts = (clients,)
     points = {
         f"{method} {count}": {"method": method, "count": count}
         for method in METHODS
@@ -112,14 +116,16 @@ def main(
         first = found[f"{method} {counts[0]}"]
         more = one["peak"].median / first["peak"].median
         each = Figure(tuple(1000 * value / int(count) for value in one["seconds"].values))
+        over = ratio(one["seconds"], found[f"lora {count}"]["seconds"])
         rows.append(
-            (method, count, one["seconds"], each, f"{one['peak'].median:.0f}", f"{more:.2f}")
+            (method, count, one["seconds"], each, over, f"{one['peak'].median:.0f}", f"{more:.2f}")
         )
     columns = (
         "method",
         "clients",
         "s",
         "ms per client",
+        "over lora",
         "peak MB of the process",
         f"over {counts[0]} clients",
     )
