@@ -1,6 +1,6 @@
 """How far each merge is from the mean of the clients' models, in the demo's setting.
 
-    python -m benchmarks.exactness            # about 3 minutes on 2 cores
+    python -m benchmarks.exactness            # about 30 minutes on 2 old cores
     python -m benchmarks.exactness --quick
 
 The exact update of a layer is sum p_k (W_k - W), W_k being what client k made of the weights W that all began with. What is
