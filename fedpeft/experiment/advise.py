@@ -11,9 +11,9 @@ from fedpeft.data.heterogeneity import Heterogeneity, heterogeneity
 from fedpeft.errors import BadInput, WireError
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.checking import Tree, nearest
+from fedpeft.experiment.client_cost import ClientCost, Group, cost_of_client
 from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import Config, from_tree, merge
-from fedpeft.experiment.costs import Cost, Group, cost_of
 from fedpeft.experiment.findings import Study, of_like_skew, studies
 from fedpeft.experiment.limits import Limits
 from fedpeft.experiment.rehearsal import shortened
@@ -36,7 +36,7 @@ class Judged:
     """
 
     method: str
-    cost: Cost | None = None
+    cost: ClientCost | None = None
     seconds: tuple[float | None, ...] = ()
     out: str | None = None
     levels: bool = False
@@ -124,7 +124,7 @@ class Advice:
         return (float("inf") if place is None else place), one.moved
 
 
-def _figures_json(one: Judged, cost: Cost) -> dict[str, Any]:
+def _figures_json(one: Judged, cost: ClientCost) -> dict[str, Any]:
     """Return what a method costs, each figure under the name of its source."""
     classes: list[dict[str, Any]] = []
     for group, seconds in zip(cost.groups, one.seconds, strict=True):
@@ -205,7 +205,7 @@ def _judged(name: str, tree: Tree, federation: Federation, limits: Limits) -> Ju
     try:
         config = _config_of(name, tree, federation.config)
         own = build(shortened(config), federation.hardware, federation)
-        cost = cost_of(own)
+        cost = cost_of_client(own)
     except (BadInput, WireError) as error:
         return Judged(name, out=f"cannot train: {error}")
     except (MemoryError, torch.OutOfMemoryError):
@@ -220,7 +220,7 @@ def _judged(name: str, tree: Tree, federation: Federation, limits: Limits) -> Ju
 
 
 def _of_class(
-    group: Group, fleet: Fleet, cost: Cost, limits: Limits
+    group: Group, fleet: Fleet, cost: ClientCost, limits: Limits
 ) -> tuple[float | None, str | None]:
     """Return the modelled seconds of a round for a class of clients, and the limit it breaks.
 
@@ -261,7 +261,7 @@ def _late(group: Group, bounds: Limits, step: float) -> str | None:
     return None
 
 
-def _step_seconds(group: Group, fleet: Fleet, cost: Cost) -> float:
+def _step_seconds(group: Group, fleet: Fleet, cost: ClientCost) -> float:
     """Return the seconds of a step: as the fleet says, otherwise as it was measured here."""
     return fleet.devices[group.name].step_seconds if fleet.devices else cost.step
 

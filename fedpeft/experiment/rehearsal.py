@@ -56,7 +56,7 @@ class Rehearsal:
         return [list(rows) for _, rows in groupby(self.rows, attrgetter("round"))]
 
     def steps(self, planned: int) -> dict[int, int]:
-        """Return the local steps, by phase, of a client that is to take ``planned`` in a round.
+        """Return the local steps, by phase, of a client that would take ``planned`` in each.
 
         >>> Rehearsal([], {0: 5, 1: None, 2: 0}).steps(8)
         {0: 5, 1: 8, 2: 0}
@@ -139,8 +139,9 @@ def _check_answered(rows: Sequence[ClientRow]) -> None:
     """Raise BadInput where nobody was asked, or no reply of the last round is of use."""
     if not rows:
         raise BadInput("no reply could be used: nobody was asked")
-    if all(row.lost for row in rows if row.round == rows[-1].round):
-        raise BadInput(f"no reply could be used: {rows[-1].lost}")
+    last = rows[-1]
+    if all(row.lost for row in rows if row.round == last.round):
+        raise BadInput(f"no reply could be used: {last.lost}")
 
 
 @final

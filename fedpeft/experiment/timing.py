@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import final
 
 from fedpeft.experiment.build import Federation
@@ -42,7 +43,8 @@ class Timing:
     @property
     def peak_memory(self) -> int:
         """Return the bytes of this process at the peak; 0 where the system does not tell."""
-        return max(row.measured.peak_memory for rows in self.rounds for row in rows)
+        rows = chain.from_iterable(self.rounds)
+        return max(row.measured.peak_memory for row in rows)
 
 
 def timing(rehearsal: Rehearsal, federation: Federation) -> Timing:

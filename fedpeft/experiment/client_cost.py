@@ -8,7 +8,7 @@ from typing import final
 from fedpeft.experiment.build import Federation
 from fedpeft.experiment.rehearsal import Rehearsal, rehearse
 from fedpeft.experiment.timing import give_back_memory, timing
-from fedpeft.experiment.traffic import Traffic
+from fedpeft.experiment.transfers import Transfers
 from fedpeft.ledger import ClientRow
 from fedpeft.training.loop import num_steps
 
@@ -43,7 +43,7 @@ class Group:
 
 @final
 @dataclass(frozen=True)
-class Cost:
+class ClientCost:
     """What a method costs one client.
 
     ``down``, ``up``: the most bytes that a client was sent, and sent back, by round; counted.
@@ -68,19 +68,19 @@ class Cost:
         return median(self.step_seconds)
 
 
-def cost_of(federation: Federation) -> Cost:
+def cost_of_client(federation: Federation) -> ClientCost:
     """Return what the method of ``federation``, built from ``shortened`` settings, costs a client.
 
     It is rehearsed; see ``rehearse`` for how, and for what raises BadInput.
     """
     give_back_memory()
     rehearsal = rehearse(federation)
-    traffic, measured = Traffic(rehearsal.rows), timing(rehearsal, federation)
+    transfers, measured = Transfers(rehearsal.rows), timing(rehearsal, federation)
     rounds = rehearsal.rounds
-    return Cost(
-        down=traffic.down,
-        up=traffic.up,
-        groups=tuple(_groups(federation, rehearsal, traffic)),
+    return ClientCost(
+        down=transfers.down,
+        up=transfers.up,
+        groups=tuple(_groups(federation, rehearsal, transfers)),
         trained=(_trained(rounds[0]), _trained(rounds[-1])),
         step_seconds=measured.step_seconds,
         timed_steps=measured.timed_steps,
@@ -88,12 +88,12 @@ def cost_of(federation: Federation) -> Cost:
     )
 
 
-def _groups(federation: Federation, rehearsal: Rehearsal, traffic: Traffic) -> Iterator[Group]:
+def _groups(federation: Federation, rehearsal: Rehearsal, transfers: Transfers) -> Iterator[Group]:
     """Yield the classes of clients."""
     planned = _planned_steps(federation)
     classes = federation.fleet.members() or {"": list(planned)}
     for name, members in classes.items():
-        moved = traffic.of(set(members))
+        moved = transfers.of(set(members))
         steps = rehearsal.steps(max(planned[client] for client in members))
         exchanges: list[Exchange] = []
         for phase, steps_there in steps.items():

@@ -11,7 +11,7 @@ from fedpeft.ledger import ClientRow
 
 @final
 @dataclass(frozen=True)
-class Traffic:
+class Transfers:
     """What some clients moved in some exchanges.
 
     ``rows``: of the ledger; a client has several in a round that has several exchanges.
@@ -21,21 +21,21 @@ class Traffic:
     ...     ClientRow(round=0, phase=1, client=3, down=20, up=5),
     ...     ClientRow(round=1, phase=0, client=4, down=110, up=10),
     ... ]
-    >>> Traffic(rows).down, Traffic(rows).most
+    >>> Transfers(rows).down, Transfers(rows).most
     ((120, 110), 135)
-    >>> Traffic(rows).in_phase(0).most, Traffic(rows).of({4}).in_phase(1).most
+    >>> Transfers(rows).in_phase(0).most, Transfers(rows).of({4}).in_phase(1).most
     (120, None)
     """
 
     rows: Sequence[ClientRow]
 
-    def of(self, clients: Container[int]) -> "Traffic":
-        """Return what ``clients`` moved of it."""
-        return Traffic([row for row in self.rows if row.client in clients])
+    def of(self, clients: Container[int]) -> "Transfers":
+        """Return those of ``clients`` alone."""
+        return Transfers([row for row in self.rows if row.client in clients])
 
-    def in_phase(self, phase: int) -> "Traffic":
-        """Return what was moved in one exchange of every round."""
-        return Traffic([row for row in self.rows if row.phase == phase])
+    def in_phase(self, phase: int) -> "Transfers":
+        """Return those of one exchange of every round alone."""
+        return Transfers([row for row in self.rows if row.phase == phase])
 
     @property
     def down(self) -> tuple[int, ...]:
