@@ -49,14 +49,13 @@ def _table(advice: Advice) -> Table:
     """Return the methods that fit."""
     table = Table(title="Methods that fit", box=box.SIMPLE_HEAD, padding=0, title_justify="left")
     table.add_column("\n\nmethod", vertical="bottom")
-    for heading in (
-        *("counted\nMB down\na round", "\nMB up\na round", "\nweights\ntrained"),
-        *("measured\ns a\nstep", "\npeak\nMB"),
-        *(f"modelled\ns a round\n{literal(name)}" for name in advice.fleet or ("",)),
-    ):
-        table.add_column(Text(heading), justify="right", vertical="bottom", no_wrap=True)
+    headings = ["counted\nMB down\na round", "\nMB up\na round", "\nweights\ntrained"]
+    headings += ["measured\ns a\nstep", "\npeak\nMB"]
+    for name in advice.fleet or ("",):
+        headings.append(f"modelled\ns a round\n{literal(name)}")
     for study in advice.studies:
-        heading = f"found\n{study.metric}\n[{study.name}]"
+        headings.append(f"found\n{study.metric}\n[{study.name}]")
+    for heading in headings:
         table.add_column(Text(heading), justify="right", vertical="bottom", no_wrap=True)
     for one in advice.fitting:
         table.add_row(*_cells(one, advice))

@@ -26,10 +26,9 @@ def init(
     from fedpeft.engines.flower import private
 
     private.check({})
-    from fedpeft.deployment.init import Wanted
-    from fedpeft.deployment.init import deploy_init as write_all
+    from fedpeft.deployment.init import Wanted, deploy_init
 
-    for line in write_all(folder, Wanted(sites, host, port, config)):
+    for line in deploy_init(folder, Wanted(sites, host, port, config)):
         say(line)
 
 
@@ -43,9 +42,9 @@ def key(
     from fedpeft.engines.flower import private
 
     private.check({})
-    from fedpeft.deployment.init import deploy_key as write_key
+    from fedpeft.deployment.init import deploy_key
 
-    for line in write_key(key, public):
+    for line in deploy_key(key, public):
         say(line)
 
 

@@ -19,6 +19,20 @@ def settings(path: Path, assignments: Sequence[str], say: Callable[[str], None])
     return renamed(tree(path, assignments), say)
 
 
+def compared(method_names: str, seed_numbers: str = "") -> list[str]:
+    """Return what the options ``--methods`` and ``--seeds`` say as assignments of ``--set``.
+
+    >>> compared("lora,full", "0,1"), compared("")
+    (["compare.methods=['lora', 'full']", 'compare.seeds=[0, 1]'], [])
+    """
+    assignments: list[str] = []
+    if method_names:
+        assignments.append(f"compare.methods={names(method_names)}")
+    if seed_numbers:
+        assignments.append(f"compare.seeds={seeds(seed_numbers)}")
+    return assignments
+
+
 def names(text: str) -> list[str]:
     """Return names that are separated by commas.
 

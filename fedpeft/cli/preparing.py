@@ -82,22 +82,22 @@ def partition(
     ] = False,
 ) -> None:
     """Show who holds what and how unlike clients are, as a table and a PNG."""
-    from fedpeft.cli import parsing as arguments
-    from fedpeft.data import view as holdings
+    from fedpeft.cli import parsing
+    from fedpeft.data import view
     from fedpeft.data.heterogeneity import heterogeneity
     from fedpeft.experiment.config import from_tree
     from fedpeft.experiment.reading import divide, read_data
 
-    chosen = from_tree(arguments.settings(config, settings, say))
+    chosen = from_tree(parsing.settings(config, settings, say))
     dataset = read_data(chosen)
     divided = divide(chosen, dataset)
     summary = heterogeneity(dataset, divided)
     if as_json:
         typer.echo(json.dumps(summary.to_json()))
         return
-    holdings.picture(dataset, divided, png)
+    view.picture(dataset, divided, png)
     lines = "\n".join(summary.lines())
-    wide().print(holdings.table(dataset, divided), Text(f"\n{lines}\n\n{png}"))
+    wide().print(view.table(dataset, divided), Text(f"\n{lines}\n\n{png}"))
     for note in divided.notes:
         typer.echo(note)
 
@@ -127,14 +127,14 @@ def advise(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and no more.")] = False,
 ) -> None:
     """Show which methods fit: bytes, step time and memory here, and what is known of them."""
-    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli import parsing
     from fedpeft.cli.advice import told_on, view
     from fedpeft.experiment import advise as experiment
     from fedpeft.experiment.limits import limits
 
     bounds = limits(bandwidth, memory, deadline)
-    chosen = arguments.names(methods) if methods else []
-    tree = arguments.settings(config, settings, say)
+    chosen = parsing.names(methods) if methods else []
+    tree = parsing.settings(config, settings, say)
     with told_on(Console(stderr=True)) as on_method:
         advice = experiment.advise(tree, chosen, bounds, on_method)
     if as_json:

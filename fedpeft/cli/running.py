@@ -1,6 +1,6 @@
 """The commands that train: run, resume, compare, tune, sweep."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -36,13 +36,13 @@ def run(
     config: Config, settings: Set = [], runs: Runs = Path("runs"), overwrite: Overwrite = False
 ) -> None:
     """Train one federation with one method."""
-    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli import parsing
     from fedpeft.experiment.build import build
     from fedpeft.experiment.config import from_tree
     from fedpeft.experiment.run import check_learnt, run_from_start
     from fedpeft.experiment.run_folder import beginning
 
-    chosen = from_tree(arguments.settings(config, settings, say))
+    chosen = from_tree(parsing.settings(config, settings, say))
     folder = runs / chosen.name
     with stoppable(lambda: resume_one(folder)):
         # Claimed before the model is loaded: a folder that cannot be used is refused at once.
@@ -101,28 +101,23 @@ def compare(
     bandwidth: Bandwidth = 1e6,
 ) -> None:
     """Train the same federation with several methods and seeds, and report on them side by side."""
-    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli import parsing
     from fedpeft.experiment.compare import metric_of, plan
     from fedpeft.experiment.config import merge
-    from fedpeft.experiment.rates import FILE
     from fedpeft.experiment.run_folder import refuse_existing, runs_in
-    from fedpeft.experiment.tuning import without_own_rates
+    from fedpeft.experiment.tuning import rates_file, tuning_folder, without_own_rates
     from fedpeft.report import Metric, check
 
-    extra: list[str] = []  # what the options say, as assignments of ``--set``
-    if methods:
-        extra.append(f"compare.methods={arguments.names(methods)!r}")
-    if seeds:
-        extra.append(f"compare.seeds={arguments.seeds(seeds)}")
+    compared = parsing.compared(methods, seeds)
     if config and demo:
         raise BadInput(f"--demo {demo}: is run instead of a file; leave out {config}, or --demo")
     chosen = config or Path(str(files("fedpeft") / DEMOS[demo or "encoder"]))
     _check_tuning(tune, trials, rates)
-    tree = arguments.settings(chosen, [*extra, *settings], say)
+    tree: Mapping[str, Any] = parsing.settings(chosen, [*compared, *settings], say)
     if rates:
         tree = merge(tree, {"compare": {"rates": str(rates)}})
     if tune:
-        tree = dict(without_own_rates(tree, _tuning_folder(tree, runs) / FILE))
+        tree = without_own_rates(tree, rates_file(tuning_folder(tree, runs)))
     planned = plan(tree)
     metric = metric_of(planned[0].config)
     # Before hours of training, not after.
@@ -160,16 +155,15 @@ def tune_rates(
     jobs: Jobs = 0,
 ) -> None:
     """Pick the learning rate of every method, with equally many trials, on the validation split."""
-    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli import parsing
 
-    extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
-    tree = arguments.settings(config, [*extra, *settings], say)
+    tree = parsing.settings(config, [*parsing.compared(methods), *settings], say)
     picked = _tune(tree, trials, runs, overwrite, resume, jobs)
     say(f"compare at these rates with: fedpeft compare {config} --rates {picked}")
 
 
 def _tune(
-    tree: dict[str, Any],
+    tree: Mapping[str, Any],
     trials: int | None,
     runs: Path,
     overwrite: bool,
@@ -177,10 +171,9 @@ def _tune(
     jobs: int,
 ) -> Path:
     """Pick rates, with a bar for each run, show them, and return their file."""
-    from fedpeft.experiment.rates import FILE
-    from fedpeft.experiment.tuning import TRIALS, tune
+    from fedpeft.experiment.tuning import TRIALS, rates_file, tune, tuning_folder
 
-    root = _tuning_folder(tree, runs)
+    root = tuning_folder(tree, runs)
     with stoppable(resume_all), progress_bars(out) as watch:
         rates = tune(
             tree,
@@ -199,13 +192,7 @@ def _tune(
         cells = (label, ", ".join(fields), f"{picked.score:.4g}", str(picked.trials))
         table.add_row(*(Text(cell) for cell in cells))
     wide().print(table)
-    return root / FILE
-
-
-def _tuning_folder(tree: dict[str, Any], runs: Path) -> Path:
-    from fedpeft.experiment.config import from_tree
-
-    return runs / f"{from_tree(tree).name}-tune"
+    return rates_file(root)
 
 
 def sweep(
@@ -223,12 +210,11 @@ def sweep(
     jobs: Jobs = 0,
 ) -> None:
     """Try values of fields, scored on the validation split."""
-    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli import parsing
     from fedpeft.experiment.compare import grid
 
-    extra = [f"compare.methods={arguments.names(methods)!r}"] if methods else []
-    tree = arguments.settings(config, [*extra, *settings], say)
-    planned = grid(tree, arguments.tried(values, say), methods=bool(methods))
+    tree = parsing.settings(config, [*parsing.compared(methods), *settings], say)
+    planned = grid(tree, parsing.tried(values, say), methods=bool(methods))
     root = runs / f"{planned[0].config.name}-sweep"
     folders = _run_all(planned, root, overwrite, resume, jobs)
     write_report(folders, root / "report")

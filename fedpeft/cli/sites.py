@@ -24,7 +24,7 @@ def serve(
     log: LogForm = "lines",
 ) -> None:
     """Be the server of a federation of sites, each of which runs `fedpeft join`."""
-    from fedpeft.cli import parsing as arguments
+    from fedpeft.cli import parsing
     from fedpeft.engines.flower import private
 
     private.check(private.SERVER)
@@ -32,15 +32,15 @@ def serve(
     from fedpeft.experiment.compare import plan
     from fedpeft.experiment.config import from_tree, merge
 
-    own = {"engine": {"kind": "sites"}}
-    beside = {"server": {"state": str((config.parent / "server-state").absolute())}}
-    tree = merge(beside, arguments.settings(config, settings, say), own)
+    defaults = {"server": {"state": str((config.parent / "server-state").absolute())}}
+    settled = {"engine": {"kind": "sites"}}
+    tree = merge(defaults, parsing.settings(config, settings, say), settled)
     if not methods:
         chosen = from_tree(tree)
         jobs = [job_of(chosen, runs / chosen.name, resume=resume)]
         serve_jobs(jobs, runs / chosen.name / "report", overwrite, log)
         return
-    named = {"compare": {"methods": arguments.names(methods)}}
+    named = {"compare": {"methods": parsing.names(methods)}}
     planned = plan(merge(tree, named))
     root = runs / f"{planned[0].config.name}-sites"
     jobs = [job_of(one.config, one.folder(root), resume=resume) for one in planned]

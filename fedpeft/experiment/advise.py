@@ -11,11 +11,13 @@ from fedpeft.data.heterogeneity import Heterogeneity, heterogeneity
 from fedpeft.errors import BadInput, WireError
 from fedpeft.experiment.build import Federation, build
 from fedpeft.experiment.checking import Tree, nearest
+from fedpeft.experiment.client_cost import ClientCost, Group, cost_of_client
 from fedpeft.experiment.compare import plan
 from fedpeft.experiment.config import Config, from_tree, merge
 from fedpeft.experiment.findings import Study, of_like_skew, studies
 from fedpeft.experiment.limits import Limits
-from fedpeft.experiment.rehearsal import Group, Rehearsed, rehearse, shortened
+from fedpeft.experiment.rehearsal import shortened
+from fedpeft.federation.fleet import Fleet
 from fedpeft.methods import constructors
 
 YARDSTICKS: Final = frozenset({"local_only"})
@@ -34,7 +36,7 @@ class Judged:
     """
 
     method: str
-    cost: Rehearsed | None = None
+    cost: ClientCost | None = None
     seconds: tuple[float | None, ...] = ()
     out: str | None = None
     levels: bool = False
@@ -109,28 +111,39 @@ class Advice:
         }
 
     def _method_json(self, one: Judged) -> dict[str, Any]:
-        said: dict[str, Any] = {"method": one.method, "left_out": one.out}
-        if one.cost is not None:
-            cost = one.cost
-            said["counted"] = {"down": cost.down, "up": cost.up, "moved": one.moved}
-            said["counted"] |= {"trained": cost.trained}
-            said["measured"] = {"step_seconds": cost.step_seconds, "of_steps": cost.timed_steps}
-            said["measured"] |= {"median": cost.step, "peak_memory": cost.peak_memory}
-            groups: list[dict[str, Any]] = []
-            for group, seconds in zip(cost.groups, one.seconds, strict=True):
-                groups.append({**asdict(group), "round_seconds": seconds})
-            said["modelled"] = {"classes": groups}
-        found = [
-            {"study": study.name, study.metric: study.scores[one.method]}
-            for study in self.known(one.method)
-        ]
-        return {**said, "found": found}
+        figures = _figures_json(one, one.cost) if one.cost is not None else {}
+        found: list[dict[str, str]] = []
+        for study in self.known(one.method):
+            found.append({"study": study.name, study.metric: study.scores[one.method]})
+        return {"method": one.method, "left_out": one.out, **figures, "found": found}
 
     def _order(self, one: Judged) -> tuple[float, int]:
         """Return the place in the nearest study, last where there is none; then the bytes."""
         found = self.known(one.method)
         place = found[0].place(one.method) if found else None
         return (float("inf") if place is None else place), one.moved
+
+
+def _figures_json(one: Judged, cost: ClientCost) -> dict[str, Any]:
+    """Return what a method costs, each figure under the name of its source."""
+    classes: list[dict[str, Any]] = []
+    for group, seconds in zip(cost.groups, one.seconds, strict=True):
+        classes.append({**asdict(group), "round_seconds": seconds})
+    return {
+        "counted": {
+            "down": cost.down,
+            "up": cost.up,
+            "moved": one.moved,
+            "trained": cost.trained,
+        },
+        "measured": {
+            "step_seconds": cost.step_seconds,
+            "of_steps": cost.timed_steps,
+            "median": cost.step,
+            "peak_memory": cost.peak_memory,
+        },
+        "modelled": {"classes": classes},
+    }
 
 
 def advise(
@@ -192,32 +205,42 @@ def _judged(name: str, tree: Tree, federation: Federation, limits: Limits) -> Ju
     try:
         config = _config_of(name, tree, federation.config)
         own = build(shortened(config), federation.hardware, federation)
-        cost = rehearse(own)
+        cost = cost_of_client(own)
     except (BadInput, WireError) as error:
         return Judged(name, out=f"cannot train: {error}")
     except (MemoryError, torch.OutOfMemoryError):
         return Judged(name, out="cannot train: this machine has not memory enough")
     seconds: list[float | None] = []
-    broken: list[str] = []
+    out: str | None = None
     for group in cost.groups:
-        if group.moved is None:
-            seconds.append(None)
-            continue
-        bounds, step = _limits_of(group, own, limits), _step_seconds(group, own, cost)
-        seconds.append(bounds.seconds(group.moved, group.steps * step))
-        why = bounds.broken(group.moved, group.steps * step, cost.peak_memory)
-        # The deadline that is typed is for a round, a fleet's for each of its exchanges.
-        if why is None and limits.deadline is None:
-            why = _late(group, Limits(bounds.rate, deadline=own.fleet.deadline), step)
-        if why is not None:
-            broken.append(f"{group.name}: {why}" if group.name else why)
-    first = broken[0] if broken else None
-    return Judged(name, cost, tuple(seconds), first, bool(own.fleet_notes))
+        of_round, broken = _of_class(group, own.fleet, cost, limits)
+        seconds.append(of_round)
+        out = out or broken
+    return Judged(name, cost, tuple(seconds), out, levels=bool(own.fleet_notes))
 
 
-def _limits_of(group: Group, federation: Federation, limits: Limits) -> Limits:
+def _of_class(
+    group: Group, fleet: Fleet, cost: ClientCost, limits: Limits
+) -> tuple[float | None, str | None]:
+    """Return the modelled seconds of a round for a class of clients, and the limit it breaks.
+
+    None for the seconds where no client was drawn, and for the limit where all are kept.
+    """
+    if group.moved is None:
+        return None, None
+    bounds, step = _limits_of(group, fleet, limits), _step_seconds(group, fleet, cost)
+    training = group.steps * step
+    broken = bounds.broken(group.moved, training, cost.peak_memory)
+    # The deadline that is typed is for a round, a fleet's for each of its exchanges.
+    if broken is None and limits.deadline is None:
+        broken = _late(group, Limits(bounds.rate, deadline=fleet.deadline), step)
+    if broken is not None and group.name:
+        broken = f"{group.name}: {broken}"
+    return bounds.seconds(group.moved, training), broken
+
+
+def _limits_of(group: Group, fleet: Fleet, limits: Limits) -> Limits:
     """Return the limits of a class of clients for a round: those given, over its own link."""
-    fleet = federation.fleet
     if not fleet.devices:
         return limits
     # What a client may move in a round, where that is given, says nothing of its rate.
@@ -238,10 +261,9 @@ def _late(group: Group, bounds: Limits, step: float) -> str | None:
     return None
 
 
-def _step_seconds(group: Group, federation: Federation, cost: Rehearsed) -> float:
+def _step_seconds(group: Group, fleet: Fleet, cost: ClientCost) -> float:
     """Return the seconds of a step: as the fleet says, otherwise as it was measured here."""
-    devices = federation.fleet.devices
-    return devices[group.name].step_seconds if devices else cost.step
+    return fleet.devices[group.name].step_seconds if fleet.devices else cost.step
 
 
 def _config_of(name: str, tree: Tree, base: Config) -> Config:

@@ -94,36 +94,37 @@ def limits(bandwidth: str = "", memory: str = "", deadline: str = "") -> Limits:
     >>> limits("20 MB").traffic
     20000000.0
     """
-    found = Limits()
+    rate = traffic = bytes_of_memory = seconds = None
     if bandwidth:
         says = (
             "write a rate, such as 10Mbit/s or 1MB/s (plain: bytes per second), or what a client "
             "may move in a round, such as 20MB"
         )
-        number, unit = _parted(bandwidth, "--bandwidth", {"": 1, **RATES, **SIZES}, says)
+        amount, unit = _amount(bandwidth, "--bandwidth", {**RATES, **SIZES}, "B/s", says)
         if unit in SIZES:
-            found = Limits(traffic=number * SIZES[unit])
+            traffic = amount
         else:
-            found = Limits(rate=number * RATES[unit or "B/s"])
-    room = None
+            rate = amount
     if memory:
         says = "write a size, such as 4GB or 512MB (plain: GB)"
-        number, unit = _parted(memory, "--memory", {"": 1, **SIZES}, says)
-        room = number * SIZES[unit or "GB"]
-    time = None
+        bytes_of_memory, _ = _amount(memory, "--memory", SIZES, "GB", says)
     if deadline:
         says = "write a time, such as 30s or 2min (plain: seconds)"
-        number, unit = _parted(deadline, "--deadline", {"": 1, **TIMES}, says)
-        time = number * TIMES[unit or "s"]
-    return Limits(found.rate, found.traffic, room, time)
+        seconds, _ = _amount(deadline, "--deadline", TIMES, "s", says)
+    return Limits(rate, traffic, bytes_of_memory, seconds)
 
 
-def _parted(text: str, option: str, units: Mapping[str, float], says: str) -> tuple[float, str]:
-    """Return the number, above 0, and the unit in ``text``; BadInput, with ``says``, for others."""
+def _amount(
+    text: str, option: str, units: Mapping[str, float], plain: str, says: str
+) -> tuple[float, str]:
+    """Return what ``text`` says, above 0, in bytes, seconds or bytes per second; and its unit.
+
+    ``plain``: the unit of a number without one. BadInput, with ``says``, for any other text.
+    """
     found = re.fullmatch(r"\s*(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*", text)
-    if found is None or found[2] not in units:
+    if found is None or (found[2] and found[2] not in units):
         raise BadInput(f"{option} {text}: {says}")
-    number = float(found[1])
+    number, unit = float(found[1]), found[2] or plain
     if not 0 < number < math.inf:
         raise BadInput(f"{option} {text}: must be greater than 0, and finite")
-    return number, found[2]
+    return number * units[unit], unit

@@ -25,12 +25,21 @@ TASKS: Final = ("classification", "tagging", "qa")
 class Proposal:
     """A learning rate, and the sweep that it comes from.
 
-    ``method``: fields of the method as the sweep had them.
+    ``method``: fields of the method as the sweep had them. ``variants``: (field, value) -> what is
+    proposed instead where the method has that field at that value.
     """
 
     lr: float
     origin: str
     method: Mapping[str, float] = field(default_factory=dict)
+    variants: Mapping[tuple[str, str], "Proposal"] = field(default_factory=dict)
+
+    def of(self, method: Mapping[str, Any]) -> "Proposal":
+        """Return what is proposed for a method with the fields ``method``."""
+        for (name, value), proposal in self.variants.items():
+            if method.get(name) == value:
+                return proposal
+        return self
 
 
 _BOTH: Final = "docs/log.md, both sweeps, rank 8"
@@ -43,6 +52,11 @@ def _as(method: str, lr: float) -> Proposal:
     return Proposal(lr, f"not swept; as {method} in docs/log.md, rank 8")
 
 
+_FULL_FIRST: Final = Proposal(
+    3e-3,
+    "not swept; as slora in docs/log.md, rank 8, with stage 1 near the rate of full",
+    {"stage1_rate": 0.03},
+)
 PROPOSALS: Final[Mapping[str, Proposal]] = {
     # Swept: demo 1e-4, longer form 1e-4.
     "full": Proposal(1e-4, "docs/log.md, both sweeps"),
@@ -55,7 +69,12 @@ PROPOSALS: Final[Mapping[str, Proposal]] = {
     # Demo 3e-3, longer form 3e-3.
     "federa": Proposal(3e-3, _BOTH),
     # Demo 3e-3, longer form 1e-2; both with stage 1 at a tenth.
-    "slora": Proposal(3e-3, f"{_LOWER}, stage 1 at a tenth", {"stage1_rate": 0.1}),
+    "slora": Proposal(
+        3e-3,
+        f"{_LOWER}, stage 1 at a tenth",
+        {"stage1_rate": 0.1},
+        variants={("stage1_method", "full"): _FULL_FIRST},
+    ),
     # Demo 3e-2, longer form 1e-2.
     "fedara": Proposal(1e-2, _LOWER),
     # Longer form alone.
@@ -81,12 +100,6 @@ PROPOSALS: Final[Mapping[str, Proposal]] = {
     "sparse": _as("full", 1e-4),
 }
 """Method or yardstick -> the rate proposed. A method that is missing here has no swept relative."""
-FULL_FIRST: Final = Proposal(
-    3e-3,
-    "not swept; as slora in docs/log.md, rank 8, with stage 1 near the rate of full",
-    {"stage1_rate": 0.03},
-)
-"""For SLoRA with ``stage1_method = "full"``."""
 HEAD_LR: Final = 3e-2
 """The rate of the head in the sweeps."""
 
@@ -106,12 +119,12 @@ def with_rate(tree: Tree, name: str) -> Tree:
     sections = (task, training, tuned, method)
     if not all(isinstance(section, Mapping) for section in sections):
         return tree
-    proposal = _proposal(name, method)
     swept = (
         training.get("optimizer", OPTIMIZER) == OPTIMIZER and task.get("kind", TASKS[0]) in TASKS
     )
-    if proposal is None or "lr" in training or not swept:
+    if name not in PROPOSALS or "lr" in training or not swept:
         return tree
+    proposal = PROPOSALS[name].of(method)
     origin = proposal.origin
     if "head_lr" not in training:
         origin += f"; the head at the same rate, there at {HEAD_LR:g}"
@@ -122,9 +135,3 @@ def with_rate(tree: Tree, name: str) -> Tree:
     if proposal.method:
         filled["method"] = {**proposal.method, **method}
     return {**tree, **filled}
-
-
-def _proposal(name: str, method: Mapping[str, Any]) -> Proposal | None:
-    if name == "slora" and method.get("stage1_method") == "full":
-        return FULL_FIRST
-    return PROPOSALS.get(name)

@@ -1,13 +1,10 @@
-"""A run in miniature: what a method moves and needs, counted and measured in a few rounds."""
+"""A run in miniature: a few rounds of few steps, whose messages are those of the run."""
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from operator import attrgetter
-from statistics import median
 from typing import ClassVar, Final, final
 
 from torch import nn
@@ -22,7 +19,6 @@ from fedpeft.federation.memory import Memories
 from fedpeft.federation.server import federate
 from fedpeft.ledger import ClientRow
 from fedpeft.training.activation_cache import ActivationCache
-from fedpeft.training.loop import num_steps
 from fedpeft.types import (
     Base,
     Client,
@@ -44,57 +40,31 @@ STEPS: Final = 2
 
 @final
 @dataclass(frozen=True)
-class Exchange:
-    """What one exchange of a round asks of the clients of a class.
+class Rehearsal:
+    """What was played.
 
-    ``moved``: the most bytes that one of them moved in it, both ways, counted. ``steps``: the local
-    steps of the one that takes most of them in the run.
+    ``rows``: of the ledger, round by round. ``most_steps``: phase -> the most local steps that the
+    method takes in it; None for all that are planned.
     """
 
-    moved: int
-    steps: int
-
-
-@final
-@dataclass(frozen=True)
-class Group:
-    """Clients of one class of devices; where all clients are alike, all of them, without a name.
-
-    ``moved`` and ``steps``: as of an exchange, but in all of a round together; ``moved`` is None
-    where no client was drawn. ``exchanges``: those of a round; none where no client was drawn.
-    """
-
-    name: str
-    moved: int | None
-    steps: int
-    exchanges: tuple[Exchange, ...]
-
-
-@final
-@dataclass(frozen=True)
-class Rehearsed:
-    """What a method costs one client.
-
-    ``down``, ``up``: the most bytes that a client was sent, and sent back, by round; counted.
-    ``trained``: numbers that a client trains, in the first round and in the last. ``step_seconds``:
-    measured, of a step of a client alone in each round that was timed, over all of its exchanges,
-    in ascending order; ``timed_steps``: how many steps these are together. ``peak_memory``:
-    measured bytes of this process while that client trained, model and libraries included; 0 where
-    the system does not tell.
-    """
-
-    down: tuple[int, ...]
-    up: tuple[int, ...]
-    groups: tuple[Group, ...]
-    trained: tuple[int, int]
-    step_seconds: tuple[float, ...]
-    timed_steps: int
-    peak_memory: int
+    rows: Sequence[ClientRow]
+    most_steps: Mapping[int, int | None]
 
     @property
-    def step(self) -> float:
-        """Return the median seconds of a step."""
-        return median(self.step_seconds)
+    def rounds(self) -> list[list[ClientRow]]:
+        """Return the rows of each round in which anybody was asked, all of its exchanges."""
+        return [list(rows) for _, rows in groupby(self.rows, attrgetter("round"))]
+
+    def steps(self, planned: int) -> dict[int, int]:
+        """Return the local steps, by phase, of a client that would take ``planned`` in each.
+
+        >>> Rehearsal([], {0: 5, 1: None, 2: 0}).steps(8)
+        {0: 5, 1: 8, 2: 0}
+        """
+        steps: dict[int, int] = {}
+        for phase, most in sorted(self.most_steps.items()):
+            steps[phase] = planned if most is None else min(planned, most)
+        return steps
 
 
 def shortened(config: Config) -> Config:
@@ -111,112 +81,33 @@ def shortened(config: Config) -> Config:
     return replace(config, federation=federation, method=method)
 
 
-def rehearse(federation: Federation) -> Rehearsed:
-    """Return what the method of ``federation``, built from ``shortened`` settings, costs a client.
+def rehearse(federation: Federation) -> Rehearsal:
+    """Play the rounds of ``federation``, which is built from ``shortened`` settings.
 
-    The rounds are real ones, with the cohorts of the run, so their messages are the run's: only the
-    steps are few, clients train one by one, and all of them answer. BadInput where no reply of the
-    last round is of use.
+    They are real ones, with the cohorts of the run, so their messages are the run's: only the steps
+    are few, clients train one by one, and all of them answer. BadInput where no reply of the last
+    round is of use.
     """
-    _give_back_memory()
-    rows, most_steps = _play(federation)
-    by_round = [list(group) for _, group in groupby(rows, attrgetter("round"))]
-    if not by_round or all(row.lost for row in by_round[-1]):
-        why = by_round[-1][-1].lost if by_round else "nobody was asked"
-        raise BadInput(f"no reply could be used: {why}")
-
-    # 1. Bytes, by client and round: those of all phases together.
-    down: list[int] = []
-    up: list[int] = []
-    moved: dict[int, int] = {}  # client -> its most in a round, both ways
-    moved_at_once: dict[tuple[int, int], int] = {}  # (client, phase) -> its most in that exchange
-    for of_round in by_round:
-        traffic = _traffic(of_round)
-        down.append(max(sent for sent, _ in traffic.values()))
-        up.append(max(replied for _, replied in traffic.values()))
-        for client, (sent, replied) in traffic.items():
-            moved[client] = max(moved.get(client, 0), sent + replied)
-    for row in rows:
-        exchange = row.client, row.phase
-        moved_at_once[exchange] = max(moved_at_once.get(exchange, 0), row.down + row.up)
-
-    # 2. Seconds and memory of the client that was timed. Its first round warms up.
-    clients = federation.clients
-    timed: list[list[ClientRow]] = []  # by round, the rows of all phases
-    for of_round in by_round:
-        largest = _largest([clients[row.client] for row in of_round])
-        timed.append([row for row in of_round if row.client == largest.id])
-    warm = timed[1:] or timed
-    # Not as the client tells: one that hides the number of its steps replies 0.
-    steps = sum(_capped(_timed_steps(federation.config), most) for most in most_steps.values())
-    step_seconds: list[float] = []
-    for phases in warm:
-        step_seconds.append(sum(row.measured.seconds for row in phases) / steps)
-    return Rehearsed(
-        down=tuple(down),
-        up=tuple(up),
-        groups=tuple(_groups(federation, moved, moved_at_once, most_steps)),
-        trained=(_trained(by_round[0]), _trained(by_round[-1])),
-        step_seconds=tuple(sorted(step_seconds)),
-        timed_steps=steps * len(warm),
-        peak_memory=max(row.measured.peak_memory for phases in timed for row in phases),
-    )
-
-
-def _groups(
-    federation: Federation,
-    moved: Mapping[int, int],
-    moved_at_once: Mapping[tuple[int, int], int],
-    most_steps: Mapping[int, int | None],
-) -> Iterator[Group]:
-    """Yield the classes of clients.
-
-    ``moved``: client -> its most bytes of a round. ``moved_at_once``: (client, phase) -> the same
-    of an exchange. ``most_steps``: phase -> the most steps that the method takes in it.
-    """
-    data, fleet = federation.worker.client_data, federation.fleet
-    planned = {
-        k: num_steps(len(held.train), federation.config.training) for k, held in data.items()
-    }
-    planned |= fleet.planned
-    for name, members in (fleet.members() or {"": list(data)}).items():
-        steps = max(planned[client] for client in members)
-        drawn_ones = [moved[client] for client in members if client in moved]
-        exchanges: list[Exchange] = []
-        for phase, most in sorted(most_steps.items()):
-            there = [client for client in members if (client, phase) in moved_at_once]
-            if there:
-                largest = max(moved_at_once[client, phase] for client in there)
-                exchanges.append(Exchange(largest, _capped(steps, most)))
-        in_all = sum(_capped(steps, most) for most in most_steps.values())
-        yield Group(name, max(drawn_ones, default=None), in_all, tuple(exchanges))
-
-
-def _capped(steps: int, most: int | None) -> int:
-    """Return ``steps``, but no more than ``most``, None for any number."""
-    return steps if most is None else min(steps, most)
-
-
-def _play(federation: Federation) -> tuple[list[ClientRow], Mapping[int, int | None]]:
-    """Play the rounds; return the ledger's rows of all clients, and what ``_StepsNoted`` noted."""
     config, memories = federation.config, Memories()
-    # Kept hidden states would make steps faster than those of a client that comes for the first
-    # time, which has none.
-    worker = replace(federation.worker, cache=ActivationCache(), step_alone=None, paces={})
     most_steps: dict[int, int | None] = {}
-    worker = replace(worker, method=_StepsNoted(federation.method, most_steps))
-    engine = _OneTimed(
-        timed=LocalEngine(
-            _brief(worker, _timed_steps(config), config.training.batch_size), memories
-        ),
-        others=LocalEngine(_brief(worker, steps=1, batch_size=1), memories),
+    worker = replace(
+        federation.worker,
+        method=_StepsNoted(federation.method, most_steps),
+        # Kept hidden states would make steps faster than those of a client that comes for the
+        # first time, which has none.
+        cache=ActivationCache(),
+        step_alone=None,
+        paces={},
     )
+    timed = _brief(worker, timed_steps(config), config.training.batch_size)
+    others = _brief(worker, steps=1, batch_size=1)
+    cohort = drawn(federation, federation.trace)
     rows: list[ClientRow] = []
     states = federate(
         federation.method,
         federation.first_state(),
-        engine,
-        partial(_cohort, drawn(federation, federation.trace)),
+        _OneTimed(LocalEngine(timed, memories), LocalEngine(others, memories)),
+        lambda round_number: cohort(round_number, 0),
         range(config.federation.rounds),
         config=federation.agreed,
         min_replies=config.federation.min_replies,
@@ -225,11 +116,18 @@ def _play(federation: Federation) -> tuple[list[ClientRow], Mapping[int, int | N
     )
     for _ in states:  # a round is played when its state is asked for
         pass
-    return rows, most_steps
+    _check_answered(rows)
+    return Rehearsal(rows, most_steps)
 
 
-def _cohort(cohort: Callable[[int, int], Sequence[Client]], round_number: int) -> Sequence[Client]:
-    return cohort(round_number, 0)
+def timed_steps(config: Config) -> int:
+    """Return the steps that are timed in an exchange: no more than the run has."""
+    return min(STEPS, config.training.steps or STEPS)
+
+
+def timed_client(clients: Sequence[Client]) -> Client:
+    """Return the one that is timed: with the most examples, the first of several."""
+    return max(clients, key=attrgetter("examples"))
 
 
 def _brief(worker: Worker, steps: int, batch_size: int) -> Worker:
@@ -237,9 +135,13 @@ def _brief(worker: Worker, steps: int, batch_size: int) -> Worker:
     return replace(worker, training=replace(worker.training, steps=steps, batch_size=batch_size))
 
 
-def _timed_steps(config: Config) -> int:
-    """Return the steps that are timed in a round: no more than the run has."""
-    return min(STEPS, config.training.steps or STEPS)
+def _check_answered(rows: Sequence[ClientRow]) -> None:
+    """Raise BadInput where nobody was asked, or no reply of the last round is of use."""
+    if not rows:
+        raise BadInput("no reply could be used: nobody was asked")
+    last = rows[-1]
+    if all(row.lost for row in rows if row.round == last.round):
+        raise BadInput(f"no reply could be used: {last.lost}")
 
 
 @final
@@ -278,7 +180,7 @@ class _StepsNoted:
 @final
 @dataclass(frozen=True)
 class _OneTimed:
-    """An engine whose largest client takes the steps that are timed, and all others a small one."""
+    """An engine in which ``timed`` asks the client that is timed, and ``others`` all others."""
 
     timed: LocalEngine
     others: LocalEngine
@@ -287,32 +189,9 @@ class _OneTimed:
         self, clients: Sequence[Client], request: Callable[[Client], bytes]
     ) -> Iterator[Reply | Lost]:
         """Ask one client after another; see ``Engine.exchange``."""
-        largest = _largest(clients).id if clients else None
+        if not clients:
+            return
+        chosen = timed_client(clients).id
         for client in clients:
-            engine = self.timed if client.id == largest else self.others
+            engine = self.timed if client.id == chosen else self.others
             yield from engine.exchange([client], request)
-
-
-def _largest(clients: Sequence[Client]) -> Client:
-    """Return the client with the most examples, the first of several."""
-    return max(clients, key=attrgetter("examples"))
-
-
-def _traffic(rows: Sequence[ClientRow]) -> dict[int, tuple[int, int]]:
-    """Return the bytes down and up of each client, summed over the phases of one round."""
-    traffic: dict[int, tuple[int, int]] = {}
-    for row in rows:
-        down, up = traffic.get(row.client, (0, 0))
-        traffic[row.client] = down + row.down, up + row.up
-    return traffic
-
-
-def _trained(rows: Sequence[ClientRow]) -> int:
-    return max(row.measured.trained for row in rows)
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system, so that the peak of one method is not the next one's."""
-    # glibc keeps what was freed; other C libraries have no such function.
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -56,6 +56,16 @@ class Trial:
     run: Planned
 
 
+def tuning_folder(tree: Tree, runs: Path) -> Path:
+    """Return the folder among ``runs`` that holds the trials of the comparison in ``tree``."""
+    return runs / f"{from_tree(tree).name}-tune"
+
+
+def rates_file(root: Path) -> Path:
+    """Return the file of what was picked among the trials under ``root``."""
+    return root / FILE
+
+
 def tune(
     tree: Tree,
     root: Path,
@@ -74,21 +84,16 @@ def tune(
     that was killed ends, with ``resume``, in what it would have ended in. Raises BadInput for
     settings that do not work, before anything is trained.
     """
-    path = root / FILE
+    path = rates_file(root)
     if path.exists():
         read_rates(path)  # it is read again at the end; a damaged one is refused before the trials
     tree = without_own_rates(tree, path)
     planned = plan_trials(tree, trials)
     for trial in planned:
         _check_validation(trial.run.config)
-    if any(promises(trial.run.config) for trial in planned):
-        on_warning(
-            "differential privacy: every trial trains on the clients' data, and its epsilon is "
-            "not in that of the run that takes its rate; add them up, or tune on public data"
-        )
-    rungs = len(rung_rounds(trials, 1))
+    _warn_of_privacy(planned, on_warning)
     left, scores = planned, dict[str, float]()
-    for rung in range(rungs):
+    for rung in range(len(rung_rounds(trials, 1))):
         left = [_stopping_at(trial, trials, rung) for trial in left]
         runs = [trial.run for trial in left]
         folders = run_all(
@@ -221,14 +226,23 @@ def _drawn(config: Config, label: str, number: int) -> dict[str, Any]:
     constructor: Any = constructors()[config.method["name"]]
     hints = get_type_hints(constructor, include_extras=True)
     tried: dict[str, Any] = {}
-    for part in fields(constructor):
-        for mark in getattr(hints[part.name], "__metadata__", ()):
-            match mark:
-                case WorthTuning(values):
-                    draw = derive(config.seed, "tune", label, part.name, number) % len(values)
-                    usual = config.method.get(part.name, part.default)
-                    tried[f"method.{part.name}"] = values[draw] if number else usual
+    for field in fields(constructor):
+        name, values = field.name, _worth_tuning(hints[field.name])
+        if not values:
+            continue
+        draw = derive(config.seed, "tune", label, name, number) % len(values)
+        usual = config.method.get(name, field.default)
+        tried[f"method.{name}"] = values[draw] if number else usual
     return tried
+
+
+def _worth_tuning(hint: Any) -> Sequence[Any]:
+    """Return the values at which a field with the annotation ``hint`` is tried; mostly none."""
+    for mark in getattr(hint, "__metadata__", ()):
+        match mark:
+            case WorthTuning(values):
+                return values
+    return ()
 
 
 def _trial(label: str, settings: Tree, tried: Mapping[str, Any], trials: int) -> Trial:
@@ -254,6 +268,15 @@ def _check_validation(config: Config) -> None:
                 f"{key} = 'sites': tuning picks by the validation split, which sites do not have; "
                 "tune in a simulation, and give its file to compare.rates"
             )
+
+
+def _warn_of_privacy(planned: Sequence[Trial], on_warning: OnWarning) -> None:
+    """Tell that trials use up privacy, where any of them promises some."""
+    if any(promises(trial.run.config) for trial in planned):
+        on_warning(
+            "differential privacy: every trial trains on the clients' data, and its epsilon is "
+            "not in that of the run that takes its rate; add them up, or tune on public data"
+        )
 
 
 def _stopping_at(trial: Trial, trials: int, rung: int) -> Trial:

@@ -67,11 +67,15 @@ def warning(runs: Sequence[Summary]) -> str:
 
 def _of_other_work(runs: Sequence[Summary]) -> str:
     """Return a line that warns of rates that were picked for other work; empty otherwise."""
-    rates = [rate for run in runs if (rate := rate_of(run.run)) is not None]
-    other = sorted({field for rate in rates for field in rate.other})
+    other: set[str] = set()
+    for run in runs:
+        rate = rate_of(run.run)
+        if rate is not None:
+            other.update(rate.other)
     if not other:
         return ""
-    return f"warning: rates were tuned with other values of {', '.join(other)}; see fedpeft tune"
+    names = ", ".join(sorted(other))
+    return f"warning: rates were tuned with other values of {names}; see fedpeft tune"
 
 
 def _of_effort(runs: Sequence[Summary]) -> str:

@@ -277,6 +277,16 @@ def test_sloras_first_stage_has_the_share_of_the_rate_that_it_was_swept_with() -
     assert first.tried == {RATE: 0.003, "method.stage1_rate": 0.1}
 
 
+def test_a_variant_of_a_method_has_a_rate_of_its_own() -> None:
+    for name, proposal in PROPOSALS.items():
+        for (field, value), variant in proposal.variants.items():
+            config = from_tree({"method": {"name": name, field: value}})
+            assert config.method[field] == value
+            assert config.training.lr == variant.lr
+            assert config.tuned.source.startswith(variant.origin)
+            assert config.method.items() >= variant.method.items()
+
+
 def test_all_data_in_one_place_has_a_rate_of_its_own_unless_one_is_given() -> None:
     asked = {"compare": {"methods": ["lora"], "references": ["centralised", "local-only"]}}
     rates = {one.label: one.config.training.lr for one in plan(asked)}
