@@ -195,7 +195,8 @@ def there(state: LinkState, monkeypatch: pytest.MonkeyPatch) -> Iterator[There]:
     monkeypatch.setattr(sites, "POLL", 0.005)
     # For so long, 3 minutes by default, Flower waits for what is missing of a message.
     monkeypatch.setattr(sql_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", MISSING)
-    monkeypatch.setitem(inflatable_utils.pull_objects.__kwdefaults__, "initial_backoff", 0.01)
+    kept: Any = inflatable_utils.pull_objects.__kwdefaults__
+    monkeypatch.setitem(kept, "initial_backoff", 0.01)
     link = Link(state)
     for name, value in {"_task_id": link.task.task_id, "_run_id": link.run, "_node_id": 1}.items():
         monkeypatch.setattr(TaskIdentity, name, value)
