@@ -15,6 +15,7 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.control_pb2 import ListNodesResponse
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.date import now
@@ -118,6 +119,40 @@ def test_an_error_inside_the_server_is_not_tried_for_ever(monkeypatch: pytest.Mo
         session([])._call(answering(status(500)), object())
 
 
+class Idle:
+    """A server with no message for the site."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.PullMessages = answering(*answers, PullMessagesResponse())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "lost"),
+    [
+        (httpx.ConnectError("refused"), False),
+        (httpx.ConnectTimeout("slow"), False),
+        (status(503), False),
+        (httpx.ReadError("reset"), True),
+        (httpx.ReadTimeout("slow"), True),
+        (httpx.RemoteProtocolError("left"), True),
+        (status(502), True),
+        (status(504), True),
+        (status(500), True),
+    ],
+)
+def test_only_where_a_request_may_be_lost_a_session_is_begun_anew(
+    trouble: Exception, lost: bool
+) -> None:
+    """A new session costs the server little, but a thousand of them at once are not little."""
+    running = session([], Idle(trouble))
+    clock = Clock(5)
+    running._lost = clock  # type: ignore[assignment]
+    told = "perhaps a request with it" if lost else "knows this session no more"
+    with pytest.raises(SessionLost, match=told):
+        running.work(answering(b""), 1)
+    assert len(clock.waits) == (1 if lost else 5)
+
+
 class Beating:
     """A server that answers heartbeats one after another."""
 
@@ -209,6 +244,36 @@ def test_a_key_that_is_online_is_waited_for_and_then_taken_for_a_second_site(
         refused(response, ours, 0.0)
 
 
+class Activating:
+    """A server that answers one activation after another."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.ActivateNode = answering(*answers)
+
+
+def test_a_site_that_may_be_its_own_ghost_is_not_taken_for_a_second_one(
+    ours: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has waited for the server for hours, is taken in, and the answer that says so is lost."""
+    monkeypatch.setattr(reach, "key_is_known", lambda _: True)
+    passed = [0.0]
+
+    class Time:
+        def monotonic(self) -> float:
+            return passed[0]
+
+        def sleep(self, seconds: float) -> None:
+            passed[0] += seconds
+
+    monkeypatch.setattr(connector, "time", Time())
+    online = status(412, {"code": NOT_ACTIVATED})
+    for trouble in (httpx.ReadError("reset"), status(504)):
+        hours = [httpx.ConnectError("refused")] * 1000
+        client: Any = Activating(*hours, trouble, *[online] * 10, ActivateNodeResponse(node_id=7))
+        assert connector._activated(client, ours, lambda _: None) == 7
+    assert passed[0] > 2 * 1000
+
+
 @pytest.mark.parametrize("taken_in", [False, True])
 def test_a_key_that_is_new_is_waited_for_until_the_round_is_over_however_long_that_takes(
     taken_in: bool, ours: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,7 +352,20 @@ def test_the_gate_takes_a_signed_time_for_now_within_five_minutes(
     assert not is_signed(headers, set())
 
 
-def test_a_gate_without_a_superlink_says_so_and_sites_wait(tmp_path: Path) -> None:
+class Cut:
+    """Stands for the gate's client: the connection to the SuperLink breaks before the answer comes."""
+
+    async def post(self, *_: object, **__: object) -> httpx.Response:
+        raise httpx.ReadError("reset")
+
+
+@pytest.mark.parametrize(
+    ("client", "told"), [(None, reach.UNREACHED), (Cut(), reach.UNANSWERED)], ids=["away", "cut"]
+)
+def test_a_gate_without_a_superlink_says_so_and_sites_wait(
+    client: Cut | None, told: int, tmp_path: Path
+) -> None:
+    """It says whether the SuperLink may have been reached."""
     (tmp_path / "ca.crt").write_bytes(authority("tests").pem)
     app = gate("127.0.0.1:1", str(tmp_path / "ca.crt"), tmp_path, tmp_path / "offer.json")
 
@@ -297,8 +375,9 @@ def test_a_gate_without_a_superlink_says_so_and_sites_wait(tmp_path: Path) -> No
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=there, base_url="https://gate") as site,
         ):
+            app.state.client = client or app.state.client
             return (await site.post("/v1/fleet/pull-messages", content=b"x")).status_code
 
     status_code = asyncio.run(asked())
-    assert status_code == 502
+    assert status_code == told
     assert reach.is_down(status_code)

@@ -54,6 +54,8 @@ from fedpeft.engines.flower.grid import FAILED, blob, record
 from fedpeft.engines.flower.reach import (
     AGAIN,
     NOT_ACTIVATED,
+    NOT_SENT,
+    UNREACHED,
     Gate,
     error_code,
     is_down,
@@ -102,6 +104,7 @@ class Session:
         self._client = client
         self._say = say
         self._lost = threading.Event()
+        self._unsure = False  # whether a message may have been handed out that has not come
         self.ended = False
 
     def beat(self) -> bool:
@@ -135,7 +138,12 @@ class Session:
         """
         wait = SOONEST
         while True:
-            if self._one(answer, most):
+            came = self._one(answer, most)
+            if self._unsure:
+                # Flower delivers no message twice. The server asks again whoever is in a new
+                # session; where nothing was lost, it gets the last reply once more.
+                raise SessionLost("an answer of the server was lost, and perhaps a request with it")
+            if came:
                 wait = SOONEST
                 continue
             # Many idle sites cost the server 8 ms of CPU each time they ask.
@@ -145,7 +153,9 @@ class Session:
 
     def _one(self, answer: Answer, most: int) -> bool:
         """Answer one message, and return whether there was one."""
-        response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._self()))
+        response, self._unsure = self._answered(
+            self._client.PullMessages, PullMessagesRequest(node=self._self())
+        )
         if not response.messages_list:
             return False
         head = message_from_proto(response.messages_list[0])
@@ -200,14 +210,18 @@ class Session:
         return message.content
 
     def _send(self, head: Message, reply: RecordDict | Error) -> None:
-        """Send the answer to a message, and what it is made of."""
+        """Send the answer to a message, and what it is made of.
+
+        Where the server's answer to a part of it was lost, the server may have that part, and wait
+        for the others.
+        """
         message = Message(reply, reply_to=head)
         message.metadata.__dict__["_message_id"] = message.object_id
         with no_object_id_recompute():
             objects = get_all_nested_objects(message)
             tree = get_object_tree(message)
             outside = remove_content_from_message(message) if message.has_content() else message
-            response = self._call(
+            response, unsure = self._answered(
                 self._client.PushMessages,
                 PushMessagesRequest(
                     node=self._self(),
@@ -216,29 +230,42 @@ class Session:
                     clientapp_runtime_list=[0.0],
                 ),
             )
-            for object_id in response.objects_to_push:
-                stored = self._call(
+            # What was lost has named the parts that are due, and the session in which they come.
+            # Without one the server looks for the session that waits for the part.
+            due = list(objects) if unsure else list(response.objects_to_push)
+            session_id = "" if unsure else response.session_id
+            for object_id in due:
+                taken, lost = self._answered(
                     self._client.PushObject,
                     PushObjectRequest(
                         node=self._self(),
                         run_id=head.metadata.run_id,
                         object_id=object_id,
                         object_content=objects[object_id].deflate(),
-                        session_id=response.session_id,
+                        session_id=session_id,
                     ),
-                ).stored
-                if not stored:
+                )
+                if not (taken.stored or lost or unsure):
                     self._say("the server no longer waits for this answer")
                     return
 
     def _call(self, method: Callable[[Any], T], request: object) -> T:
         """Call the server; wait and try again while it is out of reach."""
-        began, wait = time.monotonic(), SOONEST
+        return self._answered(method, request)[0]
+
+    def _answered(self, method: Callable[[Any], T], request: object) -> tuple[T, bool]:
+        """Call the server as ``_call`` does, and return whether an answer may have been lost.
+
+        Then the server may have done before what it was asked.
+        """
+        began, wait, lost = time.monotonic(), SOONEST, False
         while True:
             try:
-                return method(request)
-            except httpx.TransportError as error:
+                return method(request), lost
+            except NOT_SENT as error:
                 reason = type(error).__name__
+            except httpx.TransportError as error:
+                reason, lost = type(error).__name__, True
             except httpx.HTTPStatusError as error:
                 status = error.response.status_code
                 if status == httpx.codes.FORBIDDEN:
@@ -247,7 +274,7 @@ class Session:
                 inside = status == httpx.codes.INTERNAL_SERVER_ERROR
                 if not is_down(status) or (inside and time.monotonic() - began > AGAIN):
                     raise SessionLost(f"the server answers with status {status}") from error
-                reason = f"status {status}"
+                reason, lost = f"status {status}", lost or status != UNREACHED
             if wait == SOONEST:
                 self._say(f"the server is out of reach ({reason}); trying again")
             if self._lost.wait(wait):
@@ -333,8 +360,12 @@ def _activated(client: FleetHttpClient, gate: Gate, say: Say) -> int:
         except httpx.TransportError as error:
             if fault := tls_fault(error):
                 raise BadInput(f"server = {gate.address!r}: {fault}") from error
+            # The server may have taken this site in, and not have been able to say so.
+            began = time.monotonic()
             reason = f"waiting for the server at {gate.address} ({type(error).__name__})"
         except httpx.HTTPStatusError as error:
+            if is_down(error.response.status_code):
+                began = time.monotonic()
             reason = refused(error.response, gate, time.monotonic() - began)
         if reason != told:
             say(reason)

@@ -31,7 +31,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedpeft.engines.flower.reach import KEY_ROUTE, OFFER_ROUTE, UNREACHED
+from fedpeft.engines.flower.reach import (
+    KEY_ROUTE,
+    NOT_SENT,
+    OFFER_ROUTE,
+    UNANSWERED,
+    UNREACHED,
+)
 from fedpeft.wire.lifeline import end_with_parent
 
 CALLS: Final = (
@@ -109,8 +115,8 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
             answer = await request.app.state.client.post(
                 request.url.path, content=bytes(body), headers=headers
             )
-        except httpx.TransportError:  # it is being restarted; sites try again
-            return PlainTextResponse("the SuperLink is out of reach", UNREACHED)
+        except httpx.TransportError as error:  # it is being restarted; sites try again
+            return _silent(error)
         back = {name: value for name, value in answer.headers.items() if name in BACK}
         return Response(answer.content, answer.status_code, headers=back)
 
@@ -143,6 +149,13 @@ def gate(link: str, ca: str, sites: Path, offer: Path) -> Starlette:
 def _left(_request: Request, _error: Exception) -> Response:
     """Answer whoever left within the body: nobody reads it, but a traceback would fill the log."""
     return PlainTextResponse("left", 400)
+
+
+def _silent(error: httpx.TransportError) -> Response:
+    """Tell a site that there is no answer, and whether what it asked may have been done."""
+    if isinstance(error, NOT_SENT):
+        return PlainTextResponse("the SuperLink is out of reach", UNREACHED)
+    return PlainTextResponse("the SuperLink's answer is lost", UNANSWERED)
 
 
 def is_signed(headers: Mapping[str, str], known: set[str]) -> bool:

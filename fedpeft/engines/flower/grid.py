@@ -3,11 +3,13 @@
 Nodes are not trusted: whatever one of them sends is at most a WireError about that one message.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Final
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedpeft.errors import WireError
 
@@ -18,7 +20,8 @@ FAILED: Final = 2
 REASON: Final = 300
 """Characters of a node's error text that reach the ledger: nodes could send megabytes."""
 
-
+COMPLETING: Final = 3
+"""How often a message is sent once more, of which not all parts have certainly arrived."""
 GONE: Final = frozenset({3, 5})
 """Flower's codes where a message was lost, or its node has left, with nobody at fault."""
 
@@ -68,13 +71,25 @@ def push(grid: Grid, message: Message) -> str:
     """
     try:
         # One message, one id; a refused message has an empty id or none.
-        sent = next(iter(grid.push_messages([message])), None)
+        sent = next(iter(_pushed(grid, message)), None)
     except Exception as error:
         grid.get_node_ids()  # raises, too, where the grid is out of reach
         raise WireError(f"Flower refused the message ({_line(error)})") from error
     if not sent:
         raise WireError("Flower refused the message")
     return sent
+
+
+def _pushed(grid: Grid, message: Message) -> Iterable[str]:
+    """Send one message whole, and return Flower's ids.
+
+    A SuperLink that is killed between taking a part and saying so refuses that part when it comes
+    again, and the node waits for the others. The same message, sent again, is completed.
+    """
+    for _ in range(COMPLETING):
+        with contextlib.suppress(ObjectPushError):
+            return grid.push_messages([message])
+    return grid.push_messages([message])
 
 
 def pull(grid: Grid, sent: str) -> RecordDict | None:

@@ -86,6 +86,7 @@ SERVER: Final[Pieces] = {
     "flwr.supercore.fab:Fab": ("hash_str", "content", "verifications"),
     "flwr.supercore.heartbeat:HeartbeatSender": ("heartbeat_fn",),
     "flwr.supercore.heartbeat:make_task_heartbeat_fn_http": ("client",),
+    "flwr.supercore.inflatable.inflatable_utils:ObjectPushError": (),
     "flwr.supercore.interceptors:RuntimeVersionHttpInterceptor": ("component_name",),
     "flwr.supercore.interceptors:SuperExecAuthHttpInterceptor": (
         "master_secret",

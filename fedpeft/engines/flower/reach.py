@@ -20,8 +20,13 @@ NOT_ACTIVATED: Final = 2004
 AGAIN: Final = 75.0
 """Seconds for which a site asks again with a key that is online: so long, and a little more, the
 SuperLink takes a site for online that was killed."""
-UNREACHED: Final = 502
-"""The status of a gate behind which the SuperLink does not answer."""
+UNREACHED: Final = 503
+"""The status of a gate that has not reached the SuperLink: nothing was done."""
+UNANSWERED: Final = 504
+"""The status of a gate that waits for the SuperLink's answer in vain: it may have done what it was
+asked. So it may have with every other status that tells of trouble, as of another proxy."""
+NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+"""Errors after which nobody can have done anything."""
 KEY_ROUTE: Final = "/v1/fedpeft/key"
 """Where the embedded gate tells whether a key is registered."""
 OFFER_ROUTE: Final = "/v1/fedpeft/offer"
@@ -54,7 +59,7 @@ def is_down(status: int) -> bool:
 
     So is the SuperLink's while it is restarted, or has no room for what it wants to write.
 
-    >>> is_down(502), is_down(401)
+    >>> is_down(503), is_down(401)
     (True, False)
     """
     return status >= httpx.codes.INTERNAL_SERVER_ERROR
