@@ -100,7 +100,9 @@ def main(
     ] = 1_000,
 ) -> None:
     """Print seconds and peak memory of a round over the number of clients."""
-    repeats, counts = (1, COUNTS[:2]) if look else (repeats, COUNTS)
+    counts: tuple[int, ...] = COUNTS
+    if look:
+        repeats, counts = 1, COUNTS[:2]
     if clients is not None:
         counts = (clients,)
     points = {
