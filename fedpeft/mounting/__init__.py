@@ -25,12 +25,13 @@ from fedpeft.mounting.mount import (
 )
 from fedpeft.mounting.packed import BLOCK, Packed, PackedLinear, packed_layers, unpack_layers
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
-from fedpeft.mounting.rows import row_owners
+from fedpeft.mounting.rows import Copies, mounting_for_copies, row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
 from fedpeft.mounting.twins import check_shapes, twin_of
 
 __all__ = [
     "BLOCK",
+    "Copies",
     "Packed",
     "PackedLinear",
     "Targets",
@@ -48,6 +49,7 @@ __all__ = [
     "keep_matrices_in",
     "mounted",
     "mounted_deltas",
+    "mounting_for_copies",
     "only_clients",
     "oriented",
     "overridden",

@@ -14,6 +14,7 @@ from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting.branches import bottleneck, branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_shape, oriented
 from fedpeft.mounting.packed import PackedLinear
+from fedpeft.mounting.rows import is_for_copies
 from fedpeft.mounting.tracing import Place, claimed
 from fedpeft.types import Payload
 
@@ -95,7 +96,7 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
             raise WireError(
                 f"the message's tensors are for different numbers of clients: {sorted(clients)}"
             )
-        if clients <= {1} or not plain:
+        if not plain or (clients <= {1} and not is_for_copies()):
             # One ordinary kernel for one client: its parameters stand in for the model's own.
             alone: dict[str, Callable[[Tensor], Tensor]] = {}
             for name, stack in plain.items():
@@ -168,7 +169,8 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     """Let ``makers[name](parameter)`` stand in for the parameter of that name.
 
     It is made anew before every forward pass. Tied parameters are replaced wherever they are used.
-    When the ``with`` ends, the very same parameter objects are back.
+    When the ``with`` ends, the very same parameter objects are back. NotStackable for what is to
+    have copies: there is one of each for all rows.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
     >>> with replaced(model, {"0.weight": lambda weight: 0 * weight}):
@@ -176,6 +178,8 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     >>> nothing.item(), model(torch.ones(1, 2)).item() != 0
     (0.0, True)
     """
+    if makers and is_for_copies():
+        raise NotStackable("what stands in for a parameter cannot have copies")
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     homes: dict[str, list[tuple[nn.Module, str]]] = {}
     for name, places in _places(everywhere, makers).items():
