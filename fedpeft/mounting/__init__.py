@@ -11,6 +11,7 @@ from fedpeft.mounting.layers import (
 )
 from fedpeft.mounting.mount import (
     bottlenecks,
+    check_alone,
     check_dtypes,
     detached,
     mounted,
@@ -40,6 +41,7 @@ __all__ = [
     "bottlenecks",
     "cast_once",
     "changes",
+    "check_alone",
     "check_dtypes",
     "check_shapes",
     "dense_layer",

@@ -16,7 +16,7 @@ from fedpeft.mounting.layers import dense_shape, oriented
 from fedpeft.mounting.packed import PackedLinear
 from fedpeft.mounting.rows import is_for_copies
 from fedpeft.mounting.tracing import Place, claimed
-from fedpeft.types import Payload
+from fedpeft.types import Context, Payload
 
 
 def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
@@ -107,6 +107,12 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
         yield
 
 
+def check_alone(context: Context, what: str) -> None:
+    """Raise NotStackable where ``what`` would have to carry several clients, or copies of rows."""
+    if len(context.clients) > 1 or is_for_copies():
+        raise NotStackable(f"{what} cannot carry several clients at once; use a stack of 1")
+
+
 def check_dtypes(model: nn.Module, tensors: Payload) -> None:
     """Raise WireError for a tensor of a dtype with which ``model`` does not compute.
 
@@ -169,8 +175,7 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     """Let ``makers[name](parameter)`` stand in for the parameter of that name.
 
     It is made anew before every forward pass. Tied parameters are replaced wherever they are used.
-    When the ``with`` ends, the very same parameter objects are back. NotStackable for what is to
-    have copies: there is one of each for all rows.
+    When the ``with`` ends, the very same parameter objects are back.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
     >>> with replaced(model, {"0.weight": lambda weight: 0 * weight}):
@@ -178,8 +183,6 @@ def replaced(model: nn.Module, makers: Mapping[str, Callable[[Tensor], Tensor]])
     >>> nothing.item(), model(torch.ones(1, 2)).item() != 0
     (0.0, True)
     """
-    if makers and is_for_copies():
-        raise NotStackable("what stands in for a parameter cannot have copies")
     everywhere = dict(model.named_parameters(remove_duplicate=False))
     homes: dict[str, list[tuple[nn.Module, str]]] = {}
     for name, places in _places(everywhere, makers).items():
