@@ -122,8 +122,8 @@ def by_client(x: Tensor, stack: Tensor) -> list[tuple[Tensor, Tensor]]:
     # Owners ascend (see ``micro_batches``), so each client has one run.
     run_owners, lengths = torch.unique_consecutive(owners, return_counts=True)
     runs_of_rows = torch.split(x, lengths.tolist())
-    present = [entries[owner] for owner in run_owners.tolist()]
-    return list(zip(present, runs_of_rows, strict=True))
+    of_runs = [entries[owner] for owner in run_owners.tolist()]
+    return list(zip(of_runs, runs_of_rows, strict=True))
 
 
 def _other_rows(x: Tensor) -> NotStackable:

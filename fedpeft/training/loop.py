@@ -157,6 +157,7 @@ def fit(
         # own client alone, or on its own copies. ``grad``, not ``backward``: threads must not add
         # into one ``.grad``.
         loss = weighted.sum()
+        gradients: Sequence[Tensor | None]
         if copies is None:
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         else:

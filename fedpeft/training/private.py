@@ -111,11 +111,12 @@ def gradients_of_rows(
     None where one is not used. One that the model has used without its copies raises NotStackable:
     what it adds to each row's gradient is not known then.
     """
-    by_copies = torch.autograd.grad(loss, [*copies.of.values(), *trained], allow_unused=True)
-    count = len(trained)
-    if any(gradient is not None for gradient in by_copies[count:]):
+    leaves = [*copies.of.values(), *trained]
+    found: Sequence[Tensor | None] = torch.autograd.grad(loss, leaves, allow_unused=True)
+    by_copies, without = found[: len(trained)], found[len(trained) :]
+    if any(gradient is not None for gradient in without):
         raise NotStackable("a trained tensor was used without its copies")
-    return by_copies[:count]
+    return by_copies
 
 
 def add_bounded(
