@@ -114,6 +114,8 @@ class LocalTask:
     steps, and with what loss.
     ``rows``: how each step hides the rows that it is made of; None for plain steps. The reply then
     tells no loss.
+    ``copies``: whether every row of a pass may have copies of its own of ``trainable``, so that the
+    pass gives the gradients of its rows one by one (see ``mounting.Copies``).
     ``personal``: names of the tensors in ``trainable`` that never leave the client. Where there
     are any, there is no global model, and scores are those of each client's own model.
 
@@ -134,6 +136,7 @@ class LocalTask:
     steps: int | None = None
     discreet: bool = False
     rows: RowNoise | None = None
+    copies: bool = False
 
 
 @dataclass(frozen=True)

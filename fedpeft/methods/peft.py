@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
-from fedpeft.errors import BadInput, NotStackable, WireError
+from fedpeft.errors import BadInput, WireError
 from fedpeft.mounting import (
+    check_alone,
     check_dtypes,
     check_shapes,
     detached,
@@ -76,10 +77,7 @@ class Peft:
         One client at a time: more raise NotStackable.
         """
         del memory
-        if len(context.clients) > 1:
-            raise NotStackable(
-                "a tuner of peft cannot carry several clients at once; use a stack of 1"
-            )
+        check_alone(context, "a tuner of peft")
         check_dtypes(model, down)
         tuned = self._tuned(twin_of(model), context.seed)
         trained = trainable(down)  # (1, ...)

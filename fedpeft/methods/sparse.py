@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
 from fedpeft.algebra.lowrank import by_module
 from fedpeft.algebra.masks import Masked, positions, scatter
-from fedpeft.errors import NotStackable, WireError
+from fedpeft.errors import WireError
 from fedpeft.mounting import (
     Targets,
+    check_alone,
     check_dtypes,
     dense_shape,
     detached,
@@ -91,10 +92,7 @@ class Sparse:
         One client at a time, as whole matrices change: more raise NotStackable.
         """
         del memory
-        if len(context.clients) > 1:
-            raise NotStackable(
-                "sparse values cannot carry several clients at once; use a stack of 1"
-            )
+        check_alone(context, "sparse values")
         check_dtypes(model, down)
         trained = trainable(down)  # values (1, n), head (1, ...)
         masked: dict[str, Masked] = {}

@@ -11,6 +11,7 @@ from fedpeft.mounting.layers import (
 )
 from fedpeft.mounting.mount import (
     bottlenecks,
+    check_alone,
     check_dtypes,
     detached,
     mounted,
@@ -25,12 +26,13 @@ from fedpeft.mounting.mount import (
 )
 from fedpeft.mounting.packed import BLOCK, Packed, PackedLinear, packed_layers, unpack_layers
 from fedpeft.mounting.precision import cast_once, keep_matrices_in
-from fedpeft.mounting.rows import row_owners
+from fedpeft.mounting.rows import Copies, mounting_for_copies, row_owners
 from fedpeft.mounting.tracing import Trace, changes, touched, trace
 from fedpeft.mounting.twins import check_shapes, twin_of
 
 __all__ = [
     "BLOCK",
+    "Copies",
     "Packed",
     "PackedLinear",
     "Targets",
@@ -39,6 +41,7 @@ __all__ = [
     "bottlenecks",
     "cast_once",
     "changes",
+    "check_alone",
     "check_dtypes",
     "check_shapes",
     "dense_layer",
@@ -48,6 +51,7 @@ __all__ = [
     "keep_matrices_in",
     "mounted",
     "mounted_deltas",
+    "mounting_for_copies",
     "only_clients",
     "oriented",
     "overridden",

@@ -95,9 +95,9 @@ def low_rank(parts: Mapping[str, Tensor], scale: float) -> Hook:
     A, B, e = parts["A"], parts["B"], parts.get("e")
 
     def add(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # n entries of the stack: one a client, one a row where the rows of clients mix, or 1.
-        # Transposed before rows are gathered: what comes back to be added up is contiguous.
-        down, up = _entries(A.mT, 2), _entries(B.mT, 2)  # (n, in, r), (n, r, out)
+        # n entries of the stack: one a client, a row where clients' rows mix, or a copy; or 1.
+        down = _entries(A, 2, transposed=True)  # (n, in, r)
+        up = _entries(B, 2, transposed=True)  # (n, r, out)
         x = group_by_client(args[0], len(down))  # (n, tokens, in)
         inner = torch.bmm(x, down)  # (n, tokens, r)
         if e is not None:
@@ -131,10 +131,9 @@ def dense(difference: Tensor, scale: float) -> Hook:
         if difference.ndim == 2:
             return torch.add(output, functional.linear(x, difference), alpha=scale)
         # Not gathered for each row as factors are: a row would then have a whole matrix.
-        matrices = difference.unbind()  # K of (out, in)
         products: list[Tensor] = []
-        for client, rows in by_client(x, len(matrices)):
-            products.append(functional.linear(rows, matrices[client]))
+        for matrix, rows in by_client(x, difference):
+            products.append(functional.linear(rows, matrix))
         return torch.add(output, torch.cat(products), alpha=scale)
 
     return add
@@ -149,7 +148,8 @@ def bottleneck(parts: Mapping[str, Tensor], activation: Callable[[Tensor], Tenso
     D, U, d, u = parts["D"], parts["U"], parts["d"], parts["u"]
 
     def add(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        down, up = select_clients(D.mT), select_clients(U.mT)  # (n, out, m), (n, m, out)
+        down = select_clients(D, transposed=True)  # (n, out, m)
+        up = select_clients(U, transposed=True)  # (n, m, out)
         y = group_by_client(output, len(down))  # (n, tokens, out)
         inner = activation(torch.baddbmm(select_clients(d).unsqueeze(1), y, down))
         outer = torch.baddbmm(select_clients(u).unsqueeze(1), inner, up)
@@ -158,12 +158,14 @@ def bottleneck(parts: Mapping[str, Tensor], activation: Callable[[Tensor], Tenso
     return add
 
 
-def _entries(stack: Tensor, axes: int) -> Tensor:
-    """Return the entries of a (K, ...) stack that the batch needs, (n, ...).
+def _entries(stack: Tensor, axes: int, *, transposed: bool = False) -> Tensor:
+    """Return the entries of a (K, ...) stack that the batch needs, (n, ...), maybe ``transposed``.
 
     A tensor that has ``axes`` axes has no client axis: it is all clients', and one entry.
     """
-    return stack.unsqueeze(0) if stack.ndim == axes else select_clients(stack)
+    if stack.ndim == axes:
+        return (stack.mT if transposed else stack).unsqueeze(0)
+    return select_clients(stack, transposed=transposed)
 
 
 # The forwards below take x (n, tokens, in), weights (n, ...) of matrices or (n, 1, width) of

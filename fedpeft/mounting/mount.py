@@ -14,8 +14,9 @@ from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting.branches import bottleneck, branches, check_branch, stackable, stacked
 from fedpeft.mounting.layers import dense_shape, oriented
 from fedpeft.mounting.packed import PackedLinear
+from fedpeft.mounting.rows import is_for_copies
 from fedpeft.mounting.tracing import Place, claimed
-from fedpeft.types import Payload
+from fedpeft.types import Context, Payload
 
 
 def trainable(tensors: Payload) -> dict[str, nn.Parameter]:
@@ -95,7 +96,7 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
             raise WireError(
                 f"the message's tensors are for different numbers of clients: {sorted(clients)}"
             )
-        if clients <= {1} or not plain:
+        if not plain or (clients <= {1} and not is_for_copies()):
             # One ordinary kernel for one client: its parameters stand in for the model's own.
             alone: dict[str, Callable[[Tensor], Tensor]] = {}
             for name, stack in plain.items():
@@ -104,6 +105,12 @@ def mounted(model: nn.Module, tensors: Payload, scale: float = 1.0) -> Iterator[
         else:
             undo.enter_context(_side_by_side(model, plain))
         yield
+
+
+def check_alone(context: Context, what: str) -> None:
+    """Raise NotStackable where ``what`` would have to carry several clients, or copies of rows."""
+    if len(context.clients) > 1 or is_for_copies():
+        raise NotStackable(f"{what} cannot carry several clients at once; use a stack of 1")
 
 
 def check_dtypes(model: nn.Module, tensors: Payload) -> None:

@@ -3,9 +3,10 @@
 Each has batches, gradient clipping and optimizer state of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from operator import attrgetter
 from typing import Annotated, NamedTuple, final
@@ -14,7 +15,8 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from fedpeft.mounting import row_owners
+from fedpeft.errors import NotStackable
+from fedpeft.mounting import Copies, row_owners
 from fedpeft.seeds import derive, generator
 from fedpeft.tasks import Encoded, Example, Task
 from fedpeft.training import private
@@ -136,13 +138,15 @@ def fit(
     trained = list(local.trainable.values())
     losses = torch.zeros(len(shares), dtype=torch.float64, device=device)
     buckets, num_parallel = _grouping(shares, hardware)
+    most_rows = private.most_rows(local)
 
     def forward_and_backward(micro_batch: MicroBatch) -> _Gradients:
         """Return the weighted losses of the rows and their gradients; it runs in any thread."""
         owners, rows = micro_batch.owners, len(micro_batch.examples)
         if isinstance(owners, Tensor):
             owners = owners.to(device)
-        with entering(micro_batch.states), row_owners(owners, rows), hardware.autocast():
+        copies = _copies(trained, micro_batch)
+        with entering(micro_batch.states), row_owners(owners, rows, copies), hardware.autocast():
             batch = task.collate(micro_batch.examples, device, buckets.pad_to_multiple_of)
             row_losses = task.losses(model, batch)  # (n,)
         # Weights are 1 / rows of the client's batch: added up, these are each client's mean loss.
@@ -150,8 +154,14 @@ def fit(
         if not trained:  # a method may send nothing that is trained
             return _Gradients(micro_batch, weighted.detach(), ())
         # The sum over rows of several clients mixes nothing: a row depends on the parameters of its
-        # own client alone. ``grad``, not ``backward``: threads must not add into one ``.grad``.
-        gradients = torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
+        # own client alone, or on its own copies. ``grad``, not ``backward``: threads must not add
+        # into one ``.grad``.
+        loss = weighted.sum()
+        gradients: Sequence[Tensor | None]
+        if copies is None:
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        else:
+            gradients = private.gradients_of_rows(loss, trained, copies)
         return _Gradients(micro_batch, weighted.detach(), gradients)
 
     with (
@@ -168,10 +178,8 @@ def fit(
                 parameter.grad = None
             batches = [(share, share.steps[step]) for share in shares[active]]
             if local.rows is not None:
-                private.begin(local.trainable)
-                for done in parallel_map(forward_and_backward, row_batches(batches)):
-                    client = int(done.micro_batch.clients[0])
-                    private.add_bounded(local.trainable, done.gradients, client, local.rows.clip)
+                compute = partial(parallel_map, forward_and_backward)
+                most_rows = _add_rows(local, batches, hardware.buckets, most_rows, compute)
                 private.add_noise(local.trainable, active, local.rows, training.batch_size)
             else:
                 stream = micro_batches(batches, buckets, num_parallel)
@@ -205,6 +213,8 @@ class MicroBatch:
     ``clients``: the place in the stack of each row's client, (n,). ``owners``: the same in the form
     that ``row_owners`` takes. ``weights``: the weight of each row in its client's mean loss, (n,).
     ``states``: the cached hidden states of each row; None unless the whole step has them.
+    ``copies``: of how many rows of the data the examples are, equally many of each, all of one
+    client, where each is to have a gradient of its own.
     """
 
     examples: Encoded
@@ -212,17 +222,23 @@ class MicroBatch:
     clients: Tensor
     owners: slice | Tensor
     weights: Tensor
+    copies: int | None = None
 
 
 class _Gradients(NamedTuple):
     """The results of a micro-batch: weighted losses of its rows, (n,), and a gradient a parameter.
 
     A gradient, (K, ...), is 0 for clients without rows here, and None if the parameter is not used.
+    With copies it is (R, ...), of each row of the data.
     """
 
     micro_batch: MicroBatch
     losses: Tensor
     gradients: Sequence[Tensor | None]
+
+
+Batch = tuple[Share, Sequence[int]]
+"""A client's share, and the indices of its examples in one step."""
 
 
 class Row(NamedTuple):
@@ -233,9 +249,7 @@ class Row(NamedTuple):
     example: int
 
 
-def micro_batches(
-    batches: Sequence[tuple[Share, Sequence[int]]], buckets: Buckets, threads: int
-) -> Iterator[MicroBatch]:
+def micro_batches(batches: Sequence[Batch], buckets: Buckets, threads: int) -> Iterator[MicroBatch]:
     """Yield the K clients' batches of one step in micro-batches of rows of like length.
 
     A micro-batch may hold rows of several clients, and those of one client are neighbours in it.
@@ -255,41 +269,48 @@ def micro_batches(
         bucket_rows = [rows[index] for index in bucket]
         # A stable sort: the rows of a client stay in the order of the bucket.
         by_client = sorted(bucket_rows, key=attrgetter("client"))
-        yield _micro_batch(by_client, totals, cached)
+        yield _micro_batch(by_client, [totals[row.client] for row in by_client], cached)
 
 
-def row_batches(batches: Sequence[tuple[Share, Sequence[int]]]) -> Iterator[MicroBatch]:
-    """Yield the K clients' batches of one step, a micro-batch for every row of their data.
+def row_batches(batches: Sequence[Batch], buckets: Buckets, most_rows: int) -> Iterator[MicroBatch]:
+    """Yield the K clients' batches of one step in micro-batches of rows of one client's data.
 
-    The weights in it are those of the row's mean loss. One row after another is exact whatever the
-    model is made of; hooks that take the gradients of rows apart, as opacus has them for modules,
-    do not see what is mounted here.
+    ``most_rows``: the most in one; their gradients are then taken apart by copies. The weights in a
+    micro-batch are those of each row's mean loss. Which rows go together depends on nothing but the
+    client's own batch.
     """
+    # Rows of the data, not texts: hooks that take the gradients of texts apart, as opacus has them
+    # for modules, do not see what is mounted here.
     cached = all(share.states is not None for share, _ in batches)
     for client, (share, indices) in enumerate(batches):
-        for of_row in private.by_row(share.examples, indices):
-            total = sum(share.examples[index].weight for index in of_row)
-            rows = [Row(share, client, index) for index in of_row]
-            yield _micro_batch(rows, {client: total}, cached)
+        for together in private.alike(share.examples, indices, buckets, most_rows):
+            rows: list[Row] = []
+            totals: list[int] = []
+            for of_row in together:
+                rows += [Row(share, client, index) for index in of_row]
+                total = sum(share.examples[index].weight for index in of_row)
+                totals += [total] * len(of_row)
+            copies = len(together) if len(together) > 1 else None
+            yield _micro_batch(rows, totals, cached, copies)
 
 
 def _micro_batch(
-    rows: Sequence[Row], totals: Sequence[int] | Mapping[int, int], cached: bool
+    rows: Sequence[Row], totals: Sequence[int], cached: bool, copies: int | None = None
 ) -> MicroBatch:
     """Return ``rows``, sorted by client, as a micro-batch.
 
-    ``totals``: the weights of each client's rows in this step together, by client. ``cached``:
-    whether every share has hidden states.
+    ``totals``: for each row, the weights together that are those of its mean loss. ``cached``:
+    whether every share has hidden states. ``copies``: see ``MicroBatch``.
     """
     examples: list[Example] = []
     states: list[Tensor] = []
     row_clients: list[int] = []
     row_weights: list[float] = []
-    for share, client, example in rows:
+    for (share, client, example), total in zip(rows, totals, strict=True):
         row_clients.append(client)
         examples.append(share.examples[example])
         # A step may have no weight at all, as one of sentences without words: it teaches nothing.
-        row_weights.append(share.examples[example].weight / max(1, totals[client]))
+        row_weights.append(share.examples[example].weight / max(1, total))
         if share.states is not None:
             states.append(share.states[example])
     clients = torch.tensor(row_clients)
@@ -299,7 +320,43 @@ def _micro_batch(
         clients=clients,
         owners=_owners(clients),
         weights=torch.tensor(row_weights),
+        copies=copies,
     )
+
+
+def _add_rows(
+    local: LocalTask,
+    batches: Sequence[Batch],
+    buckets: Buckets,
+    most_rows: int,
+    compute: Callable[[Iterable[MicroBatch]], Iterator[_Gradients]],
+) -> int:
+    """Let ``.grad`` be the sums of the bounded gradients of all rows of the data in one step.
+
+    ``compute``: what gives micro-batches' gradients. Returns how many rows may go together in the
+    next step: ``most_rows``, or 1 if it was found out here that the model does not keep them apart.
+    """
+    assert local.rows is not None
+    private.begin(local.trainable)
+    try:
+        for done in compute(row_batches(batches, buckets, most_rows)):
+            client = int(done.micro_batch.clients[0])
+            gradients = done.gradients
+            if done.micro_batch.copies is None:  # (K, ...), of one row
+                gradients = [g if g is None else g[client : client + 1] for g in gradients]
+            private.add_bounded(local.trainable, gradients, client, local.rows.clip)
+    except NotStackable:
+        if most_rows == 1:
+            raise
+        return _add_rows(local, batches, buckets, 1, compute)
+    return most_rows
+
+
+def _copies(trained: Sequence[nn.Parameter], micro_batch: MicroBatch) -> Copies | None:
+    """Return the copies of what is trained that the rows of a micro-batch have, if any."""
+    if micro_batch.copies is None:
+        return None
+    return private.copied(trained, int(micro_batch.clients[0]), micro_batch.copies)
 
 
 def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -5,7 +5,7 @@ Abadi et al. 2016, algorithm 1.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, final
 
@@ -13,6 +13,8 @@ from annotated_types import Gt, Lt
 from torch import nn
 
 from fedpeft.algebra.averaging import MeanMerge, mean_merge
+from fedpeft.errors import NotStackable
+from fedpeft.mounting import mounting_for_copies
 from fedpeft.privacy.accountant import Promise
 from fedpeft.types import (
     Base,
@@ -34,7 +36,7 @@ class DPSGD:
 
     For every method. `training.steps` has to be set, and `training.batch_size` is what is expected
     of a step: each row is in it by itself, drawn from the operating system's randomness. The
-    gradient of every row is computed by itself. The epsilon so far of the client with the largest
+    gradient of every row is bounded by itself. The epsilon so far of the client with the largest
     is in the ledger and in reports; it needs the extra `privacy`.
     """
 
@@ -79,8 +81,22 @@ class Noisy:
     def mount(
         self, model: nn.Module, down: Payload, memory: Payload, context: Context
     ) -> Iterator[LocalTask]:
-        """Mount as the method inside does; the loop bounds gradients and adds noise."""
-        with self.inner.mount(model, down, memory, context) as task:
+        """Mount as the method inside does; the loop bounds gradients and adds noise.
+
+        Where somebody trains and the method's tensors can be stacked, the rows of a pass may have
+        copies of them.
+        """
+        with ExitStack() as undo:
+            task: LocalTask | None = None
+            if context.examples:
+                try:
+                    with mounting_for_copies():
+                        inner = self.inner.mount(model, down, memory, context)
+                        task = replace(undo.enter_context(inner), copies=True)
+                except NotStackable:
+                    pass  # one row after another
+            if task is None:
+                task = undo.enter_context(self.inner.mount(model, down, memory, context))
             yield replace(task, rows=self.rows)
 
     def expects(self, state: State, down: Payload) -> Payload:
