@@ -283,14 +283,23 @@ class _Exchange:
         """Return the request to ``client``; many clients get the very same bytes."""
         down = self.method.send(self.state, as_told(client))
         sent = self._last
-        # Compared by identity, which is cheap; an equal payload that is not the same is encoded.
-        if sent is None or sent.down is not down or sent.memory != client.memory:
+        if sent is None or sent.memory != client.memory or not _is_same(sent.down, down):
             state, memory = self.state, client.memory
             request = Request(Kind.TRAIN, state.round, self.config, down, memory, state.phase)
             expected = self.method.expects(state, down)
             self._last = sent = _Sent(down, memory, request.encode(), expected)
         self._under_way[client.id] = len(sent.blob), sent.down, sent.expected
         return sent.blob
+
+
+def _is_same(one: Payload, other: Payload) -> bool:
+    """Return whether both payloads hold the very same tensors under the same names.
+
+    They are compared by identity, which is cheap: equal tensors that are not the same do not count.
+    """
+    if one is other:
+        return True
+    return one.keys() == other.keys() and all(one[name] is other[name] for name in one)
 
 
 def _response(outcome: Reply | Lost) -> Response:

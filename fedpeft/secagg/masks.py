@@ -12,7 +12,7 @@ Words = NDArray[np.uint64]
 """Numbers modulo 2^64; every smaller power of two divides it."""
 
 _WORD: Final = 8
-_BLOCK: Final = 1 << 13
+_BLOCK: Final = 1 << 14
 """Words that are made at once: they stay in the processor's cache while they are added."""
 _ZEROS: Final = bytes(_WORD * _BLOCK)
 
