@@ -82,15 +82,23 @@ def weighted(numbers: Tensor, weight: float) -> NDArray[np.float64]:
     return products
 
 
+def is_within(numbers: Tensor, most: float) -> bool:
+    """Return whether none of ``numbers``, as ``joined`` has them, is beyond ``most``, or no number.
+
+    >>> is_within(torch.tensor([1.0, -20.0]), 16.0), is_within(torch.tensor([torch.nan]), 16.0)
+    (False, False)
+    """
+    values = numbers.numpy()
+    # A NaN makes both of them NaN, which is no smaller than anything.
+    return bool(values.max(initial=0) <= most and -values.min(initial=0) <= most)
+
+
 def out_of_range(update: Payload, most: float) -> str:
     """Return what is larger than ``most``, or no number, in words; empty where nothing is.
 
     >>> out_of_range({"w": torch.tensor([1.0, -20.0])}, most=16.0)
     "tensor 'w' has the value -20, outside of wrap.range = 16 of secagg; declare a larger one"
     """
-    # All at once first: hardly any update has to be searched tensor by tensor.
-    if np.abs(joined(update).numpy()).max(initial=0) <= most:
-        return ""
     for name, tensor in update.items():
         values = tensor.flatten()
         beyond = values[~(values.abs() <= most)]  # NaN is no smaller than anything

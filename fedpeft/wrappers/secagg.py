@@ -36,6 +36,7 @@ from fedpeft.secagg.summands import (
     as_table,
     as_tensor,
     form_of,
+    is_within,
     joined,
     out_of_range,
     rows_of,
@@ -311,29 +312,30 @@ class Secure:
         for row, client in enumerate(context.clients):
             weight = context.examples[row] if merge.weighting == "examples" else 1
             update = merge.contribution(row_of(up, row))
-            if fault := self._fault(update, weight):
+            numbers = joined(update)
+            if fault := self._fault(update, numbers, weight):
                 raise WireError(f"client {client}: {fault}")
-            mask_secret, box_secret = new_secret(), new_secret()
-            keys = [public_bytes(private_key(secret)) for secret in (mask_secret, box_secret)]
-            ups.append({_KEYS: as_table(keys)})
+            own_secrets = [new_secret(), new_secret()]  # for masks and for boxes
+            keys = as_table([public_bytes(private_key(secret)) for secret in own_secrets])
+            ups.append({_KEYS: keys})
             secrets.append(
                 {
                     "!when": torch.tensor([context.round, TRAIN]),
-                    "!mask_secret": as_tensor(mask_secret),
-                    "!box_secret": as_tensor(box_secret),
-                    "!own_keys": as_table(keys),
+                    "!secrets": as_table(own_secrets),
+                    "!own_keys": keys,
                     "!weight": torch.tensor(weight, dtype=torch.float64),
-                    "!update": joined(update),  # its names play no role from here on
+                    "!update": numbers,  # the names play no role from here on
                 }
             )
         return stacked(ups), {**stays, **stacked(secrets)}
 
-    def _fault(self, update: Payload, weight: int) -> str:
-        """Return why an update cannot be summed, empty where it can."""
+    def _fault(self, update: Payload, numbers: Tensor, weight: int) -> str:
+        """Return why an update, whose ``numbers`` are joined, cannot be summed; empty if it can."""
         if weight > self.settings.examples:
             most = self.settings.examples
             return f"holds {weight} examples, more than wrap.examples = {most} of secagg"
-        return out_of_range(update, self.settings.range)
+        most = self.settings.range
+        return "" if is_within(numbers, most) else out_of_range(update, most)
 
     def _share_keys(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
         """Draw the seed of the own mask; give every member shares of it and of the mask key."""
@@ -342,17 +344,18 @@ class Secure:
         mask_key, box_key = rows_of(kept["!own_keys"])
         me = roster.check(self.rules, client, (mask_key, box_key))
         enough = self.rules.enough(len(roster.members))
-        to_others, from_others = member.box_keys(roster, me, as_bytes(kept["!box_secret"]))
-        seed = new_secret()
-        secrets = as_bytes(kept["!mask_secret"]), seed
+        mask_secret, box_secret = rows_of(kept["!secrets"])
+        to_others, from_others = member.box_keys(roster, me, box_secret)
+        secrets = mask_secret, new_secret()
         boxes, own_shares = member.share_secrets(roster, me, enough, to_others, secrets)
-        up = {_BOXES: as_table(boxes), _SEAL: as_tensor(commitment(seed))}
-        stays = {name: kept[name] for name in ("!mask_secret", "!weight", "!update")}
-        stays |= {
-            "!seed": as_tensor(seed),
+        up = {_BOXES: as_table(boxes), _SEAL: as_tensor(commitment(secrets[1]))}
+        stays = {
+            "!weight": kept["!weight"],
+            "!update": kept["!update"],
+            "!secrets": as_table(secrets),
             "!own_shares": as_tensor(own_shares),
-            # The private key itself is forgotten: it gives these keys and, beside them, those of
-            # the boxes that were sent, which nobody needs here any more.
+            # The private key of boxes is forgotten: it would give these keys and, beside them,
+            # those of the boxes that were sent, which nobody needs any more.
             "!box_keys": as_table(from_others),
             "!members": members,
             "!keys": keys,
@@ -368,8 +371,8 @@ class Secure:
         me = roster.members.index(client)
         fixed_point = self._fixed_point(context.round, len(roster.members))
         numbers = fixed_point.encode(weighted(kept["!update"], float(kept["!weight"])))
-        secrets = as_bytes(kept["!mask_secret"]), as_bytes(kept["!seed"])
-        masked = member.hide(numbers, roster, me, secrets, alive)
+        mask_secret, seed = rows_of(kept["!secrets"])
+        masked = member.hide(numbers, roster, me, (mask_secret, seed), alive)
         stays = {name: kept[name] for name in ("!box_keys", "!own_shares", "!members", "!keys")}
         stays["!alive"] = torch.tensor(alive)
         return {_MASKED: torch.from_numpy(fixed_point.pack(masked))}, stays
