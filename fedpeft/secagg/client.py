@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedpeft.secagg import shamir
@@ -17,7 +16,7 @@ from fedpeft.secagg.keys import (
     seal,
     unseal,
 )
-from fedpeft.secagg.masks import Words, add_stream
+from fedpeft.secagg.masks import Words, add_streams
 from fedpeft.secagg.roster import Roster
 
 BOX: Final = 2 * shamir.SHARE + TAG
@@ -95,13 +94,13 @@ def hide(
     them there is a common mask, which one of both adds and the other subtracts.
     """
     mask_secret, seed = secrets
-    masked = numbers.copy()
-    add_stream(masked, self_mask_key(seed))
+    keys = [(self_mask_key(seed), False)]
     private = private_key(mask_secret)
-    for index in np.flatnonzero(alive):
-        if index != me:
-            key = pair_mask_key(private, roster.mask_keys[index])
-            add_stream(masked, key, negative=bool(me > index))
+    for index, is_alive in enumerate(alive):
+        if is_alive and index != me:
+            keys.append((pair_mask_key(private, roster.mask_keys[index]), me > index))
+    masked = numbers.copy()
+    add_streams(masked, keys)
     return masked
 
 

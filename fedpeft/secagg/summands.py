@@ -27,7 +27,7 @@ class Form:
         return sum(shape.numel() for shape in self.shapes.values()) + 1
 
     def mean(self, numbers: NDArray[np.float64]) -> Mean:
-        """Return the mean whose sums are ``numbers``, as ``flat`` has them."""
+        """Return the mean whose sums are ``numbers``, as ``weighted`` has them."""
         flat_sums = torch.from_numpy(numbers)
         sums: dict[str, Tensor] = {}
         begin = 0
@@ -50,15 +50,6 @@ def form_of(contribution: Callable[[Payload], Payload], reply: Payload) -> Form:
     )
 
 
-def flat(update: Payload, weight: float) -> NDArray[np.float64]:
-    """Return all numbers of ``update`` times its ``weight``, names in order, then the weight.
-
-    >>> flat({"b": torch.tensor([1.0, 2.0]), "a": torch.tensor(0.5)}, 4.0)
-    array([2., 4., 8., 4.])
-    """
-    return weighted(joined(update), weight)
-
-
 def joined(update: Payload) -> Tensor:
     """Return all numbers of ``update``, (n,), names in order.
 
@@ -74,7 +65,11 @@ def joined(update: Payload) -> Tensor:
 
 
 def weighted(numbers: Tensor, weight: float) -> NDArray[np.float64]:
-    """Return ``numbers``, as ``joined`` has them, times their ``weight``, then the weight."""
+    """Return ``numbers``, as ``joined`` has them, times their ``weight``, then the weight.
+
+    >>> weighted(torch.tensor([0.5, 1.0, 2.0]), 4.0)
+    array([2., 4., 8., 4.])
+    """
     products = np.empty(len(numbers) + 1)
     products[-1] = weight
     # NumPy's products: torch would wake its threads for them, which takes longer.

@@ -89,10 +89,10 @@ def plan(
     while len(steps) < count:
         random = generator(seed, "order", client, round_number, epoch)
         order = torch.randperm(examples, generator=random).tolist()
-        for start in range(0, examples, size):
+        for start in range(0, examples, size)[: count - len(steps)]:
             steps.append(order[start : start + size])
         epoch += 1
-    return steps[:count]
+    return steps
 
 
 def paced(steps: int, pace: float) -> int:

@@ -37,7 +37,7 @@ from fedpeft.secagg.keys import (
 from fedpeft.secagg.masks import add_stream
 from fedpeft.secagg.roster import Roster, Rules
 from fedpeft.secagg.server import recover, uncover
-from fedpeft.secagg.summands import flat, form_of, out_of_range
+from fedpeft.secagg.summands import form_of, joined, out_of_range, weighted
 
 RULES = Rules(threshold=0.6, smallest=3)
 
@@ -212,7 +212,7 @@ def test_what_is_out_of_range_is_named() -> None:
 def test_numbers_come_back_as_the_tensors_that_they_were() -> None:
     update = {"b": torch.randn(2, 3), "a": torch.randn(()), "c": torch.randn(4).double()}
     form = form_of(lambda payload: payload, {name: t.to("meta") for name, t in update.items()})
-    numbers = flat(update, 3.0)
+    numbers = weighted(joined(update), 3.0)
     assert len(numbers) == form.numbers == 12
     mean = form.mean(numbers).result()
     for name, tensor in update.items():
