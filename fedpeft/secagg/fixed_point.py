@@ -71,7 +71,7 @@ class FixedPoint:
         # To the top of the word and back: the shift of a signed number copies its sign.
         unused = 64 - self.bits
         signed = (words << np.uint64(unused)).view(np.int64) >> np.int64(unused)
-        return signed * self.step
+        return signed * np.float64(self.step)
 
     def pack(self, words: Words) -> NDArray[np.uint8]:
         """Return ``words`` modulo 2^bits as bytes, the lowest first, ``size`` for each."""

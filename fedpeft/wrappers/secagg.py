@@ -334,8 +334,9 @@ class Secure:
         if weight > self.settings.examples:
             most = self.settings.examples
             return f"holds {weight} examples, more than wrap.examples = {most} of secagg"
-        most = self.settings.range
-        return "" if is_within(numbers, most) else out_of_range(update, most)
+        if is_within(numbers, self.settings.range):
+            return ""
+        return out_of_range(update, self.settings.range)
 
     def _share_keys(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
         """Draw the seed of the own mask; give every member shares of it and of the mask key."""
