@@ -129,7 +129,7 @@ class MeanMerge:
 
 
 @runtime_checkable
-class MeanMethod(Method, Protocol):
+class MeanMethod(Protocol):
     """A method whose ``receive`` is a ``MeanMerge``; wrappers that sum replies ask for one."""
 
     def mean_merge(self, round_number: int) -> MeanMerge | None:

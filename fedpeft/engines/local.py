@@ -9,7 +9,7 @@ from fedpeft.errors import Forgotten, NotStackable, WireError
 from fedpeft.federation.client import Worker
 from fedpeft.federation.memory import Memories
 from fedpeft.types import Client, Engine, Lost, Reply
-from fedpeft.wire.messages import Form, Response, forgotten, form
+from fedpeft.wire.messages import Form, forgotten, form, memory_told
 
 T = TypeVar("T")
 Forms = tuple[Form, Form]
@@ -118,8 +118,7 @@ class LocalEngine:
         for pending, (reply, memory) in zip(group, results, strict=True):
             client = pending.client
             if memory:
-                version = Response.decode(reply).memory
-                self.memories.put(client.id, version, memory, assumed=client.memory)
+                self.memories.put(client.id, memory_told(reply), memory, assumed=client.memory)
             yield Reply(client, reply)
 
 

@@ -3,69 +3,86 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedpeft.secagg import shamir
-from fedpeft.secagg.keys import TAG, agreed, derived, private_key, seal, unseal
-from fedpeft.secagg.masks import Words, add_stream
+from fedpeft.secagg.keys import (
+    KEY,
+    TAG,
+    agreed,
+    common_secret,
+    derived,
+    private_key,
+    seal,
+    unseal,
+)
+from fedpeft.secagg.masks import Words, add_streams
 from fedpeft.secagg.roster import Roster
 
 BOX: Final = 2 * shamir.SHARE + TAG
 """Bytes of a box: a share of each of a member's two secrets."""
 
 
+def box_keys(roster: Roster, me: int, box_secret: bytes) -> tuple[list[bytes], list[bytes]]:
+    """Return the keys of the boxes that the member sends, and of those that it is sent, by index.
+
+    ``me``: its index, in whose place there are zeros. ``box_secret``: its private key for boxes.
+    WireError for a member's key that nothing can be agreed on with.
+    """
+    private = private_key(box_secret)
+    to_others, from_others = [bytes(KEY)] * len(roster.members), [bytes(KEY)] * len(roster.members)
+    for other, public in enumerate(roster.box_keys):
+        if other != me:
+            # One agreement for both directions, a key for each: no two boxes may be sealed with
+            # the same one.
+            secret = common_secret(private, public)
+            to_others[other] = _box_key(secret, sender=me, recipient=other)
+            from_others[other] = _box_key(secret, sender=other, recipient=me)
+    return to_others, from_others
+
+
+def _box_key(secret: bytes, sender: int, recipient: int) -> bytes:
+    """Return the key of the one box from ``sender`` to ``recipient``."""
+    return derived(secret, f"fedpeft secagg box {sender} {recipient}".encode())
+
+
 def share_secrets(
     roster: Roster,
     me: int,
     enough: int,
-    box_secret: bytes,
+    keys: Sequence[bytes],
     secrets: tuple[bytes, bytes],
 ) -> tuple[list[bytes], bytes]:
     """Return a box with shares for every other member, and the member's own shares.
 
-    ``me``: its index. ``secrets``: its private mask key and the seed of its own mask, ``enough``
-    shares of which give them back. In the place of its own box there are zeros.
+    ``me``: its index. ``keys``: of the boxes that it sends, as ``box_keys`` returns them.
+    ``secrets``: its private mask key and the seed of its own mask, ``enough`` shares of which give
+    them back. In the place of its own box there are zeros.
     """
     shares: list[bytes] = [b""] * len(roster.members)
     for secret in secrets:
         parts = shamir.split(int.from_bytes(secret), enough, len(shares))
         for index, part in enumerate(parts):
             shares[index] += part.to_bytes(shamir.SHARE)
-    private = private_key(box_secret)
     boxes: list[bytes] = []
     for index, content in enumerate(shares):
-        if index == me:
-            boxes.append(bytes(BOX))
-            continue
-        key = _box_key(roster, private, other=index, sender=me, recipient=index)
-        boxes.append(seal(key, content, roster.digest))
+        boxes.append(bytes(BOX) if index == me else seal(keys[index], content, roster.digest))
     return boxes, shares[me]
 
 
 def open_boxes(
-    roster: Roster, me: int, box_secret: bytes, boxes: Mapping[int, bytes]
+    roster: Roster, keys: Sequence[bytes], boxes: Mapping[int, bytes]
 ) -> dict[int, tuple[bytes, bytes]]:
     """Return the shares of (mask key, seed) in the ``boxes`` that others sent, by their index.
 
-    WireError where one of them is not theirs.
+    ``keys``: of the boxes that are sent to the member, as ``box_keys`` returns them. WireError
+    where one of the boxes is not theirs.
     """
-    private = private_key(box_secret)
     opened: dict[int, tuple[bytes, bytes]] = {}
     for sender, box in boxes.items():
-        key = _box_key(roster, private, other=sender, sender=sender, recipient=me)
-        content = unseal(key, box, roster.digest)
+        content = unseal(keys[sender], box, roster.digest)
         opened[sender] = content[: shamir.SHARE], content[shamir.SHARE :]
     return opened
-
-
-def _box_key(
-    roster: Roster, private: X25519PrivateKey, other: int, sender: int, recipient: int
-) -> bytes:
-    """Return the key of the one box from ``sender`` to ``recipient``, one of whom is ``other``."""
-    # A key for each direction, as no two boxes may be sealed with the same one.
-    ends = f" {sender} {recipient}".encode()
-    return agreed(private, roster.box_keys[other], b"fedpeft secagg box" + ends)
 
 
 def hide(
@@ -77,13 +94,13 @@ def hide(
     them there is a common mask, which one of both adds and the other subtracts.
     """
     mask_secret, seed = secrets
-    masked = numbers.copy()
-    add_stream(masked, self_mask_key(seed))
+    keys = [(self_mask_key(seed), False)]
     private = private_key(mask_secret)
-    for index in np.flatnonzero(alive):
-        if index != me:
-            key = pair_mask_key(private, roster.mask_keys[index])
-            add_stream(masked, key, negative=bool(me > index))
+    for index, is_alive in enumerate(alive):
+        if is_alive and index != me:
+            keys.append((pair_mask_key(private, roster.mask_keys[index]), me > index))
+    masked = numbers.copy()
+    add_streams(masked, keys)
     return masked
 
 

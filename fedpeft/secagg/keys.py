@@ -37,16 +37,23 @@ def public_bytes(private: X25519PrivateKey) -> bytes:
     return private.public_key().public_bytes_raw()
 
 
-def agreed(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
-    """Return the symmetric key that both ends derive for ``purpose``: X25519, then HKDF.
+def common_secret(private: X25519PrivateKey, public: bytes) -> bytes:
+    """Return the secret that both ends have in common: X25519. Keys are to be ``derived`` from it.
 
     WireError for a public key that gives the same secret with every private one.
     """
     try:
-        shared = private.exchange(X25519PublicKey.from_public_bytes(public))
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:
         raise WireError("a public key is no point that a secret can be agreed on with") from error
-    return derived(shared, purpose)
+
+
+def agreed(private: X25519PrivateKey, public: bytes, purpose: bytes) -> bytes:
+    """Return the symmetric key that both ends derive for ``purpose``: X25519, then HKDF.
+
+    WireError as in ``common_secret``.
+    """
+    return derived(common_secret(private, public), purpose)
 
 
 def derived(secret: bytes, purpose: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """Masks: a key stretched into as many words of 64 bits as there are numbers to hide."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -12,7 +13,7 @@ Words = NDArray[np.uint64]
 """Numbers modulo 2^64; every smaller power of two divides it."""
 
 _WORD: Final = 8
-_BLOCK: Final = 1 << 13
+_BLOCK: Final = 1 << 14
 """Words that are made at once: they stay in the processor's cache while they are added."""
 _ZEROS: Final = bytes(_WORD * _BLOCK)
 
@@ -23,15 +24,22 @@ def add_stream(total: Words, key: bytes, *, negative: bool = False) -> None:
     The stream is AES-256 in counter mode from 0, eight bytes a word, the lowest first. A key must
     not be used for anything else.
     """
-    encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
+    add_streams(total, [(key, negative)])
+
+
+def add_streams(total: Words, keys: Sequence[tuple[bytes, bool]]) -> None:
+    """Add the streams of several keys, as ``add_stream`` does; ``keys``: (key, negative)."""
+    streams = [(Cipher(AES(key), CTR(bytes(16))).encryptor(), negative) for key, negative in keys]
     # Encrypting zeros gives the stream itself; one buffer is used for all of it.
     buffer = bytearray(len(_ZEROS))
     for begin in range(0, len(total), _BLOCK):
+        # All streams of one block, one after another, while the block is in the cache.
         part = total[begin : begin + _BLOCK]
-        size = _WORD * len(part)
-        encryptor.update_into(memoryview(_ZEROS)[:size], buffer)
+        zeros = memoryview(_ZEROS)[: _WORD * len(part)]
         words = np.frombuffer(buffer, dtype="<u8", count=len(part))
-        if negative:
-            np.subtract(part, words, out=part)
-        else:
-            np.add(part, words, out=part)
+        for stream, negative in streams:
+            stream.update_into(zeros, buffer)
+            if negative:
+                np.subtract(part, words, out=part)
+            else:
+                np.add(part, words, out=part)

@@ -6,7 +6,7 @@ from fedpeft.errors import WireError
 from fedpeft.secagg import shamir
 from fedpeft.secagg.client import pair_mask_key, self_mask_key
 from fedpeft.secagg.keys import KEY, commitment, private_key, public_bytes, same
-from fedpeft.secagg.masks import Words, add_stream
+from fedpeft.secagg.masks import Words, add_streams
 from fedpeft.secagg.roster import Roster
 
 
@@ -18,16 +18,18 @@ def uncover(
     ``secrets``: the seed of each member that has sent, and the private mask key of each one that
     had shared its secrets and has not.
     """
+    keys: list[tuple[bytes, bool]] = []
     for index, secret in secrets.items():
         if sent[index]:
-            add_stream(total, self_mask_key(secret), negative=True)
+            keys.append((self_mask_key(secret), True))
             continue
         # Masks with a lost member are in the sum once, with the sign of the other one.
         private = private_key(secret)
         for other in range(len(sent)):
             if sent[other]:
                 key = pair_mask_key(private, roster.mask_keys[other])
-                add_stream(total, key, negative=other < index)
+                keys.append((key, other < index))
+    add_streams(total, keys)
 
 
 def recover(

@@ -1,6 +1,6 @@
 """Between tensors and the numbers that are summed: weighted, flattened, and back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -27,7 +27,7 @@ class Form:
         return sum(shape.numel() for shape in self.shapes.values()) + 1
 
     def mean(self, numbers: NDArray[np.float64]) -> Mean:
-        """Return the mean whose sums are ``numbers``, as ``flat`` has them."""
+        """Return the mean whose sums are ``numbers``, as ``weighted`` has them."""
         flat_sums = torch.from_numpy(numbers)
         sums: dict[str, Tensor] = {}
         begin = 0
@@ -50,18 +50,42 @@ def form_of(contribution: Callable[[Payload], Payload], reply: Payload) -> Form:
     )
 
 
-def flat(update: Payload, weight: float) -> NDArray[np.float64]:
-    """Return all numbers of ``update`` times its ``weight``, names in order, then the weight.
+def joined(update: Payload) -> Tensor:
+    """Return all numbers of ``update``, (n,), names in order.
 
-    >>> flat({"b": torch.tensor([1.0, 2.0]), "a": torch.tensor(0.5)}, 4.0)
+    They are float32, or float64 where some of them are.
+
+    >>> joined({"b": torch.tensor([1.0, 2.0]), "a": torch.tensor(0.5)})
+    tensor([0.5000, 1.0000, 2.0000])
+    """
+    parts = [torch.zeros(0)]  # float32: narrower types become it, and none gives it alone
+    for _, tensor in sorted(update.items()):
+        parts.append(tensor.flatten())
+    return torch.cat(parts)
+
+
+def weighted(numbers: Tensor, weight: float) -> NDArray[np.float64]:
+    """Return ``numbers``, as ``joined`` has them, times their ``weight``, then the weight.
+
+    >>> weighted(torch.tensor([0.5, 1.0, 2.0]), 4.0)
     array([2., 4., 8., 4.])
     """
-    parts: list[NDArray[np.float64]] = []
-    for _, tensor in sorted(update.items()):
-        parts.append(tensor.to(torch.float64).flatten().numpy())
-    parts.append(np.ones(1))
+    products = np.empty(len(numbers) + 1)
+    products[-1] = weight
     # NumPy's products: torch would wake its threads for them, which takes longer.
-    return weight * np.concatenate(parts)
+    np.multiply(numbers.numpy(), weight, out=products[:-1], dtype=np.float64)
+    return products
+
+
+def is_within(numbers: Tensor, most: float) -> bool:
+    """Return whether none of ``numbers``, as ``joined`` has them, is beyond ``most``, or no number.
+
+    >>> is_within(torch.tensor([1.0, -20.0]), 16.0), is_within(torch.tensor([torch.nan]), 16.0)
+    (False, False)
+    """
+    values = numbers.numpy()
+    # A NaN makes both of them NaN, which is no smaller than anything.
+    return bool(values.max(initial=0) <= most and -values.min(initial=0) <= most)
 
 
 def out_of_range(update: Payload, most: float) -> str:
@@ -90,3 +114,21 @@ def as_tensor(content: bytes) -> Tensor:
 def as_bytes(tensor: Tensor) -> bytes:
     """Return a tensor's own bytes; the inverse of ``as_tensor``."""
     return tensor.contiguous().numpy().tobytes()
+
+
+def as_table(contents: Sequence[bytes]) -> Tensor:
+    """Return n > 0 contents of k bytes each as a tensor, (n, k).
+
+    >>> as_table([b"ab", b"cd", b"ef"]).shape
+    torch.Size([3, 2])
+    """
+    return as_tensor(b"".join(contents)).view(len(contents), -1)
+
+
+def rows_of(table: Tensor) -> list[bytes]:
+    """Return what the rows of a tensor hold; the inverse of ``as_table``.
+
+    >>> rows_of(as_table([b"ab", b"cd", b"ef"]))
+    [b'ab', b'cd', b'ef']
+    """
+    return [row.tobytes() for row in table.numpy()]

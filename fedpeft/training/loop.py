@@ -85,16 +85,16 @@ def plan(
     >>> [len(rows) for rows in steps], sorted(sum(steps, []))
     ([2, 2, 1], [0, 1, 2, 3, 4])
     """
-    size = training.batch_size
-    # Every epoch has at least one step, so that as many epochs as steps are enough.
-    epochs = training.epochs if training.steps is None else training.steps
+    size, count = training.batch_size, num_steps(examples, training)
     steps: list[list[int]] = []
-    for epoch in range(epochs):
+    epoch = 0
+    while len(steps) < count:
         random = generator(seed, "order", client, round_number, epoch)
         order = torch.randperm(examples, generator=random).tolist()
-        for start in range(0, examples, size):
+        for start in range(0, examples, size)[: count - len(steps)]:
             steps.append(order[start : start + size])
-    return steps[: training.steps]
+        epoch += 1
+    return steps
 
 
 def paced(steps: int, pace: float) -> int:

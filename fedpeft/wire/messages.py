@@ -276,6 +276,20 @@ def _by_name(
     return dict(zip(names, tensor.tolist(), strict=True))
 
 
+def memory_told(response: bytes) -> int:
+    """Return the version of the memory that a response tells of, for the client that made it.
+
+    It reads nothing else and checks nothing, as whoever receives the response does.
+
+    >>> memory_told(Response(3, {"w": torch.ones(2)}, memory=2).encode())
+    2
+    """
+    body = memoryview(response)[DIGEST:]
+    place = codec.places(body)["@about"]
+    about = body[place.start : place.stop].cast("q")
+    return about[_ABOUT.index("memory")]
+
+
 def forgotten(request: bytes, config: bytes) -> bytes:
     """Return the reply of a client that lacks the memory which ``request`` assumes.
 

@@ -161,7 +161,9 @@ def places(file: bytes | bytearray | memoryview) -> dict[str, Place]:
         raise WireError(f"not a safetensors message: {error}") from error
 
 
-@lru_cache(maxsize=2)  # the clients of a round reply with one header, which is read once
+# The requests of an exchange have one header, and so have its replies, and the memories before and
+# after it: each is read once.
+@lru_cache(maxsize=4)
 def _layout(header: bytes, end: int) -> Mapping[str, Place]:
     """Return the places in a file of ``end`` bytes that begins with ``header``."""
     data = _LENGTH + len(header)

@@ -30,7 +30,18 @@ from fedpeft.secagg.fixed_point import FixedPoint
 from fedpeft.secagg.keys import KEY, commitment, new_secret, private_key, public_bytes
 from fedpeft.secagg.roster import Roster, Rules
 from fedpeft.secagg.shamir import SHARE
-from fedpeft.secagg.summands import Form, as_bytes, as_tensor, flat, form_of, out_of_range
+from fedpeft.secagg.summands import (
+    Form,
+    as_bytes,
+    as_table,
+    as_tensor,
+    form_of,
+    is_within,
+    joined,
+    out_of_range,
+    rows_of,
+    weighted,
+)
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, State, Update
 from fedpeft.wire.versions import lasting, once
 from fedpeft.wrappers.rows import Row, row_of, stacked
@@ -47,8 +58,6 @@ _ALIVE: Final = "secagg.alive"
 _MASKED: Final = "secagg.masked"
 _SENT: Final = "secagg.sent"
 _SHARES: Final = "secagg.shares"
-_UPDATE: Final = "!update/"
-"""Before the names of the update in a client's memory, until it has been sent."""
 
 
 @final
@@ -218,13 +227,12 @@ class Secure:
         members: list[int] = kept["members"].tolist()
         told: dict[int, list[bytes]] = {}
         for update in updates:
-            shares = update.payload[_SHARES]
-            told[members.index(update.client.id)] = [as_bytes(share) for share in shares]
+            told[members.index(update.client.id)] = rows_of(update.payload[_SHARES])
         roster = _roster(state.round, kept["members"], kept["keys"])
         sent: list[bool] = kept["sent"].tolist()
         secrets = opening.recover(
             roster=roster,
-            seals=[as_bytes(seal) for seal in kept["seals"]],
+            seals=rows_of(kept["seals"]),
             alive=kept["alive"].tolist(),
             sent=sent,
             told=told,
@@ -304,46 +312,52 @@ class Secure:
         for row, client in enumerate(context.clients):
             weight = context.examples[row] if merge.weighting == "examples" else 1
             update = merge.contribution(row_of(up, row))
-            if fault := self._fault(update, weight):
+            numbers = joined(update)
+            if fault := self._fault(update, numbers, weight):
                 raise WireError(f"client {client}: {fault}")
-            mask_secret, box_secret = new_secret(), new_secret()
-            keys = [public_bytes(private_key(secret)) for secret in (mask_secret, box_secret)]
-            ups.append({_KEYS: torch.stack([as_tensor(key) for key in keys])})
+            own_secrets = [new_secret(), new_secret()]  # for masks and for boxes
+            keys = as_table([public_bytes(private_key(secret)) for secret in own_secrets])
+            ups.append({_KEYS: keys})
             secrets.append(
                 {
                     "!when": torch.tensor([context.round, TRAIN]),
-                    "!mask_secret": as_tensor(mask_secret),
-                    "!box_secret": as_tensor(box_secret),
+                    "!secrets": as_table(own_secrets),
+                    "!own_keys": keys,
                     "!weight": torch.tensor(weight, dtype=torch.float64),
-                    **{f"{_UPDATE}{name}": tensor for name, tensor in update.items()},
+                    "!update": numbers,  # the names play no role from here on
                 }
             )
         return stacked(ups), {**stays, **stacked(secrets)}
 
-    def _fault(self, update: Payload, weight: int) -> str:
-        """Return why an update cannot be summed, empty where it can."""
+    def _fault(self, update: Payload, numbers: Tensor, weight: int) -> str:
+        """Return why an update, whose ``numbers`` are joined, cannot be summed; empty if it can."""
         if weight > self.settings.examples:
             most = self.settings.examples
             return f"holds {weight} examples, more than wrap.examples = {most} of secagg"
+        if is_within(numbers, self.settings.range):
+            return ""
         return out_of_range(update, self.settings.range)
 
     def _share_keys(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
         """Draw the seed of the own mask; give every member shares of it and of the mask key."""
         members, keys = _field(down, _MEMBERS), _field(down, _KEYS)
         roster = _roster(context.round, members, keys)
-        mask_secret, box_secret = as_bytes(kept["!mask_secret"]), as_bytes(kept["!box_secret"])
-        own = public_bytes(private_key(mask_secret)), public_bytes(private_key(box_secret))
-        me = roster.check(self.rules, client, own)
+        mask_key, box_key = rows_of(kept["!own_keys"])
+        me = roster.check(self.rules, client, (mask_key, box_key))
         enough = self.rules.enough(len(roster.members))
-        seed = new_secret()
-        secrets = mask_secret, seed
-        boxes, own_shares = member.share_secrets(roster, me, enough, box_secret, secrets)
-        up = {_BOXES: torch.stack([as_tensor(box) for box in boxes])}
-        up[_SEAL] = as_tensor(commitment(seed))
+        mask_secret, box_secret = rows_of(kept["!secrets"])
+        to_others, from_others = member.box_keys(roster, me, box_secret)
+        secrets = mask_secret, new_secret()
+        boxes, own_shares = member.share_secrets(roster, me, enough, to_others, secrets)
+        up = {_BOXES: as_table(boxes), _SEAL: as_tensor(commitment(secrets[1]))}
         stays = {
-            **kept,
-            "!seed": as_tensor(seed),
+            "!weight": kept["!weight"],
+            "!update": kept["!update"],
+            "!secrets": as_table(secrets),
             "!own_shares": as_tensor(own_shares),
+            # The private key of boxes is forgotten: it would give these keys and, beside them,
+            # those of the boxes that were sent, which nobody needs any more.
+            "!box_keys": as_table(from_others),
             "!members": members,
             "!keys": keys,
         }
@@ -356,15 +370,11 @@ class Secure:
         everyone = [True] * len(roster.members)
         roster.check_part(self.rules, alive, within=everyone)
         me = roster.members.index(client)
-        update: Row = {}
-        for name, tensor in kept.items():
-            if name.startswith(_UPDATE):
-                update[name.removeprefix(_UPDATE)] = tensor
         fixed_point = self._fixed_point(context.round, len(roster.members))
-        numbers = fixed_point.encode(flat(update, float(kept["!weight"])))
-        secrets = as_bytes(kept["!mask_secret"]), as_bytes(kept["!seed"])
-        masked = member.hide(numbers, roster, me, secrets, alive)
-        stays = {name: kept[name] for name in ("!box_secret", "!own_shares", "!members", "!keys")}
+        numbers = fixed_point.encode(weighted(kept["!update"], float(kept["!weight"])))
+        mask_secret, seed = rows_of(kept["!secrets"])
+        masked = member.hide(numbers, roster, me, (mask_secret, seed), alive)
+        stays = {name: kept[name] for name in ("!box_keys", "!own_shares", "!members", "!keys")}
         stays["!alive"] = torch.tensor(alive)
         return {_MASKED: torch.from_numpy(fixed_point.pack(masked))}, stays
 
@@ -376,16 +386,16 @@ class Secure:
         roster.check_part(self.rules, sent, within=alive)
         me = roster.members.index(client)
         boxes: dict[int, bytes] = {}
-        for index, box in enumerate(_field(down, _BOXES)):
+        for index, box in enumerate(rows_of(_field(down, _BOXES))):
             if alive[index] and index != me:
-                boxes[index] = as_bytes(box)
-        shares = member.open_boxes(roster, me, as_bytes(kept["!box_secret"]), boxes)
+                boxes[index] = box
+        shares = member.open_boxes(roster, rows_of(kept["!box_keys"]), boxes)
         own = as_bytes(kept["!own_shares"])
         shares[me] = own[:SHARE], own[SHARE:]
-        told = torch.zeros(len(roster.members), SHARE, dtype=torch.uint8)
+        told = [bytes(SHARE)] * len(roster.members)
         for index, share in member.shares_to_open(shares, sent).items():
-            told[index] = as_tensor(share)
-        return {_SHARES: told}, {}
+            told[index] = share
+        return {_SHARES: as_table(told)}, {}
 
 
 def _bytes_of(*shape: int) -> Tensor:
@@ -397,12 +407,8 @@ def _roster(round_number: int, members: Tensor, keys: Tensor) -> Roster:
     """Return the roster of ``members``, (n,), with ``keys``, (n, 2, 32)."""
     if keys.dim() != 3 or len(keys) != len(members):
         raise WireError("a roster needs two keys for each member")
-    return Roster(
-        round_number,
-        tuple(members.tolist()),
-        tuple(as_bytes(key) for key in keys[:, 0]),
-        tuple(as_bytes(key) for key in keys[:, 1]),
-    )
+    mask_keys, box_keys = rows_of(keys[:, 0]), rows_of(keys[:, 1])
+    return Roster(round_number, tuple(members.tolist()), tuple(mask_keys), tuple(box_keys))
 
 
 def _check_when(kept: Row, client: int, context: Context) -> None:

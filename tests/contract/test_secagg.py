@@ -15,6 +15,8 @@ from fedpeft.experiment.config import from_tree
 from fedpeft.federation import checkpoint
 from fedpeft.method_kit import WireError
 from fedpeft.methods import METHODS
+from fedpeft.secagg.keys import private_key, public_bytes
+from fedpeft.secagg.summands import rows_of
 from fedpeft.types import Client, Lost, Method, Reply, State
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
 from fedpeft.wire.versions import as_told, once, stamp
@@ -230,6 +232,21 @@ def test_no_share_is_told_twice() -> None:
     assert not [blob for blob in playing.memories._versions[0].values() if b"!own_shares" in blob]
 
 
+def test_the_private_key_of_boxes_is_forgotten_as_they_are_sent() -> None:
+    """What a client keeps opens the boxes that it is sent, and none of those that it has sent."""
+    playing = federation(secure(), losing({SHARE_KEYS: [0]}), sizes=TEN)
+    playing.play(1)
+    [held] = [v for v in playing.memories._versions[0] if v % 2**32 == stamp(0, SHARE_KEYS)]
+    kept = once(decode(playing.memories.get(0, held)))
+    mask_key, box_key = rows_of(playing.answers(TRAIN)[0].payload["secagg.keys"])
+    publics = set()
+    for name in ("!secrets", "!box_keys"):
+        publics |= {public_bytes(private_key(secret)) for secret in rows_of(kept[name])}
+    assert mask_key in publics
+    assert box_key not in publics
+    assert not [blob for blob in playing.memories._versions[0].values() if b"!own_keys" in blob]
+
+
 def test_nothing_is_masked_twice() -> None:
     playing = federation(secure(), losing({MASK: [0]}), sizes=TEN)
     playing.play(1)
@@ -364,6 +381,14 @@ def test_bytes_are_those_of_the_formula() -> None:
         shapes = due[row.phase].items()
         payload = {name: torch.zeros(shape, dtype=torch.uint8) for name, shape in shapes}
         assert row.up == len(Response(0, payload).encode())
+
+
+def test_what_is_sent_to_all_members_is_encoded_once() -> None:
+    playing = federation(secure(), sizes=TEN)
+    playing.play(1)
+    for phase in (TRAIN, SHARE_KEYS, MASK):
+        first, *others = [request for request, _ in playing.engine.talks[phase].values()]
+        assert all(other is first for other in others)
 
 
 def test_lora_on_minilm_costs_less_than_1_4_times_the_bytes() -> None:

@@ -1,7 +1,7 @@
 """The cryptography of secure aggregation against its definitions: shares, masks, keys, numbers, rosters."""
 
 from collections import Counter
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import BadInput, WireError
 from fedpeft.secagg import shamir
-from fedpeft.secagg.client import BOX, hide, open_boxes, share_secrets, shares_to_open
+from fedpeft.secagg.client import (
+    BOX,
+    box_keys,
+    hide,
+    open_boxes,
+    share_secrets,
+    shares_to_open,
+)
 from fedpeft.secagg.fixed_point import FixedPoint
 from fedpeft.secagg.keys import (
     KEY,
@@ -30,7 +37,7 @@ from fedpeft.secagg.keys import (
 from fedpeft.secagg.masks import add_stream
 from fedpeft.secagg.roster import Roster, Rules
 from fedpeft.secagg.server import recover, uncover
-from fedpeft.secagg.summands import flat, form_of, out_of_range
+from fedpeft.secagg.summands import form_of, joined, out_of_range, weighted
 
 RULES = Rules(threshold=0.6, smallest=3)
 
@@ -205,7 +212,7 @@ def test_what_is_out_of_range_is_named() -> None:
 def test_numbers_come_back_as_the_tensors_that_they_were() -> None:
     update = {"b": torch.randn(2, 3), "a": torch.randn(()), "c": torch.randn(4).double()}
     form = form_of(lambda payload: payload, {name: t.to("meta") for name, t in update.items()})
-    numbers = flat(update, 3.0)
+    numbers = weighted(joined(update), 3.0)
     assert len(numbers) == form.numbers == 12
     mean = form.mean(numbers).result()
     for name, tensor in update.items():
@@ -232,9 +239,10 @@ def test_the_sum_is_that_of_the_members_that_sent(
     count, enough = 9, 4
     secrets, roster = secrets_and_roster(count)
     values = [np.arange(50, dtype=np.uint64) * np.uint64(k + 1) for k in range(count)]
-    boxes, own = {}, {}
+    boxes, own, keys = {}, {}, {}
     for me, (mask_secret, box_secret, seed) in enumerate(secrets):
-        boxes[me], own[me] = share_secrets(roster, me, enough, box_secret, (mask_secret, seed))
+        to_others, keys[me] = box_keys(roster, me, box_secret)
+        boxes[me], own[me] = share_secrets(roster, me, enough, to_others, (mask_secret, seed))
         assert {len(box) for box in boxes[me]} == {BOX}
     alive = [k not in lost_before for k in range(count)]
     sent = [alive[k] and k not in lost_after for k in range(count)]
@@ -246,7 +254,7 @@ def test_the_sum_is_that_of_the_members_that_sent(
     for me in range(count):
         if sent[me] and me not in lost_at_last:
             mine = {k: boxes[k][me] for k in range(count) if alive[k] and k != me}
-            shares = open_boxes(roster, me, secrets[me][1], mine)
+            shares = open_boxes(roster, keys[me], mine)
             shares[me] = own[me][: shamir.SHARE], own[me][shamir.SHARE :]
             opened = shares_to_open(shares, sent)
             told[me] = [opened.get(k, b"") for k in range(count)]
@@ -271,11 +279,28 @@ def test_the_sum_is_that_of_the_members_that_sent(
 
 def test_a_box_for_one_member_does_not_open_for_another() -> None:
     secrets, roster = secrets_and_roster(4)
-    boxes, _ = share_secrets(roster, 0, 3, secrets[0][1], (secrets[0][0], secrets[0][2]))
-    assert open_boxes(roster, 1, secrets[1][1], {0: boxes[1]})
+    to_others, _ = box_keys(roster, 0, secrets[0][1])
+    boxes, _ = share_secrets(roster, 0, 3, to_others, (secrets[0][0], secrets[0][2]))
+    _, from_others = box_keys(roster, 1, secrets[1][1])
+    assert open_boxes(roster, from_others, {0: boxes[1]})
     for box in (boxes[2], boxes[0]):
         with pytest.raises(WireError, match="box"):
-            open_boxes(roster, 1, secrets[1][1], {0: box})
+            open_boxes(roster, from_others, {0: box})
+
+
+def test_every_box_of_a_round_has_a_key_that_its_two_ends_alone_agree_on() -> None:
+    secrets, roster = secrets_and_roster(4)
+    keys = [box_keys(roster, me, box_secret) for me, (_, box_secret, _) in enumerate(secrets)]
+    used = []
+    for sender, recipient in permutations(range(4), 2):
+        due = agreed(
+            private_key(secrets[sender][1]),
+            roster.box_keys[recipient],
+            f"fedpeft secagg box {sender} {recipient}".encode(),
+        )
+        assert keys[sender][0][recipient] == keys[recipient][1][sender] == due
+        used.append(due)
+    assert len(set(used)) == 12
 
 
 def test_of_a_member_goes_one_kind_of_share_never_both() -> None:

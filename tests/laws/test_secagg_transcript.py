@@ -15,7 +15,7 @@ from fedpeft.secagg.client import pair_mask_key
 from fedpeft.secagg.fixed_point import FixedPoint
 from fedpeft.secagg.keys import private_key, public_bytes
 from fedpeft.secagg.masks import Words, add_stream
-from fedpeft.secagg.summands import as_bytes, flat
+from fedpeft.secagg.summands import as_bytes, joined, weighted
 from fedpeft.types import Lost, Reply, State
 from fedpeft.wire.messages import Response
 from fedpeft.wrappers import SecAgg
@@ -78,7 +78,7 @@ def plain_numbers() -> dict[int, Words]:
     plain.play(1)
     form = FixedPoint.fitting(BITS, len(SIZES), 16.0 * 65536)
     return {
-        client: form.encode(flat(response.payload, response.measured.examples))
+        client: form.encode(weighted(joined(response.payload), response.measured.examples))
         for client, response in plain.answers(0).items()
     }
 
