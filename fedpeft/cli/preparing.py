@@ -9,18 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft.cli.catalogue import catalogue
 from fedpeft.cli.options import Config, Set
 from fedpeft.cli.output import say, wide
 
 
 def methods() -> None:
     """List the methods."""
-    from fedpeft.methods import constructors
-
     table = Table("name", "what it does", "paper", box=None)
-    for name, constructor in constructors().items():
-        purpose = (constructor.__doc__ or "").splitlines()[0]  # a dataclass always has one
-        table.add_row(Text(name), Text(purpose), Text(constructor.paper))
+    for entry in catalogue():
+        table.add_row(Text(entry.name), Text(entry.purpose), Text(entry.paper))
     wide().print(table)
 
 
