@@ -43,3 +43,8 @@ def uniform(count: int) -> NDArray[np.float64]:
     """Return ``count`` draws from [0, 1), from the operating system's randomness."""
     words = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
     return np.ldexp((words >> np.uint64(64 - _DIGITS)).astype(np.float64), -_DIGITS)
+
+
+def secret_seed() -> int:
+    """Return a seed in [0, 2**63) that nobody knows, from the operating system's randomness."""
+    return int.from_bytes(os.urandom(8), "big") >> 1

@@ -4,7 +4,7 @@ Each has batches, gradient clipping and optimizer state of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedpeft.errors import NotStackable
 from fedpeft.mounting import Copies, row_owners
+from fedpeft.privacy.noise import secret_seed
 from fedpeft.seeds import derive, generator
 from fedpeft.tasks import Encoded, Example, Task
 from fedpeft.training import private
@@ -168,6 +169,9 @@ def fit(
         _training(model),
         hardware.computing(model),
         cache.reading(),
+        # Dropout that follows from a seed that others know would tell of rows: one more or less
+        # shifts the masks of all others.
+        nullcontext() if local.rows is None else randomness(secret_seed()),
         thread_map(num_parallel, trained) as parallel_map,
     ):
         for step in range(len(shares[0].steps)):
@@ -336,20 +340,30 @@ def _add_rows(
     ``compute``: what gives micro-batches' gradients. Returns how many rows may go together in the
     next step: ``most_rows``, or 1 if it was found out here that the model does not keep them apart.
     """
+    if most_rows > 1:
+        try:
+            _add_passes(local, row_batches(batches, buckets, most_rows), compute)
+            return most_rows
+        except NotStackable:
+            pass  # anew below: in here the error keeps the pass that failed in memory
+    _add_passes(local, row_batches(batches, buckets, 1), compute)
+    return 1
+
+
+def _add_passes(
+    local: LocalTask,
+    stream: Iterable[MicroBatch],
+    compute: Callable[[Iterable[MicroBatch]], Iterator[_Gradients]],
+) -> None:
+    """Let ``.grad`` be the sums of the bounded gradients of all rows of the data in ``stream``."""
     assert local.rows is not None
     private.begin(local.trainable)
-    try:
-        for done in compute(row_batches(batches, buckets, most_rows)):
-            client = int(done.micro_batch.clients[0])
-            gradients = done.gradients
-            if done.micro_batch.copies is None:  # (K, ...), of one row
-                gradients = [g if g is None else g[client : client + 1] for g in gradients]
-            private.add_bounded(local.trainable, gradients, client, local.rows.clip)
-    except NotStackable:
-        if most_rows == 1:
-            raise
-        return _add_rows(local, batches, buckets, 1, compute)
-    return most_rows
+    for done in compute(stream):
+        client = int(done.micro_batch.clients[0])
+        gradients = done.gradients
+        if done.micro_batch.copies is None:  # (K, ...), of one row
+            gradients = [g if g is None else g[client : client + 1] for g in gradients]
+        private.add_bounded(local.trainable, gradients, client, local.rows.clip)
 
 
 def _copies(trained: Sequence[nn.Parameter], micro_batch: MicroBatch) -> Copies | None:
@@ -439,13 +453,19 @@ def own_randomness(seed: int, client: int, round_number: int) -> Iterator[None]:
 
     It is mainly dropout that draws from it.
     """
-    drawn = derive(seed, "client", client, round_number)
+    with randomness(derive(seed, "client", client, round_number)):
+        yield
+
+
+@contextmanager
+def randomness(seed: int) -> Iterator[None]:
+    """Give a ``with`` a random stream that begins at ``seed``, and restore torch's after it."""
     with torch.random.fork_rng():
         if torch.accelerator.is_available():
-            torch.manual_seed(drawn)
+            torch.manual_seed(seed)
         else:
             # The same stream, without a note for every accelerator that may still appear.
-            torch.default_generator.manual_seed(drawn)
+            torch.default_generator.manual_seed(seed)
         yield
 
 

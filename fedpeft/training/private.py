@@ -20,7 +20,8 @@ from fedpeft.training.bucketing import Buckets
 from fedpeft.types import LocalTask, RowNoise
 
 NUMBERS: Final = 1 << 25
-"""Numbers in the gradients of all rows of a pass, at most: 128 MB."""
+"""Numbers in the gradients of all rows of one pass, at most: 128 MB. Passes of several threads have
+so many each."""
 
 
 def drawn(examples: Encoded, steps: int, batch_size: int) -> list[list[int]]:
@@ -68,8 +69,8 @@ def alike(
         for bucket in of_rows.cheapest(lengths):
             for start in range(0, len(bucket), most_rows):
                 group = bucket[start : start + most_rows]
-                # A layer that sees (length, rows) is told from one that sees (rows, length) by the
-                # number of rows: the two must differ. The last row is the longest and so stays.
+                # Layers refuse a pass with as many rows as tokens, as they cannot tell (length,
+                # rows) from (rows, length). The last row is the longest and so stays.
                 longest = lengths[group[-1]]
                 padded = range(longest, buckets.padded(longest) + 1)
                 while len(group) > 1 and len(group) * count in padded:
@@ -138,9 +139,11 @@ def add_bounded(
     for name, gradient in used.items():
         total = trained[name].grad
         assert total is not None  # see ``begin``
-        weights = torch.tensor(factors).to(gradient).view(-1, *[1] * (gradient.ndim - 1))
+        # Not in bf16, in which a rounded factor leads beyond the bound.
+        exact = gradient[kept].to(torch.promote_types(gradient.dtype, torch.float32))
+        weights = torch.tensor(factors).to(exact).view(-1, *[1] * (exact.ndim - 1))
         # Not a product of matrices, which some GPUs round to fewer digits.
-        total[client].add_((gradient[kept] * weights).sum(0))
+        total[client].add_((exact * weights).sum(0))
 
 
 def _factors(gradients: Iterable[Tensor], bound: float) -> tuple[list[int], list[float]]:
@@ -151,7 +154,8 @@ def _factors(gradients: Iterable[Tensor], bound: float) -> tuple[list[int], list
     squares: list[Tensor] = []
     for gradient in gradients:
         # In float64, as the square of a large float32 is none any more.
-        squares.append(gradient.flatten(1).to(torch.float64).square().sum(1))
+        flat = gradient.unsqueeze(-1).flatten(1)  # a number's gradient has no axis but the rows'
+        squares.append(flat.to(torch.float64).square().sum(1))
     if not squares:
         return [], []
     kept: list[int] = []

@@ -46,6 +46,7 @@ from tests.tiny import (
     TASK,
     TinyFederation,
     assert_same_state,
+    bert,
     close,
     encoded,
     examples,
@@ -692,6 +693,32 @@ def test_a_client_trains_on_the_rows_that_were_drawn(monkeypatch: pytest.MonkeyP
     playing = federation(method, training=replace(SGD, steps=2))
     before = playing.start
     assert float(moved(before, playing.play(1, before)).abs().max()) < 1e-6
+
+
+def test_dropout_of_a_private_client_does_not_follow_from_the_run_s_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With all rows drawn, and hardly any noise, only the masks differ."""
+    monkeypatch.setattr(
+        "fedpeft.training.private.drawn",
+        lambda rows, steps, _size: [list(range(len(rows))) for _ in range(steps)],
+    )
+    method = DPSGD(noise=1e-9, clip=1.0).around(small("lora"), "0.dpsgd")
+
+    def trained(dropout: float) -> State:
+        playing = federation(method, training=replace(SGD, steps=2))
+        model = bert(hidden_dropout_prob=dropout)
+        playing.worker = replace(playing.worker, model=model)
+        playing.engine.engine = LocalEngine(playing.worker, playing.memories)
+        return playing.play(1, playing.start)
+
+    def apart(dropout: float) -> float:
+        return float(moved(trained(dropout), trained(dropout)).abs().max())
+
+    assert apart(0.0) < 1e-6
+    assert apart(0.3) > 1e-4
+    monkeypatch.setattr("fedpeft.training.loop.secret_seed", lambda: 7)
+    assert apart(0.3) < 1e-6
 
 
 def test_rows_and_clients_can_be_hidden_at_once() -> None:

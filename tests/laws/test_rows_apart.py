@@ -1,5 +1,6 @@
 """Gradients of several rows in one pass are those of one row after another, for every method, whatever a row is made of."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from fedpeft.training.loop import Share, Training, fit
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, RowNoise
 from fedpeft.wrappers import DPSGD
 from tests.contract.reference import LIKE, SINGLE
-from tests.laws.test_stacks import Turned
+from tests.laws.test_stacks import Logits, Turned
 from tests.tiny import (
     CPU,
     HEAD,
@@ -240,15 +241,52 @@ def test_gradients_of_a_pass_have_no_more_numbers_than_there_is_room_for(
 
 
 def test_a_model_that_sends_other_rows_through_a_layer_trains_row_by_row(
-    passes: list[int],
+    passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeBERTa's relative positions: found out in the first pass, and the step is made anew."""
     model = deberta()
     base = describe(model, HEAD)
+    noisy: list[slice] = []
+    add_noise = private.add_noise
+
+    def counting(trained: Any, active: slice, *others: Any) -> None:
+        noisy.append(active)
+        add_noise(trained, active, *others)
+
+    monkeypatch.setattr(private, "add_noise", counting)
     found = compare(
         small("lora", targets="query_proj"), model, TASK, base, [examples(ROWS)], passes
     )
     assert found == [ROWS, *[1] * ROWS]
+    assert noisy == [slice(0, 1)], "once a step"
+
+
+def test_the_pass_that_failed_is_gone_when_its_step_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Turned().requires_grad_(False)
+    held = encoded([torch.arange(1, 4) + row for row in range(5)], [0, 1, 2, 0, 1])
+    of_passes: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    copied = private.copied
+
+    def noting(trained: Any, client: int, rows: int) -> Any:
+        copies = copied(trained, client, rows)
+        of_passes.append(weakref.ref(copies))
+        return copies
+
+    def looking(*args: Any) -> None:
+        alive.append(sum(copies() is not None for copies in of_passes))
+
+    monkeypatch.setattr(private, "copied", noting)
+    monkeypatch.setattr(private, "add_bounded", looking)
+    noisy = DPSGD().around(small("lora", targets="dense", rank=2), "0.dpsgd")
+    down = shaken_down(noisy, describe(model, []), 1)
+    with noisy.mount(model, down, {}, Context([0], 0, SEED, examples=[5])) as local:
+        shares = [Share(held, [list(range(5))])]
+        fit(model, local, TASK, shares, STEP, frozenset(), CPU, ActivationCache())
+    assert len(of_passes) == 1
+    assert alive == [0] * 5
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 7])
@@ -261,6 +299,25 @@ def test_a_model_that_turns_rows_and_length_round_is_found_out(
     base = describe(model, [])
     found = compare(small("lora", targets="dense", rank=2), model, TASK, base, [held], passes)
     assert found[-5:] == [1] * 5
+
+
+class TurnedAndPadded(Turned):
+    """It also pads texts itself, to six tokens: as many as there are rows."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Logits:
+        padded = nn.functional.pad(input_ids, (0, ROWS - input_ids.shape[1]))
+        return super().forward(padded, attention_mask)
+
+
+def test_a_model_that_pads_to_as_many_tokens_as_rows_and_turns_them_round_is_found_out(
+    passes: list[int],
+) -> None:
+    """Longformer pads to its window."""
+    model = TurnedAndPadded().requires_grad_(False)
+    held = encoded([torch.arange(1, 4) + row for row in range(ROWS)], [0, 1, 2, 0, 1, 2])
+    base = describe(model, [])
+    found = compare(small("lora", targets="dense", rank=2), model, TASK, base, [held], passes)
+    assert found == [ROWS, *[1] * ROWS]
 
 
 def test_a_tensor_that_is_used_without_its_copies_makes_rows_go_one_by_one(
@@ -297,6 +354,26 @@ def test_a_row_that_diverges_takes_nobody_along() -> None:
     private.add_bounded({"w": weight}, [gradients], client=1, bound=1.0)
     due = torch.tensor([[0, 0, 0], [0.6, 0.5, 0.8]])
     torch.testing.assert_close(weight.grad, due, rtol=0, atol=2e-6)
+
+
+def test_a_number_that_is_trained_is_bounded_with_the_rest() -> None:
+    number, vector = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
+    trained = {"n": number, "v": vector}
+    private.begin(trained)
+    gradients = [torch.tensor([3.0, 0.3]), torch.tensor([[0.0, 4.0], [0.0, 0.4]])]
+    private.add_bounded(trained, gradients, client=1, bound=1.0)
+    torch.testing.assert_close(number.grad, torch.tensor([0, 0.9]), rtol=0, atol=2e-6)
+    torch.testing.assert_close(vector.grad, torch.tensor([[0, 0], [0, 1.2]]), rtol=0, atol=2e-6)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), st.floats(1e-3, 10))
+def test_a_gradient_in_bf16_is_no_longer_than_the_bound(numbers: list[float], bound: float) -> None:
+    weight = nn.Parameter(torch.zeros(1, len(numbers)))
+    private.begin({"w": weight})
+    gradient = torch.tensor([numbers], dtype=torch.bfloat16)
+    private.add_bounded({"w": weight}, [gradient], client=0, bound=bound)
+    assert weight.grad is not None
+    assert float(weight.grad.double().norm()) <= bound
 
 
 @given(
