@@ -16,6 +16,8 @@ _WORD: Final = 8
 _BLOCK: Final = 1 << 14
 """Words that are made at once: they stay in the processor's cache while they are added."""
 _ZEROS: Final = bytes(_WORD * _BLOCK)
+_AT_ONCE: Final = 64
+"""Streams that are open at once; a server that lost many clients has hundreds of thousands."""
 
 
 def add_stream(total: Words, key: bytes, *, negative: bool = False) -> None:
@@ -29,6 +31,12 @@ def add_stream(total: Words, key: bytes, *, negative: bool = False) -> None:
 
 def add_streams(total: Words, keys: Sequence[tuple[bytes, bool]]) -> None:
     """Add the streams of several keys, as ``add_stream`` does; ``keys``: (key, negative)."""
+    for begin in range(0, len(keys), _AT_ONCE):
+        _add_together(total, keys[begin : begin + _AT_ONCE])
+
+
+def _add_together(total: Words, keys: Sequence[tuple[bytes, bool]]) -> None:
+    """Add the streams of so few keys that all of them can be open at once."""
     streams = [(Cipher(AES(key), CTR(bytes(16))).encryptor(), negative) for key, negative in keys]
     # Encrypting zeros gives the stream itself; one buffer is used for all of it.
     buffer = bytearray(len(_ZEROS))

@@ -84,8 +84,10 @@ def is_within(numbers: Tensor, most: float) -> bool:
     (False, False)
     """
     values = numbers.numpy()
+    # As Python's floats: NumPy would round `most` to the dtype of the numbers.
+    largest, smallest = float(values.max(initial=0)), float(values.min(initial=0))
     # A NaN makes both of them NaN, which is no smaller than anything.
-    return bool(values.max(initial=0) <= most and -values.min(initial=0) <= most)
+    return largest <= most and -smallest <= most
 
 
 def out_of_range(update: Payload, most: float) -> str:
@@ -95,7 +97,7 @@ def out_of_range(update: Payload, most: float) -> str:
     "tensor 'w' has the value -20, outside of wrap.range = 16 of secagg; declare a larger one"
     """
     for name, tensor in update.items():
-        values = tensor.flatten()
+        values = tensor.flatten().double()  # else `most` is rounded to the tensor's dtype
         beyond = values[~(values.abs() <= most)]  # NaN is no smaller than anything
         if beyond.numel():
             largest = beyond[beyond.abs().argmax()]

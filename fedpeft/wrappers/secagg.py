@@ -59,6 +59,15 @@ _MASKED: Final = "secagg.masked"
 _SENT: Final = "secagg.sent"
 _SHARES: Final = "secagg.shares"
 
+_FORMS: Final = {
+    _MEMBERS: (torch.int64, ()),
+    _KEYS: (torch.uint8, (2, KEY)),
+    _ALIVE: (torch.bool, ()),
+    _SENT: (torch.bool, ()),
+    _BOXES: (torch.uint8, (member.BOX,)),
+}
+"""What a request has for each member, by name: dtype and shape."""
+
 
 @final
 @dataclass(frozen=True)
@@ -340,7 +349,8 @@ class Secure:
 
     def _share_keys(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
         """Draw the seed of the own mask; give every member shares of it and of the mask key."""
-        members, keys = _field(down, _MEMBERS), _field(down, _KEYS)
+        members = _field(down, _MEMBERS)
+        keys = _field(down, _KEYS, len(members))
         roster = _roster(context.round, members, keys)
         mask_key, box_key = rows_of(kept["!own_keys"])
         me = roster.check(self.rules, client, (mask_key, box_key))
@@ -366,7 +376,7 @@ class Secure:
     def _mask(self, down: Row, kept: Row, client: int, context: Context) -> tuple[Row, Row]:
         """Send the weighted update under the masks; forget it, and the secrets of the masks."""
         roster = _roster(context.round, kept["!members"], kept["!keys"])
-        alive: list[bool] = _field(down, _ALIVE).tolist()
+        alive: list[bool] = _field(down, _ALIVE, len(roster.members)).tolist()
         everyone = [True] * len(roster.members)
         roster.check_part(self.rules, alive, within=everyone)
         me = roster.members.index(client)
@@ -382,11 +392,11 @@ class Secure:
         """Tell one share of every member's secrets, once; forget all there is to tell."""
         roster = _roster(context.round, kept["!members"], kept["!keys"])
         alive: list[bool] = kept["!alive"].tolist()
-        sent: list[bool] = _field(down, _SENT).tolist()
+        sent: list[bool] = _field(down, _SENT, len(roster.members)).tolist()
         roster.check_part(self.rules, sent, within=alive)
         me = roster.members.index(client)
         boxes: dict[int, bytes] = {}
-        for index, box in enumerate(rows_of(_field(down, _BOXES))):
+        for index, box in enumerate(rows_of(_field(down, _BOXES, len(roster.members)))):
             if alive[index] and index != me:
                 boxes[index] = box
         shares = member.open_boxes(roster, rows_of(kept["!box_keys"]), boxes)
@@ -405,8 +415,6 @@ def _bytes_of(*shape: int) -> Tensor:
 
 def _roster(round_number: int, members: Tensor, keys: Tensor) -> Roster:
     """Return the roster of ``members``, (n,), with ``keys``, (n, 2, 32)."""
-    if keys.dim() != 3 or len(keys) != len(members):
-        raise WireError("a roster needs two keys for each member")
     mask_keys, box_keys = rows_of(keys[:, 0]), rows_of(keys[:, 1])
     return Roster(round_number, tuple(members.tolist()), tuple(mask_keys), tuple(box_keys))
 
@@ -421,8 +429,22 @@ def _check_when(kept: Row, client: int, context: Context) -> None:
         )
 
 
-def _field(down: Row, name: str) -> Tensor:
-    """Return a tensor of a request; WireError where it is missing."""
+def _field(down: Row, name: str, members: int | None = None) -> Tensor:
+    """Return a tensor of a request, (n, ...); WireError where it is missing or of another form.
+
+    ``members``: n; None where any number of them will do.
+    """
     if name not in down:
         raise WireError(f"a request of secagg lacks {name!r}")
-    return down[name]
+    tensor = down[name]
+    if members is None:
+        members = len(tensor) if tensor.dim() else 0
+    # The dtype counts, too: marks that are numbers could count for several members each.
+    dtype, of_each = _FORMS[name]
+    due = (members, *of_each)
+    if (tensor.dtype, tuple(tensor.shape)) != (dtype, due):
+        raise WireError(
+            f"{name!r} of a request of secagg is {tensor.dtype} of the shape "
+            f"{tuple(tensor.shape)}, not {dtype} of {due}"
+        )
+    return tensor

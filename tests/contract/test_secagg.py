@@ -16,7 +16,7 @@ from fedpeft.federation import checkpoint
 from fedpeft.method_kit import WireError
 from fedpeft.methods import METHODS
 from fedpeft.secagg.keys import private_key, public_bytes
-from fedpeft.secagg.summands import rows_of
+from fedpeft.secagg.summands import as_bytes, rows_of
 from fedpeft.types import Client, Lost, Method, Reply, State
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
 from fedpeft.wire.versions import as_told, once, stamp
@@ -237,11 +237,15 @@ def test_the_private_key_of_boxes_is_forgotten_as_they_are_sent() -> None:
     playing = federation(secure(), losing({SHARE_KEYS: [0]}), sizes=TEN)
     playing.play(1)
     [held] = [v for v in playing.memories._versions[0] if v % 2**32 == stamp(0, SHARE_KEYS)]
-    kept = once(decode(playing.memories.get(0, held)))
+    kept = decode(playing.memories.get(0, held))
     mask_key, box_key = rows_of(playing.answers(TRAIN)[0].payload["secagg.keys"])
+    # Whatever it is called and beside whatever it lies: all 32 bytes in a row that are kept.
     publics = set()
-    for name in ("!secrets", "!box_keys"):
-        publics |= {public_bytes(private_key(secret)) for secret in rows_of(kept[name])}
+    for tensor in kept.values():
+        if tensor.dtype == torch.uint8:
+            content = as_bytes(tensor)
+            for begin in range(len(content) - 31):
+                publics.add(public_bytes(private_key(content[begin : begin + 32])))
     assert mask_key in publics
     assert box_key not in publics
     assert not [blob for blob in playing.memories._versions[0].values() if b"!own_keys" in blob]
@@ -259,7 +263,6 @@ def test_nothing_is_masked_twice() -> None:
 @pytest.mark.parametrize(
     ("phase", "change", "words"),
     [
-        (SHARE_KEYS, {"secagg.members": torch.arange(9)}, "two keys for each member"),
         (SHARE_KEYS, {"secagg.members": torch.zeros(10, dtype=torch.int64)}, "there twice"),
         (SHARE_KEYS, {"secagg.keys": torch.ones(10, 2, 32, dtype=torch.uint8)}, "are the same"),
         (MASK, {"secagg.alive": torch.arange(10) < 5}, "5 of 10 members are left, 6 needed"),
@@ -270,6 +273,12 @@ def test_nothing_is_masked_twice() -> None:
 def test_a_client_refuses_what_would_uncover_it(
     phase: int, change: dict[str, torch.Tensor], words: str
 ) -> None:
+    assert words in refusal(phase, change)
+
+
+def refusal(phase: int, change: dict[str, torch.Tensor]) -> str:
+    """Return why all of ten clients refuse what a server has changed in the requests of a phase."""
+
     class Changed:
         """The method with a server that sends something else."""
 
@@ -286,9 +295,53 @@ def test_a_client_refuses_what_would_uncover_it(
     playing = federation(secure(), sizes=TEN)
     playing.method = Changed(playing.method)  # type: ignore[assignment]
     playing.play(1)
-    reasons = {row.lost for row in playing.rows if row.phase == phase}
-    assert len(reasons) == 1
-    assert words in str(reasons)
+    [reason] = {row.lost for row in playing.rows if row.phase == phase}
+    assert reason is not None, "they must not answer"
+    return reason
+
+
+@pytest.mark.parametrize(("phase", "name"), [(MASK, "secagg.alive"), (UNMASK, "secagg.sent")])
+@pytest.mark.parametrize(
+    ("dtype", "mark"),
+    [(torch.int64, 10), (torch.uint8, 10), (torch.float32, 10.0), (torch.float32, float("nan"))],
+)
+def test_a_mark_that_counts_for_all_members_opens_no_update(
+    phase: int, name: str, dtype: torch.dtype, mark: float
+) -> None:
+    """With marks of one member that sum up to enough, the server would have that one's masks taken off alone."""
+    marks = torch.zeros(10, dtype=dtype)
+    marks[3] = mark
+    due = f"'{name}' of a request of secagg is {dtype} of the shape (10,), not torch.bool of (10,)"
+    assert due in refusal(phase, {name: marks})
+
+
+@pytest.mark.parametrize(
+    ("phase", "name", "tensor"),
+    [
+        (SHARE_KEYS, "secagg.members", torch.tensor(10)),
+        (SHARE_KEYS, "secagg.members", torch.arange(10.0)),
+        (SHARE_KEYS, "secagg.members", torch.arange(10).view(10, 1)),
+        (SHARE_KEYS, "secagg.keys", torch.tensor(1, dtype=torch.uint8)),
+        (SHARE_KEYS, "secagg.keys", torch.ones(9, 2, 32, dtype=torch.uint8)),
+        (SHARE_KEYS, "secagg.keys", torch.ones(10, 1, 32, dtype=torch.uint8)),
+        (SHARE_KEYS, "secagg.keys", torch.ones(10, 2, 31, dtype=torch.uint8)),
+        (SHARE_KEYS, "secagg.keys", torch.ones(10, 2, 32, dtype=torch.bfloat16)),
+        (MASK, "secagg.alive", torch.tensor(True)),
+        (MASK, "secagg.alive", torch.ones(10, 1, dtype=torch.bool)),
+        (MASK, "secagg.alive", torch.ones(11, dtype=torch.bool)),
+        (UNMASK, "secagg.sent", torch.tensor(True)),
+        (UNMASK, "secagg.sent", torch.ones(9, dtype=torch.bool)),
+        (UNMASK, "secagg.boxes", torch.tensor(1, dtype=torch.uint8)),
+        (UNMASK, "secagg.boxes", torch.zeros(11, 82, dtype=torch.uint8)),
+        (UNMASK, "secagg.boxes", torch.zeros(10, 81, dtype=torch.uint8)),
+        (UNMASK, "secagg.boxes", torch.zeros(10, 82, dtype=torch.bfloat16)),
+    ],
+)
+def test_a_client_refuses_a_request_of_another_form(
+    phase: int, name: str, tensor: torch.Tensor
+) -> None:
+    form = f"{tensor.dtype} of the shape {tuple(tensor.shape)}"
+    assert f"'{name}' of a request of secagg is {form}, not " in refusal(phase, {name: tensor})
 
 
 def test_a_request_that_lacks_something_loses_a_client_and_ends_nothing() -> None:

@@ -2,18 +2,20 @@
 
 from collections import Counter
 from itertools import combinations, permutations, product
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import ECB
+from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import BadInput, WireError
-from fedpeft.secagg import shamir
+from fedpeft.secagg import masks, shamir
 from fedpeft.secagg.client import (
     BOX,
     box_keys,
@@ -34,10 +36,10 @@ from fedpeft.secagg.keys import (
     seal,
     unseal,
 )
-from fedpeft.secagg.masks import add_stream
+from fedpeft.secagg.masks import add_stream, add_streams
 from fedpeft.secagg.roster import Roster, Rules
 from fedpeft.secagg.server import recover, uncover
-from fedpeft.secagg.summands import form_of, joined, out_of_range, weighted
+from fedpeft.secagg.summands import form_of, is_within, joined, out_of_range, weighted
 
 RULES = Rules(threshold=0.6, smallest=3)
 
@@ -104,6 +106,44 @@ def test_a_stream_is_aes_of_a_counter(count: int) -> None:
     np.testing.assert_array_equal(total, start + due)
     add_stream(total, key, negative=True)
     np.testing.assert_array_equal(total, start)
+
+
+@pytest.mark.parametrize(("keys", "count"), [(3, 40_000), (130, 100)])
+def test_streams_together_are_streams_one_by_one(keys: int, count: int) -> None:
+    """Over several blocks of words, and over several groups of keys; every third stream is subtracted."""
+    signed = [(number.to_bytes(32), number % 3 == 0) for number in range(1, keys + 1)]
+    total = np.arange(count, dtype=np.uint64)
+    due = total.copy()
+    for key, negative in signed:
+        cipher = Cipher(AES(key), CTR(bytes(16))).encryptor()
+        stream = np.frombuffer(cipher.update(bytes(8 * count)), dtype="<u8")
+        due = due - stream if negative else due + stream
+    add_streams(total, signed)
+    np.testing.assert_array_equal(total, due)
+
+
+def test_few_ciphers_are_open_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost members times others: at 1,000 members these would be hundreds of thousands."""
+    opened: WeakSet[Any] = WeakSet()
+    seen = []
+
+    class Counted:
+        """A cipher that is known while it is in use."""
+
+        def __init__(self, *of: Any) -> None:
+            self.inner = Cipher(*of).encryptor()
+            self.update_into = self.inner.update_into
+
+        def encryptor(self) -> "Counted":
+            opened.add(self)
+            seen.append(len(opened))
+            return self
+
+    monkeypatch.setattr(masks, "Cipher", Counted)
+    keys = [(number.to_bytes(32), False) for number in range(1000)]
+    add_streams(np.zeros(1, dtype=np.uint64), keys)
+    assert len(seen) == 1000
+    assert max(seen) <= 64
 
 
 def test_aes_is_that_of_the_standard() -> None:
@@ -207,6 +247,21 @@ def test_what_is_out_of_range_is_named() -> None:
     ):
         said = out_of_range({"w": fine, "b:A": torch.tensor([[1.0, value]])}, 16.0)
         assert said.startswith(f"tensor 'b:A' has the value {word}, outside of wrap.range = 16 of ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_range_is_not_rounded_to_the_dtype_of_a_tensor(dtype: torch.dtype, sign: int) -> None:
+    """Just above 16.1 lies 16.125 in bfloat16, and 16.1 is rounded to it; float32 rounds it up, too."""
+    near = torch.tensor([16.1], dtype=dtype)
+    above = near if near.double() > 16.1 else torch.nextafter(near, torch.full_like(near, 17.0))
+    assert 16.1 < float(above) < 16.2
+    update = {"w": sign * above}
+    assert not is_within(joined(update), 16.1)
+    assert out_of_range(update, 16.1)
+    within = {"w": sign * torch.nextafter(above, torch.zeros_like(above))}
+    assert is_within(joined(within), 16.1)
+    assert not out_of_range(within, 16.1)
 
 
 def test_numbers_come_back_as_the_tensors_that_they_were() -> None:
@@ -383,3 +438,10 @@ def test_a_part_of_the_members_is_enough_of_those_that_were_there() -> None:
         roster.check_part(RULES, everyone, within=[True, True, True, True, False])
     with pytest.raises(WireError, match="4 marks for 5 members"):
         roster.check_part(RULES, [True] * 4, within=everyone)
+
+
+@pytest.mark.parametrize("mark", [3, 5, float("nan"), float("inf")])
+def test_no_mark_counts_for_several_members(mark: Any) -> None:
+    _, roster = secrets_and_roster(5)
+    with pytest.raises(WireError, match="1 of 5 members are left, 3 needed"):
+        roster.check_part(RULES, [mark, *[False] * 4], within=[True] * 5)
