@@ -210,7 +210,7 @@ def there(state: LinkState, monkeypatch: pytest.MonkeyPatch) -> Iterator[There]:
     monkeypatch.setattr(connector, "_client", lambda _: contextlib.nullcontext(AsSite(link)))
     asked, said, sessions = list[bytes](), list[str](), list[Session]()
     missed = list[str]()
-    expired = state._on_push_session_expired  # type: ignore[attr-defined]
+    expired = state._on_push_session_expired
 
     def noted(messages: set[str]) -> None:
         missed.extend(messages)
