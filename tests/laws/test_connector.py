@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flwr.app import RecordDict
 from flwr.proto.control_pb2 import ListNodesResponse
 from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
+from flwr.proto.message_pb2 import Message, ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
@@ -153,6 +156,42 @@ def test_only_where_a_request_may_be_lost_a_session_is_begun_anew(
     assert len(clock.waits) == (1 if lost else 5)
 
 
+def test_a_proxy_that_refuses_the_site_ends_the_session_in_one_line() -> None:
+    """Status 403 to a part of a message says that its run is over; here there is no message yet."""
+    with pytest.raises(SessionLost, match="refuses this site"):
+        session([], Idle(status(403))).work(answering(b""), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "served"),
+    [
+        ("train", None, True),
+        ("query", None, False),
+        ("train", RunOver(), False),
+        ("train", SessionLost("status 413"), False),
+    ],
+)
+def test_a_session_was_of_use_once_the_answer_to_a_request_has_arrived(
+    kind: str, fault: Exception | None, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site tells of itself in every session; a proxy may refuse what is larger."""
+    head = SimpleNamespace(metadata=SimpleNamespace(message_type=kind))
+    pulled = PullMessagesResponse(messages_list=[Message()], message_object_trees=[ObjectTree()])
+    running = session([], Idle(pulled))
+    monkeypatch.setattr(connector, "message_from_proto", lambda _: head)
+    monkeypatch.setattr(running, "_content", lambda *_: None)
+    monkeypatch.setattr(connector, "replied", lambda *_: RecordDict())
+
+    def send(*_: object) -> None:
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr(running, "_send", send)
+    with contextlib.suppress(SessionLost):
+        running._one(never, 1)
+    assert running.served == served
+
+
 class Beating:
     """A server that answers heartbeats one after another."""
 
@@ -175,8 +214,8 @@ def test_a_heartbeat_that_does_not_arrive_is_sent_again_and_a_refused_one_ends_t
 class Scripted:
     """A session whose work ends in an error."""
 
-    def __init__(self, error: Exception, *, ended: bool = False) -> None:
-        self.error, self.ended = error, ended
+    def __init__(self, error: Exception, *, ended: bool = False, served: bool = False) -> None:
+        self.error, self.ended, self.served = error, ended, served
 
     def work(self, answer: object, most: int) -> None:
         raise self.error
@@ -184,7 +223,24 @@ class Scripted:
 
 def test_a_lost_session_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = [Scripted(SessionLost("gone")), Scripted(SessionLost("end"), ended=True)]
-    left, online, said = list(scripted), list[object](), list[str]()
+    online, said = list[object](), list[str]()
+    play(scripted, monkeypatch, said, online)
+    assert online == scripted
+    assert said == ["gone; joining anew"]
+
+
+def never(_: Asked) -> bytes:
+    raise AssertionError
+
+
+def play(
+    scripted: list[Scripted],
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
+    online: list[object],
+) -> None:
+    """Be a site in these sessions, one after the other."""
+    left: list[Any] = list(scripted)
 
     @contextlib.contextmanager
     def begun(*_: object) -> Iterator[Any]:
@@ -192,13 +248,35 @@ def test_a_lost_session_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(connector, "session", begun)
     ours: Any = None
-
-    def never(_: Asked) -> bytes:
-        raise AssertionError
-
     forever(ours, never, 1, said.append, online.append)
-    assert online == scripted
-    assert said == ["gone; joining anew"]
+
+
+class Time:
+    """Stands for the module: its clock is moved by sleep alone, and every sleep is noted."""
+
+    def __init__(self) -> None:
+        self.sleeps = list[float]()
+
+    def monotonic(self) -> float:
+        return sum(self.sleeps)
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+
+
+def test_a_site_rests_longer_and_longer_between_sessions_that_are_of_no_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As behind a proxy that fails for a while: a thousand sites shall not add to its trouble."""
+    useless = [Scripted(SessionLost("gone")) for _ in range(10)]
+    useful = Scripted(SessionLost("gone"), served=True)
+    end = Scripted(SessionLost("end"), ended=True)
+    monkeypatch.setattr(connector, "SOONEST", USUAL[0])
+    passing = Time()
+    monkeypatch.setattr(connector, "time", passing)
+    play([*useless, useful, useless[0], end], monkeypatch, [], [])
+    doubling = [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+    assert passing.sleeps == pytest.approx([*doubling, 0.2, 0.4])
 
 
 @pytest.fixture
@@ -256,22 +334,14 @@ def test_a_site_that_may_be_its_own_ghost_is_not_taken_for_a_second_one(
 ) -> None:
     """It has waited for the server for hours, is taken in, and the answer that says so is lost."""
     monkeypatch.setattr(reach, "key_is_known", lambda _: True)
-    passed = [0.0]
-
-    class Time:
-        def monotonic(self) -> float:
-            return passed[0]
-
-        def sleep(self, seconds: float) -> None:
-            passed[0] += seconds
-
-    monkeypatch.setattr(connector, "time", Time())
+    passing = Time()
+    monkeypatch.setattr(connector, "time", passing)
     online = status(412, {"code": NOT_ACTIVATED})
     for trouble in (httpx.ReadError("reset"), status(504)):
         hours = [httpx.ConnectError("refused")] * 1000
         client: Any = Activating(*hours, trouble, *[online] * 10, ActivateNodeResponse(node_id=7))
         assert connector._activated(client, ours, lambda _: None) == 7
-    assert passed[0] > 2 * 1000
+    assert passing.monotonic() > 2 * 1000
 
 
 @pytest.mark.parametrize("taken_in", [False, True])

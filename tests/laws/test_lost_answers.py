@@ -150,13 +150,15 @@ HANDLERS = {
 class There:
     """A site that is online, and the engine that reaches it.
 
-    ``asked``: the requests that have reached the site. ``said``: what it said.
+    ``asked``: the requests that have reached the site. ``said``: what it said. ``missed``: the
+    messages of which Flower has waited in vain for a part.
     """
 
     link: Link
     engine: FlowerEngine
     asked: list[bytes]
     said: list[str]
+    missed: list[str]
 
     def exchange(self) -> list[Reply | Lost]:
         """Ask the site what no other test has asked: Flower keeps what is alike once."""
@@ -207,6 +209,14 @@ def there(state: LinkState, monkeypatch: pytest.MonkeyPatch) -> Iterator[There]:
     state.create_node(NOOP_FLWR_AID, "none", public_bytes(key), 0)
     monkeypatch.setattr(connector, "_client", lambda _: contextlib.nullcontext(AsSite(link)))
     asked, said, sessions = list[bytes](), list[str](), list[Session]()
+    missed = list[str]()
+    expired = state._on_push_session_expired
+
+    def noted(messages: set[str]) -> None:
+        missed.extend(messages)
+        expired(messages)
+
+    monkeypatch.setattr(state, "_on_push_session_expired", noted)
 
     def answer(what: Asked) -> "bytes | dict[str, Any]":
         if what.kind == "query":
@@ -230,7 +240,7 @@ def there(state: LinkState, monkeypatch: pytest.MonkeyPatch) -> Iterator[There]:
         return int(about["partition-id"])
 
     through = reached.engine({"config": str(link.run)}, admit, said.append, PATIENCE, 1)
-    yield There(link, through, asked, said)
+    yield There(link, through, asked, said, missed)
     while site.is_alive():  # in whichever session it is
         for one in sessions:
             one.end()
@@ -274,6 +284,7 @@ def test_whichever_call_of_an_exchange_gets_no_answer_the_reply_comes_at_once(
     there.link.lose(loss)
     assert there.exchange() == there.due
     assert there.link.loss is None, "the answer was lost"
+    assert there.missed == []
     assert len(there.asked) == (2 if loss == ("server", "PullMessages", 1) else 1)
 
 

@@ -68,6 +68,8 @@ from fedpeft.errors import BadInput, WireError
 T = TypeVar("T")
 SOONEST, LATEST, GROWTH = 0.2, 2.0, 1.5
 """Seconds between two questions for messages: after an answer, at most, and how they grow."""
+REST = 30.0
+"""Seconds at most between two sessions in which nothing is answered; they double up to it."""
 
 
 Say = Callable[[str], None]
@@ -97,7 +99,11 @@ Answer = Callable[[Asked], "bytes | Mapping[str, Any]"]
 
 @final
 class Session:
-    """An active session: messages come in, answers go out, heartbeats go on in a thread."""
+    """An active session: messages come in, answers go out, heartbeats go on in a thread.
+
+    ``served``: whether an answer to a request has arrived. What a site says of itself, as it does
+    in every session, is none.
+    """
 
     def __init__(self, client: FleetHttpClient, node: int, say: Say) -> None:
         self.node = node
@@ -106,6 +112,7 @@ class Session:
         self._lost = threading.Event()
         self._unsure = False  # whether a message may have been handed out that has not come
         self.ended = False
+        self.served = False
 
     def beat(self) -> bool:
         """Send a heartbeat; False where it should be sent again soon."""
@@ -153,9 +160,12 @@ class Session:
 
     def _one(self, answer: Answer, most: int) -> bool:
         """Answer one message, and return whether there was one."""
-        response, self._unsure = self._answered(
-            self._client.PullMessages, PullMessagesRequest(node=self._self())
-        )
+        request = PullMessagesRequest(node=self._self())
+        try:
+            response, self._unsure = self._answered(self._client.PullMessages, request)
+        except RunOver as error:
+            # This names no run. Whoever refuses it, as a proxy, is asked for a new session.
+            raise SessionLost("the server refuses this site (status 403)") from error
         if not response.messages_list:
             return False
         head = message_from_proto(response.messages_list[0])
@@ -167,6 +177,7 @@ class Session:
             except WireError as error:
                 reply = Error(FAILED, str(error))
             self._send(head, reply)
+            self.served |= head.metadata.message_type != MessageType.QUERY
         except RunOver:
             self._say("a message of a run that is over is left")
         return True
@@ -397,7 +408,11 @@ def is_online(gate: Gate) -> bool:
 def forever(
     gate: Gate, answer: Answer, most: int, say: Say, online: Callable[[Session], None]
 ) -> None:
-    """Be a site of the server's until a signal or ``Session.end``; a lost session is begun anew."""
+    """Be a site of the server's until a signal or ``Session.end``; a lost session is begun anew.
+
+    After a session that was of no use, the next one waits for twice as long.
+    """
+    rest = SOONEST
     while True:
         with session(gate, say) as running:
             online(running)
@@ -407,4 +422,7 @@ def forever(
                 if running.ended:
                     return
                 say(f"{error}; joining anew")
-        time.sleep(SOONEST)
+        if running.served:
+            rest = SOONEST
+        time.sleep(rest)
+        rest = min(REST, 2 * rest)
