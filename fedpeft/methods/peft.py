@@ -33,6 +33,11 @@ PREFIX = "peft:"
 """What stands before peft's own names of what it trains."""
 LENGTHENING = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 """Tuners that put tokens before a text, and so move the places of all others in the output."""
+TRIED = (
+    *("lora", "ia3", "vera", "ln_tuning", "oft", "boft"),
+    *("loha", "lokr", "hra", "fourierft", "prefix_tuning"),
+)
+"""Tuners that are tried on every task."""
 
 
 @final
@@ -125,7 +130,7 @@ class Peft:
         if name.upper() in LENGTHENING and not kind.endswith("ForSequenceClassification"):
             raise BadInput(
                 f"method.tuner = {self.tuner!r} puts tokens before the text, which moves the "
-                f"answers of {kind}; choose one that does not, such as 'ia3' or 'prefix_tuning'"
+                f"answers of {kind}; tuners that fit every task: {', '.join(TRIED)}"
             )
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(derive(seed, "peft"))
@@ -135,7 +140,10 @@ class Peft:
                 tuned: nn.Module = peft.get_peft_model(model, config)
             except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
                 why = str(error).partition("\n")[0]
-                raise BadInput(f"method.tuner = {self.tuner!r} does not fit: {why}") from error
+                raise BadInput(
+                    f"method.tuner = {self.tuner!r} does not fit: {why}; tuners that fit every "
+                    f"task: {', '.join(TRIED)}"
+                ) from error
         return tuned
 
 

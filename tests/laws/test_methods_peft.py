@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpeft.errors import BadInput
+from fedpeft.methods.peft import TRIED
 from fedpeft.mounting import describe, twin_of
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import Base, Client, State
@@ -100,6 +101,7 @@ def test_a_tuner_trains_on_a_task_or_is_refused_in_one_line(name: str, kind: str
         with pytest.raises(BadInput, match=f"method.tuner = '{name}'") as refused:
             Played("peft", TASK_CASES[kind].ground(), **tuned(name)).handled([0])
         assert "\n" not in str(refused.value)
+        assert str(refused.value).endswith(f"fit every task: {', '.join(TRIED)}")
         return
     played = Played("peft", TASK_CASES[kind].ground(), **tuned(name))
     [reply] = played.handled([0])
@@ -129,6 +131,10 @@ LM_SETTINGS: dict[str, dict[str, Any]] = {
     "fourierft": {"n_frequency": 20, "target_modules": ["q_proj"]},
     "prefix_tuning": {"num_virtual_tokens": 3},
 }
+
+
+def test_tuners_that_are_named_as_fitting_are_those_tried_on_every_task() -> None:
+    assert set(TRIED) == (TUNERS.keys() & LM_SETTINGS.keys()) - {"dora"}
 
 
 @pytest.mark.parametrize("name", quickly(LM_SETTINGS))
