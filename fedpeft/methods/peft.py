@@ -33,11 +33,8 @@ PREFIX = "peft:"
 """What stands before peft's own names of what it trains."""
 LENGTHENING = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 """Tuners that put tokens before a text, and so move the places of all others in the output."""
-TRIED = (
-    *("lora", "ia3", "vera", "ln_tuning", "oft", "boft"),
-    *("loha", "lokr", "hra", "fourierft", "prefix_tuning"),
-)
-"""Tuners that are tried on every task."""
+TRIED = "lora, ia3, vera, ln_tuning, oft, boft, loha, lokr, hra, fourierft, prefix_tuning"
+"""Tuners that the tests train on every task."""
 
 
 @final
@@ -130,7 +127,7 @@ class Peft:
         if name.upper() in LENGTHENING and not kind.endswith("ForSequenceClassification"):
             raise BadInput(
                 f"method.tuner = {self.tuner!r} puts tokens before the text, which moves the "
-                f"answers of {kind}; tuners that fit every task: {', '.join(TRIED)}"
+                f"answers of {kind}; tuners that fit every task: {TRIED}"
             )
         with torch.random.fork_rng(), warnings.catch_warnings():
             torch.manual_seed(derive(seed, "peft"))
@@ -140,10 +137,11 @@ class Peft:
                 tuned: nn.Module = peft.get_peft_model(model, config)
             except (TypeError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
                 why = str(error).partition("\n")[0]
-                raise BadInput(
-                    f"method.tuner = {self.tuner!r} does not fit: {why}; tuners that fit every "
-                    f"task: {', '.join(TRIED)}"
-                ) from error
+                others = "look at method.settings"
+                if name not in TRIED.split(", "):
+                    others += f", or choose one that fits every task: {TRIED}"
+                fault = f"method.tuner = {self.tuner!r} does not fit: {why}; {others}"
+                raise BadInput(fault) from error
         return tuned
 
 

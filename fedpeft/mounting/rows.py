@@ -93,15 +93,15 @@ def group_by_client(x: Tensor, parts: int) -> Tensor:
     """Return x, (parts * b, ..., in), as (parts, b * ..., in), for ``parts`` entries of a stack.
 
     A layer whose rows are not those of the batch raises NotStackable, unless there is one part.
-    With copies so does one whose rows may be another axis, of as many entries.
+    With copies so does one where another axis is as long.
     """
     rows = _ROWS.get()
     # A model may turn (rows, length) round inside, or feed a layer with rows of its own: nobody
     # knows then which client they are of. With one client it does not matter.
     if parts > 1 and (x.shape[0] % parts or (rows is not None and x.shape[0] != rows)):
         raise _other_rows(x)
-    # Turned round, (length, rows) looks like (rows, length) where both are the same number. What a
-    # row adds is bounded by what its copy has, so nothing is left to chance.
+    # Turned round, (length, rows) looks like (rows, length) where both are the same number. A row's
+    # bound holds for its own copy alone, so what is ambiguous is refused.
     if parts > 1 and _COPIES.get() is not None and x.shape[0] in x.shape[1:-1]:
         raise NotStackable(f"a layer sees {x.shape[0]} rows in either of two axes")
     return x.reshape(parts, -1, x.shape[-1])

@@ -46,5 +46,8 @@ def uniform(count: int) -> NDArray[np.float64]:
 
 
 def secret_seed() -> int:
-    """Return a seed in [0, 2**63) that nobody knows, from the operating system's randomness."""
+    """Return a seed in [0, 2**63) that nobody knows, from the operating system's randomness.
+
+    Of such a seed torch's generator on a CPU keeps 32 bits.
+    """
     return int.from_bytes(os.urandom(8), "big") >> 1

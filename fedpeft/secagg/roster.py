@@ -84,7 +84,7 @@ class Roster:
         for index, member in enumerate(self.members):
             if part[index] and not within[index]:
                 raise WireError(f"client {member} was lost, and cannot be back in the same round")
-        # Truths, not their sum: what is no bool must not count for several members.
-        count, enough = len([mark for mark in part if mark]), rules.enough(len(self.members))
+        # Counted as booleans: a mark of 10 must not count for ten members.
+        count, enough = sum(map(bool, part)), rules.enough(len(self.members))
         if count < enough:
             raise WireError(f"{count} of {len(self.members)} members are left, {enough} needed")

@@ -21,7 +21,7 @@ from fedpeft.types import LocalTask, RowNoise
 
 NUMBERS: Final = 1 << 25
 """Numbers in the gradients of all rows of one pass, at most: 128 MB. Passes of several threads have
-so many each."""
+that many each."""
 
 
 def drawn(examples: Encoded, steps: int, batch_size: int) -> list[list[int]]:
@@ -139,11 +139,9 @@ def add_bounded(
     for name, gradient in used.items():
         total = trained[name].grad
         assert total is not None  # see ``begin``
-        # Not in bf16, in which a rounded factor leads beyond the bound.
-        exact = gradient[kept].to(torch.promote_types(gradient.dtype, torch.float32))
-        weights = torch.tensor(factors).to(exact).view(-1, *[1] * (exact.ndim - 1))
+        weights = torch.tensor(factors).to(gradient).view(-1, *[1] * (gradient.ndim - 1))
         # Not a product of matrices, which some GPUs round to fewer digits.
-        total[client].add_((exact * weights).sum(0))
+        total[client].add_((gradient[kept] * weights).sum(0))
 
 
 def _factors(gradients: Iterable[Tensor], bound: float) -> tuple[list[int], list[float]]:

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, final
 
+import torch
 from annotated_types import Gt, Lt
 from torch import nn
 
 from fedpeft.algebra.averaging import MeanMerge, mean_merge
-from fedpeft.errors import NotStackable
+from fedpeft.errors import NotStackable, WireError
 from fedpeft.mounting import mounting_for_copies
 from fedpeft.privacy.accountant import Promise
 from fedpeft.types import (
@@ -97,6 +98,7 @@ class Noisy:
                     pass  # one row after another
             if task is None:
                 task = undo.enter_context(self.inner.mount(model, down, memory, context))
+            _check_exact(task)
             yield replace(task, rows=self.rows)
 
     def expects(self, state: State, down: Payload) -> Payload:
@@ -110,3 +112,10 @@ class Noisy:
     def mean_merge(self, round_number: int) -> MeanMerge | None:
         """Merge as the method inside does."""
         return mean_merge(self.inner, round_number)
+
+
+def _check_exact(task: LocalTask) -> None:
+    """Raise WireError for what is trained in few digits: rounded, a row can exceed its bound."""
+    for name, parameter in task.trainable.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise WireError(f"tensor {name!r} is {parameter.dtype}; dpsgd trains in float32")

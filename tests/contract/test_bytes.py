@@ -82,9 +82,9 @@ NUMBERS = {
     "slora_full": (ADAPTER + HEAD, ADAPTER + HEAD),
     # A choice of 2 of 4 ranks, as bits in 2 bytes, and the rows or columns of what was chosen.
     "lora_a2": (4 * (OUT + IN) * LAYERS + HEAD, 2 + 2 * OUT * LAYERS + HEAD),
+    # IA3 scales keys, values, and what goes into two dense layers, in each of two blocks.
+    "peft": 2 * (2 * (32 + 32 + 32 + 64) + HEAD,),
     # Two adapters of width 3 in each of two blocks, behind layers of width 32.
-    "peft": 2
-    * (2 * (32 + 32 + 32 + 64) + HEAD,),  # IA3: keys, values, what comes out of two layers
     "adapters": ((2 * 3 * OUT + 3 + OUT) * 4 + HEAD, (2 * 3 * OUT + 3 + OUT) * 4 + HEAD),
 }
 """How many numbers go down and up in the third round, in all its exchanges, worked out from ranks and widths."""

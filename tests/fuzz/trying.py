@@ -32,13 +32,12 @@ class Tally:
 
 def try_one(surface: Surface, content: bytes, tally: Tally) -> None:
     """Give an input to a surface; AssertionError, which names it, where it is not dealt with as it should be."""
-    began, bound = time.monotonic(), surface.bound(len(content))
-    outcome, peak = _memory(surface, content)
+    bound = surface.bound(len(content))
+    outcome, peak, seconds = _tried(surface, content)
     if peak > bound:
         # Another thread, or a module that was imported meanwhile? An input that takes too much takes
         # it every time.
-        outcome, peak = _memory(surface, content)
-    seconds = time.monotonic() - began
+        outcome, peak, seconds = _tried(surface, content)
     assert peak <= bound, (
         f"{surface.name}: {peak} bytes of memory, {bound} allowed: {content!r:.2000}"
     )
@@ -48,8 +47,9 @@ def try_one(surface: Surface, content: bytes, tally: Tally) -> None:
     tally.worst = max(tally.worst, peak / bound)
 
 
-def _memory(surface: Surface, content: bytes) -> tuple[str, int]:
-    """Return what became of an input, and how many bytes of Python's memory were taken meanwhile."""
+def _tried(surface: Surface, content: bytes) -> tuple[str, int, float]:
+    """Return what became of an input, the bytes of Python's memory that were taken meanwhile, and the seconds."""
+    began = time.monotonic()
     tracemalloc.start()
     try:
         outcome = surface.target(content)
@@ -58,7 +58,7 @@ def _memory(surface: Surface, content: bytes) -> tuple[str, int]:
         raise AssertionError(f"{surface.name}: {content!r:.2000}") from error
     finally:
         tracemalloc.stop()
-    return outcome, peak
+    return outcome, peak, time.monotonic() - began
 
 
 @cache

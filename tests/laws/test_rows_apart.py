@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedpeft.errors import WireError
 from fedpeft.mounting import describe, mounted, trainable
 from fedpeft.tasks import Classification, Encoded, Example, Task
 from fedpeft.tasks.qa import QuestionAnswering
@@ -366,14 +367,18 @@ def test_a_number_that_is_trained_is_bounded_with_the_rest() -> None:
     torch.testing.assert_close(vector.grad, torch.tensor([[0, 0], [0, 1.2]]), rtol=0, atol=2e-6)
 
 
-@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20), st.floats(1e-3, 10))
-def test_a_gradient_in_bf16_is_no_longer_than_the_bound(numbers: list[float], bound: float) -> None:
-    weight = nn.Parameter(torch.zeros(1, len(numbers)))
-    private.begin({"w": weight})
-    gradient = torch.tensor([numbers], dtype=torch.bfloat16)
-    private.add_bounded({"w": weight}, [gradient], client=0, bound=bound)
-    assert weight.grad is not None
-    assert float(weight.grad.double().norm()) <= bound
+def test_what_is_trained_in_few_digits_is_refused() -> None:
+    """Rounded to bf16 a row's gradient could exceed its bound, and noise would be rounded away."""
+    method = DPSGD().around(small("lora"), "0.dpsgd")
+    model = bert().bfloat16()
+    state = small("lora").init(base_of(bert()), SEED)
+    down = {name: tensor.bfloat16().unsqueeze(0) for name, tensor in state.shared.items()}
+    context = Context(round=0, seed=SEED, clients=(0,), examples=(4,))
+    with (
+        pytest.raises(WireError, match="is torch.bfloat16; dpsgd trains in float32"),
+        method.mount(model, down, {}, context),
+    ):
+        pass
 
 
 @given(

@@ -164,7 +164,7 @@ class Session:
         try:
             response, self._unsure = self._answered(self._client.PullMessages, request)
         except RunOver as error:
-            # This names no run. Whoever refuses it, as a proxy, is asked for a new session.
+            # This names no run. If a proxy, say, refuses it, a new session is begun.
             raise SessionLost("the server refuses this site (status 403)") from error
         if not response.messages_list:
             return False
@@ -410,10 +410,11 @@ def forever(
 ) -> None:
     """Be a site of the server's until a signal or ``Session.end``; a lost session is begun anew.
 
-    After a session that was of no use, the next one waits for twice as long.
+    After a short session that was of no use, the next one waits for twice as long.
     """
     rest = SOONEST
     while True:
+        began = time.monotonic()
         with session(gate, say) as running:
             online(running)
             try:
@@ -422,7 +423,7 @@ def forever(
                 if running.ended:
                     return
                 say(f"{error}; joining anew")
-        if running.served:
+        if running.served or time.monotonic() - began > REST:
             rest = SOONEST
         time.sleep(rest)
         rest = min(REST, 2 * rest)
