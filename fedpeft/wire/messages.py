@@ -17,7 +17,7 @@ from fedpeft.errors import Forgotten, WireError
 from fedpeft.ledger import COUNTS, REALS, Measured
 from fedpeft.types import NO_MEMORY, Payload
 from fedpeft.wire import tensors as codec
-from fedpeft.wire.versions import carried, stamp
+from fedpeft.wire.versions import PHASES, ROUNDS, carried, stamp
 
 DIGEST = 16
 """Bytes of every digest in a message."""
@@ -164,7 +164,8 @@ class Request:
                 f"the request is for configuration {asked_config.hex()}, "
                 f"this client has {config.hex()}"
             )
-        if kind not in set(Kind) or round_number < 0 or phase < 0 or memory < NO_MEMORY:
+        in_range = round_number in range(ROUNDS) and phase in range(PHASES)
+        if kind not in set(Kind) or not in_range or memory < NO_MEMORY:
             raise WireError(
                 f"not a request: kind {kind}, round {round_number}, phase {phase}, "
                 f"memory of round {memory}"

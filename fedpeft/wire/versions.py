@@ -38,6 +38,10 @@ _SHIFT: Final = 32
 """Lower bits of a version, which hold a stamp; those above hold the round of the method's part."""
 _ROUND: Final = 24
 """Lower bits of a stamp, which hold a round; those above hold a phase."""
+ROUNDS: Final = 1 << _ROUND
+"""Rounds that a stamp can tell apart."""
+PHASES: Final = 1 << (_SHIFT - _ROUND)
+"""Phases of a round that it can tell apart."""
 
 
 def stamp(round_number: int, phase: int) -> int:

@@ -80,7 +80,7 @@ class Deployment:
     def join(self, number: int, *options: str) -> None:
         self.start(f"site-{number}", "join", self.site(number), *options)
 
-    def wait_for(self, there: Callable[[], bool], seconds: float = 90.0) -> None:
+    def wait_for(self, there: Callable[[], bool], seconds: float = 300.0) -> None:
         """Wait until something is so; fail with all logs where it does not come."""
         deadline = time.monotonic() + seconds
         while not there():
@@ -131,6 +131,6 @@ def deployed(
         own["client"] = number
         (site / "site.toml").write_text(tomli_w.dumps(own))
     server = tomllib.loads(made.server.read_text())
-    server["server"].update({"host": "127.0.0.1", "joining": 60.0, **changes})
+    server["server"].update({"host": "127.0.0.1", "joining": 300.0, **changes})
     made.server.write_text(tomli_w.dumps(server))
     return made

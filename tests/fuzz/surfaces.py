@@ -30,7 +30,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from torch import Tensor
 from uvicorn.config import Config as UvicornConfig
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -636,7 +635,7 @@ class _Faults(logging.Handler):
 
 @final
 class _Gate:
-    """The gate behind both of uvicorn's parsers of HTTP."""
+    """The gate behind its parser of HTTP."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fp"))
@@ -662,16 +661,18 @@ class _Gate:
             "flwr-signature": b64encode(sign_message(key, said.encode())).decode(),
         }
 
-    def ask(self, parser: Any, content: bytes) -> bytes:
+    def ask(self, content: bytes) -> bytes:
         """Return what comes back for what is sent over one connection, which then ends."""
-        return self.loop.run_until_complete(self._asked(parser, content))
+        return self.loop.run_until_complete(self._asked(content))
 
-    async def _asked(self, parser: Any, content: bytes) -> bytes:
+    async def _asked(self, content: bytes) -> bytes:
         state = ServerState()
-        protocol = parser(config=self.config, server_state=state, app_state={}, _loop=self.loop)
+        protocol = HttpToolsProtocol(
+            config=self.config, server_state=state, app_state={}, _loop=self.loop
+        )
         transport = _Transport()
         protocol.connection_made(transport)
-        if content:  # asyncio never hands over nothing: to h11 it would be the end of the stream
+        if content:  # asyncio never hands over nothing
             protocol.data_received(content)
         for _ in range(5):  # what is complete is answered by now
             await asyncio.sleep(0)
@@ -708,24 +709,23 @@ STATUSES: Final = frozenset({200, 307, 400, 403, 404, 405, 413, 421, 431, 501, 5
 def gate_target(content: bytes) -> str:
     """Nothing but the Fleet API's calls goes on, no header but its own, and no request makes the gate fail."""
     gate, outcome = _gate(), REFUSED
-    for parser in (HttpToolsProtocol, H11Protocol):
-        gate.upstream.asked.clear()
-        gate.faults.records.clear()
-        with mock.patch.object(gates, "now", return_value=NOON):
-            answer = gate.ask(parser, content)
-        for record in gate.faults.records:
-            raise AssertionError(record.getMessage()) from (record.exc_info or [None, None])[1]
-        for path, body, headers in gate.upstream.asked:
-            assert path in gates.FLEET
-            assert len(body) <= len(content)
-            assert headers.keys() <= gates.HEADERS
-        assert MARK.encode() not in answer
-        if answer:
-            status = int(answer.split(b" ", 2)[1])
-            assert status in STATUSES, answer[:200]
-            outcome = TAKEN if status == 200 else outcome
-            if b"from inside" in answer:
-                assert gate.upstream.asked
+    gate.upstream.asked.clear()
+    gate.faults.records.clear()
+    with mock.patch.object(gates, "now", return_value=NOON):
+        answer = gate.ask(content)
+    for record in gate.faults.records:
+        raise AssertionError(record.getMessage()) from (record.exc_info or [None, None])[1]
+    for path, body, headers in gate.upstream.asked:
+        assert path in gates.FLEET
+        assert len(body) <= len(content)
+        assert headers.keys() <= gates.HEADERS
+    assert MARK.encode() not in answer
+    if answer:
+        status = int(answer.split(b" ", 2)[1])
+        assert status in STATUSES, answer[:200]
+        outcome = TAKEN if status == 200 else outcome
+        if b"from inside" in answer:
+            assert gate.upstream.asked
     return outcome
 
 

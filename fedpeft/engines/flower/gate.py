@@ -201,6 +201,7 @@ def main(settings: dict[str, Any]) -> None:
         gate(settings["link"], settings["ca"], Path(settings["sites"]), Path(settings["offer"])),
         host=settings["host"],
         port=settings["port"],
+        http="httptools",  # h11 tells of broken requests as if they were the gate's own faults
         ssl_certfile=settings["certificate"],
         ssl_keyfile=settings["key"],
         ws="none",  # of HTTP it passes requests alone
