@@ -35,6 +35,7 @@ from fedpeft.wire.messages import (
     forgotten,
     form,
 )
+from fedpeft.wire.versions import PHASES, ROUNDS
 from tests.contract.reference import replayed
 from tests.strategies import PAYLOADS, bits
 from tests.tiny import CONFIG as TINY
@@ -438,13 +439,20 @@ def test_two_names_of_one_tensor_are_sent_as_two() -> None:
 
 
 @settings(deadline=None)
-@given(PAYLOADS, st.sampled_from(Kind), NUMBER, st.integers(NO_MEMORY, 2**63 - 1))
+@given(
+    PAYLOADS,
+    st.sampled_from(Kind),
+    st.integers(0, ROUNDS - 1),
+    st.integers(0, PHASES - 1),
+    st.integers(NO_MEMORY, 2**63 - 1),
+)
 def test_a_request_comes_back_as_it_was(
-    payload: dict[str, Tensor], kind: Kind, number: int, memory: int
+    payload: dict[str, Tensor], kind: Kind, number: int, phase: int, memory: int
 ) -> None:
-    blob = Request(kind, number, CONFIG, payload, memory).encode()
+    blob = Request(kind, number, CONFIG, payload, memory, phase).encode()
     found = Request.decode(blob, CONFIG)
-    assert (found.kind, found.round, found.config, found.memory) == (kind, number, CONFIG, memory)
+    assert (found.kind, found.round, found.phase) == (kind, number, phase)
+    assert (found.config, found.memory) == (CONFIG, memory)
     assert known(dict(found.payload)) == known(payload)
     assert len(blob) == len(Request(Kind.TRAIN, 0, CONFIG, payload).encode()), (
         "numbers do not change the length"
@@ -518,6 +526,8 @@ def test_a_message_whose_own_fields_are_missing_or_of_another_form_is_refused(
         {"@kind": torch.tensor(-1)},
         {"@kind": torch.tensor(True)},
         {"@round": torch.tensor(-1)},
+        {"@round": torch.tensor(ROUNDS)},
+        {"@phase": torch.tensor(PHASES)},
         {"@round": torch.tensor(3, dtype=torch.int32)},
         {"@memory": torch.tensor(NO_MEMORY - 1)},
         {"@memory": torch.tensor(False)},
