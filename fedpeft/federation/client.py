@@ -15,15 +15,8 @@ from fedpeft.training import private
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import score
 from fedpeft.training.hardware import Hardware
-from fedpeft.training.loop import (
-    Share,
-    Training,
-    fit,
-    optimizer_of,
-    own_randomness,
-    paced,
-    plan,
-)
+from fedpeft.training.loop import Training, fit, optimizer_of, own_randomness, paced, plan
+from fedpeft.training.micro_batches import Share
 from fedpeft.types import Context, LocalTask, Method, Payload
 from fedpeft.wire.messages import Kind, Request, Response, Status, decode, encode
 from fedpeft.wire.versions import carried, joined, own, parted, stamp

@@ -14,7 +14,8 @@ from fedpeft.mounting import mounted, trainable
 from fedpeft.tasks import Counts, Encoded, Task
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.evaluation import mounted_state, score
-from fedpeft.training.loop import Share, Training, fit
+from fedpeft.training.loop import Training, fit
+from fedpeft.training.micro_batches import Share
 from fedpeft.types import Client, LocalTask, Method, Payload, State
 from fedpeft.wire.messages import Kind, Request, Response, decode
 from tests import causal_lms

@@ -33,7 +33,8 @@ from fedpeft.mounting import (
 from fedpeft.mounting.deltas import Total
 from fedpeft.seeds import generator
 from fedpeft.training.activation_cache import ActivationCache
-from fedpeft.training.loop import Share, Training, fit
+from fedpeft.training.loop import Training, fit
+from fedpeft.training.micro_batches import Share
 from fedpeft.types import Base, LocalTask
 from fedpeft.wire.messages import Kind, Request, Response
 from tests.families import FAMILIES, GPT2, GPT2_PLAIN, family, says, texts

@@ -21,7 +21,8 @@ from fedpeft.privacy.noise import gaussian, uniform
 from fedpeft.tasks import Encoded, Example
 from fedpeft.training import private
 from fedpeft.training.activation_cache import ActivationCache
-from fedpeft.training.loop import Share, Training, fit
+from fedpeft.training.loop import Training, fit
+from fedpeft.training.micro_batches import Share
 from fedpeft.types import Client, LocalTask, RowNoise
 from tests.tiny import CPU, HEAD, TARGETS, TASK, base_of, bert, examples, small
 

@@ -19,7 +19,8 @@ from fedpeft.training import private
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.bucketing import Buckets
 from fedpeft.training.hardware import Hardware
-from fedpeft.training.loop import Share, Training, fit
+from fedpeft.training.loop import Training, fit
+from fedpeft.training.micro_batches import Share
 from fedpeft.types import Base, Client, Context, LocalTask, Method, Payload, RowNoise
 from fedpeft.wrappers import DPSGD
 from tests.contract.reference import LIKE, SINGLE

@@ -17,7 +17,8 @@ from fedpeft.mounting import mounted, replaced
 from fedpeft.seeds import derive
 from fedpeft.training.activation_cache import ActivationCache
 from fedpeft.training.bucketing import Buckets
-from fedpeft.training.loop import Share, Training, fit, micro_batches, own_randomness, plan
+from fedpeft.training.loop import Training, fit, own_randomness, plan
+from fedpeft.training.micro_batches import Share, micro_batches
 from fedpeft.training.optimizer import Optimizer, clip
 from fedpeft.types import LocalTask, Payload
 from fedpeft.wire.messages import Kind, Request, Response
