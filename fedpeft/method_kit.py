@@ -18,19 +18,11 @@ from fedpeft.algebra.averaging import (
     mean,
     plain_mean,
 )
-from fedpeft.algebra.lowrank import (
-    LowRank,
-    Split,
-    by_module,
-    check_ranks,
-    deltas,
-    orthonormal,
-    principal,
-    uniform,
-)
+from fedpeft.algebra.lowrank import LowRank, by_module, check_ranks, deltas, orthonormal, uniform
 from fedpeft.algebra.masks import positions, scatter
-from fedpeft.algebra.products import ProductMean, mean_products, thin_svd
+from fedpeft.algebra.products import ProductMean, mean_products
 from fedpeft.algebra.ranks import cut, share_of
+from fedpeft.algebra.svd import Split, principal, thin_svd
 from fedpeft.errors import BadInput, NotStackable, WireError
 from fedpeft.mounting import (
     Targets,

@@ -8,34 +8,14 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.averaging import Mean, Weighting, weight_of
-from fedpeft.algebra.lowrank import LARGE, by_module, leading, principal
+from fedpeft.algebra.lowrank import by_module
+from fedpeft.algebra.svd import LARGE, holding, principal, rank_of_energy, thin_svd
 from fedpeft.types import Payload, Update
 
 WIDE: Final = 256
 """Ranks of all clients together that are kept of a large layer before they are compressed."""
 KEPT: Final = 128
 """Ranks that are left of them: 16 times those of a usual adapter."""
-FEW: Final = 16
-"""Components that are looked for first, where it is not known how many are wanted."""
-SMALLEST: Final = torch.finfo(torch.float64).tiny
-
-
-def thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the SVD of B A, (out, m) and (m, in), without forming the product.
-
-    As left (out, k), values (k,) and right (k, in) in float64, k = min(out, m, in) at most: two QR
-    decompositions, and an SVD of what is left between them.
-
-    >>> B, A = torch.tensor([[3.0], [0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
-    >>> left, values, right = thin_svd(B, A)
-    >>> values.tolist(), (left * values @ right).abs().round().tolist()
-    ([6.0], [[0.0, 6.0, 0.0], [0.0, 0.0, 0.0]])
-    """
-    # B A = Q_B (R_B R_A^T) Q_A^T with orthonormal Q_B and Q_A.
-    columns = torch.linalg.qr(B.to(torch.float64))
-    rows = torch.linalg.qr(A.to(torch.float64).T)
-    left, values, right = torch.linalg.svd(columns.R @ rows.R.T, full_matrices=False)
-    return columns.Q @ left, values, right @ rows.Q.T
 
 
 class _Block(NamedTuple):
@@ -157,7 +137,7 @@ class ProductMean:
         else:
             matrix = self.dense().to(torch.float64)
             squares = matrix.square().sum()
-            left, values, right = _holding(matrix, energy * float(squares))
+            left, values, right = holding(matrix, energy * float(squares))
         rank = rank_of_energy(values, energy, float(squares))
         return left[:, :rank], values[:rank], right[:rank]
 
@@ -202,35 +182,6 @@ class ProductMean:
         B = left[:, :KEPT].to(self._stacked[0].B.dtype)
         self._stacked = [_Block(B, right[:KEPT], values[:KEPT].tolist())]
         self._width = len(self._stacked[0].weights)
-
-
-def _holding(matrix: Tensor, squares: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return leading components of a matrix whose squared singular values sum up to ``squares``."""
-    rank = FEW
-    while (found := leading(matrix, rank)) is not None:
-        if float(found[1].square().sum()) >= squares:
-            return found
-        rank *= 2
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
-
-
-def rank_of_energy(values: Tensor, energy: float, squares: float) -> int:
-    """Return how many of the descending singular ``values``, (k,), hold a share of their squares.
-
-    ``energy`` is the share, and ``squares`` the sum over all singular values, also those that
-    ``values`` lacks. At least one, and no more than are above 0 up to rounding.
-
-    >>> rank_of_energy(torch.tensor([3.0, 1.0, 0.0]), energy=0.9, squares=10.0)
-    1
-    >>> rank_of_energy(torch.ones(4), energy=1.0, squares=4.0)
-    4
-    """
-    held = values.to(torch.float64).square().cumsum(0) / max(squares, SMALLEST)
-    enough = held >= energy - 1e-12  # sums of shares are 1 up to rounding
-    positive = int((values > values[0] * 1e-7).sum())
-    first = int(enough.to(torch.int8).argmax()) + 1 if bool(enough.any()) else len(values)
-    return max(1, min(first, positive))
 
 
 def mean_products(

@@ -11,8 +11,9 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Weighting, averaged
-from fedpeft.algebra.lowrank import by_module, check_ranks, deltas, largest
+from fedpeft.algebra.lowrank import by_module, check_ranks, deltas
 from fedpeft.algebra.products import mean_products
+from fedpeft.algebra.svd import largest
 from fedpeft.mounting import (
     Targets,
     dense_shape,

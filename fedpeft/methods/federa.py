@@ -11,7 +11,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting, averaged, plain_mean
-from fedpeft.algebra.lowrank import LowRank, Split, by_module, check_ranks, deltas, principal
+from fedpeft.algebra.lowrank import LowRank, by_module, check_ranks, deltas
+from fedpeft.algebra.svd import Split, principal
 from fedpeft.mounting import Targets, detached, mounted, select, specs, trainable
 from fedpeft.types import NO_MEMORY, Base, Client, Context, Delta, LocalTask, Payload, State, Update
 

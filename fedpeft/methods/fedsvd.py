@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import Mean, MeanMerge, Weighting
 from fedpeft.algebra.lowrank import by_module, deltas
-from fedpeft.algebra.products import thin_svd
+from fedpeft.algebra.svd import thin_svd
 from fedpeft.methods.lora import LoRA
 from fedpeft.mounting import Targets, detached, mounted, specs, trainable
 from fedpeft.types import Base, Client, Context, LocalTask, Payload, State, Update

@@ -11,7 +11,8 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from fedpeft.algebra.averaging import MeanMerge, Weighting
-from fedpeft.algebra.lowrank import Split, check_ranks, principal, uniform
+from fedpeft.algebra.lowrank import check_ranks, uniform
+from fedpeft.algebra.svd import Split, principal
 from fedpeft.errors import BadInput
 from fedpeft.methods.full import FullStage
 from fedpeft.methods.lora import LoRA

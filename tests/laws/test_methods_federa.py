@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpeft.algebra.lowrank import Split
+from fedpeft.algebra.svd import Split
 from fedpeft.mounting import dense_layer
 from fedpeft.training.evaluation import mounted_state
 from fedpeft.types import NO_MEMORY, Client, Payload, State

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpeft.algebra.lowrank import Split
 from fedpeft.algebra.masks import positions, scatter
+from fedpeft.algebra.svd import Split
 from fedpeft.errors import BadInput
 from fedpeft.methods.full import Full, FullStage
 from fedpeft.methods.lora import LoRA

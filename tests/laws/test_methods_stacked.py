@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra.increments import held, missing, nothing_added, with_factors
-from fedpeft.algebra.products import rank_of_energy
+from fedpeft.algebra.svd import rank_of_energy
 from fedpeft.types import Client, State
 from fedpeft.wire.messages import decode
 from tests.products import LAYERS, SCALE, STRONG, added, fleet, mean_product, off, shares

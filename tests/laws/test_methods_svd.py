@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fedpeft.algebra import products
-from fedpeft.algebra.products import ProductMean, product_norm, thin_svd
+from fedpeft.algebra.products import ProductMean, product_norm
 from fedpeft.algebra.ranks import cut, share_of
+from fedpeft.algebra.svd import thin_svd
 from fedpeft.errors import BadInput
 from fedpeft.types import Client, State, Update
 from tests.products import (
